@@ -1,0 +1,137 @@
+"""The contract of a family: where its attention sits, its facts, and its tensors in canonical form."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from kvfold import registry
+from kvfold.attention import AttentionLayer, AttentionWeights
+from kvfold.errors import CheckpointError
+
+
+class Architecture(ABC):
+    """One Hugging Face model_type. The defaults describe the Llama layout, which most families share.
+
+    `layers` and `attention` lead from the causal model to one layer's attention module; `rotary` to its rotary embedding.
+    """
+
+    model_type: ClassVar[str]
+    causal_lm: ClassVar[str]
+    layers: ClassVar[str] = "model.layers"
+    attention: ClassVar[str] = "self_attn"
+    rotary: ClassVar[str] = "model.rotary_emb"
+
+    @property
+    def model_class(self) -> type[transformers.PreTrainedModel]:
+        """The stock class, for example LlamaForCausalLM."""
+        return getattr(transformers, self.causal_lm)
+
+    @property
+    def config_class(self) -> type[transformers.PretrainedConfig]:
+        return self.model_class.config_class
+
+    def prefix(self, layer: int) -> str:
+        """What the names of one layer's tensors begin with, in the checkpoint."""
+        return f"{self.layers}.{layer}."
+
+    def attention_prefix(self, layer: int) -> str:
+        return f"{self.prefix(layer)}{self.attention}."
+
+    def modules(self, model: nn.Module) -> list[nn.Module]:
+        """The attention modules of a stock model, in the order of its layers."""
+        return [getattr(layer, self.attention) for layer in model.get_submodule(self.layers)]  # type: ignore[union-attr]
+
+    def describe(self, model: nn.Module) -> list[AttentionLayer]:
+        """Facts of every layer, read off a stock model (on the meta device it costs nothing)."""
+        rotary_dim = self.rotary_dim(model)
+        return [self.facts(module, index, rotary_dim) for index, module in enumerate(self.modules(model))]
+
+    def facts(self, module: Any, index: int, rotary_dim: int) -> AttentionLayer:
+        """Facts of one layer, read off its attention module: no config logic is copied."""
+        config = module.config
+        return AttentionLayer(
+            index=index,
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=module.head_dim,
+            scaling=module.scaling,
+            rotary_dim=rotary_dim,
+            window=self.window(module),
+            layer_type=getattr(module, "layer_type", None),
+            qk_norm=hasattr(module, "q_norm"),
+            qkv_bias=module.q_proj.bias is not None,
+            o_bias=module.o_proj.bias is not None,
+            attention_dropout=module.attention_dropout,
+        )
+
+    def rotary_dim(self, model: nn.Module) -> int:
+        """Numbers of a head that turn with position."""
+        return 2 * model.get_submodule(self.rotary).inv_freq.shape[0]  # type: ignore[union-attr,operator,return-value]
+
+    def window(self, module: Any) -> int | None:
+        """The sliding window of one layer in tokens, None if it sees everything."""
+        return getattr(module, "sliding_window", None)
+
+    def norms(self, module: Any) -> tuple[nn.Module | None, nn.Module | None]:
+        """The modules that normalise each head of queries and keys, or None."""
+        return getattr(module, "q_norm", None), getattr(module, "k_norm", None)
+
+    def weights(self, read: Callable[[str], Tensor], layer: AttentionLayer) -> AttentionWeights:
+        """One layer's tensors. `read` takes a name inside the layer's attention, such as `q_proj.weight`."""
+        names = {f"{p}_proj": f"{p}_proj.weight" for p in "qkvo"}
+        names |= {f"{p}_bias": f"{p}_proj.bias" for p in "qkv" if layer.qkv_bias}
+        names |= {"o_bias": "o_proj.bias"} if layer.o_bias else {}
+        names |= {f"{p}_norm": f"{p}_norm.weight" for p in "qk"} if layer.qk_norm else {}
+        return AttentionWeights(**{field: read(name) for field, name in names.items()})
+
+
+CONTRACT = Architecture
+
+
+def all_architectures() -> list[Architecture]:
+    """Every family that kvfold knows."""
+    return [architecture(name) for name in registry.names("architectures")]
+
+
+@functools.cache
+def architecture(model_type: str) -> Architecture:
+    """The family of a model_type. Raises CheckpointError with the nearest one and the list."""
+    if model_type.startswith("kvfold_"):
+        raise CheckpointError(
+            f"model_type is {model_type!r}: this folder is folded already. Fold the original model again instead."
+        )
+    if model_type not in registry.names("architectures"):
+        known = registry.names("architectures")
+        raise CheckpointError("config.json: " + registry.unknown("supported model_type", model_type, known))
+    return registry.load("architectures", model_type)()
+
+
+def source_config(arch: Architecture, config: dict[str, Any]) -> transformers.PretrainedConfig:
+    """The stock config object of a config.json. Raises CheckpointError where head counts do not fit each other."""
+    try:
+        loaded = arch.config_class.from_dict(config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"config.json does not describe a {arch.model_type} model: {error}") from error
+    heads, kv_heads = loaded.num_attention_heads, getattr(loaded, "num_key_value_heads", None)
+    if kv_heads and heads % kv_heads:
+        raise CheckpointError(
+            f"config.json: {heads} query heads are not divisible by {kv_heads} key/value heads. Check num_attention_heads"
+            " and num_key_value_heads."
+        )
+    return loaded
+
+
+def empty_model(arch: Architecture, config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
+    """The stock model with parameters on the meta device and real buffers: facts and code for free, no weights."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False), torch.no_grad():
+        return arch.model_class(config).eval()

@@ -1,0 +1,100 @@
+"""The canonical form that every family is read into: facts, weights and folded weights of one attention layer.
+
+Letters of shape suffixes, here and everywhere: B batch, T query tokens, S cached tokens, D hidden, N query heads,
+K kv heads of the source, H head_dim, C stored key heads, R width of a stored key head, U stored value heads,
+V width of a stored value head, t = K/C source heads per stored head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionLayer:
+    """Facts of one layer of the original model.
+
+    `rotary_dim`: how many of a head's numbers turn with position. `qk_norm`: queries and keys are normalised per head
+    before rotation. `layer_type`: the name by which the family chooses masks and rotary tables.
+    """
+
+    index: int
+    hidden_size: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scaling: float
+    rotary_dim: int
+    window: int | None = None
+    layer_type: str | None = None
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    attention_dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionWeights:
+    """Tensors of one layer of the original model, [out_features, in_features] as in nn.Linear.
+
+    q_proj [N*H, D], k_proj and v_proj [K*H, D], o_proj [D, N*H]; biases [out] or None; q_norm, k_norm [H] or None.
+    """
+
+    q_proj: Tensor
+    k_proj: Tensor
+    v_proj: Tensor
+    o_proj: Tensor
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldedWeights:
+    """Tensors of one folded layer, named as the runtime names them.
+
+    k_proj gives the source's K heads where the plan has `k_projection`, else the C stored ones. k_a_proj [C, R, t*H] takes
+    the rotated keys of a group to what is stored; k_b_proj [C, t*H, R] leads back. v_proj [U*V, D];
+    v_b_proj [U, t*H, V] leads back to the source's value heads, or is None where that is fused into o_proj.
+    o_proj [D, N*V], or [D, N*H] beside a v_b_proj.
+    """
+
+    q_proj: Tensor
+    k_proj: Tensor
+    v_proj: Tensor
+    o_proj: Tensor
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    k_a_proj: Tensor | None = None
+    k_b_proj: Tensor | None = None
+    v_b_proj: Tensor | None = None
+
+    def state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors under the parameter names of the runtime's module, in the checkpoint's dtype."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            parameter_name(name): tensor.to(dtype).contiguous()
+            for name, tensor in tensors.items()
+            if tensor is not None
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> FoldedWeights:
+        """The inverse of `state_dict`, for the oracle."""
+        return cls(**{f.name: state.get(parameter_name(f.name)) for f in fields(cls)})  # type: ignore[arg-type]
+
+
+def parameter_name(field: str) -> str:
+    """`q_bias` -> `q_proj.bias`, anything else -> `<field>.weight`."""
+    return f"{field[0]}_proj.bias" if field.endswith("_bias") else f"{field}.weight"

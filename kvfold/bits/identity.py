@@ -1,0 +1,17 @@
+"""identity: stored numbers keep the checkpoint's own dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvfold.attention import AttentionLayer
+from kvfold.bits.base import BitsMethod
+from kvfold.plan import CacheSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity(BitsMethod):
+    """No change."""
+
+    def apply(self, layer: AttentionLayer, spec: CacheSpec) -> CacheSpec:
+        return spec

@@ -1,0 +1,168 @@
+"""Reading a Hugging Face model folder tensor by tensor, with every fault named before it can do harm."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kvfold.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+NOT_COPIED = {"config.json", INDEX}
+MAX_HEADER_BYTES = 100_000_000
+
+
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Names of floating-point types in safetensors headers, and in config.json."""
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies, and what its shard's header says of it."""
+
+    shard: str
+    dtype: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder whose files have been checked: its config, and what its weight files hold."""
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+
+    @classmethod
+    def open(cls, model: str | Path) -> Checkpoint:
+        """A local folder, or a model id on the hub. Raises CheckpointError on anything missing, truncated or foreign."""
+        path = locate(model)
+        config = read_json(path / "config.json")
+        if quantization := config.get("quantization_config"):
+            method = quantization.get("quant_method", "?")
+            raise CheckpointError(
+                f"{path} holds {method}-quantized weights; kvfold folds float32, bfloat16 or float16."
+                " Save a dequantized copy first."
+            )
+        shard_of = _shard_of(path)
+        tensors: dict[str, StoredTensor] = {}
+        for shard in sorted(set(shard_of.values())):
+            tensors.update(_read_header(path / shard))
+        if missing := sorted(set(shard_of) - set(tensors)):
+            raise CheckpointError(
+                f"{path / INDEX} names {len(missing)} tensors that their shards do not hold, for example {missing[0]} in"
+                f" {shard_of[missing[0]]}. Download the folder again."
+            )
+        return cls(path, str(model), config, tensors)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its own dtype, in memory of its own. Raises CheckpointError if it is missing or holds NaN."""
+        if name not in self.tensors:
+            raise CheckpointError(
+                f"{self.path} has no tensor {name!r}; it holds {len(self.tensors)}, for example"
+                f" {sorted(self.tensors)[0]!r}. Is config.json that of another model?"
+            )
+        shard = self.path / self.tensors[name].shard
+        try:
+            # Opened anew for each tensor: a mapping that stays open keeps every page it touched in resident memory.
+            with safe_open(shard, framework="pt") as file:
+                tensor = file.get_tensor(name).clone()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{shard} cannot be read at tensor {name!r}: {error}. Download it again.") from error
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(
+                f"{shard}: tensor {name!r} holds {bad} NaN or infinite numbers of {tensor.numel()}."
+                " The checkpoint is damaged or diverged in training; use an intact one."
+            )
+        return tensor
+
+    def fingerprint(self) -> str:
+        """A short hash of config, headers and the weight files' sizes and times: says whether statistics still fit."""
+        digest = hashlib.sha256(json.dumps([self.config, self.tensors], sort_keys=True).encode())
+        for shard in sorted({stored.shard for stored in self.tensors.values()}):
+            status = (self.path / shard).stat()
+            digest.update(f"{shard} {status.st_size} {status.st_mtime_ns}".encode())
+        return digest.hexdigest()[:16]
+
+    def side_files(self) -> Iterator[Path]:
+        """Everything beside weights and config that belongs to the model: tokenizer, generation config, chat template."""
+        for file in sorted(self.path.iterdir()):
+            if file.is_file() and file.suffix in COPIED_SUFFIXES and file.name not in NOT_COPIED:
+                yield file
+
+
+def locate(model: str | Path) -> Path:
+    """The local folder of a model: itself, or the hub's snapshot. Raises CheckpointError if there is neither."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
+        raise CheckpointError(f"{model} is not a folder; give a model folder with config.json and *.safetensors.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{model} is neither a local folder nor a model that the hub would give: {error}"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError that names the file."""
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} has no {path.name}; give a Hugging Face model folder.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}. Download it again.") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__} where a JSON object was expected.")
+    return data
+
+
+def _shard_of(path: Path) -> dict[str, str]:
+    if (path / INDEX).exists():
+        shard_of: dict[str, str] = read_json(path / INDEX).get("weight_map", {})
+    elif (path / SINGLE).exists():
+        shard_of = dict.fromkeys(_read_header(path / SINGLE), SINGLE)
+    else:
+        pickles = sorted(p.name for p in path.glob("*.bin"))
+        hint = f" It has {pickles[0]}; convert pickles with transformers' save_pretrained first." if pickles else ""
+        raise CheckpointError(f"{path} has neither {SINGLE} nor {INDEX}.{hint}")
+    if missing := sorted(s for s in set(shard_of.values()) if not (path / s).exists()):
+        raise CheckpointError(f"{path} lacks the weight file {missing[0]} that {INDEX} names; download it again.")
+    return shard_of
+
+
+def _read_header(shard: Path) -> dict[str, StoredTensor]:
+    """What a shard's header promises, after checking that the file is as long as the header says."""
+    actual = shard.stat().st_size
+    try:
+        with shard.open("rb") as file:
+            (header_size,) = struct.unpack("<Q", file.read(8))
+            if header_size > min(actual, MAX_HEADER_BYTES):
+                raise ValueError(f"a header of {header_size} bytes")
+            header = json.loads(file.read(header_size))
+        header.pop("__metadata__", None)
+        spans = {name: entry["data_offsets"] for name, entry in header.items()}
+        tensors = {name: StoredTensor(shard.name, header[name]["dtype"], end - start) for name, (start, end) in spans.items()}
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{shard} is not a safetensors file or is cut off ({error}). Download it again.") from error
+    expected = 8 + header_size + max((end for _, end in spans.values()), default=0)
+    if actual != expected:
+        raise CheckpointError(f"{shard} has {actual} bytes where its header promises {expected}; download it again.")
+    return tensors

@@ -1,0 +1,163 @@
+"""Several presets at several budgets, side by side at equal bytes: fold, load, evaluate, continue the same prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfold.data import first_windows, load_tokenizer
+from kvfold.errors import BudgetError
+from kvfold.evaluation import Evaluation, evaluate_models
+from kvfold.generation import continue_prompt
+from kvfold.linalg import discarded_energy
+from kvfold.loading import load_plan, load_weights
+from kvfold.pipeline import Source, compress, gather, open_source, resolve_device, self_sampled
+from kvfold.recipe import make_recipe
+from kvfold.storage import write_text
+
+CONTEXT = 32_768
+NEW_TOKENS = 32
+ENERGY_NEEDS = frozenset({"keys", "keys_before_rotation", "values"})
+EVALUATION_SEED_OFFSET = 1_000_003
+"""Text that the model samples for evaluation is drawn with another seed than its calibration text."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One preset at one budget. `evaluation` is None where no width of the method is that small."""
+
+    preset: str
+    asked_budget: float
+    evaluation: Evaluation | None
+    kv_bytes_at_32k: int | None
+    continuation: str | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows, the original's continuation, and the share of energy in leading directions per layer and tensor."""
+
+    model: str
+    calibration: str
+    evaluated_on: str
+    prompt: str
+    continuation: str
+    rows: list[Row]
+    energy: dict[str, list[list[float]]]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def compare(
+    model: str | Path,
+    *,
+    presets: Sequence[str],
+    budgets: Sequence[float],
+    calibration: dict[str, Any],
+    out: str | Path,
+    eval_file: str | Path | None = None,
+    max_tokens: int = 8192,
+    prompt: str = "The",
+    seed: int = 0,
+    device: str = "auto",
+) -> Comparison:
+    """Fold `model` with every preset at every budget and measure each on the same text, in float32 on the CPU and in its own dtype
+    on a GPU.
+
+    A preset is `NAME` or `NAME:AXIS.FIELD=VALUE,...`. `eval_file` None evaluates on text that the model samples (with
+    another seed than its calibration). Folded models are written under `out` and kept; so is `comparison.json`.
+    """
+    out, device = Path(out), resolve_device(device)
+    source = open_source(model)
+    fields = {"model": str(model), "calibration": calibration, "seed": seed}
+    first = make_recipe(fields | {"out": str(out / "unused")})
+    statistics = gather(first, source, ENERGY_NEEDS, out / "run", device)
+    assert statistics is not None, "energies need statistics"
+    energy = {name: [] for name in sorted(ENERGY_NEEDS)}
+    for layer in source.layers:
+        for name, moment in statistics.layer(layer.index, ENERGY_NEEDS).items():
+            energy[name].append(_cumulative_energy(moment.second_FF))
+    seq_len = first.calibration.seq_len
+    windows_WT = _windows(source, eval_file, seq_len, max_tokens, seed, out / "run", device)
+    dtype = torch.float32 if device == "cpu" else getattr(torch, load_plan(source.checkpoint.path)[0].dtype)
+    bench = _Bench(source, windows_WT, prompt, dtype, device, out)
+    rows = [
+        bench.run(fields, preset, budget) for budget in sorted(budgets, reverse=True) for preset in presets
+    ]
+    result = Comparison(
+        model=str(model),
+        calibration=f"{first.calibration.data}, {first.calibration.num_samples} x {seq_len or 'context'} tokens, seed {seed}",
+        evaluated_on=f"{eval_file or 'text sampled by the model'}, {windows_WT.numel()} tokens",
+        prompt=prompt,
+        continuation=bench.continue_prompt(bench.base),
+        rows=rows,
+        energy=energy,
+    )
+    write_text(out / "comparison.json", json.dumps(result.to_json(), indent=1))
+    return result
+
+
+@dataclass
+class _Bench:
+    """The original model, loaded once, and what every folded model is measured on."""
+
+    source: Source
+    windows_WT: Tensor
+    prompt: str
+    dtype: torch.dtype
+    device: str
+    out: Path
+
+    def __post_init__(self) -> None:
+        self.base = load_weights(self.source.checkpoint.path, self.dtype, self.device)
+        self.tokenizer = load_tokenizer(self.source.checkpoint.path)
+
+    def run(self, fields: dict[str, Any], preset: str, budget: float) -> Row:
+        name, _, sets = preset.partition(":")
+        folder = self.out / f"{preset.replace(':', '-').replace(',', '-')}-{budget:.4g}"
+        recipe = make_recipe(
+            fields | {"preset": name, "kv_budget": budget, "out": str(folder)}, [s for s in sets.split(",") if s]
+        )
+        try:
+            with warnings.catch_warnings():  # the table states the budget that was reached
+                warnings.simplefilter("ignore")
+                folded = compress(recipe, run_dir=self.out / "run", overwrite=True, device=self.device)
+        except BudgetError as error:
+            return Row(preset, budget, None, None, None, str(error))
+        model = load_weights(folded.out, self.dtype, self.device)
+        evaluation = evaluate_models(model, self.base, self.windows_WT, folded.plan)
+        return Row(preset, budget, evaluation, folded.plan.kv_bytes(CONTEXT), self.continue_prompt(model))
+
+    def continue_prompt(self, model: Any) -> str:
+        return continue_prompt(model, self.tokenizer, self.prompt, NEW_TOKENS, do_sample=False)[0]
+
+
+def _windows(
+    source: Source, eval_file: str | Path | None, seq_len: int, max_tokens: int, seed: int, run_dir: Path, device: str
+) -> Tensor:
+    seq_len = seq_len or min(2048, source.checkpoint.config["max_position_embeddings"])
+    if eval_file is not None:
+        return first_windows(load_tokenizer(source.checkpoint.path), eval_file, seq_len=seq_len, max_tokens=max_tokens)
+    return self_sampled(
+        source,
+        run_dir,
+        num_samples=max(max_tokens // seq_len, 1),
+        seq_len=seq_len,
+        seed=seed + EVALUATION_SEED_OFFSET,
+        device=device,
+    )
+
+
+def _cumulative_energy(moment_FF: Tensor) -> list[float]:
+    """Share of the energy in the 1, 2, ... leading directions, rounded for the report."""
+    return [round(1 - float(lost), 5) for lost in discarded_energy(moment_FF)[1:]]

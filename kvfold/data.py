@@ -1,0 +1,162 @@
+"""Text into sequences of tokens: from a file, from a data set, or sampled by the model itself."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfold.errors import CheckpointError, DataError
+from kvfold.progress import track
+
+CHARS_PER_TOKEN = 10
+"""More than a token of any usual text takes, so that a slice of text is rarely too short."""
+
+OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
+TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+SAMPLE_BATCH = 32
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a model folder. Raises CheckpointError where it is missing."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers raises whatever the missing file's loader raised
+        files = sorted(p.name for p in Path(path).iterdir()) if Path(path).is_dir() else []
+        raise CheckpointError(
+            f"{path} has no tokenizer that transformers can load ({type(error).__name__}: {str(error)[:200]})."
+            f" It holds {files}. Copy tokenizer.json and tokenizer_config.json of the model into it."
+        ) from error
+
+
+def sequences(
+    tokenizer: Any,
+    data: str,
+    *,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    config: str | None = None,
+    split: str = "train",
+    text_field: str = "text",
+) -> Tensor:
+    """[num_samples, seq_len] token ids, drawn without overlap from all over the text.
+
+    Fewer sequences, with a warning, where the text is short; DataError where it is shorter than one.
+    """
+    enough = num_samples * seq_len * CHARS_PER_TOKEN
+    text = _read_text(data, enough, seed, config, split, text_field, tokenizer.eos_token or "\n\n")
+    rng = random.Random(seed)
+    # One draw per equal part of the text: sequences never overlap, and the whole text is seen.
+    part = max(len(text) // num_samples, 1)
+    drawn = [_draw(tokenizer, text[i * part : (i + 1) * part], seq_len, rng) for i in range(num_samples)]
+    rows = [row for row in drawn if row is not None]
+    if len(rows) < num_samples:
+        ids = tokenizer(text[: enough * 2])["input_ids"]
+        rows = [ids[i : i + seq_len] for i in range(0, len(ids) - seq_len + 1, seq_len)][:num_samples]
+        if not rows:
+            raise DataError(
+                f"{data} holds {len(ids)} tokens, fewer than one sequence of {seq_len}. Give more text or a smaller"
+                " --seq-len."
+            )
+        if len(rows) < num_samples:
+            warnings.warn(f"{data} holds only {len(rows)} sequences of {seq_len} tokens; {num_samples} were asked for.")
+    return torch.tensor(rows)
+
+
+def first_windows(tokenizer: Any, path: str | Path, *, seq_len: int, max_tokens: int | None) -> Tensor:
+    """[windows, seq_len]: a text file cut from its beginning, for evaluation. The incomplete last window is left out."""
+    limit = None if max_tokens is None else max_tokens * CHARS_PER_TOKEN + 1000
+    ids = tokenizer(_read_text(str(path), limit, 0, None, "train", "text", tokenizer.eos_token or "\n\n"))["input_ids"]
+    count = min(len(ids), max_tokens or len(ids)) // seq_len
+    if not count:
+        raise DataError(
+            f"{path} gives {len(ids)} tokens (--max-tokens {max_tokens}), fewer than one sequence of {seq_len}. Give more"
+            " text or a smaller --seq-len."
+        )
+    return torch.tensor(ids[: count * seq_len]).view(count, seq_len)
+
+
+@torch.no_grad()
+def sample_from_model(model: Any, *, num_samples: int, seq_len: int, seed: int) -> Tensor:
+    """[num_samples, seq_len] tokens that the model itself draws (temperature 1) after its begin-of-text token."""
+    config = model.config
+    start = next((t for t in (config.bos_token_id, config.eos_token_id) if isinstance(t, int)), None)
+    torch.manual_seed(seed)
+    rows = []
+    batches = range(0, num_samples, SAMPLE_BATCH)
+    for first in track(batches, "sampling text", len(batches)):
+        shape = (min(SAMPLE_BATCH, num_samples - first), 1)
+        prompt = torch.randint(config.vocab_size, shape) if start is None else torch.full(shape, start)
+        prompt = prompt.to(model.device)
+        options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_beams": 1}
+        out = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=seq_len - 1,
+            min_new_tokens=seq_len - 1,
+            eos_token_id=None,
+            pad_token_id=0,
+            **options,
+        )
+        rows.append(out.cpu())
+    return torch.cat(rows)
+
+
+def _draw(tokenizer: Any, text: str, seq_len: int, rng: random.Random) -> list[int] | None:
+    """`seq_len` tokens from a random place of `text` that begins with a word, or None where it is too short."""
+    start = rng.randrange(max(len(text) - seq_len * CHARS_PER_TOKEN, 0) + 1)
+    space = text.find(" ", start) + 1 if start else 0
+    ids = tokenizer(text[space : space + seq_len * CHARS_PER_TOKEN])["input_ids"]
+    return ids[:seq_len] if len(ids) >= seq_len else None
+
+
+def _read_text(
+    data: str, enough: int | None, seed: int, config: str | None, split: str, field: str, separator: str
+) -> str:
+    path = Path(data)
+    inner = path.with_suffix("") if path.suffix in OPENERS else path
+    if path.is_file() and inner.suffix not in TABLES:
+        opener = OPENERS.get(path.suffix, open)
+        try:
+            with opener(path, "rt", encoding="utf-8", errors="replace") as file:
+                return file.read()
+        except (OSError, lzma.LZMAError, EOFError) as error:
+            raise DataError(f"{data} cannot be read: {error}") from error
+    if not path.is_file() and (path.suffix in (*OPENERS, *TABLES, ".txt") or data.startswith((".", "/"))):
+        raise DataError(f"{data} does not exist. Give a .txt, .jsonl or .parquet file, a data set name, or `self`.")
+    return separator.join(_documents(data, path.is_file() and TABLES[inner.suffix], enough, seed, config, split, field))
+
+
+def _documents(
+    data: str, table: str | bool, enough: int | None, seed: int, config: str | None, split: str, field: str
+) -> Iterator[str]:
+    from datasets import load_dataset
+
+    try:
+        if table:
+            rows = load_dataset(str(table), data_files=data, split="train", streaming=True)
+        else:
+            rows = load_dataset(data, config, split=split, streaming=True)
+            rows = rows.shuffle(seed=seed, buffer_size=1000)
+        length = 0
+        for row in rows:
+            if field not in row:
+                raise DataError(f"{data} has the fields {sorted(row)}, no {field!r}; say --set calibration.text_field=NAME.")
+            yield row[field]
+            length += len(row[field])
+            if enough is not None and length > 2 * enough:
+                return
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises what its many loaders raise
+        raise DataError(f"{data} cannot be loaded as a data set: {type(error).__name__}: {str(error)[:300]}") from error

@@ -1,0 +1,128 @@
+"""What a folded model lost: loss, perplexity, KL to the original and top-1 agreement, on the same tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvfold import data
+from kvfold.errors import RecipeError
+from kvfold.loading import load
+from kvfold.plan import CachePlan
+from kvfold.progress import track
+
+MAX_SEQ_LEN = 2048
+POSITIONS_AT_ONCE = 1024
+"""Positions whose float64 log-probabilities over the vocabulary are in memory at once."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over `tokens` predicted tokens. `kl` is KL(original || folded) in nats per token.
+
+    `loss_change_stderr`: standard error of loss - base_loss over the windows of text.
+    """
+
+    loss: float
+    perplexity: float
+    base_loss: float
+    base_perplexity: float
+    kl: float
+    top1_agreement: float
+    kv_budget: float
+    kv_bytes_per_token: int
+    base_kv_bytes_per_token: int
+    tokens: int
+    loss_change_stderr: float
+
+    @property
+    def loss_change(self) -> float:
+        return self.loss - self.base_loss
+
+    def to_json(self) -> dict[str, float | int]:
+        """The fields that scripts rely on."""
+        values = dataclasses.asdict(self)
+        del values["loss_change_stderr"]
+        return values
+
+
+def evaluate(
+    folded: str | Path,
+    *,
+    against: str | Path,
+    data_file: str | Path,
+    max_tokens: int | None = None,
+    seq_len: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Evaluation:
+    """Compare a folded folder with its original on a text file, cut into windows of `seq_len` tokens from the beginning.
+
+    `seq_len` 0 takes the original's context length, at most 2,048. Raises KvfoldError on folders or text that do not fit.
+    """
+    base, model = (load(path, dtype=dtype, device=device) for path in (against, folded))
+    context = base.model.config.max_position_embeddings
+    windows_WT = data.first_windows(
+        base.tokenizer, data_file, seq_len=seq_len or min(MAX_SEQ_LEN, context), max_tokens=max_tokens
+    )
+    return evaluate_models(model.model, base.model, windows_WT, model.plan)
+
+
+@torch.no_grad()
+def evaluate_models(model: Any, base: Any, windows_WT: Tensor, plan: CachePlan) -> Evaluation:
+    """The same for loaded models and token windows [windows, tokens]."""
+    if model.config.vocab_size != base.config.vocab_size:
+        raise RecipeError(
+            f"the models have vocabularies of {model.config.vocab_size} and {base.config.vocab_size} tokens: --against must"
+            " be the original of this folder."
+        )
+    if windows_WT.shape[1] < 2:
+        raise RecipeError(f"windows of {windows_WT.shape[1]} token hold nothing to predict; give --seq-len 2 or more.")
+    per_window = torch.stack(
+        [
+            _measure(_logits(model, window), _logits(base, window), window.to(base.device))
+            for window in track(windows_WT, "evaluating", len(windows_WT))
+        ]
+    )
+    loss, base_loss, kl, agreement = per_window.mean(0).tolist()
+    change = per_window[:, 0] - per_window[:, 1]
+    stderr = change.std().item() / math.sqrt(len(change)) if len(change) > 1 else math.nan
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(loss),
+        base_loss=base_loss,
+        base_perplexity=math.exp(base_loss),
+        kl=kl,
+        top1_agreement=agreement,
+        kv_budget=plan.kv_budget,
+        kv_bytes_per_token=plan.kv_bytes_per_token(),
+        base_kv_bytes_per_token=plan.source_kv_bytes_per_token(),
+        tokens=windows_WT.shape[0] * (windows_WT.shape[1] - 1),
+        loss_change_stderr=stderr,
+    )
+
+
+def _logits(model: Any, window_T: Tensor) -> Tensor:
+    """Predictions [T - 1, vocabulary] of every token after the first."""
+    return model(window_T[None].to(model.device), use_cache=False).logits[0, :-1]
+
+
+def _measure(logits_TV: Tensor, base_logits_TV: Tensor, window_T: Tensor) -> Tensor:
+    """[4]: loss, base loss, KL and top-1 agreement of one window, summed in float64."""
+    total = torch.zeros(4, dtype=torch.float64)
+    targets_T = window_T[1:]
+    parts = (x.split(POSITIONS_AT_ONCE) for x in (logits_TV.to(base_logits_TV.device), base_logits_TV, targets_T))
+    for part, base_part, targets in zip(*parts, strict=True):
+        log_p, base_log_p = part.double().log_softmax(-1), base_part.double().log_softmax(-1)
+        agree = (part.argmax(-1) == base_part.argmax(-1)).double().sum()
+        losses = [F.nll_loss(log, targets, reduction="sum") for log in (log_p, base_log_p)]
+        kl = F.kl_div(log_p, base_log_p, log_target=True, reduction="sum")
+        total += torch.stack([*losses, kl, agree]).cpu()
+    return total / len(targets_T)

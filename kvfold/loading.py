@@ -1,0 +1,68 @@
+"""Loading a model folder, folded or not, with its plan and tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from kvfold.allocate import source_layer
+from kvfold.checkpoint import locate, read_json
+from kvfold.data import load_tokenizer
+from kvfold.errors import CheckpointError, RecipeError
+from kvfold.fold import source_dtype
+from kvfold.pipeline import open_source, resolve_device
+from kvfold.plan import CONFIG_KEY, ITEMSIZE, CachePlan, source_plan
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to run. `plan` is that of the untouched cache where the model is not folded."""
+
+    path: Path
+    model: Any
+    tokenizer: Any
+    plan: CachePlan
+    folded: bool
+
+
+def load(model: str | Path, *, dtype: str = "auto", device: str = "auto") -> Loaded:
+    """Load a folder or hub id. `auto` dtype is the checkpoint's on a GPU, and float32 on the CPU.
+
+    Raises CheckpointError where the folder is not a model that kvfold knows.
+    """
+    path, device = locate(model), resolve_device(device)
+    plan, folded = load_plan(path)
+    if dtype not in ("auto", *ITEMSIZE):
+        raise RecipeError(f"dtype {dtype!r} is not one of auto, {', '.join(ITEMSIZE)}.")
+    chosen = plan.dtype if dtype == "auto" and device != "cpu" else "float32" if dtype == "auto" else dtype
+    tokenizer = load_tokenizer(path)
+    return Loaded(path, load_weights(path, getattr(torch, chosen), device), tokenizer, plan, folded)
+
+
+def load_weights(path: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """The model of a folder, ready for inference, without transformers' progress bar."""
+    had_bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    except (OSError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    finally:
+        if had_bar:
+            transformers_logging.enable_progress_bar()
+
+
+def load_plan(model: str | Path) -> tuple[CachePlan, bool]:
+    """The plan of a folded folder, or that of a stock model's own cache; and whether the folder is folded."""
+    path = locate(model)
+    config = read_json(path / "config.json")
+    if config.get(CONFIG_KEY):
+        return CachePlan.from_dict(config[CONFIG_KEY]), True
+    source = open_source(path)
+    dtype = source_dtype(source.checkpoint, source.arch, source.layers[0])
+    return source_plan([source_layer(layer) for layer in source.layers], dtype), False

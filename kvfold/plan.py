@@ -1,0 +1,281 @@
+"""CachePlan: what is cached, who reads it, how wide, in how many bytes. The one format between methods and runtimes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvfold.errors import PlanError
+
+FORMAT_VERSION = 1
+CONFIG_KEY = "kv_compression_config"
+"""Key of config.json under which the plan lives."""
+
+CACHE_BLOCK = 256
+"""Tokens by which a cache grows. Part of the format, since allocated bytes follow from it."""
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of one number, by the name that config.json uses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceLayer:
+    """What one layer of the original model caches, under stock transformers.
+
+    `window` is the sliding window in tokens, None where a layer sees everything.
+    """
+
+    num_attention_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int | None = None
+
+    @property
+    def numbers_per_token(self) -> int:
+        return 2 * self.num_kv_heads * self.head_dim
+
+    def tokens_stored(self, context_len: int) -> int:
+        """Tokens that a stock DynamicCache holds after `context_len` tokens (a window keeps one fewer than its width)."""
+        return context_len if self.window is None else min(context_len, self.window - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """What one owning layer stores for each token.
+
+    Keys are `num_kv_heads` heads of `head_dim` numbers, values `num_v_heads` heads of `v_head_dim` numbers.
+    `k_projection`: keys go through `k_a_proj` after rotation, `k_b_proj` leads back to the source's heads.
+    `v_projection`: the way back to the source's value heads is kept apart (`v_b_proj`) instead of being fused into `o_proj`.
+    `output_bias`: the fold added a bias to `o_proj` that the source does not have.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    num_v_heads: int
+    v_head_dim: int
+    rope: str = "applied"
+    k_projection: bool = False
+    v_projection: bool = False
+    output_bias: bool = False
+    k_bits: int | None = None
+    v_bits: int | None = None
+    window: int | None = None
+    sinks: int = 0
+
+    @property
+    def numbers_per_token(self) -> int:
+        return self.num_kv_heads * self.head_dim + self.num_v_heads * self.v_head_dim
+
+    def tokens_allocated(self, context_len: int) -> int:
+        """Tokens for which a cache has room after `context_len` tokens: whole blocks, at most a window and a block more."""
+        capacity = round_up(context_len)
+        return capacity if self.window is None else min(capacity, round_up(self.window) + CACHE_BLOCK)
+
+    def tokens_read(self, context_len: int) -> int:
+        """Tokens that one decode step attends to."""
+        return context_len if self.window is None else min(context_len, self.window)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """The whole cache of a folded model.
+
+    `caches[i]` is what layer i stores; it is None where the layer reads the cache of the EARLIER layer
+    `kv_sharing_target_layer[i]`. `dtype` is the checkpoint's, in which bytes are counted unless another one is asked for.
+    Raises PlanError if the parts contradict each other.
+    """
+
+    dtype: str
+    source: tuple[SourceLayer, ...]
+    caches: tuple[CacheSpec | None, ...]
+    kv_sharing_target_layer: tuple[int | None, ...]
+    version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.source)
+
+    def owner(self, layer: int) -> int:
+        """The layer whose cache `layer` reads: itself, or the one it shares."""
+        target = self.kv_sharing_target_layer[layer]
+        return layer if target is None else target
+
+    def cache_of(self, layer: int) -> CacheSpec:
+        spec = self.caches[self.owner(layer)]
+        assert spec is not None, f"layer {layer} reads layer {self.owner(layer)}, which stores nothing"
+        return spec
+
+    @property
+    def owned(self) -> list[CacheSpec]:
+        return [spec for spec in self.caches if spec is not None]
+
+    @property
+    def kv_budget(self) -> float:
+        """Bytes kept per token / bytes per token of the original cache in its own dtype."""
+        return self.kv_bytes_per_token() / self.source_kv_bytes_per_token()
+
+    def kv_bytes_per_token(self, dtype: str | None = None) -> int:
+        """Bytes stored for one more token of one sequence, over all layers (inside every window)."""
+        return self.itemsize(dtype) * sum(spec.numbers_per_token for spec in self.owned)
+
+    def source_kv_bytes_per_token(self, dtype: str | None = None) -> int:
+        """The same for the original model."""
+        return self.itemsize(dtype) * sum(layer.numbers_per_token for layer in self.source)
+
+    def kv_bytes(self, context_len: int, *, batch_size: int = 1, dtype: str | None = None) -> int:
+        """Bytes allocated for `batch_size` sequences of `context_len` tokens, unfilled blocks and windows included."""
+        numbers = sum(spec.numbers_per_token * spec.tokens_allocated(context_len) for spec in self.owned)
+        return batch_size * self.itemsize(dtype) * numbers
+
+    def source_kv_bytes(self, context_len: int, *, batch_size: int = 1, dtype: str | None = None) -> int:
+        """Bytes that the original model's DynamicCache holds after `context_len` tokens."""
+        numbers = sum(layer.numbers_per_token * layer.tokens_stored(context_len) for layer in self.source)
+        return batch_size * self.itemsize(dtype) * numbers
+
+    def kv_read_bytes(self, context_len: int, *, dtype: str | None = None) -> int:
+        """Bytes of cache read by one decode step of one sequence; a shared cache is read by each of its readers."""
+        specs = [self.cache_of(layer) for layer in range(self.num_layers)]
+        return self.itemsize(dtype) * sum(s.numbers_per_token * s.tokens_read(context_len) for s in specs)
+
+    def itemsize(self, dtype: str | None = None) -> int:
+        return ITEMSIZE[dtype or self.dtype]
+
+    def servable_by(self) -> dict[str, str | None]:
+        """Runtime -> None if it serves this plan, else the obstacle and what to change."""
+        readers = [i for i, target in enumerate(self.kv_sharing_target_layer) if target is not None]
+        obstacle = None
+        if readers:
+            obstacle = (
+                f"layer {readers[0]} reads the cache of layer {self.owner(readers[0])}; this version of the transformers"
+                " runtime serves plans in which every layer owns its cache (depth.method: identity)"
+            )
+        return {"transformers": obstacle}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data; `from_dict` reads it back."""
+        return {
+            "version": self.version,
+            "dtype": self.dtype,
+            "source": [dataclasses.asdict(layer) for layer in self.source],
+            "caches": [spec and dataclasses.asdict(spec) for spec in self.caches],
+            "kv_sharing_target_layer": list(self.kv_sharing_target_layer),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CachePlan:
+        """The plan that `to_dict` wrote. Raises PlanError on unknown or missing fields."""
+        if data.get("version") != FORMAT_VERSION:
+            raise PlanError(
+                f"{CONFIG_KEY} has version {data.get('version')!r}; this kvfold reads version {FORMAT_VERSION}."
+                " Install the kvfold that wrote the folder, or fold the original model again."
+            )
+        _check_fields(data, cls, "plan")
+        return cls(
+            version=data["version"],
+            dtype=data["dtype"],
+            source=tuple(_build(SourceLayer, entry, f"source[{i}]") for i, entry in enumerate(data["source"])),
+            caches=tuple(entry and _build(CacheSpec, entry, f"caches[{i}]") for i, entry in enumerate(data["caches"])),
+            kv_sharing_target_layer=tuple(data["kv_sharing_target_layer"]),
+        )
+
+
+def round_up(tokens: int, block: int = CACHE_BLOCK) -> int:
+    """`tokens` rounded up to whole blocks."""
+    return -(-tokens // block) * block
+
+
+def source_plan(source: Sequence[SourceLayer], dtype: str) -> CachePlan:
+    """The plan that keeps the original cache as it is."""
+    caches = tuple(
+        CacheSpec(
+            num_kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            num_v_heads=layer.num_kv_heads,
+            v_head_dim=layer.head_dim,
+            window=layer.window,
+        )
+        for layer in source
+    )
+    return CachePlan(dtype=dtype, source=tuple(source), caches=caches, kv_sharing_target_layer=(None,) * len(caches))
+
+
+def _build(cls: Any, data: Mapping[str, Any], where: str) -> Any:
+    _check_fields(data, cls, where)
+    return cls(**data)
+
+
+def _check_fields(data: Mapping[str, Any], cls: Any, where: str) -> None:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(data) - set(fields)):
+        raise PlanError(
+            f"{CONFIG_KEY}.{where} has unknown fields {unknown}; this kvfold knows {sorted(fields)}."
+            " The folder was written by a newer kvfold or edited by hand."
+        )
+    required = {name for name, f in fields.items() if f.default is dataclasses.MISSING}
+    if missing := sorted(required - set(data)):
+        raise PlanError(f"{CONFIG_KEY}.{where} lacks the fields {missing}; fold the original model again.")
+
+
+def _validate(plan: CachePlan) -> None:
+    layers = len(plan.source)
+    if not layers or len(plan.caches) != layers or len(plan.kv_sharing_target_layer) != layers:
+        raise PlanError(
+            f"a plan needs one entry per layer: source has {layers}, caches {len(plan.caches)},"
+            f" kv_sharing_target_layer {len(plan.kv_sharing_target_layer)}."
+        )
+    if plan.dtype not in ITEMSIZE:
+        raise PlanError(f"dtype {plan.dtype!r} is not one of {sorted(ITEMSIZE)}; convert the checkpoint first.")
+    for index, (source, spec, target) in enumerate(
+        zip(plan.source, plan.caches, plan.kv_sharing_target_layer, strict=True)
+    ):
+        if (spec is None) == (target is None):
+            raise PlanError(f"layer {index} must either store a cache or read an earlier layer's, not both or neither.")
+        if spec is not None:
+            _validate_cache(index, source, spec)
+        elif target is not None:
+            _validate_target(plan, index, target)
+
+
+def _validate_cache(index: int, source: SourceLayer, spec: CacheSpec) -> None:
+    for name in ("num_kv_heads", "head_dim", "num_v_heads", "v_head_dim"):
+        if not isinstance(getattr(spec, name), int) or getattr(spec, name) < 1:
+            raise PlanError(f"layer {index}: {name} is {getattr(spec, name)!r}; it must be a positive whole number.")
+    for name in ("num_kv_heads", "num_v_heads"):
+        if source.num_kv_heads % getattr(spec, name):
+            raise PlanError(
+                f"layer {index}: {name} {getattr(spec, name)} does not divide the source's {source.num_kv_heads}"
+                f" key/value heads; choose one of {divisors(source.num_kv_heads)}."
+            )
+    if not spec.k_projection and spec.head_dim != source.head_dim:
+        raise PlanError(
+            f"layer {index}: keys of width {spec.head_dim} need k_projection, since rotation works on the source's"
+            f" {source.head_dim}-wide heads."
+        )
+    reserved = {"rope": "applied", "k_bits": None, "v_bits": None, "sinks": 0}
+    for name, only in reserved.items():
+        if getattr(spec, name) != only:
+            raise PlanError(
+                f"layer {index}: {name} = {getattr(spec, name)!r} is reserved; format version {FORMAT_VERSION}"
+                f" defines {name} = {only!r} only."
+            )
+    if spec.window != source.window:
+        raise PlanError(f"layer {index}: window {spec.window} differs from the source's {source.window}.")
+
+
+def _validate_target(plan: CachePlan, index: int, target: int) -> None:
+    if not 0 <= target < index or plan.caches[target] is None:
+        raise PlanError(
+            f"layer {index} reads layer {target!r}; a reader reads an EARLIER layer that stores a cache of its own."
+        )
+    if plan.source[target].window != plan.source[index].window:
+        raise PlanError(f"layer {index} and layer {target} share a cache but have different sliding windows.")
+
+
+def divisors(number: int) -> list[int]:
+    """All whole numbers that divide `number`, in rising order."""
+    return [d for d in range(1, number + 1) if number % d == 0]

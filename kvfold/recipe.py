@@ -1,0 +1,175 @@
+"""Recipe: everything that determines one result, as frozen dataclasses that are written to and read from YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kvfold import registry
+from kvfold.errors import RecipeError
+from kvfold.presets import PRESETS
+
+ALLOCATIONS = ("uniform", "greedy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Which text the statistics come from.
+
+    data: a .txt, .jsonl or .parquet file (also .xz and .gz), a data set name on the hub, or `self` (the model samples
+        its own text). None where the method reads weights only.
+    num_samples, seq_len: sequences, and tokens per sequence (0 takes the model's context length, at most 2,048).
+    config, split, text_field: of a data set.
+    """
+
+    data: str | None = None
+    num_samples: int = 128
+    seq_len: int = 0
+    config: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1 or self.seq_len < 0:
+            raise RecipeError(
+                f"calibration.num_samples is {self.num_samples} and seq_len {self.seq_len}; they must be at least 1 and 0."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One fold. The four axes hold a method's name and its fields: {"method": "svd_a", "latent": "group"}.
+
+    model: folder or hub id; out: the folder to write; kv_budget: bytes kept / bytes of the original cache.
+    allocate: `uniform` gives every layer the same share, `greedy` shares the budget by expected damage per byte.
+    Raises RecipeError on names, fields and values that do not exist or do not fit.
+    """
+
+    model: str
+    out: str
+    preset: str | None = None
+    kv_budget: float | None = None
+    allocate: str = "uniform"
+    seed: int = 0
+    depth: Mapping[str, Any] = field(default_factory=lambda: {"method": "identity"})
+    width: Mapping[str, Any] = field(default_factory=lambda: {"method": "identity"})
+    bits: Mapping[str, Any] = field(default_factory=lambda: {"method": "identity"})
+    length: Mapping[str, Any] = field(default_factory=lambda: {"method": "identity"})
+    calibration: Calibration = field(default_factory=Calibration)
+
+    def __post_init__(self) -> None:
+        if self.kv_budget is not None and not 0 < self.kv_budget <= 1:
+            raise RecipeError(
+                f"kv_budget is {self.kv_budget}; it is bytes kept / bytes of the original cache, above 0 and at most 1"
+                " (0.25 means four times smaller)."
+            )
+        if self.allocate not in ALLOCATIONS:
+            raise RecipeError(registry.unknown("allocation", self.allocate, ALLOCATIONS))
+        for axis in registry.AXES:
+            self.method(axis)
+
+    def method(self, axis: str) -> Any:
+        """The method of an axis, built from its name and fields."""
+        fields = dict(getattr(self, axis))
+        cls = registry.load(axis, fields.pop("method"))
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                what = f"field of {axis} method {getattr(self, axis)['method']!r} called"
+                raise RecipeError(registry.unknown(what, name, known or ["(none)"]))
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with every default written out."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for axis in registry.AXES:
+            data[axis] = {"method": data[axis]["method"]} | dataclasses.asdict(self.method(axis))
+        return data | {"calibration": dataclasses.asdict(self.calibration)}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
+    """A recipe from plain data (of YAML or of the command line) with its preset filled in and `a.b=value` applied last.
+
+    Fields in `data` win over the preset's.
+    """
+    tree: dict[str, Any] = {}
+    if preset := data.get("preset"):
+        if preset not in PRESETS:
+            raise RecipeError(registry.unknown("preset", preset, PRESETS))
+        _merge(tree, PRESETS[preset].fragment)
+    _merge(tree, data)
+    for assignment in sets:
+        _merge(tree, _parse_set(assignment))
+    if tree.get("kv_budget") is not None:
+        tree["kv_budget"] = parse_budget(tree["kv_budget"])
+    for axis in registry.AXES:
+        if axis in tree:
+            tree[axis] = {"method": "identity"} | tree[axis]
+    tree["calibration"] = _build(Calibration, tree.get("calibration", {}), "calibration field")
+    return _build(Recipe, tree, "recipe field")
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """Plain data of a YAML recipe, for `make_recipe`."""
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} holds no recipe: a mapping such as 'preset: svd_a' was expected.")
+    return data
+
+
+def parse_budget(value: Any) -> float:
+    """0.25, "0.25" or "1/4"."""
+    try:
+        return float(Fraction(str(value)))
+    except (ValueError, ZeroDivisionError) as error:
+        raise RecipeError(f"kv_budget {value!r} is not a number; give 0.25 or 1/4.") from error
+
+
+def _parse_set(assignment: str) -> dict[str, Any]:
+    path, separator, text = assignment.partition("=")
+    if not separator or not path:
+        raise RecipeError(f"--set {assignment!r} is not AXIS.FIELD=VALUE, for example width.latent=group.")
+    tree: Any = yaml.safe_load(text)
+    for name in reversed(path.split(".")):
+        tree = {name: tree}
+    return tree
+
+
+def _merge(tree: dict[str, Any], more: Mapping[str, Any]) -> None:
+    for name, value in more.items():
+        if isinstance(value, Mapping) and isinstance(tree.get(name), dict):
+            # another method's fields would not fit
+            if value.get("method", tree[name].get("method")) != tree[name].get("method"):
+                tree[name] = {}
+            _merge(tree[name], value)
+        elif isinstance(value, Mapping):
+            tree[name] = dict(value)
+        elif isinstance(tree.get(name), dict):
+            raise RecipeError(f"{name} = {value!r} was given where its fields are meant: {name}.method, for example.")
+        else:
+            tree[name] = value
+
+
+def _build(cls: Any, data: Mapping[str, Any], what: str) -> Any:
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for name in data:
+        if name not in known:
+            raise RecipeError(registry.unknown(what, name, known))
+    needed = [
+        n for n, f in known.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing := [name for name in needed if data.get(name) is None]:
+        raise RecipeError(f"the recipe lacks {', '.join(missing)}.")
+    return cls(**data)

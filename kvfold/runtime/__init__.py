@@ -1,0 +1,1 @@
+"""The transformers runtime: it reads a plan and weights, and knows no method."""

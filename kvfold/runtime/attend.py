@@ -1,0 +1,94 @@
+"""Attention over stored heads: the obvious way (`grouped_attention`) and the fast ways that are compared with it.
+
+Keys z [B, C, S, R] and values y [B, U, S, V] may differ in head count and width; C and U divide the N query heads, and
+nothing is ever expanded to N heads. Queries q [B, N, T, R] are already absorbed. Results are [B, T, N, V].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grouped_attention(
+    q_BNTR: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor | None, *, scale: float, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Any widths and head counts, by two matrix products. Returns the output and the probabilities [B, N, T, S]."""
+    B, N, T, R = q_BNTR.shape
+    C, S = z_BCSR.shape[1:3]
+    U, V = y_BUSV.shape[1], y_BUSV.shape[3]
+    queries = (q_BNTR * scale).reshape(B, C, N // C * T, R)
+    scores_BNTS = (queries @ z_BCSR.transpose(2, 3)).view(B, N, T, S)
+    probs_BNTS = _softmax(scores_BNTS, mask)
+    used = F.dropout(probs_BNTS, dropout) if dropout else probs_BNTS
+    out_BNTV = (used.reshape(B, U, N // U * T, S) @ y_BUSV).view(B, N, T, V)
+    return out_BNTV.transpose(1, 2), probs_BNTS
+
+
+def decode_attention(
+    q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor | None, *, scale: float
+) -> Tensor:
+    """One query token: the query heads of a stored head become the rows of one product, so each number is read once."""
+    B, N, _, R = q_BN1R.shape
+    C, U, V = z_BCSR.shape[1], y_BUSV.shape[1], y_BUSV.shape[3]
+    if (C, R) == (U, V):  # torch's fused kernel wants equal head counts and widths
+        packed = q_BN1R.view(B, C, N // C, R)
+        out = F.scaled_dot_product_attention(packed, z_BCSR, y_BUSV, attn_mask=mask, scale=scale)
+        return out.reshape(B, N, 1, V).transpose(1, 2)
+    if q_BN1R.device.type == "cpu" and q_BN1R.dtype != torch.float32:
+        return _decode_by_mm(q_BN1R, z_BCSR, y_BUSV, mask, scale)
+    return grouped_attention(q_BN1R, z_BCSR, y_BUSV, mask, scale=scale)[0]
+
+
+def _decode_by_mm(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    # On the CPU a batched half-precision product over a view of a larger buffer copies the buffer first; mm does not.
+    B, N, _, R = q_BN1R.shape
+    C, S = z_BCSR.shape[1:3]
+    U, V = y_BUSV.shape[1], y_BUSV.shape[3]
+    queries = (q_BN1R * scale).view(B, C, N // C, R)
+    scores = queries.new_empty(B, C, N // C, S)
+    out = queries.new_empty(B, U, N // U, V)
+    for b in range(B):
+        for c in range(C):
+            torch.mm(queries[b, c], z_BCSR[b, c].T, out=scores[b, c])
+    probs = _softmax(scores.view(B, N, 1, S), mask).view(B, U, N // U, S)
+    for b in range(B):
+        for u in range(U):
+            torch.mm(probs[b, u], y_BUSV[b, u], out=out[b, u])
+    return out.view(B, N, 1, V).transpose(1, 2)
+
+
+def prefill_attention(
+    q_BNTR: Tensor, k_BKSR: Tensor, y_BUSV: Tensor, mask: Tensor | None, *, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Many query tokens: torch's fused kernel, on heads and widths made equal for the duration of this call."""
+    N, T, R = q_BNTR.shape[1:]
+    K, U, V = k_BKSR.shape[1], y_BUSV.shape[1], y_BUSV.shape[3]
+    heads = K if K % U == 0 else U if U % K == 0 else N
+    k_BKSR, y_BUSV = _repeat_heads(k_BKSR, heads), _repeat_heads(y_BUSV, heads)
+    width = max(R, V)
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q_BNTR, k_BKSR, y_BUSV))
+    causal = mask is None and T > 1
+    assert not causal or k.shape[2] == T, "a prompt that continues a cache needs a mask"
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=heads != N
+    )
+    return out[..., :V].transpose(1, 2)
+
+
+def _repeat_heads(x_BCSR: Tensor, heads: int) -> Tensor:
+    repeats = heads // x_BCSR.shape[1]
+    return x_BCSR if repeats == 1 else x_BCSR.repeat_interleave(repeats, dim=1)
+
+
+def _softmax(scores_BNTS: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax in float32 under a mask: None (causal), bool (True = seen) or additive."""
+    T, S = scores_BNTS.shape[2:]
+    if mask is None and T > 1:
+        mask = torch.ones(T, S, dtype=torch.bool, device=scores_BNTS.device).tril(S - T)
+    if mask is not None and mask.dtype == torch.bool:
+        scores_BNTS = scores_BNTS.masked_fill(~mask, torch.finfo(scores_BNTS.dtype).min)
+    elif mask is not None:
+        scores_BNTS = scores_BNTS + mask
+    return scores_BNTS.softmax(dim=-1, dtype=torch.float32).to(scores_BNTS.dtype)

@@ -1,0 +1,149 @@
+"""The one attention module of every folded family."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from kvfold.attention import AttentionLayer
+from kvfold.plan import CacheSpec
+from kvfold.runtime.attend import decode_attention, grouped_attention, prefill_attention
+
+
+class GroupedLinear(nn.Module):
+    """One small matrix per group: [B, groups, T, in] -> [B, groups, T, out]. weight [groups, out, in]."""
+
+    def __init__(self, groups: int, in_features: int, out_features: int, **options: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups, out_features, in_features, **options))
+
+    def extra_repr(self) -> str:
+        groups, out_features, in_features = self.weight.shape
+        return f"{groups=}, {in_features=}, {out_features=}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.transpose(1, 2)
+
+
+class FoldedAttention(nn.Module):
+    """Attention of one layer under its cache spec. Takes the place of a family's attention module."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        layer: AttentionLayer,
+        spec: CacheSpec,
+        norms: tuple[nn.Module | None, nn.Module | None],
+        **options: Any,
+    ) -> None:
+        nn.Module.__init__(self)  # the family's own __init__ would build the modules that this one replaces
+        self.config, self.layer, self.spec = config, layer, spec
+        self.layer_idx, self.scaling, self.is_causal = layer.index, layer.scaling, True
+        D, N, H, K = layer.hidden_size, layer.num_attention_heads, layer.head_dim, layer.num_kv_heads
+        C, R, U, V = spec.num_kv_heads, spec.head_dim, spec.num_v_heads, spec.v_head_dim
+        self.q_proj = nn.Linear(D, N * H, bias=layer.qkv_bias, **options)
+        self.k_proj = nn.Linear(D, (K if spec.k_projection else C) * H, bias=layer.qkv_bias, **options)
+        self.v_proj = nn.Linear(D, U * V, bias=layer.qkv_bias, **options)
+        self.o_proj = nn.Linear(
+            N * (H if spec.v_projection else V), D, bias=layer.o_bias or spec.output_bias, **options
+        )
+        self.k_a_proj = GroupedLinear(C, K // C * H, R, **options) if spec.k_projection else None
+        self.k_b_proj = GroupedLinear(C, R, K // C * H, **options) if spec.k_projection else None
+        self.v_b_proj = GroupedLinear(U, V, K // U * H, **options) if spec.v_projection else None
+        self.q_norm, self.k_norm = norms
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        return f"keys {s.num_kv_heads} x {s.head_dim}, values {s.num_v_heads} x {s.v_head_dim}"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if kwargs.get("cache") is not None:
+            raise ValueError("continuous batching pages full-width keys; use generate() with a folded model.")
+        q = apply_rotary(self._heads(self.q_proj(hidden_states), self.q_norm), *position_embeddings)
+        z, y = self._new_keys_values(hidden_states, *position_embeddings)
+        if past_key_values is not None:
+            z, y = past_key_values.update(z, y, self.layer_idx)
+        out_BTNV, probs = self._attend(q, z, y, attention_mask)
+        if self.v_b_proj is not None:
+            out_BTNV = self._lead_values_back(out_BTNV)
+        return self.o_proj(out_BTNV.flatten(2)), probs
+
+    def _heads(self, x_BTF: Tensor, norm: nn.Module | None) -> Tensor:
+        """[B, T, heads*H] -> [B, heads, T, H], normalised where the family does."""
+        x = x_BTF.unflatten(-1, (-1, self.layer.head_dim))
+        return (x if norm is None else norm(x)).transpose(1, 2)
+
+    def _new_keys_values(self, hidden_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """What the T new tokens add to the cache: z [B, C, T, R], y [B, U, T, V]."""
+        z = apply_rotary(self._heads(self.k_proj(hidden_BTD), self.k_norm), cos, sin)
+        y = self.v_proj(hidden_BTD).unflatten(-1, (-1, self.spec.v_head_dim)).transpose(1, 2)
+        if self.k_a_proj is not None:
+            kappa = z.unflatten(1, (self.spec.num_kv_heads, -1)).transpose(2, 3).flatten(3)
+            z = self.k_a_proj(kappa)
+        return z, y
+
+    def _attend(self, q: Tensor, z: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Decoding is bound by the bytes of the cache, so queries are absorbed. A prompt is bound by arithmetic: there
+        unequal heads are made equal once, so that the fused kernel serves them."""
+        dropout = self.layer.attention_dropout if self.training else 0.0
+        if self.config._attn_implementation == "eager":
+            return grouped_attention(self._absorb(q), z, y, mask, scale=self.scaling, dropout=dropout)
+        if q.shape[2] == 1 and not dropout:
+            return decode_attention(self._absorb(q), z, y, mask, scale=self.scaling), None
+        if z.shape[1::2] == y.shape[1::2]:
+            return prefill_attention(self._absorb(q), z, y, mask, scale=self.scaling, dropout=dropout), None
+        return prefill_attention(q, self._rebuild(z), y, mask, scale=self.scaling, dropout=dropout), None
+
+    def _absorb(self, q_BNTH: Tensor) -> Tensor:
+        """Queries [B, N, T, H] -> [B, N, T, R], so that they meet the stored keys directly."""
+        if self.k_b_proj is None:
+            return q_BNTH
+        back_KHR = self.k_b_proj.weight.view(-1, self.layer.head_dim, self.spec.head_dim)
+        B, N, T, H = q_BNTH.shape
+        per_kv_head = q_BNTH.reshape(B, self.layer.num_kv_heads, -1, H)
+        return (per_kv_head @ back_KHR).view(B, N, T, -1)
+
+    def _rebuild(self, z_BCSR: Tensor) -> Tensor:
+        """Stored keys [B, C, S, R] -> keys of the source's heads [B, K, S, H]."""
+        if self.k_b_proj is None:
+            return z_BCSR
+        kappa = self.k_b_proj(z_BCSR)
+        return kappa.unflatten(3, (-1, self.layer.head_dim)).transpose(2, 3).flatten(1, 2)
+
+    def _lead_values_back(self, out_BTNV: Tensor) -> Tensor:
+        """Averaged latents [B, T, N, V] -> averaged values of the source's heads [B, T, N, H]."""
+        assert self.v_b_proj is not None
+        B, T, N, V = out_BTNV.shape
+        back_KVH = self.v_b_proj.weight.view(-1, self.layer.head_dim, V).transpose(1, 2)
+        per_kv_head = out_BTNV.transpose(1, 2).reshape(B, self.layer.num_kv_heads, -1, V)
+        return (per_kv_head @ back_KVH).view(B, N, T, -1).transpose(1, 2)
+
+
+def apply_rotary(x_BNTH: Tensor, cos_BTr: Tensor, sin_BTr: Tensor) -> Tensor:
+    """Rotate the first r numbers of each head, half-split pairs; cos and sin come from the model's own rotary module."""
+    cos, sin = cos_BTr.unsqueeze(1), sin_BTr.unsqueeze(1)
+    rotary_dim = cos.shape[-1]
+    turning, rest = x_BNTH[..., :rotary_dim], x_BNTH[..., rotary_dim:]
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cos + torch.cat((-second, first), dim=-1) * sin
+    return turned if not rest.shape[-1] else torch.cat((turned, rest), dim=-1)
+
+
+@functools.cache
+def attention_class(family_attention: type[nn.Module]) -> type[FoldedAttention]:
+    """FoldedAttention that is also an instance of the family's class, by which transformers records attentions."""
+    name = "Folded" + family_attention.__name__
+    cls = type(name, (FoldedAttention, family_attention), {"__module__": __name__})
+    globals()[name] = cls  # pickle and copy look a class up by its module and name
+    return cls

@@ -1,0 +1,160 @@
+"""One model class per family: the stock class with its attention replaced, and the folded cache in generate()."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import initialization as init
+
+from kvfold.architectures.base import Architecture, all_architectures
+from kvfold.errors import CheckpointError, PlanError
+from kvfold.plan import CONFIG_KEY, CachePlan
+from kvfold.runtime.attention import FoldedAttention, GroupedLinear, attention_class
+from kvfold.runtime.cache import FoldedCache
+
+MODEL_TYPE_PREFIX = "kvfold_"
+
+
+class FoldedModel:
+    """Mixin before a stock causal model. Raises PlanError if the config holds no plan that this runtime serves."""
+
+    architecture: Architecture
+    config: Any
+
+    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._replace_attention()
+
+    @property
+    def kv_plan(self) -> CachePlan:
+        """The plan that the config holds."""
+        return CachePlan.from_dict(self.config.kv_compression_config)
+
+    def _replace_attention(self) -> None:
+        if self.config.kv_compression_config is None:
+            raise PlanError(f"the config has no {CONFIG_KEY}; load a folder that `kvfold compress` wrote.")
+        plan = self.kv_plan
+        if obstacle := plan.servable_by()["transformers"]:
+            raise PlanError(obstacle)
+        layers = self.architecture.describe(self)  # type: ignore[arg-type]
+        for facts, old in zip(layers, self.architecture.modules(self), strict=True):  # type: ignore[arg-type]
+            weight = next(old.parameters())
+            new = attention_class(type(old))(
+                self.config,
+                facts,
+                plan.cache_of(facts.index),
+                self.architecture.norms(old),
+                device=weight.device,
+                dtype=weight.dtype,
+            )
+            parent = self.get_submodule(self.architecture.prefix(facts.index).rstrip("."))  # type: ignore[attr-defined]
+            setattr(parent, self.architecture.attention, new)
+            if weight.device.type != "meta":
+                new.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, GroupedLinear):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif not isinstance(module, FoldedAttention):  # the family's rule would look for the family's tensors in it
+            super()._init_weights(module)  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, but an incomplete checkpoint is an error: its missing tensors would be random numbers."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        faults = {key: sorted(map(str, info[key]))[:3] for key in info if info[key] and key.endswith("_keys")}
+        if faults:
+            where = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+            raise CheckpointError(f"{where} does not hold the weights that its {CONFIG_KEY} asks for: {faults}")
+        return (model, info) if output_loading_info else model
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        kind = generation_config.cache_implementation
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        elif kind in (None, "dynamic"):
+            cache = FoldedCache(self.kv_plan)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+            model_kwargs["past_key_values"] = cache
+        else:
+            raise ValueError(
+                f"cache_implementation={kind!r} cannot hold a folded cache; leave it out. Bits per number are part of the"
+                " plan, not of generate()."
+            )
+
+
+def _folded_forward(stock_class: type[PreTrainedModel]) -> Any:
+    """The family's forward, with a FoldedCache where it would make a DynamicCache. Its signature stays: generate(),
+    Trainer and peft inspect it."""
+    signature = inspect.signature(stock_class.forward)
+
+    @functools.wraps(stock_class.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind_partial(self, *args, **kwargs).arguments
+        use_cache = bound.get("use_cache")
+        wanted = self.config.use_cache if use_cache is None else use_cache
+        if wanted and bound.get("past_key_values") is None and not self.training:
+            bound["past_key_values"] = FoldedCache(self.kv_plan)
+        bound.pop("self")
+        extra = bound.pop("kwargs", {})
+        return stock_class.forward(self, **bound, **extra)
+
+    return forward
+
+
+@functools.cache
+def folded_classes(arch: Architecture) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
+    """The config class and the model class of a folded family, for example KvfoldLlamaForCausalLM."""
+    stem = arch.config_class.__name__.removesuffix("Config")
+    config = type(
+        f"Kvfold{stem}Config",
+        (arch.config_class,),
+        {
+            "__module__": __name__,
+            "__annotations__": {CONFIG_KEY: dict | None},
+            "model_type": MODEL_TYPE_PREFIX + arch.model_type,
+            CONFIG_KEY: None,
+            "base_model_tp_plan": None,
+            "base_model_pp_plan": None,
+        },
+    )
+    model = type(
+        f"Kvfold{arch.causal_lm}",
+        (FoldedModel, arch.model_class),
+        {
+            "__module__": __name__,
+            "__annotations__": {"config": config},
+            "architecture": arch,
+            "config_class": config,
+            "forward": _folded_forward(arch.model_class),
+            "_tp_plan": None,
+            "_pp_plan": None,
+            "_supports_flash_attn": False,
+            "_supports_flex_attn": False,
+        },
+    )
+    globals()[config.__name__], globals()[model.__name__] = config, model  # pickle looks classes up here
+    return config, model
+
+
+def register() -> None:
+    """Teach AutoConfig and AutoModelForCausalLM the folded families. Safe to call twice."""
+    for arch in all_architectures():
+        config, model = folded_classes(arch)
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, model, exist_ok=True)
+
+
+def empty_folded_model(arch: Architecture, config: dict[str, Any]) -> PreTrainedModel:
+    """A folded model on the meta device, from the dictionary of its config.json: names and shapes of its tensors."""
+    config_class, model_class = folded_classes(arch)
+    with torch.device("meta"):
+        return model_class(config_class.from_dict(config))
