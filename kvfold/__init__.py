@@ -3,6 +3,32 @@
 Importing it teaches transformers' Auto classes to load folded models; nothing is patched.
 """
 
+from kvfold.comparison import compare
+from kvfold.demonstration import demo
+from kvfold.evaluation import evaluate
+from kvfold.generation import generate
+from kvfold.inspection import inspect
+from kvfold.loading import load
+from kvfold.pipeline import compress
+from kvfold.plan import CachePlan, CacheSpec
+from kvfold.recipe import Recipe, load_recipe, make_recipe
 from kvfold.runtime.modeling import register as _register
+from kvfold.version import __version__
+
+__all__ = [
+    "CachePlan",
+    "CacheSpec",
+    "Recipe",
+    "__version__",
+    "compare",
+    "compress",
+    "demo",
+    "evaluate",
+    "generate",
+    "inspect",
+    "load",
+    "load_recipe",
+    "make_recipe",
+]
 
 _register()

@@ -142,7 +142,7 @@ def _embed(
     base = model.base_model
     prefix = f"{model.base_model_prefix}."
     _load(base, prefix, checkpoint, device, skip=arch.layers.removeprefix(prefix) + ".")
-    modules = list(model.get_submodule(arch.layers))  # type: ignore[arg-type]
+    modules = list(model.get_submodule(arch.layers).children())
     entered: list[Tensor] = []
     calls: list[dict[str, Any]] = []
 
@@ -176,7 +176,13 @@ def _register_observed_attention() -> str:
 
 
 def _observed_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, kvfold_observer: Observer, **kwargs: Any
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    kvfold_observer: Observer,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     kvfold_observer(query, key, value)
     return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
@@ -208,7 +214,7 @@ def _layer_file(folder: Path, index: int) -> Path:
 
 
 def _save_layer(folder: Path, index: int, moments: dict[str, Moment], hidden_BTD: Tensor, last: bool) -> None:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, moment in moments.items():
         tensors |= {f"{name}.mean": moment.mean_F.cpu(), f"{name}.second": moment.second_FF.cpu()}
     write_tensors(_layer_file(folder, index), tensors, {})

@@ -114,7 +114,9 @@ def locate(model: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
+        return Path(
+            snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"])
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{model} is neither a local folder nor a model that the hub would give: {error}"
@@ -159,9 +161,13 @@ def _read_header(shard: Path) -> dict[str, StoredTensor]:
             header = json.loads(file.read(header_size))
         header.pop("__metadata__", None)
         spans = {name: entry["data_offsets"] for name, entry in header.items()}
-        tensors = {name: StoredTensor(shard.name, header[name]["dtype"], end - start) for name, (start, end) in spans.items()}
+        tensors = {
+            name: StoredTensor(shard.name, header[name]["dtype"], end - start) for name, (start, end) in spans.items()
+        }
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{shard} is not a safetensors file or is cut off ({error}). Download it again.") from error
+        raise CheckpointError(
+            f"{shard} is not a safetensors file or is cut off ({error}). Download it again."
+        ) from error
     expected = 8 + header_size + max((end for _, end in spans.values()), default=0)
     if actual != expected:
         raise CheckpointError(f"{shard} has {actual} bytes where its header promises {expected}; download it again.")

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from kvfold.data import first_windows, load_tokenizer
 from kvfold.errors import BudgetError
-from kvfold.evaluation import Evaluation, evaluate_models
+from kvfold.evaluation import MAX_SEQ_LEN, Evaluation, evaluate_models
 from kvfold.generation import continue_prompt
 from kvfold.linalg import discarded_energy
 from kvfold.loading import load_plan, load_weights
 from kvfold.pipeline import Source, compress, gather, open_source, resolve_device, self_sampled
-from kvfold.recipe import make_recipe
+from kvfold.recipe import Recipe, make_recipe
 from kvfold.storage import write_text
 
 CONTEXT = 32_768
@@ -71,33 +71,24 @@ def compare(
     seed: int = 0,
     device: str = "auto",
 ) -> Comparison:
-    """Fold `model` with every preset at every budget and measure each on the same text, in float32 on the CPU and in its own dtype
-    on a GPU.
+    """Fold `model` with every preset at every budget and measure each on the same text.
 
-    A preset is `NAME` or `NAME:AXIS.FIELD=VALUE,...`. `eval_file` None evaluates on text that the model samples (with
+    On the CPU models run in float32, on a GPU in the checkpoint's dtype. A preset is `NAME` or `NAME:AXIS.FIELD=VALUE,...`. `eval_file` None evaluates on text that the model samples (with
     another seed than its calibration). Folded models are written under `out` and kept; so is `comparison.json`.
     """
     out, device = Path(out), resolve_device(device)
     source = open_source(model)
     fields = {"model": str(model), "calibration": calibration, "seed": seed}
     first = make_recipe(fields | {"out": str(out / "unused")})
-    statistics = gather(first, source, ENERGY_NEEDS, out / "run", device)
-    assert statistics is not None, "energies need statistics"
-    energy = {name: [] for name in sorted(ENERGY_NEEDS)}
-    for layer in source.layers:
-        for name, moment in statistics.layer(layer.index, ENERGY_NEEDS).items():
-            energy[name].append(_cumulative_energy(moment.second_FF))
-    seq_len = first.calibration.seq_len
+    energy = _energies(first, source, out / "run", device)
+    seq_len = first.calibration.seq_len or min(MAX_SEQ_LEN, source.checkpoint.config["max_position_embeddings"])
     windows_WT = _windows(source, eval_file, seq_len, max_tokens, seed, out / "run", device)
-    dtype = torch.float32 if device == "cpu" else getattr(torch, load_plan(source.checkpoint.path)[0].dtype)
-    bench = _Bench(source, windows_WT, prompt, dtype, device, out)
-    rows = [
-        bench.run(fields, preset, budget) for budget in sorted(budgets, reverse=True) for preset in presets
-    ]
+    bench = _Bench(source, windows_WT, prompt, device, out)
+    rows = [bench.run(fields, preset, budget) for budget in sorted(budgets, reverse=True) for preset in presets]
     result = Comparison(
-        model=str(model),
-        calibration=f"{first.calibration.data}, {first.calibration.num_samples} x {seq_len or 'context'} tokens, seed {seed}",
-        evaluated_on=f"{eval_file or 'text sampled by the model'}, {windows_WT.numel()} tokens",
+        model=source.checkpoint.path.name,
+        calibration=f"{first.calibration.data} ({first.calibration.num_samples} x {seq_len} tokens, seed {seed})",
+        evaluated_on=f"{Path(eval_file).name if eval_file else 'text sampled by the model'}, {windows_WT.numel()} tokens",
         prompt=prompt,
         continuation=bench.continue_prompt(bench.base),
         rows=rows,
@@ -114,13 +105,14 @@ class _Bench:
     source: Source
     windows_WT: Tensor
     prompt: str
-    dtype: torch.dtype
     device: str
     out: Path
 
     def __post_init__(self) -> None:
-        self.base = load_weights(self.source.checkpoint.path, self.dtype, self.device)
-        self.tokenizer = load_tokenizer(self.source.checkpoint.path)
+        path = self.source.checkpoint.path
+        self.dtype = torch.float32 if self.device == "cpu" else getattr(torch, load_plan(path)[0].dtype)
+        self.base = load_weights(path, self.dtype, self.device)
+        self.tokenizer = load_tokenizer(path)
 
     def run(self, fields: dict[str, Any], preset: str, budget: float) -> Row:
         name, _, sets = preset.partition(":")
@@ -145,19 +137,20 @@ class _Bench:
 def _windows(
     source: Source, eval_file: str | Path | None, seq_len: int, max_tokens: int, seed: int, run_dir: Path, device: str
 ) -> Tensor:
-    seq_len = seq_len or min(2048, source.checkpoint.config["max_position_embeddings"])
     if eval_file is not None:
         return first_windows(load_tokenizer(source.checkpoint.path), eval_file, seq_len=seq_len, max_tokens=max_tokens)
-    return self_sampled(
-        source,
-        run_dir,
-        num_samples=max(max_tokens // seq_len, 1),
-        seq_len=seq_len,
-        seed=seed + EVALUATION_SEED_OFFSET,
-        device=device,
-    )
+    count = max(max_tokens // seq_len, 1)
+    seed += EVALUATION_SEED_OFFSET
+    return self_sampled(source, run_dir, num_samples=count, seq_len=seq_len, seed=seed, device=device)
 
 
-def _cumulative_energy(moment_FF: Tensor) -> list[float]:
-    """Share of the energy in the 1, 2, ... leading directions, rounded for the report."""
-    return [round(1 - float(lost), 5) for lost in discarded_energy(moment_FF)[1:]]
+def _energies(recipe: Recipe, source: Source, run_dir: Path, device: str) -> dict[str, list[list[float]]]:
+    """Per statistic and layer: the share of energy in the 1, 2, ... leading directions."""
+    statistics = gather(recipe, source, ENERGY_NEEDS, run_dir, device)
+    assert statistics is not None, "energies need statistics"
+    energy: dict[str, list[list[float]]] = {name: [] for name in sorted(ENERGY_NEEDS)}
+    for layer in source.layers:
+        for name, moment in statistics.layer(layer.index, ENERGY_NEEDS).items():
+            lost = discarded_energy(moment.second_FF)[1:]
+            energy[name].append([round(1 - float(share), 5) for share in lost])
+    return energy

@@ -151,7 +151,9 @@ def _documents(
         length = 0
         for row in rows:
             if field not in row:
-                raise DataError(f"{data} has the fields {sorted(row)}, no {field!r}; say --set calibration.text_field=NAME.")
+                raise DataError(
+                    f"{data} has the fields {sorted(row)}, no {field!r}; say --set calibration.text_field=NAME."
+                )
             yield row[field]
             length += len(row[field])
             if enough is not None and length > 2 * enough:

@@ -42,8 +42,8 @@ class Moment:
 
     @classmethod
     def zeros(cls, size: int, device: torch.device | str = "cpu") -> Moment:
-        options = {"dtype": torch.float64, "device": device}
-        return cls(torch.zeros(size, **options), torch.zeros(size, size, **options))
+        second = torch.zeros(size, size, dtype=torch.float64, device=device)
+        return cls(torch.zeros_like(second[0]), second)
 
     def update(self, x_TF: Tensor) -> None:
         """Take T more vectors into account."""

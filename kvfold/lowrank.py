@@ -138,7 +138,7 @@ def fold_values(layer: AttentionLayer, weights: AttentionWeights, basis_UFV: Ten
     }
     if weights.v_bias is not None:
         folded["v_bias"] = torch.einsum("ufv,uf->uv", basis_UFV, weights.v_bias.unflatten(0, (U, -1))).flatten()
-    if V > layer.head_dim:
+    if layer.head_dim < V:
         return folded | {"v_b_proj": basis_UFV}
     K, H = layer.num_kv_heads, layer.head_dim
     o_proj_DKGH = weights.o_proj.unflatten(1, (K, -1, H))

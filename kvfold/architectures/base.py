@@ -46,7 +46,7 @@ class Architecture(ABC):
 
     def modules(self, model: nn.Module) -> list[nn.Module]:
         """The attention modules of a stock model, in the order of its layers."""
-        return [getattr(layer, self.attention) for layer in model.get_submodule(self.layers)]  # type: ignore[union-attr]
+        return [getattr(layer, self.attention) for layer in model.get_submodule(self.layers).children()]
 
     def describe(self, model: nn.Module) -> list[AttentionLayer]:
         """Facts of every layer, read off a stock model (on the meta device it costs nothing)."""
@@ -74,7 +74,9 @@ class Architecture(ABC):
 
     def rotary_dim(self, model: nn.Module) -> int:
         """Numbers of a head that turn with position."""
-        return 2 * model.get_submodule(self.rotary).inv_freq.shape[0]  # type: ignore[union-attr,operator,return-value]
+        inv_freq = model.get_submodule(self.rotary).inv_freq
+        assert isinstance(inv_freq, Tensor), "a rotary embedding holds its frequencies as a buffer"
+        return 2 * inv_freq.shape[0]
 
     def window(self, module: Any) -> int | None:
         """The sliding window of one layer in tokens, None if it sees everything."""

@@ -26,9 +26,7 @@ def grouped_attention(
     return out_BNTV.transpose(1, 2), probs_BNTS
 
 
-def decode_attention(
-    q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor | None, *, scale: float
-) -> Tensor:
+def decode_attention(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor | None, *, scale: float) -> Tensor:
     """One query token: the query heads of a stored head become the rows of one product, so each number is read once."""
     B, N, _, R = q_BN1R.shape
     C, U, V = z_BCSR.shape[1], y_BUSV.shape[1], y_BUSV.shape[3]

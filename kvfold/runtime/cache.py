@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvfold.errors import PlanError
-from kvfold.plan import CacheSpec, CachePlan, round_up
+from kvfold.plan import CachePlan, CacheSpec, round_up
 
 
 class GrowingBuffer:

@@ -27,7 +27,7 @@ class FoldedModel:
     config: Any
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self._replace_attention()
 
     @property
@@ -44,7 +44,7 @@ class FoldedModel:
         layers = self.architecture.describe(self)  # type: ignore[arg-type]
         for facts, old in zip(layers, self.architecture.modules(self), strict=True):  # type: ignore[arg-type]
             weight = next(old.parameters())
-            new = attention_class(type(old))(
+            new = attention_class(type(old))(  # type: ignore[arg-type]
                 self.config,
                 facts,
                 plan.cache_of(facts.index),

@@ -17,14 +17,16 @@ from kvfold.lowrank import LowRankWidth
 class SvdW(LowRankWidth):
     """The left singular vectors of the concatenated W_K and W_V: svd_a as if every input x had E[x x^T] = I.
 
-    A bias b is one more column of the weight (an input that is always 1), and a key norm scales the rows.
+    A bias b is one more column of the weight (an input that is always 1). Where the family normalises each key head, so
+    does this: by the head's expected RMS under the same assumption, then by the norm's weight.
     """
 
     def key_moment(self, layer: AttentionLayer, weights: AttentionWeights, moments: Mapping[str, Moment]) -> Tensor:
         moment = _gram(weights.k_proj, weights.k_bias)
         if weights.k_norm is None:
             return moment
-        scale = weights.k_norm.double().repeat(layer.num_kv_heads)
+        rms_K = moment.diagonal().unflatten(0, (layer.num_kv_heads, -1)).mean(1).sqrt()
+        scale = torch.outer(1 / rms_K, weights.k_norm.double()).flatten()
         return moment * torch.outer(scale, scale)
 
     def value_moment(self, layer: AttentionLayer, weights: AttentionWeights, moments: Mapping[str, Moment]) -> Tensor:

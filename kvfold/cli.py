@@ -1,0 +1,317 @@
+"""The command line: one sub-command per stage. Tables for people, one JSON line last for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from kvfold.comparison import Comparison, compare
+from kvfold.demonstration import demo
+from kvfold.errors import KvfoldError
+from kvfold.evaluation import Evaluation, evaluate
+from kvfold.generation import generate
+from kvfold.inspection import Inspection, inspect
+from kvfold.pipeline import compress
+from kvfold.plan import CachePlan
+from kvfold.presets import PRESETS
+from kvfold.progress import STDERR
+from kvfold.recipe import load_recipe, make_recipe, parse_budget
+from kvfold.report import COLUMNS, cells, render
+from kvfold.storage import write_text
+from kvfold.version import __version__
+
+app = typer.Typer(
+    help="Make the KV cache of a pretrained decoder smaller, and tell the truth about bytes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+STDOUT = Console(width=None if sys.stdout.isatty() else 160)
+WIDE = 110
+"""Columns that a terminal needs to show continuations inside the table."""
+
+Model = Annotated[str, typer.Argument(help="Model folder, or model id on the hub.", show_default=False)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[
+    str, typer.Option(help="auto (float32 on the CPU, else the checkpoint's), float32, bfloat16, float16.")
+]
+NumSamples = Annotated[int | None, typer.Option(help="Calibration sequences [128].", show_default=False)]
+SeqLen = Annotated[
+    int | None, typer.Option(help="Tokens per sequence [context length, at most 2048].", show_default=False)
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of calibration [0].", show_default=False)]
+PRESET_HELP = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
+
+
+@app.command("compress")
+def compress_command(
+    model: Annotated[
+        str | None, typer.Argument(help="Model folder, or model id on the hub.", show_default=False)
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help=PRESET_HELP, show_default=False)] = None,
+    kv_budget: Annotated[
+        str | None, typer.Option(help="Bytes kept / bytes of the original cache: 0.25 or 1/4.", show_default=False)
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Calibration text: .txt, .jsonl, .parquet, a data set name, or self.", show_default=False),
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Folder to write.", show_default=False)] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML recipe; options given here win.", show_default=False)
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="AXIS.FIELD=VALUE, any field of any method; repeatable.", show_default=False),
+    ] = None,
+    num_samples: NumSamples = None,
+    seq_len: SeqLen = None,
+    seed: Seed = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where statistics are kept for reuse [OUT.run].", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Fold a model: read it, calibrate, plan, and write a new folder with a smaller cache."""
+    given = {"model": model, "out": out, "preset": preset, "kv_budget": kv_budget, "seed": seed}
+    calibration = {"data": data, "num_samples": num_samples, "seq_len": seq_len}
+    tree = load_recipe(recipe) if recipe else {}
+    tree |= _given(given)
+    tree["calibration"] = tree.get("calibration", {}) | _given(calibration)
+    if not {"preset", "width", "depth", "bits", "length"} & set(tree) and not set_:
+        raise typer.BadParameter(f"say how: one of {', '.join(PRESETS)}", param_hint="--preset")
+    made = compress(make_recipe(tree, set_ or []), run_dir=run_dir, overwrite=overwrite, device=device)
+    _print_plan(made.plan, f"{made.out}")
+    _print_json(
+        {
+            "out": str(made.out),
+            "kv_budget": made.plan.kv_budget,
+            "kv_bytes_per_token": made.plan.kv_bytes_per_token(),
+            "base_kv_bytes_per_token": made.plan.source_kv_bytes_per_token(),
+            "seconds": made.seconds,
+        }
+    )
+
+
+@app.command("inspect")
+def inspect_command(model: Model) -> None:
+    """Show what a model's cache takes, layer by layer."""
+    found: Inspection = inspect(model)
+    _print_plan(found.plan, model)
+    for runtime, obstacle in found.plan.servable_by().items():
+        STDOUT.print(f"served by {runtime}: {'yes' if obstacle is None else f'no, {obstacle}'}")
+    _print_json(found.to_json())
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: Model,
+    against: Annotated[str, typer.Option(help="The original model.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="Text file to evaluate on.", show_default=False)],
+    max_tokens: Annotated[int | None, typer.Option(help="Use at most this many tokens.", show_default=False)] = None,
+    seq_len: SeqLen = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Measure what a folded model lost: loss, perplexity, KL and top-1 agreement on a text."""
+    found = evaluate(
+        model, against=against, data_file=data, max_tokens=max_tokens, seq_len=seq_len or 0, dtype=dtype, device=device
+    )
+    _print_evaluation(found)
+    _print_json(found.to_json())
+
+
+@app.command("generate")
+def generate_command(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 64,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
+    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Continue a prompt."""
+    made = generate(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        sample=sample,
+        temperature=temperature,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )
+    STDOUT.print(prompt, style="bold", end="", markup=False, highlight=False)
+    STDOUT.print(made.text, markup=False, highlight=False)
+    _print_json(vars(made))
+
+
+@app.command("compare")
+def compare_command(
+    model: Model,
+    preset: Annotated[
+        list[str], typer.Option(help="NAME or NAME:AXIS.FIELD=VALUE,...; repeatable.", show_default=False)
+    ],
+    kv_budget: Annotated[list[str], typer.Option(help="0.5 or 1/2; repeatable.", show_default=False)],
+    data: Annotated[str, typer.Option(help="Calibration text, as in compress.")] = "self",
+    eval_data: Annotated[
+        Path | None, typer.Option(help="Text file to evaluate on [sampled by the model].", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for models, table and report.")] = Path("comparison"),
+    num_samples: NumSamples = None,
+    seq_len: SeqLen = None,
+    max_tokens: Annotated[int, typer.Option(help="Evaluate on at most this many tokens.")] = 8192,
+    prompt: Annotated[str, typer.Option(help="Text that all models continue.")] = "The",
+    seed: Annotated[int, typer.Option(help="Seed of calibration and evaluation.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Fold with several presets at several budgets, and measure them side by side."""
+    found = compare(
+        model,
+        presets=preset,
+        budgets=[parse_budget(b) for b in kv_budget],
+        calibration=_given({"data": data, "num_samples": num_samples, "seq_len": seq_len}),
+        out=out,
+        eval_file=eval_data,
+        max_tokens=max_tokens,
+        prompt=prompt,
+        seed=seed,
+        device=device,
+    )
+    _print_comparison(found, out)
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(help="Folder for models, table and report.")] = Path("demo"),
+    device: Device = "auto",
+) -> None:
+    """Fold the packaged model with several presets and budgets; write a report. Takes a minute or two."""
+    _print_comparison(demo(out, device=device), out)
+
+
+@app.command("version")
+def version_command() -> None:
+    """Show the version."""
+    _print_json({"version": __version__})
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one line, not a traceback."""
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except KvfoldError as error:
+        STDERR.print(f"[bold red]{type(error).__name__}:[/] ", end="")
+        STDERR.print(str(error), markup=False, highlight=False)
+        sys.exit(1)
+
+
+def _show_warning(message: Any, category: type, *_: Any, **__: Any) -> None:
+    STDERR.print("[yellow]warning:[/] ", end="")
+    STDERR.print(str(message), markup=False, highlight=False)
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    # not through rich, which would wrap the line at the width of the terminal
+    print(json.dumps(values), flush=True)
+
+
+def _print_plan(plan: CachePlan, title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in ("layers", "keys", "values", "window", "bytes per token", "of the original"):
+        table.add_column(column, justify="left" if column == "layers" else "right")
+    for layers, line in _plan_lines(plan):
+        table.add_row(layers, *line)
+    STDOUT.print(table)
+    STDOUT.print(
+        f"{plan.kv_bytes_per_token():,} bytes per token ({plan.dtype}), {plan.kv_budget:.4g} of the original's"
+        f" {plan.source_kv_bytes_per_token():,}; 32,768 tokens take {plan.kv_bytes(32_768) / 1e6:,.1f} MB instead of"
+        f" {plan.source_kv_bytes(32_768) / 1e6:,.1f} MB."
+    )
+
+
+def _plan_lines(plan: CachePlan) -> list[tuple[str, list[str]]]:
+    """One line per run of equal layers."""
+    lines: list[tuple[list[int], list[str]]] = []
+    for index, spec in enumerate(plan.caches):
+        if spec is None:
+            line = [f"reads layer {plan.owner(index)}", "", "", "0", "0"]
+        else:
+            size, source = spec.numbers_per_token, plan.source[index].numbers_per_token
+            line = [
+                f"{spec.num_kv_heads} x {spec.head_dim}",
+                f"{spec.num_v_heads} x {spec.v_head_dim}",
+                f"{spec.window or ''}",
+                f"{size * plan.itemsize():,}",
+                f"{size / source:.4g}",
+            ]
+        if lines and lines[-1][1] == line:
+            lines[-1][0].append(index)
+        else:
+            lines.append(([index], line))
+    return [(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}", line) for run, line in lines]
+
+
+def _print_evaluation(found: Evaluation) -> None:
+    table = Table()
+    for column in ("", "original", "folded"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("bytes per token", f"{found.base_kv_bytes_per_token:,}", f"{found.kv_bytes_per_token:,}")
+    table.add_row("loss (nats per token)", f"{found.base_loss:.4f}", f"{found.loss:.4f}")
+    table.add_row("perplexity", f"{found.base_perplexity:.3f}", f"{found.perplexity:.3f}")
+    STDOUT.print(table)
+    STDOUT.print(
+        f"loss change {found.loss_change:+.4f} ± {found.loss_change_stderr:.4f}, KL {found.kl:.5f} nats per token, top-1"
+        f" agreement {found.top1_agreement:.2%}, {found.tokens:,} tokens"
+    )
+
+
+def _print_comparison(found: Comparison, out: Path) -> None:
+    report = out / "report.html"
+    write_text(report, render(found))
+    table = Table(box=SIMPLE_HEAD, title=f"{found.model}, calibrated on {found.calibration}", title_justify="left")
+    wide = STDOUT.width >= WIDE
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "preset" else "right")
+    if wide:
+        table.add_column("continuation", no_wrap=True, overflow="ellipsis")
+    continued = [("original", found.continuation)] + [(row.preset, row.continuation or row.note) for row in found.rows]
+    lines = [["original", "1.000", *[""] * (len(COLUMNS) - 2)]] + [cells(row) for row in found.rows]
+    for line, (_, text) in zip(lines, continued, strict=True):
+        short = [cell.partition(" ±")[0] for cell in line]
+        table.add_row(*short, *([_one_line(text)] if wide else []))
+    STDOUT.print(table)
+    STDOUT.print(f"evaluated on {found.evaluated_on}; prompt: {found.prompt!r}; report: {report}", highlight=False)
+    if not wide:
+        for name, text in continued:
+            STDOUT.print(f"{name}: {_one_line(text)}", no_wrap=True, overflow="ellipsis", markup=False, highlight=False)
+    _print_json({"model": found.model, "report": str(report), "rows": [_json_row(row) for row in found.rows]})
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _json_row(row: Any) -> dict[str, Any]:
+    found = {"preset": row.preset, "asked_budget": row.asked_budget}
+    return found | (row.evaluation.to_json() if row.evaluation else {"note": row.note})
+
+
+if __name__ == "__main__":
+    main()

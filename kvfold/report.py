@@ -1,0 +1,163 @@
+"""A comparison as one self-contained HTML page: table, plots as inline SVG, continuations."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kvfold.comparison import Comparison, Row
+from kvfold.version import __version__
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>kvfold: {model}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+table {{ border-collapse: collapse; margin: 1rem 0; }}
+th, td {{ padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; }}
+th:first-child, td:first-child, td.text {{ text-align: left; }}
+td.text {{ font-size: 13px; color: #444; }}
+svg {{ max-width: 100%; height: auto; }}
+</style></head><body>
+<h1>{model}</h1>
+<p>Calibrated on {calibration}; evaluated on {evaluated_on}. KL is KL(original &#8214; folded) in nats per token. Bytes are
+those of the checkpoint's dtype. Nothing was trained after folding.</p>
+<h2>Side by side</h2>
+{table}
+<h2>Budget against KL</h2>
+{budget_plot}
+<h2>Where the energy of keys and values lies</h2>
+<p>Share of the squared norm of keys and values that the leading directions of a layer hold, over all heads of the layer. A
+steep curve means that few numbers suffice. One line per layer.</p>
+{energy_plot}
+<h2>The same prompt, continued greedily</h2>
+<p>Prompt: <b>{prompt}</b></p>
+{continuations}
+<p>kvfold {version}</p>
+</body></html>
+"""
+
+TITLES = {
+    "keys_before_rotation": "keys before rotation",
+    "keys": "keys after rotation",
+    "values": "values",
+}
+
+
+def render(comparison: Comparison) -> str:
+    """The page."""
+    return PAGE.format(
+        model=html.escape(comparison.model),
+        calibration=html.escape(comparison.calibration),
+        evaluated_on=html.escape(comparison.evaluated_on),
+        table=_table(comparison.rows),
+        budget_plot=budget_plot(comparison),
+        energy_plot=energy_plot(comparison),
+        prompt=html.escape(comparison.prompt),
+        continuations=_continuations(comparison),
+        version=__version__,
+    )
+
+
+def cells(row: Row) -> list[str]:
+    """One row of the table of numbers, the same for the terminal, the page and the README."""
+    e = row.evaluation
+    if e is None or row.kv_bytes_at_32k is None:
+        return [row.preset, f"{row.asked_budget:.3f}", "out of reach", *[""] * 4]
+    return [
+        row.preset,
+        f"{e.kv_budget:.3f}",
+        f"{e.kv_bytes_per_token:,}",
+        f"{row.kv_bytes_at_32k / 1e6:.1f}",
+        f"{e.loss_change:+.4f} ± {e.loss_change_stderr:.4f}",
+        f"{e.kl:.4f}",
+        f"{e.top1_agreement:.1%}",
+    ]
+
+
+COLUMNS = ("preset", "kv_budget", "bytes per token", "MB at 32k tokens", "loss change", "KL", "top-1 agreement")
+
+
+def budget_plot(comparison: Comparison) -> str:
+    """KL over bytes kept, one line per preset."""
+
+    def draw(axes: list[Axes]) -> None:
+        for preset in dict.fromkeys(row.preset for row in comparison.rows):
+            points = sorted(
+                (row.evaluation.kv_budget, row.evaluation.kl)
+                for row in comparison.rows
+                if row.preset == preset and row.evaluation is not None
+            )
+            if points:
+                axes[0].plot(*zip(*points, strict=True), marker="o", label=preset)
+        axes[0].set(xlabel="bytes kept / bytes of the original cache", ylabel="KL (nats per token)", yscale="log")
+        axes[0].grid(alpha=0.3)
+        axes[0].legend(frameon=False)
+
+    return _svg(draw, panels=1, size=(7.5, 4.2))
+
+
+def energy_plot(comparison: Comparison) -> str:
+    """Cumulative singular-value energy of K before rotation, K after rotation and V, one line per layer."""
+
+    def draw(axes: list[Axes]) -> None:
+        for panel, (name, title) in zip(axes, TITLES.items(), strict=True):
+            layers = comparison.energy[name]
+            for index, shares in enumerate(layers):
+                directions = [(i + 1) / len(shares) for i in range(len(shares))]
+                shade = 0.15 + 0.75 * index / max(len(layers) - 1, 1)
+                label = f"layer {index}" if index in (0, len(layers) - 1) else None
+                panel.plot(directions, shares, color=(0.1, 0.2, shade), linewidth=1.2, label=label)
+            panel.axvline(0.25, color="#bbb", linewidth=0.8, linestyle="--")
+            panel.axvline(0.5, color="#bbb", linewidth=0.8, linestyle="--")
+            panel.set(title=title, xlabel="share of directions", xlim=(0, 1), ylim=(0, 1.01))
+            panel.grid(alpha=0.3)
+        axes[0].set_ylabel("share of energy")
+        axes[-1].legend(frameon=False, loc="lower right")
+
+    return _svg(draw, panels=len(TITLES), size=(11, 3.6))
+
+
+def _svg(draw: Callable[[list[Any]], None], panels: int, size: tuple[float, float]) -> str:
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "kvfold", "font.size": 10}):  # the same input gives the same bytes
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasSVG(figure)
+        draw(list(figure.subplots(1, panels, squeeze=False)[0]))
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _table(rows: list[Row]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells(row)) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _continuations(comparison: Comparison) -> str:
+    entries = [("original", "1.000", comparison.continuation)]
+    entries += [
+        (row.preset, f"{row.evaluation.kv_budget:.3f}", row.continuation or "")
+        for row in comparison.rows
+        if row.evaluation is not None
+    ]
+    body = "".join(
+        f"<tr><td>{html.escape(preset)}</td><td>{budget}</td><td class=text>{html.escape(text)}</td></tr>"
+        for preset, budget, text in entries
+    )
+    return f"<table><tr><th>preset</th><th>kv_budget</th><th>continuation</th></tr>{body}</table>"
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table of numbers for a README."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    return "\n".join(lines + ["| " + " | ".join(cells(row)) + " |" for row in comparison.rows]) + "\n"

@@ -1,0 +1,259 @@
+"""What every width method promises, over tiny models of every family. A new method or model is found by itself."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import FULL_ATTENTION, MODELS, copy_heads, load, logits, make_tiny, save_tiny, tokens
+
+import kvfold
+from kvfold import registry
+from kvfold.fold import read_layer
+from kvfold.linalg import Moment
+from kvfold.loading import load_plan
+from kvfold.pipeline import open_source
+from kvfold.recipe import make_recipe
+from kvfold.runtime.cache import FoldedCache
+from kvfold.testing import assert_close, relative_rms
+
+VARIANTS = {
+    "svd_a": [{}, {"latent": "group"}, {"v_latent": "layer"}],
+    "svd_w": [{}, {"latent": "group"}, {"v_latent": "layer"}],
+}
+METHODS = [
+    pytest.param(method, fields, id="-".join([method, *fields.values()]))
+    for method in registry.names("width")
+    for fields in VARIANTS.get(method, [{}])
+]
+HALVING = [m for m in METHODS if m.values[0] != "identity"]
+
+every_model = pytest.mark.parametrize("model", MODELS)
+every_method = pytest.mark.parametrize(("method", "fields"), METHODS)
+every_halving_method = pytest.mark.parametrize(("method", "fields"), HALVING)
+
+
+@every_model
+@every_method
+def test_full_budget_gives_the_original_logits(fold, tiny_dir, model, method, fields):
+    folded = fold(model, method, kv_budget=1.0, **fields)
+    assert folded.plan.kv_budget == 1
+    assert_close(logits(load(folded.out), tokens()), logits(load(tiny_dir / model), tokens()), tolerance=1e-5)
+
+
+@every_model
+@every_halving_method
+def test_planted_rank_is_folded_without_loss(tmp_path, model, method, fields):
+    """All heads are copies of one (scaled, where the method can tell): one head's worth of numbers holds everything."""
+    heads = MODELS[model][1].get("num_key_value_heads", 4)
+    scales = [1.0] * heads if method == "mean_pool" else [1.0, -0.5, 2.0, 0.7, 1.3, -1.1, 0.4, 0.9][:heads]
+    original = copy_heads(make_tiny(model), scales)
+    source = save_tiny(original, tmp_path / "source")
+    folded = kvfold.compress(
+        make_recipe(
+            {
+                "model": str(source),
+                "out": str(tmp_path / "out"),
+                "kv_budget": 1 / heads,
+                "width": {"method": method, **fields} | ({"multiple": 4} if method in VARIANTS else {}),
+                "calibration": {"data": "self", "num_samples": 16, "seq_len": 64},
+            }
+        ),
+        device="cpu",
+    )
+    assert folded.plan.kv_budget == pytest.approx(1 / heads)
+    assert_close(logits(load(folded.out), tokens()), logits(original, tokens()), tolerance=1e-4)
+
+
+@every_model
+@every_method
+def test_more_numbers_never_mean_more_expected_damage(tiny_dir, model, method, fields):
+    source = open_source(tiny_dir / model)
+    layer = source.layers[1]
+    weights = read_layer(source.checkpoint, source.arch, layer)
+    width = registry.load("width", method)(**fields)
+    moments = {}
+    for name in width.needs:
+        moments[name] = Moment.zeros(layer.num_kv_heads * layer.head_dim)
+        moments[name].update(torch.randn(500, layer.num_kv_heads * layer.head_dim).cumsum(1))
+    for shapes, damage in ((width.key_shapes, width.key_damage), (width.value_shapes, width.value_damage)):
+        shapes = shapes(layer)
+        assert [s.numbers for s in shapes] == sorted({s.numbers for s in shapes})
+        assert shapes[-1].numbers == layer.num_kv_heads * layer.head_dim
+        curve = damage(layer, weights, moments, shapes)
+        assert curve[-1] == pytest.approx(0, abs=1e-12)
+        # mean_pool's groups need not nest, and low-rank groups of different sizes do not either
+        assert curve[0] == max(curve) or len({s.num_heads for s in shapes}) > 1
+        one_grouping = [d for d, s in zip(curve, shapes, strict=True) if s.num_heads == shapes[-1].num_heads]
+        assert one_grouping == sorted(one_grouping, reverse=True)
+
+
+@every_model
+@every_halving_method
+@pytest.mark.filterwarnings("ignore:kv_budget 0.6 was asked for")
+@pytest.mark.parametrize("allocate", ["uniform", "greedy"])
+def test_budget_is_kept(tiny_dir, tmp_path, model, method, fields, allocate):
+    folded = kvfold.compress(
+        make_recipe(
+            {
+                "model": str(tiny_dir / model),
+                "out": str(tmp_path / "out"),
+                "kv_budget": 0.6,
+                "allocate": allocate,
+                "width": {"method": method, **fields},
+                "calibration": {"data": "self", "num_samples": 8, "seq_len": 32},
+            }
+        ),
+        device="cpu",
+    )
+    assert 0.3 < folded.plan.kv_budget <= 0.6
+    assert load_plan(folded.out)[0] == folded.plan
+
+
+@every_model
+@every_method
+def test_real_bytes_are_planned_bytes(fold, model, method, fields):
+    """After prefill and after 100 decoded tokens, batch 4: storage allocated == plan, and nothing is stored twice."""
+    folded = fold(model, method, kv_budget=1.0 if method == "identity" else 0.5, **fields)
+    network = load(folded.out)
+    cache = FoldedCache(folded.plan)
+    ids = tokens(4, 230)
+    with torch.no_grad():
+        network(ids[:, :130], past_key_values=cache)
+        assert cache.nbytes_allocated == folded.plan.kv_bytes(130, batch_size=4)
+        for i in range(130, 230):
+            network(ids[:, i : i + 1], past_key_values=cache)
+            assert cache.nbytes_allocated == folded.plan.kv_bytes(i + 1, batch_size=4)
+    windows = [spec.window for spec in folded.plan.owned]
+    kept = [230 if window is None else window - 1 for window in windows]
+    live = sum(4 * 4 * s.numbers_per_token * n for s, n in zip(folded.plan.owned, kept, strict=True))
+    assert cache.nbytes == live
+    storages = {b.data.untyped_storage().data_ptr() for layer in cache.layers for b in (layer.k, layer.v)}
+    assert len(storages) == 2 * len(cache.layers)
+
+
+@every_model
+@every_method
+def test_cached_equals_uncached(fold, model, method, fields):
+    """Token by token = prefill + decode = chunks = no cache, with left padding, batch > 1 and after a crop."""
+    folded = fold(model, method, kv_budget=1.0 if method == "identity" else 0.5, **fields)
+    network, ids = load(folded.out), tokens(3, 30)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = mask[2, :2] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    expected = logits(network, ids, attention_mask=mask, position_ids=positions)
+    for cuts in ([*range(1, 31)], [17, *range(18, 31)], [8, 20, 30], [30]):
+        cache, start, out = FoldedCache(folded.plan), 0, []
+        for end in cuts:
+            out.append(_step(network, ids, mask, positions, cache, start, end))
+            start = end
+        seen = mask.bool()
+        assert_close(torch.cat(out, 1)[seen], expected[seen], name=f"cuts {cuts[:3]}")
+    if model not in FULL_ATTENTION:  # a window that was passed cannot be rolled back
+        return
+    cache = FoldedCache(folded.plan)
+    _step(network, ids.flip(1), mask, positions, cache, 0, 25)
+    cache.crop(-25)
+    _step(network, ids, mask, positions, cache, 0, 20)
+    _step(network, ids.flip(1), mask, positions, cache, 20, 26)
+    cache.crop(-6)
+    assert_close(_step(network, ids, mask, positions, cache, 20, 30), expected[:, 20:])
+
+
+def _step(network, ids, mask, positions, cache, start, end):
+    with torch.no_grad():
+        return network(
+            ids[:, start:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+        ).logits
+
+
+@every_model
+@every_halving_method
+def test_everything_outside_attention_is_copied_bit_for_bit(fold, tiny_dir, model, method, fields):
+    folded = fold(model, method, kv_budget=0.5, **fields)
+    before, after = load_file(tiny_dir / model / "model.safetensors"), load_file(folded.out / "model.safetensors")
+    outside = [name for name in before if "self_attn" not in name]
+    assert outside == [name for name in after if "self_attn" not in name]
+    assert all(torch.equal(before[name], after[name]) for name in outside)
+
+
+@every_model
+@every_halving_method
+def test_same_seed_same_bytes(fold, tiny_dir, tmp_path, model, method, fields):
+    folded = fold(model, method, kv_budget=0.5, **fields)
+    again = kvfold.compress(
+        make_recipe(
+            {
+                "model": str(tiny_dir / model),
+                "out": str(tmp_path / "again"),
+                "kv_budget": 0.5,
+                "width": {"method": method, **fields},
+                "calibration": {"data": "self", "num_samples": 16, "seq_len": 64},
+            }
+        ),
+        device="cpu",
+    )
+    assert _digest(folded.out) == _digest(again.out)
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_a_fresh_process_gives_the_same_logits(fold, tmp_path):
+    """`import kvfold` and stock transformers are enough; save_pretrained round-trips."""
+    folders = [fold(model, "svd_a", kv_budget=0.5).out for model in MODELS]
+    folders.append(fold("llama_mha", "mean_pool", kv_budget=0.5).out)
+    for folder in folders:
+        torch.save(logits(load(folder), tokens()), tmp_path / f"{folder.name}.pt")
+    script = """
+import sys, torch, kvfold, tiny
+for folder in sys.argv[2:]:
+    expected = torch.load(f"{sys.argv[1]}/{folder.split('/')[-1]}.pt")
+    model = tiny.load(folder)
+    assert torch.equal(tiny.logits(model, tiny.tokens()), expected), folder
+    model.save_pretrained(f"{sys.argv[1]}/saved", max_shard_size="100KB")
+    again = tiny.load(f"{sys.argv[1]}/saved")
+    assert torch.equal(tiny.logits(again, tiny.tokens()), expected), folder
+    assert again.config.kv_compression_config == model.config.kv_compression_config
+"""
+    path = str(Path(__file__).parents[1])
+    subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {path!r})\n{script}", tmp_path, *map(str, folders)],
+        check=True,
+    )
+
+
+@every_halving_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(fold, method, fields, dtype):
+    """The same weights in half precision stay near the float32 result, cached and uncached."""
+    folded = fold("qwen2_bias_tied", method, kv_budget=0.5, **fields)
+    expected = logits(load(folded.out), tokens())
+    network = load(folded.out, dtype=dtype)
+    # many roundings add up over three layers of random weights
+    tolerance = 5e-2 if dtype == torch.bfloat16 else 8e-3
+    assert_close(logits(network, tokens()).float(), expected, tolerance=tolerance)
+    cache = FoldedCache(folded.plan)
+    with torch.no_grad():
+        parts = [network(tokens()[:, i : i + 1], past_key_values=cache).logits for i in range(40)]
+    assert_close(torch.cat(parts, 1).float(), expected, tolerance=tolerance)
+    assert cache.nbytes_allocated == folded.plan.kv_bytes(40, batch_size=3, dtype=str(dtype).removeprefix("torch."))
+
+
+def test_low_rank_beats_pooling(fold, tiny_dir):
+    """The order of the paper on a model with random, hence unrelated, heads."""
+    expected = logits(load(tiny_dir / "llama_mha"), tokens())
+    error = {
+        m: relative_rms(logits(load(fold("llama_mha", m, kv_budget=0.5).out), tokens()), expected)
+        for m in ("svd_a", "svd_w", "mean_pool")
+    }
+    assert error["svd_a"] < error["svd_w"] < error["mean_pool"]

@@ -1,0 +1,84 @@
+"""Tiny random models with everything that trips converters up, and ways to run them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers as tf
+from torch import Tensor
+
+VOCAB = 211
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.15,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 128}
+MODELS = {
+    "llama_mha": (tf.LlamaConfig, {"num_key_value_heads": 8}),
+    "llama_yarn": (tf.LlamaConfig, {"head_dim": 12, "rope_parameters": YARN, "attention_bias": True}),
+    "mistral_window": (tf.MistralConfig, {"sliding_window": 9, "head_dim": 16}),
+    "qwen2_bias_tied": (tf.Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3_norm_window": (
+        tf.Qwen3Config,
+        {
+            "head_dim": 16,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "use_sliding_window": True,
+        },
+    ),
+}
+FULL_ATTENTION = ("llama_mha", "llama_yarn", "qwen2_bias_tied")
+
+
+def make_tiny(name: str, *, seed: int = 0, **changes: object) -> tf.PreTrainedModel:
+    """A random model whose biases and norms are not at their trivial initial values."""
+    config_class, fields = MODELS[name]
+    torch.manual_seed(seed)
+    model = tf.AutoModelForCausalLM.from_config(config_class(**COMMON | fields | changes)).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def save_tiny(model: tf.PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+def load(folder: str | Path, **options: object) -> tf.PreTrainedModel:
+    return tf.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def tokens(batch: int = 3, length: int = 40, *, seed: int = 7) -> Tensor:
+    """Random tokens without the special ones."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model: tf.PreTrainedModel, ids: Tensor, **options: object) -> Tensor:
+    return model(ids, use_cache=False, **options).logits
+
+
+def copy_heads(model: tf.PreTrainedModel, scales: list[float]) -> tf.PreTrainedModel:
+    """Every key/value head becomes a scaled copy of the first: keys and values of a layer have rank head_dim."""
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for projection in (attention.k_proj, attention.v_proj):
+            for tensor in (projection.weight, projection.bias):
+                if tensor is not None:
+                    first = tensor.data[: attention.head_dim].clone()
+                    tensor.data.copy_(torch.cat([scale * first for scale in scales]))
+    return model
