@@ -18,8 +18,7 @@ from torch import Tensor
 class AttentionLayer:
     """Facts of one layer of the original model.
 
-    `rotary_dim`: how many of a head's numbers turn with position. `qk_norm`: queries and keys are normalised per head
-    before rotation. `layer_type`: the name by which the family chooses masks and rotary tables.
+    `window`: sliding window in tokens. `qk_norm`: queries and keys are normalised per head before rotation.
     """
 
     index: int
@@ -28,9 +27,7 @@ class AttentionLayer:
     num_kv_heads: int
     head_dim: int
     scaling: float
-    rotary_dim: int
     window: int | None = None
-    layer_type: str | None = None
     qk_norm: bool = False
     qkv_bias: bool = False
     o_bias: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,20 @@ from kvfold.checkpoint import Checkpoint, read_json
 from kvfold.linalg import Moment
 from kvfold.progress import track
 from kvfold.runtime.attention import apply_rotary
-from kvfold.storage import write_tensors, write_text
+from kvfold.storage import require_space, write_tensors, write_text
 
 OBSERVED = "kvfold_observed"
 """Name under which attention that shows its queries, keys and values is registered with transformers."""
 
 TOKENS_PER_BATCH = 4096
+SECONDS_BETWEEN_SAVES = 60.0
+"""How often the hidden states of all sequences are written, for an interrupted run to go on from."""
+
+STATISTICS_VERSION = 1
+"""To be raised when a statistic is computed differently, so that old ones on disk are not taken for new ones."""
+
+FINISHED = "statistics.json"
+HIDDEN = "hidden.safetensors"
 
 Observer = Callable[[Tensor, Tensor, Tensor], None]
 
@@ -78,29 +86,35 @@ def calibrate(
 ) -> Statistics:
     """Moments of all layers over the given sequences, in float64.
 
-    They are kept in `run_dir` and reused whenever model and tokens are the same; an interrupted run continues at the layer
-    where it stopped. Peak memory: the hidden states, one layer in float32 and its moments.
+    They are kept in `run_dir` and reused whenever model and tokens are the same; an interrupted run continues where it
+    last wrote its hidden states. Peak memory: the hidden states, one layer in float32 and its moments.
     """
-    folder = run_dir / f"statistics-{_key(checkpoint, tokens_BT)}"
-    statistics = Statistics(folder, tokens_BT.numel())
-    done = _finished(folder)
-    if done is not None and needs <= done:
-        return statistics
-    needs |= done or frozenset()
-    _discard_other_needs(folder, needs)
+    key = _key(checkpoint, tokens_BT)
+    if (finished := _finished(run_dir, key, needs)) is not None:
+        return Statistics(finished, tokens_BT.numel())
+    folder = run_dir / f"statistics-{key}-{'+'.join(sorted(needs))}"
+    folder.mkdir(parents=True, exist_ok=True)
     config = source_config(arch, checkpoint.config)
     config._attn_implementation = _register_observed_attention()
     model = empty_model(arch, config)
     layers = arch.describe(model)
+    moment_bytes = sum(8 * len(needs) * (layer.num_kv_heads * layer.head_dim) ** 2 for layer in layers)
+    require_space(folder, moment_bytes + 4 * tokens_BT.numel() * layers[0].hidden_size)
     with torch.no_grad():
-        first, hidden_BTD = _resume(folder) or (0, None)
-        embedded, calls = _embed(model, checkpoint, arch, tokens_BT, device)
-        hidden_BTD = embedded if hidden_BTD is None else hidden_BTD
+        resumed = _resume(folder)
+        # masks and rotary tables are the same for every sequence: a resumed run needs one to make them again
+        hidden_BTD, calls = _embed(model, checkpoint, arch, tokens_BT if resumed is None else tokens_BT[:1], device)
+        first, hidden_BTD = resumed or (0, hidden_BTD)
+        saved = time.monotonic()
         for layer in track(layers[first:], "calibrating layers", len(layers) - first):
             moments = _run_layer(model, checkpoint, arch, layer, hidden_BTD, calls[layer.index], needs, device)
-            _save_layer(folder, layer.index, moments, hidden_BTD, last=layer is layers[-1])
-    write_text(folder / "statistics.json", json.dumps({"needs": sorted(needs), "tokens": tokens_BT.numel()}))
-    return statistics
+            _save_moments(folder, layer.index, moments)
+            if time.monotonic() - saved >= SECONDS_BETWEEN_SAVES:
+                _save_hidden(folder, layer.index + 1, hidden_BTD)
+                saved = time.monotonic()
+    write_text(folder / FINISHED, json.dumps({"needs": sorted(needs), "tokens": tokens_BT.numel()}))
+    (folder / HIDDEN).unlink(missing_ok=True)
+    return Statistics(folder, tokens_BT.numel())
 
 
 def _run_layer(
@@ -143,23 +157,25 @@ def _embed(
     prefix = f"{model.base_model_prefix}."
     _load(base, prefix, checkpoint, device, skip=arch.layers.removeprefix(prefix) + ".")
     modules = list(model.get_submodule(arch.layers).children())
-    entered: list[Tensor] = []
+    hidden_BTD = torch.empty(*tokens_BT.shape, arch.describe(model)[0].hidden_size)
     calls: list[dict[str, Any]] = []
+    row = 0
 
     def record(hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        if len(calls) % len(modules) == 0:
-            entered.append(hidden_states.cpu())
+        if not calls:
+            hidden_BTD[row] = hidden_states[0].cpu()
         calls.append(kwargs | {"past_key_values": None, "use_cache": False})
         return hidden_states
 
     for module in modules:
         module.forward = record
-    for row in tokens_BT.split(1):
-        del calls[:]
-        base(input_ids=row.to(device), use_cache=False)
+    for row in range(len(tokens_BT)):
+        calls.clear()
+        base(input_ids=tokens_BT[row : row + 1].to(device), use_cache=False)
     for module in modules:
         del module.forward
-    return torch.cat(entered), calls
+    model.to("meta")
+    return hidden_BTD, calls
 
 
 def _load(module: torch.nn.Module, prefix: str, checkpoint: Checkpoint, device: str, skip: str | None = None) -> None:
@@ -189,46 +205,37 @@ def _observed_attention(
 
 
 def _key(checkpoint: Checkpoint, tokens_BT: Tensor) -> str:
-    digest = hashlib.sha256(checkpoint.fingerprint().encode())
-    digest.update(str(tuple(tokens_BT.shape)).encode() + tokens_BT.to(torch.int64).numpy().tobytes())
+    digest = hashlib.sha256(f"{STATISTICS_VERSION} {checkpoint.fingerprint()} {tuple(tokens_BT.shape)}".encode())
+    digest.update(tokens_BT.to(torch.int64).numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
-def _finished(folder: Path) -> frozenset[str] | None:
-    file = folder / "statistics.json"
-    return frozenset(read_json(file)["needs"]) if file.exists() else None
-
-
-def _discard_other_needs(folder: Path, needs: frozenset[str]) -> None:
-    """Keep what an interrupted run left only if it was gathering the same statistics."""
-    marker = folder / "gathering.json"
-    wanted = json.dumps(sorted(needs))
-    if not marker.exists() or marker.read_text() != wanted:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write_text(marker, wanted)
+def _finished(run_dir: Path, key: str, needs: frozenset[str]) -> Path | None:
+    """The folder of an earlier run over the same model and tokens that gathered at least these statistics."""
+    for file in sorted(run_dir.glob(f"statistics-{key}-*/{FINISHED}")):
+        if needs <= set(read_json(file)["needs"]):
+            return file.parent
+    return None
 
 
 def _layer_file(folder: Path, index: int) -> Path:
     return folder / f"layer-{index:05d}.safetensors"
 
 
-def _save_layer(folder: Path, index: int, moments: dict[str, Moment], hidden_BTD: Tensor, last: bool) -> None:
+def _save_moments(folder: Path, index: int, moments: dict[str, Moment]) -> None:
     tensors: dict[str, Tensor] = {}
     for name, moment in moments.items():
         tensors |= {f"{name}.mean": moment.mean_F.cpu(), f"{name}.second": moment.second_FF.cpu()}
     write_tensors(_layer_file(folder, index), tensors, {})
-    state = folder / "hidden.safetensors"
-    if last:
-        state.unlink(missing_ok=True)
-    else:
-        write_tensors(state, {"hidden": hidden_BTD}, {"next_layer": str(index + 1)})
+
+
+def _save_hidden(folder: Path, next_layer: int, hidden_BTD: Tensor) -> None:
+    write_tensors(folder / HIDDEN, {"hidden": hidden_BTD}, {"next_layer": str(next_layer)})
 
 
 def _resume(folder: Path) -> tuple[int, Tensor] | None:
     """The layer at which an interrupted run goes on, and the hidden states that enter it."""
-    state = folder / "hidden.safetensors"
-    if not state.exists():
+    if not (folder / HIDDEN).exists():
         return None
-    with safe_open(state, framework="pt") as file:
+    with safe_open(folder / HIDDEN, framework="pt") as file:
         return int(file.metadata()["next_layer"]), file.get_tensor("hidden").clone()

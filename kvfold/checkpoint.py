@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import struct
@@ -18,8 +19,12 @@ from kvfold.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-NOT_COPIED = {"config.json", INDEX}
+SIDE_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "tekken.json", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", *SIDE_FILES)
+HUB_NOT = ("consolidated*", "*/*")
 MAX_HEADER_BYTES = 100_000_000
 
 
@@ -54,6 +59,10 @@ class Checkpoint:
             raise CheckpointError(
                 f"{path} holds {method}-quantized weights; kvfold folds float32, bfloat16 or float16."
                 " Save a dequantized copy first."
+            )
+        if (path / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{path} holds a PEFT adapter beside the model; merge it first (merge_and_unload, then save_pretrained)."
             )
         shard_of = _shard_of(path)
         tensors: dict[str, StoredTensor] = {}
@@ -99,7 +108,7 @@ class Checkpoint:
     def side_files(self) -> Iterator[Path]:
         """Everything beside weights and config that belongs to the model: tokenizer, generation config, chat template."""
         for file in sorted(self.path.iterdir()):
-            if file.is_file() and file.suffix in COPIED_SUFFIXES and file.name not in NOT_COPIED:
+            if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in SIDE_FILES):
                 yield file
 
 
@@ -114,9 +123,7 @@ def locate(model: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"])
-        )
+        return Path(snapshot_download(str(model), allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_NOT)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{model} is neither a local folder nor a model that the hub would give: {error}"
@@ -137,10 +144,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _shard_of(path: Path) -> dict[str, str]:
-    if (path / INDEX).exists():
-        shard_of: dict[str, str] = read_json(path / INDEX).get("weight_map", {})
-    elif (path / SINGLE).exists():
+    if (path / SINGLE).exists():  # transformers, too, prefers it to an index
         shard_of = dict.fromkeys(_read_header(path / SINGLE), SINGLE)
+    elif (path / INDEX).exists():
+        shard_of = read_json(path / INDEX).get("weight_map", {})
     else:
         pickles = sorted(p.name for p in path.glob("*.bin"))
         hint = f" It has {pickles[0]}; convert pickles with transformers' save_pretrained first." if pickles else ""

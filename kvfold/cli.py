@@ -24,7 +24,8 @@ from kvfold.plan import CachePlan
 from kvfold.presets import PRESETS
 from kvfold.progress import STDERR
 from kvfold.recipe import load_recipe, make_recipe, parse_budget
-from kvfold.report import COLUMNS, cells, render
+from kvfold.registry import AXES
+from kvfold.report import COLUMNS, cells, markdown, render
 from kvfold.storage import write_text
 from kvfold.version import __version__
 
@@ -85,9 +86,12 @@ def compress_command(
     given = {"model": model, "out": out, "preset": preset, "kv_budget": kv_budget, "seed": seed}
     calibration = {"data": data, "num_samples": num_samples, "seq_len": seq_len}
     tree = load_recipe(recipe) if recipe else {}
+    if preset:  # a preset is a point on all axes: it replaces those of the recipe
+        tree = {name: value for name, value in tree.items() if name not in AXES}
     tree |= _given(given)
-    tree["calibration"] = tree.get("calibration", {}) | _given(calibration)
-    if not {"preset", "width", "depth", "bits", "length"} & set(tree) and not set_:
+    if given_calibration := _given(calibration):
+        tree["calibration"] = (tree.get("calibration") or {}) | given_calibration
+    if not {"preset", *AXES} & set(tree) and not set_:
         raise typer.BadParameter(f"say how: one of {', '.join(PRESETS)}", param_hint="--preset")
     made = compress(make_recipe(tree, set_ or []), run_dir=run_dir, overwrite=overwrite, device=device)
     _print_plan(made.plan, f"{made.out}")
@@ -136,7 +140,7 @@ def generate_command(
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 64,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
-    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Of sampling.", min=1e-3)] = 1.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -285,6 +289,7 @@ def _print_evaluation(found: Evaluation) -> None:
 def _print_comparison(found: Comparison, out: Path) -> None:
     report = out / "report.html"
     write_text(report, render(found))
+    write_text(out / "table.md", markdown(found))
     table = Table(box=SIMPLE_HEAD, title=f"{found.model}, calibrated on {found.calibration}", title_justify="left")
     wide = STDOUT.width >= WIDE
     for column in COLUMNS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from kvfold.data import first_windows, load_tokenizer
 from kvfold.errors import BudgetError
-from kvfold.evaluation import MAX_SEQ_LEN, Evaluation, evaluate_models
+from kvfold.evaluation import Evaluation, evaluate_models
 from kvfold.generation import continue_prompt
 from kvfold.linalg import discarded_energy
-from kvfold.loading import load_plan, load_weights
-from kvfold.pipeline import Source, compress, gather, open_source, resolve_device, self_sampled
+from kvfold.loading import Source, load_plan, load_weights, open_source, resolve_device
+from kvfold.pipeline import compress, gather, self_sampled
 from kvfold.recipe import Recipe, make_recipe
 from kvfold.storage import write_text
 
@@ -73,21 +74,22 @@ def compare(
 ) -> Comparison:
     """Fold `model` with every preset at every budget and measure each on the same text.
 
-    On the CPU models run in float32, on a GPU in the checkpoint's dtype. A preset is `NAME` or `NAME:AXIS.FIELD=VALUE,...`. `eval_file` None evaluates on text that the model samples (with
-    another seed than its calibration). Folded models are written under `out` and kept; so is `comparison.json`.
+    On the CPU models run in float32, on a GPU in the checkpoint's dtype. A preset is `NAME` or
+    `NAME:AXIS.FIELD=VALUE,...`. `eval_file` None evaluates on text that the model samples (with another seed than its
+    calibration). Folded models are written under `out` and kept; so is `comparison.json`.
     """
     out, device = Path(out), resolve_device(device)
     source = open_source(model)
     fields = {"model": str(model), "calibration": calibration, "seed": seed}
     first = make_recipe(fields | {"out": str(out / "unused")})
     energy = _energies(first, source, out / "run", device)
-    seq_len = first.calibration.seq_len or min(MAX_SEQ_LEN, source.checkpoint.config["max_position_embeddings"])
+    seq_len = first.calibration.seq_len or source.seq_len
     windows_WT = _windows(source, eval_file, seq_len, max_tokens, seed, out / "run", device)
     bench = _Bench(source, windows_WT, prompt, device, out)
     rows = [bench.run(fields, preset, budget) for budget in sorted(budgets, reverse=True) for preset in presets]
     result = Comparison(
-        model=source.checkpoint.path.name,
-        calibration=f"{first.calibration.data} ({first.calibration.num_samples} x {seq_len} tokens, seed {seed})",
+        model=source.checkpoint.name if not Path(model).is_dir() else source.checkpoint.path.resolve().name,
+        calibration=f"{Path(str(first.calibration.data)).name} ({first.calibration.num_samples} x {seq_len} tokens, seed {seed})",
         evaluated_on=f"{Path(eval_file).name if eval_file else 'text sampled by the model'}, {windows_WT.numel()} tokens",
         prompt=prompt,
         continuation=bench.continue_prompt(bench.base),
@@ -116,7 +118,7 @@ class _Bench:
 
     def run(self, fields: dict[str, Any], preset: str, budget: float) -> Row:
         name, _, sets = preset.partition(":")
-        folder = self.out / f"{preset.replace(':', '-').replace(',', '-')}-{budget:.4g}"
+        folder = self.out / re.sub(r"[:,/]", "-", f"{preset}-{budget:.4g}")
         recipe = make_recipe(
             fields | {"preset": name, "kv_budget": budget, "out": str(folder)}, [s for s in sets.split(",") if s]
         )

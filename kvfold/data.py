@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from kvfold.errors import CheckpointError, DataError
 from kvfold.progress import track
@@ -33,7 +34,7 @@ def load_tokenizer(path: str | Path) -> Any:
     except Exception as error:  # transformers raises whatever the missing file's loader raised
         files = sorted(p.name for p in Path(path).iterdir()) if Path(path).is_dir() else []
         raise CheckpointError(
-            f"{path} has no tokenizer that transformers can load ({type(error).__name__}: {str(error)[:200]})."
+            f"{path} has no tokenizer that transformers can load ({' '.join(str(error).split())[:160]})."
             f" It holds {files}. Copy tokenizer.json and tokenizer_config.json of the model into it."
         ) from error
 
@@ -74,15 +75,22 @@ def sequences(
 
 
 def first_windows(tokenizer: Any, path: str | Path, *, seq_len: int, max_tokens: int | None) -> Tensor:
-    """[windows, seq_len]: a text file cut from its beginning, for evaluation. The incomplete last window is left out."""
-    limit = None if max_tokens is None else max_tokens * CHARS_PER_TOKEN + 1000
-    ids = tokenizer(_read_text(str(path), limit, 0, None, "train", "text", tokenizer.eos_token or "\n\n"))["input_ids"]
-    count = min(len(ids), max_tokens or len(ids)) // seq_len
-    if not count:
+    """[windows, seq_len]: a text cut from its beginning, for evaluation. An incomplete last window is left out.
+
+    One shorter window where the text or `max_tokens` is shorter than `seq_len`; DataError below two tokens.
+    """
+    limit = None if max_tokens is None else max_tokens * CHARS_PER_TOKEN
+    text = _read_text(str(path), limit, 0, None, "train", "text", tokenizer.eos_token or "\n\n")
+    ids = tokenizer(text[:limit])["input_ids"]
+    if max_tokens is not None and len(ids) < max_tokens:
+        ids = tokenizer(text)["input_ids"]
+    ids = ids[:max_tokens]
+    seq_len = min(seq_len, len(ids))
+    if seq_len < 2:
         raise DataError(
-            f"{path} gives {len(ids)} tokens (--max-tokens {max_tokens}), fewer than one sequence of {seq_len}. Give more"
-            " text or a smaller --seq-len."
+            f"{path} gives {len(ids)} tokens (--max-tokens {max_tokens}); nothing can be predicted. Give more text."
         )
+    count = len(ids) // seq_len
     return torch.tensor(ids[: count * seq_len]).view(count, seq_len)
 
 
@@ -91,6 +99,9 @@ def sample_from_model(model: Any, *, num_samples: int, seq_len: int, seed: int) 
     """[num_samples, seq_len] tokens that the model itself draws (temperature 1) after its begin-of-text token."""
     config = model.config
     start = next((t for t in (config.bos_token_id, config.eos_token_id) if isinstance(t, int)), None)
+    model.generation_config = (
+        GenerationConfig()
+    )  # the model's own would bend its distribution: penalties, top-p and the like
     torch.manual_seed(seed)
     rows = []
     batches = range(0, num_samples, SAMPLE_BATCH)
@@ -98,15 +109,14 @@ def sample_from_model(model: Any, *, num_samples: int, seq_len: int, seed: int) 
         shape = (min(SAMPLE_BATCH, num_samples - first), 1)
         prompt = torch.randint(config.vocab_size, shape) if start is None else torch.full(shape, start)
         prompt = prompt.to(model.device)
-        options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_beams": 1}
         out = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=seq_len - 1,
             min_new_tokens=seq_len - 1,
-            eos_token_id=None,
+            do_sample=True,
+            top_k=0,
             pad_token_id=0,
-            **options,
         )
         rows.append(out.cpu())
     return torch.cat(rows)

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from kvfold import data
 from kvfold.errors import RecipeError
-from kvfold.loading import load
+from kvfold.loading import MAX_SEQ_LEN, load
 from kvfold.plan import CachePlan
 from kvfold.progress import track
 
-MAX_SEQ_LEN = 2048
-POSITIONS_AT_ONCE = 1024
-"""Positions whose float64 log-probabilities over the vocabulary are in memory at once."""
+NUMBERS_AT_ONCE = 2**24
+"""Float64 log-probabilities (positions x vocabulary) that are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,8 @@ def evaluate(
     `seq_len` 0 takes the original's context length, at most 2,048. Raises KvfoldError on folders or text that do not fit.
     """
     base, model = (load(path, dtype=dtype, device=device) for path in (against, folded))
+    if model.plan.source != base.plan.source:
+        raise RecipeError(f"{folded} was not folded from a model of {against}'s shape; give the original as --against.")
     context = base.model.config.max_position_embeddings
     windows_WT = data.first_windows(
         base.tokenizer, data_file, seq_len=seq_len or min(MAX_SEQ_LEN, context), max_tokens=max_tokens
@@ -78,13 +79,6 @@ def evaluate(
 @torch.no_grad()
 def evaluate_models(model: Any, base: Any, windows_WT: Tensor, plan: CachePlan) -> Evaluation:
     """The same for loaded models and token windows [windows, tokens]."""
-    if model.config.vocab_size != base.config.vocab_size:
-        raise RecipeError(
-            f"the models have vocabularies of {model.config.vocab_size} and {base.config.vocab_size} tokens: --against must"
-            " be the original of this folder."
-        )
-    if windows_WT.shape[1] < 2:
-        raise RecipeError(f"windows of {windows_WT.shape[1]} token hold nothing to predict; give --seq-len 2 or more.")
     per_window = torch.stack(
         [
             _measure(_logits(model, window), _logits(base, window), window.to(base.device))
@@ -118,7 +112,8 @@ def _measure(logits_TV: Tensor, base_logits_TV: Tensor, window_T: Tensor) -> Ten
     """[4]: loss, base loss, KL and top-1 agreement of one window, summed in float64."""
     total = torch.zeros(4, dtype=torch.float64)
     targets_T = window_T[1:]
-    parts = (x.split(POSITIONS_AT_ONCE) for x in (logits_TV.to(base_logits_TV.device), base_logits_TV, targets_T))
+    positions = max(NUMBERS_AT_ONCE // base_logits_TV.shape[1], 1)
+    parts = (x.split(positions) for x in (logits_TV.to(base_logits_TV.device), base_logits_TV, targets_T))
     for part, base_part, targets in zip(*parts, strict=True):
         log_p, base_log_p = part.double().log_softmax(-1), base_part.double().log_softmax(-1)
         agree = (part.argmax(-1) == base_part.argmax(-1)).double().sum()

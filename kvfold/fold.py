@@ -89,8 +89,11 @@ def read_layer(checkpoint: Checkpoint, arch: Architecture, layer: AttentionLayer
 def source_dtype(checkpoint: Checkpoint, arch: Architecture, layer: AttentionLayer) -> str:
     """The dtype of a layer's attention weights, as config.json would name it: the original cache has the same."""
     prefix = arch.attention_prefix(layer.index)
-    found = {stored.dtype for name, stored in checkpoint.tensors.items() if name.startswith(prefix)}
-    found = {dtype for dtype in found if dtype in DTYPES} or found
+    found = {
+        stored.dtype
+        for name, stored in checkpoint.tensors.items()
+        if name.startswith(prefix) and not name.endswith(IGNORED_SUFFIX)
+    }
     if len(found) != 1 or not found <= set(DTYPES):
         raise CheckpointError(
             f"{checkpoint.path}: attention of layer {layer.index} is stored as {sorted(found)}; kvfold folds one of"
@@ -140,7 +143,11 @@ def _check(tensors: Mapping[str, Tensor], names: list[str], shapes: Mapping[str,
         assert name not in shapes or tensor.shape == shapes[name].shape, (
             f"{name} has shape {tuple(tensor.shape)}, the plan asks for {tuple(shapes[name].shape)}"
         )
-        assert torch.isfinite(tensor).all(), f"{name} is not finite after folding"
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{name} is not finite after folding: its numbers do not fit into {tensor.dtype}. Fold a bfloat16 or float32"
+                " copy of the checkpoint."
+            )
 
 
 def _distribute(

@@ -52,7 +52,3 @@ class Moment:
         self.mean_F += (x_TF.sum(0) - x_TF.shape[0] * self.mean_F) / total
         self.second_FF += (x_TF.T @ x_TF - x_TF.shape[0] * self.second_FF) / total
         self.count = total
-
-    @property
-    def covariance_FF(self) -> Tensor:
-        return self.second_FF - torch.outer(self.mean_F, self.mean_F)

@@ -1,4 +1,4 @@
-"""Loading a model folder, folded or not, with its plan and tokenizer."""
+"""Opening a model folder to fold it, and loading one, folded or not, to run it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,29 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from kvfold.allocate import source_layer
-from kvfold.checkpoint import locate, read_json
+from kvfold.architectures.base import Architecture, architecture, empty_model, source_config
+from kvfold.attention import AttentionLayer
+from kvfold.checkpoint import Checkpoint, locate, read_json
 from kvfold.data import load_tokenizer
 from kvfold.errors import CheckpointError, RecipeError
-from kvfold.fold import source_dtype
-from kvfold.pipeline import open_source, resolve_device
+from kvfold.fold import check_names, source_dtype
 from kvfold.plan import CONFIG_KEY, ITEMSIZE, CachePlan, source_plan
+
+MAX_SEQ_LEN = 2048
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that has been opened and understood."""
+
+    checkpoint: Checkpoint
+    arch: Architecture
+    layers: list[AttentionLayer]
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per sequence where nothing else is asked for: the model's context length, at most 2,048."""
+        return min(MAX_SEQ_LEN, self.checkpoint.config.get("max_position_embeddings", MAX_SEQ_LEN))
 
 
 @dataclass(frozen=True)
@@ -66,3 +83,23 @@ def load_plan(model: str | Path) -> tuple[CachePlan, bool]:
     source = open_source(path)
     dtype = source_dtype(source.checkpoint, source.arch, source.layers[0])
     return source_plan([source_layer(layer) for layer in source.layers], dtype), False
+
+
+def open_source(model: str | Path) -> Source:
+    """Open a checkpoint and read the facts of its layers. Raises CheckpointError before any work is done."""
+    checkpoint = Checkpoint.open(model)
+    arch = architecture(checkpoint.config.get("model_type", "(none)"))
+    stock = empty_model(arch, source_config(arch, checkpoint.config))
+    check_names(checkpoint, stock)
+    return Source(checkpoint, arch, arch.describe(stock))
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is CUDA where there is one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"--device {device} cannot be used: {' '.join(str(error).split())[:200]}") from error
+    return device

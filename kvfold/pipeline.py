@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import time
 import warnings
@@ -16,21 +18,19 @@ from torch import Tensor
 
 from kvfold import data
 from kvfold.allocate import Axes, allocate
-from kvfold.architectures.base import Architecture, architecture, empty_model, source_config
-from kvfold.attention import AttentionLayer
+from kvfold.architectures.base import empty_model, source_config
 from kvfold.calibrate import Statistics, calibrate
 from kvfold.card import write_card_text
-from kvfold.checkpoint import Checkpoint
+from kvfold.checkpoint import Checkpoint, read_json
 from kvfold.errors import DataError, OutputError
-from kvfold.fold import check_names, fold, folded_config, read_layer, source_dtype
+from kvfold.fold import fold, folded_config, read_layer, source_dtype
 from kvfold.linalg import Moment
-from kvfold.plan import CachePlan
+from kvfold.loading import Source, load_weights, open_source, resolve_device
+from kvfold.plan import CONFIG_KEY, CachePlan
 from kvfold.recipe import Recipe
 from kvfold.runtime.modeling import empty_folded_model
 from kvfold.storage import copy_file, write_tensors, write_text
 from kvfold.version import __version__
-
-MAX_SEQ_LEN = 2048
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,6 @@ class Folded:
     seconds: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint that has been opened and understood."""
-
-    checkpoint: Checkpoint
-    arch: Architecture
-    layers: list[AttentionLayer]
-
-
 def compress(
     recipe: Recipe, *, run_dir: str | Path | None = None, overwrite: bool = False, device: str = "auto"
 ) -> Folded:
@@ -60,9 +51,9 @@ def compress(
     `<out>.partial` and gets its name when it is complete; the same call continues an interrupted one.
     Raises a KvfoldError that says what was found and what to do.
     """
-    out = Path(recipe.out)
+    out = Path(os.path.abspath(recipe.out))
     run_dir = Path(run_dir) if run_dir else out.with_name(out.name + ".run")
-    _refuse_existing(out, overwrite, Path(recipe.model))
+    _refuse_out(out, overwrite, keep=(Path(recipe.model), run_dir))
     clock = _Clock()
     source = open_source(recipe.model)
     axes = Axes(**{axis: recipe.method(axis) for axis in ("depth", "width", "bits", "length")})
@@ -82,20 +73,12 @@ def compress(
     )
     _warn_if_far_below(recipe, plan)
     clock.lap("allocate")
-    partial = _partial_folder(out, recipe, source.checkpoint, plan)
+    partial = _partial_folder(out, recipe, source.checkpoint, plan, statistics)
     fold(source.checkpoint, source.arch, source.layers, plan, axes.width, moments_of, partial)
-    _finish(partial, out, recipe, source, plan)
+    _complete(partial, recipe, source, plan)
+    _publish(partial, out, overwrite)
     clock.lap("fold")
-    return Folded(out, plan, clock.laps)
-
-
-def open_source(model: str | Path) -> Source:
-    """Open a checkpoint and read the facts of its layers. Raises CheckpointError before any work is done."""
-    checkpoint = Checkpoint.open(model)
-    arch = architecture(checkpoint.config.get("model_type", "(none)"))
-    stock = empty_model(arch, source_config(arch, checkpoint.config))
-    check_names(checkpoint, stock)
-    return Source(checkpoint, arch, arch.describe(stock))
+    return Folded(Path(recipe.out), plan, clock.laps)
 
 
 def gather(
@@ -113,17 +96,11 @@ def gather(
     return calibrate(source.checkpoint, source.arch, tokens_BT, needs=needs, run_dir=run_dir, device=device)
 
 
-def resolve_device(device: str) -> str:
-    """`auto` is CUDA where there is one."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
 def _calibration_tokens(recipe: Recipe, source: Source, run_dir: Path, device: str) -> Tensor:
     calibration = recipe.calibration
-    context = source.checkpoint.config.get("max_position_embeddings", MAX_SEQ_LEN)
     size: dict[str, Any] = {
         "num_samples": calibration.num_samples,
-        "seq_len": calibration.seq_len or min(MAX_SEQ_LEN, context),
+        "seq_len": calibration.seq_len or source.seq_len,
         "seed": recipe.seed,
     }
     if calibration.data == "self":
@@ -143,24 +120,35 @@ def self_sampled(source: Source, run_dir: Path, *, num_samples: int, seq_len: in
     """[num_samples, seq_len] tokens that the original model draws; kept in `run_dir`, since drawing them takes long."""
     file = run_dir / f"samples-{source.checkpoint.fingerprint()}-{num_samples}x{seq_len}-{seed}.safetensors"
     if not file.exists():
-        model = source.arch.model_class.from_pretrained(source.checkpoint.path, dtype="auto").to(device).eval()
+        dtype = source_dtype(source.checkpoint, source.arch, source.layers[0])
+        model = load_weights(source.checkpoint.path, getattr(torch, dtype), device)
         tokens_BT = data.sample_from_model(model, num_samples=num_samples, seq_len=seq_len, seed=seed)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(file, {"tokens": tokens_BT}, {})
     return load_file(file)["tokens"]
 
 
-def _refuse_existing(out: Path, overwrite: bool, model: Path) -> None:
-    if out.exists() and model.exists() and out.samefile(model):
-        raise OutputError(f"--out {out} is the model itself; give another folder.")
-    if out.exists() and not overwrite:
+def _refuse_out(out: Path, overwrite: bool, keep: tuple[Path, Path]) -> None:
+    """Raise OutputError where writing `out` would destroy something: a file, the model, the run folder, a foreign folder."""
+    for path in keep:
+        if path.resolve().is_relative_to(out.resolve()):
+            raise OutputError(f"--out {out} is or holds {path}, which is needed; give another folder.")
+    if not out.exists():
+        return
+    if not overwrite:
         raise OutputError(f"{out} exists already. Give another --out, or --overwrite to replace it.")
+    empty = out.is_dir() and not any(out.iterdir())
+    if not empty and not ((out / "config.json").exists() and CONFIG_KEY in read_json(out / "config.json")):
+        raise OutputError(f"{out} is not a folded model, so --overwrite does not replace it; remove it yourself.")
 
 
-def _partial_folder(out: Path, recipe: Recipe, checkpoint: Checkpoint, plan: CachePlan) -> Path:
+def _partial_folder(
+    out: Path, recipe: Recipe, checkpoint: Checkpoint, plan: CachePlan, statistics: Statistics | None
+) -> Path:
     """The folder in which the result grows: the one of an interrupted run of the same fold, or a new one."""
     partial = out.with_name(out.name + ".partial")
-    identity = f"{recipe.to_yaml()}\n{checkpoint.fingerprint()}\n{plan.to_dict()}\n"
+    calibrated = statistics.folder.name if statistics else "-"
+    identity = "\n".join([__version__, recipe.to_yaml(), checkpoint.fingerprint(), calibrated, f"{plan.to_dict()}"])
     marker = partial / "fold.txt"
     if not marker.exists() or marker.read_text() != identity:
         shutil.rmtree(partial, ignore_errors=True)
@@ -169,14 +157,31 @@ def _partial_folder(out: Path, recipe: Recipe, checkpoint: Checkpoint, plan: Cac
     return partial
 
 
-def _finish(partial: Path, out: Path, recipe: Recipe, source: Source, plan: CachePlan) -> None:
-    """Add what belongs beside the weights, and give the folder its name in one step."""
+def _complete(partial: Path, recipe: Recipe, source: Source, plan: CachePlan) -> None:
+    """Add what belongs beside the weights: tokenizer, card, recipe."""
     for file in source.checkpoint.side_files():
         copy_file(file, partial / file.name)
+    _name_tokenizer_class(source.checkpoint.path, partial / "tokenizer_config.json")
     card = write_card_text(recipe, plan, version=__version__, parameters=_attention_parameters(source, plan))
     write_text(partial / "README.md", card)
     write_text(partial / "recipe.yaml", recipe.to_yaml())
-    (partial / "fold.txt").unlink()
+
+
+def _name_tokenizer_class(source: Path, config_file: Path) -> None:
+    """AutoTokenizer corrects wrong class names by model type, which a folded model no longer has: write down its choice."""
+    if not config_file.exists():
+        return
+    config, chosen = read_json(config_file), type(data.load_tokenizer(source)).__name__
+    if config.get("tokenizer_class") != chosen:
+        write_text(config_file, json.dumps(config | {"tokenizer_class": chosen}, indent=2, ensure_ascii=False) + "\n")
+
+
+def _publish(partial: Path, out: Path, overwrite: bool) -> None:
+    """Give the finished folder its name in one step."""
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} appeared meanwhile; the finished model is in {partial}, apart from its name.")
+    for leftover in (partial / "fold.txt", *partial.glob("*.unfinished")):
+        leftover.unlink()
     replaced = out.with_name(out.name + ".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if out.exists():

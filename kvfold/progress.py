@@ -16,5 +16,5 @@ Item = TypeVar("Item")
 def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
     """Yield the items, with a bar and the time that is left where stderr is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=STDERR, transient=True) as progress:
+    with Progress(*columns, console=STDERR, transient=True, disable=not STDERR.is_terminal) as progress:
         yield from progress.track(items, total=total, description=description)

@@ -16,6 +16,14 @@ from kvfold.errors import RecipeError
 from kvfold.presets import PRESETS
 
 ALLOCATIONS = ("uniform", "greedy")
+TYPES: dict[Any, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+    "str": (str,),
+    "str | None": (str, type(None)),
+}
+"""Python types by the annotation of a recipe's or method's field."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +91,7 @@ class Recipe:
             if name not in known:
                 what = f"field of {axis} method {getattr(self, axis)['method']!r} called"
                 raise RecipeError(registry.unknown(what, name, known or ["(none)"]))
+        check_types(cls, fields, f"{axis}.")
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,7 +150,12 @@ def _parse_set(assignment: str) -> dict[str, Any]:
     path, separator, text = assignment.partition("=")
     if not separator or not path:
         raise RecipeError(f"--set {assignment!r} is not AXIS.FIELD=VALUE, for example width.latent=group.")
-    tree: Any = yaml.safe_load(text)
+    if path == "preset":
+        raise RecipeError("a preset is not a field; give --preset.")
+    try:
+        tree: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {assignment!r}: the value is not YAML: {error}") from error
     for name in reversed(path.split(".")):
         tree = {name: tree}
     return tree
@@ -156,10 +170,26 @@ def _merge(tree: dict[str, Any], more: Mapping[str, Any]) -> None:
             _merge(tree[name], value)
         elif isinstance(value, Mapping):
             tree[name] = dict(value)
-        elif isinstance(tree.get(name), dict):
-            raise RecipeError(f"{name} = {value!r} was given where its fields are meant: {name}.method, for example.")
+        elif name in (*registry.AXES, "calibration"):
+            raise RecipeError(
+                f"{name} = {value!r} was given where its fields are meant, for example {name}.{_example(name)}."
+            )
         else:
             tree[name] = value
+
+
+def _example(name: str) -> str:
+    return "data" if name == "calibration" else "method"
+
+
+def check_types(cls: Any, values: Mapping[str, Any], where: str) -> None:
+    """Raise RecipeError where a value is not of its field's type (numbers, texts and what may be None)."""
+    for f in dataclasses.fields(cls):
+        if f.name not in values or f.type not in TYPES:
+            continue
+        value, types = values[f.name], TYPES[f.type]
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise RecipeError(f"{where}{f.name} = {value!r} is not {f.type.replace(' | None', '')}.")
 
 
 def _build(cls: Any, data: Mapping[str, Any], what: str) -> Any:
@@ -172,4 +202,5 @@ def _build(cls: Any, data: Mapping[str, Any], what: str) -> Any:
     ]
     if missing := [name for name in needed if data.get(name) is None]:
         raise RecipeError(f"the recipe lacks {', '.join(missing)}.")
+    check_types(cls, data, "calibration." if cls is Calibration else "")
     return cls(**data)

@@ -158,6 +158,8 @@ def _continuations(comparison: Comparison) -> str:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The table of numbers for a README."""
+    """The table of numbers for a README, with a line that says on what it was measured."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    return "\n".join(lines + ["| " + " | ".join(cells(row)) + " |" for row in comparison.rows]) + "\n"
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in comparison.rows]
+    caption = f"`{comparison.model}`, calibrated on {comparison.calibration}, evaluated on {comparison.evaluated_on}."
+    return "\n".join([caption, "", *lines]) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from abc import ABC
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from kvfold import registry
@@ -19,14 +21,13 @@ from kvfold.errors import CheckpointError
 class Architecture(ABC):
     """One Hugging Face model_type. The defaults describe the Llama layout, which most families share.
 
-    `layers` and `attention` lead from the causal model to one layer's attention module; `rotary` to its rotary embedding.
+    `layers` and `attention` lead from the causal model to one layer's attention module.
     """
 
     model_type: ClassVar[str]
     causal_lm: ClassVar[str]
     layers: ClassVar[str] = "model.layers"
     attention: ClassVar[str] = "self_attn"
-    rotary: ClassVar[str] = "model.rotary_emb"
 
     @property
     def model_class(self) -> type[transformers.PreTrainedModel]:
@@ -50,10 +51,9 @@ class Architecture(ABC):
 
     def describe(self, model: nn.Module) -> list[AttentionLayer]:
         """Facts of every layer, read off a stock model (on the meta device it costs nothing)."""
-        rotary_dim = self.rotary_dim(model)
-        return [self.facts(module, index, rotary_dim) for index, module in enumerate(self.modules(model))]
+        return [self.facts(module, index) for index, module in enumerate(self.modules(model))]
 
-    def facts(self, module: Any, index: int, rotary_dim: int) -> AttentionLayer:
+    def facts(self, module: Any, index: int) -> AttentionLayer:
         """Facts of one layer, read off its attention module: no config logic is copied."""
         config = module.config
         return AttentionLayer(
@@ -63,20 +63,12 @@ class Architecture(ABC):
             num_kv_heads=config.num_key_value_heads,
             head_dim=module.head_dim,
             scaling=module.scaling,
-            rotary_dim=rotary_dim,
             window=self.window(module),
-            layer_type=getattr(module, "layer_type", None),
             qk_norm=hasattr(module, "q_norm"),
             qkv_bias=module.q_proj.bias is not None,
             o_bias=module.o_proj.bias is not None,
             attention_dropout=module.attention_dropout,
         )
-
-    def rotary_dim(self, model: nn.Module) -> int:
-        """Numbers of a head that turn with position."""
-        inv_freq = model.get_submodule(self.rotary).inv_freq
-        assert isinstance(inv_freq, Tensor), "a rotary embedding holds its frequencies as a buffer"
-        return 2 * inv_freq.shape[0]
 
     def window(self, module: Any) -> int | None:
         """The sliding window of one layer in tokens, None if it sees everything."""
@@ -119,8 +111,9 @@ def architecture(model_type: str) -> Architecture:
 def source_config(arch: Architecture, config: dict[str, Any]) -> transformers.PretrainedConfig:
     """The stock config object of a config.json. Raises CheckpointError where head counts do not fit each other."""
     try:
-        loaded = arch.config_class.from_dict(config)
-    except (ValueError, TypeError, KeyError) as error:
+        # a copy, since transformers writes its defaults into nested dictionaries
+        loaded = arch.config_class.from_dict(copy.deepcopy(config))
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(f"config.json does not describe a {arch.model_type} model: {error}") from error
     heads, kv_heads = loaded.num_attention_heads, getattr(loaded, "num_key_value_heads", None)
     if kv_heads and heads % kv_heads:
@@ -135,5 +128,11 @@ def empty_model(arch: Architecture, config: transformers.PretrainedConfig) -> tr
     """The stock model with parameters on the meta device and real buffers: facts and code for free, no weights."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False), torch.no_grad():
-        return arch.model_class(config).eval()
+    try:
+        with init_empty_weights(include_buffers=False), torch.no_grad():
+            return arch.model_class(config).eval()
+    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"transformers cannot build the {arch.model_type} model that config.json describes:"
+            f" {type(error).__name__}: {error}"
+        ) from error

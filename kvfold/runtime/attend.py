@@ -34,7 +34,7 @@ def decode_attention(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tenso
         packed = q_BN1R.view(B, C, N // C, R)
         out = F.scaled_dot_product_attention(packed, z_BCSR, y_BUSV, attn_mask=mask, scale=scale)
         return out.reshape(B, N, 1, V).transpose(1, 2)
-    if q_BN1R.device.type == "cpu" and q_BN1R.dtype != torch.float32:
+    if q_BN1R.device.type == "cpu" and q_BN1R.dtype != torch.float32 and not torch.is_grad_enabled():
         return _decode_by_mm(q_BN1R, z_BCSR, y_BUSV, mask, scale)
     return grouped_attention(q_BN1R, z_BCSR, y_BUSV, mask, scale=scale)[0]
 
@@ -63,7 +63,8 @@ def prefill_attention(
     """Many query tokens: torch's fused kernel, on heads and widths made equal for the duration of this call."""
     N, T, R = q_BNTR.shape[1:]
     K, U, V = k_BKSR.shape[1], y_BUSV.shape[1], y_BUSV.shape[3]
-    heads = K if K % U == 0 else U if U % K == 0 else N
+    # with a mask, torch shares heads between queries only in its slow kernel; transformers repeats them there as well
+    heads = N if mask is not None else K if K % U == 0 else U if U % K == 0 else N
     k_BKSR, y_BUSV = _repeat_heads(k_BKSR, heads), _repeat_heads(y_BUSV, heads)
     width = max(R, V)
     q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q_BNTR, k_BKSR, y_BUSV))

@@ -13,9 +13,16 @@ from kvfold.attention import AttentionLayer
 from kvfold.plan import CacheSpec
 from kvfold.runtime.attend import decode_attention, grouped_attention, prefill_attention
 
+FEW_TOKENS = 16
+"""A step of at most so many tokens (speculative decoding, short chunks) is bound by the cache's bytes, like one of one."""
+
 
 class GroupedLinear(nn.Module):
-    """One small matrix per group: [B, groups, T, in] -> [B, groups, T, out]. weight [groups, out, in]."""
+    """One small matrix per group: [B, groups, T, in] -> [B, groups, T, out]. weight [groups, out, in].
+
+    `heads`: cut each matrix by its rows into those of its group's heads, for x [B, heads, T, ...]. `transposed`: from out to in.
+    All use of the weight passes through here, so that hooks (device_map, offloading, adapters) see it.
+    """
 
     def __init__(self, groups: int, in_features: int, out_features: int, **options: Any) -> None:
         super().__init__()
@@ -25,8 +32,9 @@ class GroupedLinear(nn.Module):
         groups, out_features, in_features = self.weight.shape
         return f"{groups=}, {in_features=}, {out_features=}"
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.transpose(1, 2)
+    def forward(self, x: Tensor, *, heads: int | None = None, transposed: bool = False) -> Tensor:
+        weight = self.weight if heads is None else self.weight.reshape(heads, -1, self.weight.shape[2])
+        return x @ (weight if transposed else weight.transpose(1, 2))
 
 
 class FoldedAttention(nn.Module):
@@ -74,10 +82,8 @@ class FoldedAttention(nn.Module):
         z, y = self._new_keys_values(hidden_states, *position_embeddings)
         if past_key_values is not None:
             z, y = past_key_values.update(z, y, self.layer_idx)
-        out_BTNV, probs = self._attend(q, z, y, attention_mask)
-        if self.v_b_proj is not None:
-            out_BTNV = self._lead_values_back(out_BTNV)
-        return self.o_proj(out_BTNV.flatten(2)), probs
+        out_BTNH, probs = self._attend(q, z, y, attention_mask)
+        return self.o_proj(out_BTNH.flatten(2)), probs
 
     def _heads(self, x_BTF: Tensor, norm: nn.Module | None) -> Tensor:
         """[B, T, heads*H] -> [B, heads, T, H], normalised where the family does."""
@@ -94,40 +100,41 @@ class FoldedAttention(nn.Module):
         return z, y
 
     def _attend(self, q: Tensor, z: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Decoding is bound by the bytes of the cache, so queries are absorbed. A prompt is bound by arithmetic: there
-        unequal heads are made equal once, so that the fused kernel serves them."""
+        """Decoding is bound by the bytes of the cache, so queries are absorbed and stored numbers are read as they lie. A
+        prompt is bound by arithmetic: unless the stored heads suit the fused kernel, they are rebuilt for this one call."""
         dropout = self.layer.attention_dropout if self.training else 0.0
-        if self.config._attn_implementation == "eager":
-            return grouped_attention(self._absorb(q), z, y, mask, scale=self.scaling, dropout=dropout)
+        if self.config._attn_implementation == "eager" or (1 < q.shape[2] <= FEW_TOKENS and not dropout):
+            out, probs = grouped_attention(self._absorb(q), z, y, mask, scale=self.scaling, dropout=dropout)
+            return self._lead_values_back(out), probs
         if q.shape[2] == 1 and not dropout:
-            return decode_attention(self._absorb(q), z, y, mask, scale=self.scaling), None
-        if z.shape[1::2] == y.shape[1::2]:
-            return prefill_attention(self._absorb(q), z, y, mask, scale=self.scaling, dropout=dropout), None
-        return prefill_attention(q, self._rebuild(z), y, mask, scale=self.scaling, dropout=dropout), None
+            return self._lead_values_back(decode_attention(self._absorb(q), z, y, mask, scale=self.scaling)), None
+        if z.shape[1::2] == y.shape[1::2] and z.shape[3] <= self.layer.head_dim:
+            out = prefill_attention(self._absorb(q), z, y, mask, scale=self.scaling, dropout=dropout)
+            return self._lead_values_back(out), None
+        keys, values = self._rebuild(z, self.k_b_proj), self._rebuild(y, self.v_b_proj)
+        return prefill_attention(q, keys, values, mask, scale=self.scaling, dropout=dropout), None
 
     def _absorb(self, q_BNTH: Tensor) -> Tensor:
         """Queries [B, N, T, H] -> [B, N, T, R], so that they meet the stored keys directly."""
         if self.k_b_proj is None:
             return q_BNTH
-        back_KHR = self.k_b_proj.weight.view(-1, self.layer.head_dim, self.spec.head_dim)
         B, N, T, H = q_BNTH.shape
         per_kv_head = q_BNTH.reshape(B, self.layer.num_kv_heads, -1, H)
-        return (per_kv_head @ back_KHR).view(B, N, T, -1)
+        return self.k_b_proj(per_kv_head, heads=self.layer.num_kv_heads, transposed=True).view(B, N, T, -1)
 
-    def _rebuild(self, z_BCSR: Tensor) -> Tensor:
-        """Stored keys [B, C, S, R] -> keys of the source's heads [B, K, S, H]."""
-        if self.k_b_proj is None:
+    def _rebuild(self, z_BCSR: Tensor, back: GroupedLinear | None) -> Tensor:
+        """Stored heads [B, C, S, R] -> the source's heads [B, K, S, H]; unchanged where there is no way back."""
+        if back is None:
             return z_BCSR
-        kappa = self.k_b_proj(z_BCSR)
-        return kappa.unflatten(3, (-1, self.layer.head_dim)).transpose(2, 3).flatten(1, 2)
+        return back(z_BCSR).unflatten(3, (-1, self.layer.head_dim)).transpose(2, 3).flatten(1, 2)
 
     def _lead_values_back(self, out_BTNV: Tensor) -> Tensor:
-        """Averaged latents [B, T, N, V] -> averaged values of the source's heads [B, T, N, H]."""
-        assert self.v_b_proj is not None
+        """Averaged latents [B, T, N, V] -> averaged values of the source's heads [B, T, N, H], if o_proj expects those."""
+        if self.v_b_proj is None:
+            return out_BTNV
         B, T, N, V = out_BTNV.shape
-        back_KVH = self.v_b_proj.weight.view(-1, self.layer.head_dim, V).transpose(1, 2)
         per_kv_head = out_BTNV.transpose(1, 2).reshape(B, self.layer.num_kv_heads, -1, V)
-        return (per_kv_head @ back_KVH).view(B, N, T, -1).transpose(1, 2)
+        return self.v_b_proj(per_kv_head, heads=self.layer.num_kv_heads).view(B, N, T, -1).transpose(1, 2)
 
 
 def apply_rotary(x_BNTH: Tensor, cos_BTr: Tensor, sin_BTr: Tensor) -> Tensor:

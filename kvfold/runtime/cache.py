@@ -105,7 +105,7 @@ class GrowingLayer(CacheLayerMixin):
         self.length += key_states.shape[2]
         if self.spec.window is not None and not self.record_past:
             return self._update_window(key_states, value_states, self.spec.window)
-        capacity = round_up(self.length) if self.record_past else self.spec.tokens_allocated(self.length)
+        capacity = self.spec.tokens_allocated(self.length)
         self.k.append(key_states, capacity)
         self.v.append(value_states, capacity)
         if self.spec.window is None:

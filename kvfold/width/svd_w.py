@@ -25,7 +25,7 @@ class SvdW(LowRankWidth):
         moment = _gram(weights.k_proj, weights.k_bias)
         if weights.k_norm is None:
             return moment
-        rms_K = moment.diagonal().unflatten(0, (layer.num_kv_heads, -1)).mean(1).sqrt()
+        rms_K = moment.diagonal().unflatten(0, (layer.num_kv_heads, -1)).mean(1).clamp_min(1e-30).sqrt()
         scale = torch.outer(1 / rms_K, weights.k_norm.double()).flatten()
         return moment * torch.outer(scale, scale)
 

@@ -16,8 +16,7 @@ import kvfold
 from kvfold import registry
 from kvfold.fold import read_layer
 from kvfold.linalg import Moment
-from kvfold.loading import load_plan
-from kvfold.pipeline import open_source
+from kvfold.loading import load_plan, open_source
 from kvfold.recipe import make_recipe
 from kvfold.runtime.cache import FoldedCache
 from kvfold.testing import assert_close, relative_rms

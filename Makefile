@@ -1,0 +1,44 @@
+# make demo: install and fold the packaged model. make test: install and test. make results: regenerate results/.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+VALID ?= $(error give VALID=FILE, a text to evaluate on)
+CALIBRATION ?= self
+MODEL := kvfold/models/books-6l
+PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
+
+.PHONY: demo test lint check results clean
+
+demo: $(VENV)/installed
+	$(BIN)/kvfold demo --out demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test
+
+# Loss of every preset on a held-out text, and the time of a decode step:
+# make results VALID=books-valid.txt [CALIBRATION=books-train.txt]
+results: $(VENV)/installed
+	$(BIN)/kvfold compare $(MODEL) $(PRESETS) --kv-budget 1/2 --kv-budget 1/3 --kv-budget 1/6 \
+	  --data $(CALIBRATION) --num-samples 128 --seq-len 256 --eval-data $(VALID) --max-tokens 32768 --out runs/width
+	cp runs/width/table.md results/width-books-6l-$(if $(filter self,$(CALIBRATION)),self,text).md
+	for dtype in float32 bfloat16; do $(BIN)/python benchmarks/decode_step.py $(MODEL) runs/width/svd_a-0.5 \
+	  runs/width/svd_a-width.latent=group-0.5 runs/width/gqa-0.5 --dtype $$dtype --markdown results/decode-step-$$dtype.md; done
+
+# constraints.txt names versions that work together. To save gigabytes on a machine without a GPU, make the environment first
+# and install torch's CPU build into it; what is there already is kept.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo runs build *.egg-info

@@ -1,0 +1,367 @@
+"""Everything a user can get wrong: an error that says what was found and what to do, and no folder that looks finished."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import kvfold
+from kvfold import calibrate as calibrate_module
+from kvfold import fold as fold_module
+from kvfold import storage
+from kvfold.demonstration import MODEL
+from kvfold.errors import BudgetError, CheckpointError, DataError, KvfoldError, OutputError, RecipeError
+from kvfold.recipe import make_recipe
+
+CALIBRATION = {"data": "self", "num_samples": 4, "seq_len": 32}
+
+
+@pytest.fixture
+def source(tiny_dir, tmp_path):
+    """A copy of a tiny model in three shards, to damage."""
+    from tiny import load
+
+    folder = tmp_path / "source"
+    load(tiny_dir / "llama_mha").save_pretrained(folder, max_shard_size="150KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+def compress(source, out, method="svd_w", calibration=CALIBRATION, kv_budget=0.5, **options):
+    tree = {
+        "model": str(source),
+        "out": str(out),
+        "kv_budget": kv_budget,
+        "width": {"method": method},
+        "calibration": calibration,
+    }
+    return kvfold.compress(make_recipe(tree), device="cpu", **options)
+
+
+def refused(source, error, message, **options):
+    out = source.parent / "out"
+    with pytest.raises(error, match=message):
+        compress(source, out, **options)
+    assert not out.exists()
+    assert not (source.parent / "out.partial" / "config.json").exists()
+
+
+def edit_config(source, **changes):
+    config = json.loads((source / "config.json").read_text()) | changes
+    (source / "config.json").write_text(json.dumps(config))
+
+
+def test_unknown_model_type(source):
+    edit_config(source, model_type="lama")
+    refused(source, CheckpointError, "no supported model_type 'lama'. Did you mean 'llama'.*mistral, qwen2, qwen3")
+
+
+def test_folded_already(fold, tmp_path):
+    folder = shutil.copytree(fold("llama_mha", "svd_a", kv_budget=0.5).out, tmp_path / "source")
+    refused(folder, CheckpointError, "folded already")
+
+
+def test_query_heads_not_divisible(source):
+    edit_config(source, num_key_value_heads=3)
+    refused(source, CheckpointError, "8 query heads are not divisible by 3 key/value heads")
+
+
+def test_kv_heads_not_divisible(source):
+    with pytest.raises(RecipeError, match=r"kv_heads = 3 does not divide the 8 .* choose one of \[1, 2, 4, 8\]"):
+        kvfold.compress(
+            make_recipe(
+                {
+                    "model": str(source),
+                    "out": str(source.parent / "out"),
+                    "width": {"method": "mean_pool", "kv_heads": 3},
+                }
+            )
+        )
+
+
+def test_budget_out_of_reach(source):
+    refused(source, BudgetError, "0.05 is out of reach: the smallest cache of this method keeps 0.125", kv_budget=0.05)
+
+
+def test_missing_shard(source):
+    next(source.glob("*-00002-*.safetensors")).unlink()
+    refused(source, CheckpointError, "lacks the weight file model-00002-.*download it again")
+
+
+def test_truncated_shard(source):
+    shard = next(source.glob("*-00002-*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refused(source, CheckpointError, "model-00002.* bytes where its header promises .*download it again")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 50, b"\xff" * 50, b"<!doctype html>" * 10], ids=str)
+def test_foreign_shard(source, content):
+    next(source.glob("*-00002-*.safetensors")).write_bytes(content)
+    refused(source, CheckpointError, "model-00002.*(is not a safetensors file or is cut off|header promises)")
+
+
+def test_missing_tensor(source):
+    shard = next(source.glob("*-00002-*.safetensors"))
+    tensors = load_file(shard)
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, shard)
+    refused(source, CheckpointError, "names 1 tensors that their shards do not hold")
+
+
+def test_config_of_another_model(source):
+    edit_config(source, num_hidden_layers=4)
+    refused(source, CheckpointError, "lacks .* tensors of a llama model, for example model.layers.3")
+    edit_config(source, num_hidden_layers=2)
+    refused(source, CheckpointError, "tensors that a llama model does not have, for example model.layers.2")
+
+
+@pytest.mark.parametrize("method", ["svd_w", "svd_a"])
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.v_proj.weight", "model.layers.2.mlp.up_proj.weight"])
+def test_nan_in_weights(source, method, name):
+    index = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors = load_file(source / index[name])
+    tensors[name][3, 5] = torch.nan
+    save_file(tensors, source / index[name])
+    # `self` would run the damaged model; calibrate on fixed text instead
+    text = source.parent / "text.txt"
+    text.write_text("word " * 5000)
+    copy_tokenizer(source)
+    calibration = CALIBRATION | {"data": str(text)}
+    refused(source, CheckpointError, f"{name}' holds 1 NaN", method=method, calibration=calibration)
+
+
+def copy_tokenizer(source):
+    """A tokenizer with the tiny models' vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {f"t{i}": i for i in range(200)} | {"word": 200, "[UNK]": 201}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]").save_pretrained(source)
+
+
+def test_no_safetensors(source):
+    for file in source.glob("*.safetensors*"):
+        file.unlink()
+    (source / "pytorch_model.bin").write_bytes(b"x")
+    refused(source, CheckpointError, "neither model.safetensors nor .*pytorch_model.bin; convert pickles")
+
+
+def test_quantized(source):
+    edit_config(source, quantization_config={"quant_method": "gptq"})
+    refused(source, CheckpointError, "gptq-quantized")
+
+
+def test_broken_or_missing_config(source):
+    (source / "config.json").write_text("{")
+    refused(source, CheckpointError, "config.json is not valid JSON")
+    (source / "config.json").unlink()
+    refused(source, CheckpointError, "has no config.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"hidden_size": 65}, {"hidden_size": "64"}, {"rope_parameters": {"rope_type": "warp", "rope_theta": 1e4}}],
+    ids=str,
+)
+def test_config_that_makes_no_model(source, changes):
+    edit_config(source, **changes)
+    refused(source, CheckpointError, "config.json (does not describe|describes)|that config.json describes")
+
+
+def test_adapter_beside_the_model(source):
+    (source / "adapter_config.json").write_text("{}")
+    refused(source, CheckpointError, "PEFT adapter beside the model; merge it first")
+
+
+def test_device_that_is_not_there(source):
+    with pytest.raises(RecipeError, match="--device cuda:7 cannot be used"):
+        kvfold.load(source, device="cuda:7")
+
+
+def test_numbers_that_do_not_fit_half_precision(source):
+    """A low-rank basis adds up columns: float16 weights near the type's limit overflow."""
+    for shard in source.glob("*.safetensors"):
+        halves = {n: t.half() for n, t in load_file(shard).items()}
+        save_file({n: torch.full_like(t, 60000.0) if "v_proj" in n else t for n, t in halves.items()}, shard)
+    refused(source, CheckpointError, "is not finite after folding: its numbers do not fit into torch.float16")
+
+
+def test_not_a_folder(tmp_path):
+    refused(tmp_path / "nothing", CheckpointError, "is not a folder")
+
+
+def test_unsupported_dtype(source):
+    for shard in source.glob("*.safetensors"):
+        save_file({n: t.to(torch.float8_e4m3fn) for n, t in load_file(shard).items()}, shard)
+    refused(source, CheckpointError, "stored as .*F8_E4M3")
+
+
+def test_tokenizer_missing(source):
+    text = source.parent / "text.txt"
+    text.write_text("word " * 5000)
+    message = "has no tokenizer.*Copy tokenizer.json"
+    refused(source, CheckpointError, message, method="svd_a", calibration=CALIBRATION | {"data": str(text)})
+
+
+def test_calibration_text(source):
+    copy_tokenizer(source)
+    text = source.parent / "text.txt"
+    text.write_text("word " * 31)
+    calibration = CALIBRATION | {"data": str(text)}
+    refused(source, DataError, "31 tokens, fewer than one sequence of 32", method="svd_a", calibration=calibration)
+    refused(source, DataError, "does not exist", method="svd_a", calibration=CALIBRATION | {"data": "./none.txt"})
+    refused(source, DataError, "needs calibration text", method="svd_a", calibration={})
+    table = source.parent / "rows.jsonl"
+    table.write_text('{"body": "word"}\n')
+    calibration = CALIBRATION | {"data": str(table)}
+    refused(source, DataError, r"fields \['body'\], no 'text'", method="svd_a", calibration=calibration)
+    text.write_text("word " * 70)
+    with pytest.warns(UserWarning, match="holds only 2 sequences of 32 tokens; 4 were asked for"):
+        compress(source, source.parent / "fine", method="svd_a", calibration=CALIBRATION | {"data": str(text)})
+
+
+def test_existing_output(source):
+    out = source.parent / "out"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    with pytest.raises(OutputError, match=r"exists already.*--overwrite"):
+        compress(source, out)
+    assert (out / "precious").exists()
+    with pytest.raises(OutputError, match="is not a folded model, so --overwrite does not replace it"):
+        compress(source, out, overwrite=True)
+    assert (out / "precious").exists()
+    (out / "precious").unlink()
+    compress(source, out, overwrite=True)
+    compress(source, out, overwrite=True, kv_budget=0.25)
+    assert kvfold.inspect(out).plan.kv_budget == 0.25
+    for place in (source, source.parent):
+        with pytest.raises(OutputError, match="is or holds .*, which is needed"):
+            compress(source, place, overwrite=True)
+    with pytest.raises(OutputError, match="is or holds .*, which is needed"):
+        compress(source, source.parent / "new", run_dir=source.parent / "new" / "run")
+
+
+def test_a_disk_that_is_too_small_is_noticed_before(source, monkeypatch):
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+    refused(source, OutputError, "GB free and the result takes")
+
+
+def test_a_disk_that_fills_up(source, monkeypatch):
+    """The error names the remedy; with space again the same command finishes, with the same bytes."""
+    monkeypatch.setattr(fold_module, "MAX_SHARD_BYTES", 60_000)
+    expected = digests(compress(source, source.parent / "expected").out)
+    save = storage.save_file
+    for allowed in (0, 2):
+        left = [allowed]
+
+        def full(*args, left=left, **kwargs):
+            if not left[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            left[0] -= 1
+            save(*args, **kwargs)
+
+        monkeypatch.setattr(storage, "save_file", full)
+        refused(source, OutputError, "disk is full while writing .*run the same command again")
+        assert not list((source.parent / "out.partial").glob("*.unfinished"))
+    monkeypatch.setattr(storage, "save_file", save)
+    assert digests(compress(source, source.parent / "out").out) == expected
+
+
+def test_interrupted_anywhere_continues_with_the_same_result(source, monkeypatch):
+    """The process dies at every write in turn; each time the same command goes on, and the result is the same."""
+    monkeypatch.setattr(fold_module, "MAX_SHARD_BYTES", 60_000)
+    monkeypatch.setattr(calibrate_module, "SECONDS_BETWEEN_SAVES", 0)
+    options = {"method": "svd_a", "calibration": {"data": "self", "num_samples": 4, "seq_len": 32}}
+    expected = digests(compress(source, source.parent / "expected", **options).out)
+    out, replace, writes = source.parent / "out", os.replace, []
+
+    class Killed(BaseException):
+        pass
+
+    def dying(a, b):
+        if len(writes) >= limit:
+            raise Killed
+        writes.append(Path(b).name)
+        replace(a, b)
+
+    monkeypatch.setattr(storage.os, "replace", dying)
+    limit, deaths = 1, 0
+    while True:
+        writes.clear()
+        try:
+            compress(source, out, **options)
+            break
+        except Killed:
+            deaths += 1
+            assert not out.exists()
+            limit += 1 if not deaths % 3 else 0
+    assert deaths > 10
+    assert digests(out) == expected
+    assert not out.with_name("out.partial").exists()
+
+
+def test_other_text_after_an_interruption_starts_anew(source, monkeypatch):
+    """The plan is the same, the bases are not: what the first text left must not be mixed in."""
+    monkeypatch.setattr(fold_module, "MAX_SHARD_BYTES", 60_000)
+    copy_tokenizer(source)
+    text, out = source.parent / "text.txt", source.parent / "out"
+    options = {"method": "svd_a", "calibration": CALIBRATION | {"data": str(text)}}
+    text.write_text(" ".join(f"t{i * 7 % 200}" for i in range(3000)))
+    monkeypatch.setattr(calibrate_module, "SECONDS_BETWEEN_SAVES", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(kvfold.pipeline, "_complete", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compress(source, out, **options)
+    assert len(list(source.parent.glob("out.partial/*.safetensors"))) > 4
+    text.write_text(" ".join(f"t{i * 13 % 190}" for i in range(3000)))
+    compress(source, out, **options)
+    assert digests(out) == digests(compress(source, source.parent / "fresh", **options).out)
+
+
+def test_kill_9_and_again(tmp_path):
+    """A real SIGKILL while the packaged model is being folded."""
+    command = [sys.executable, "-m", "kvfold.cli", "compress", str(MODEL), "--preset", "svd_a", "--kv-budget", "0.5"]
+    command += ["--data", "self", "--num-samples", "8", "--seq-len", "128", "--device", "cpu", "--out"]
+    killed = subprocess.Popen([*command, tmp_path / "out"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not list((tmp_path / "out.run").glob("statistics-*/layer-00001*.safetensors")) and time.time() < deadline:
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "out").exists()
+    for name in ("out", "fresh"):
+        subprocess.run([*command, tmp_path / name], check=True, capture_output=True)
+    assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
+
+
+def digests(folder):
+    """Bytes of every file but the two that name the folder itself."""
+    names_folder = ("README.md", "recipe.yaml")
+    return {f.name: f.read_bytes() for f in Path(folder).iterdir() if f.name not in names_folder}
+
+
+def test_an_incomplete_folded_folder_is_not_loaded(fold, tmp_path):
+    from tiny import load
+
+    folder = shutil.copytree(fold("llama_mha", "svd_a", kv_budget=0.5).out, tmp_path / "folded")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.self_attn.k_b_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"missing_keys.*k_b_proj"):
+        load(folder)
+
+
+def test_all_errors_are_value_errors():
+    assert all(issubclass(e, KvfoldError) for e in (BudgetError, CheckpointError, DataError, OutputError, RecipeError))
+    assert issubclass(KvfoldError, ValueError)

@@ -1,0 +1,98 @@
+"""Streamed statistics against what the whole stock model computes."""
+
+import pytest
+import torch
+from tiny import FULL_ATTENTION, MODELS, load, tokens
+from transformers import DynamicCache
+
+from kvfold.calibrate import STATISTICS, calibrate
+from kvfold.linalg import Moment
+from kvfold.loading import open_source
+from kvfold.testing import assert_close
+
+ALL = frozenset(STATISTICS)
+
+
+@pytest.fixture
+def calibrated(tiny_dir, tmp_path):
+    def run(model, ids, needs=ALL):
+        source = open_source(tiny_dir / model)
+        return calibrate(source.checkpoint, source.arch, ids, needs=needs, run_dir=tmp_path)
+
+    return run
+
+
+@pytest.mark.parametrize("model", FULL_ATTENTION)
+def test_moments_are_those_of_the_stock_models_cache(calibrated, tiny_dir, model):
+    ids = tokens(20, 33)
+    statistics, network = calibrated(model, ids), load(tiny_dir / model)
+    cache = DynamicCache(config=network.config)
+    with torch.no_grad():
+        network(ids, past_key_values=cache)
+    for index, layer in enumerate(cache.layers):
+        for name, tensor in (("keys", layer.keys), ("values", layer.values)):
+            x = tensor.transpose(1, 2).flatten(2).flatten(0, 1).double()
+            moment = statistics.layer(index, {name})[name]
+            assert_close(moment.second_FF, x.T @ x / len(x), tolerance=1e-5)
+            assert_close(moment.mean_F, x.mean(0), tolerance=1e-5)
+    assert statistics.tokens == 660
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_keys_before_rotation_are_what_the_projection_gives(calibrated, tiny_dir, model):
+    """Through windows, norms and biases: what k_norm (or k_proj) of the whole stock model puts out."""
+    ids = tokens(20, 33)
+    statistics, network = calibrated(model, ids), load(tiny_dir / model)
+    seen = []
+    for layer in network.model.layers:
+        module = getattr(layer.self_attn, "k_norm", layer.self_attn.k_proj)
+        module.register_forward_hook(lambda m, args, out: seen.append(out.reshape(20 * 33, -1).double()))
+    with torch.no_grad():
+        network(ids)
+    for index, x in enumerate(seen):
+        moment = statistics.layer(index, ALL)["keys_before_rotation"]
+        assert_close(moment.second_FF, x.T @ x / len(x), tolerance=1e-5)
+
+
+def test_statistics_are_reused_and_extended(calibrated):
+    ids = tokens(8, 16)
+    first = calibrated("llama_mha", ids, frozenset({"keys", "values"}))
+    stamp = {f: f.stat().st_mtime_ns for f in first.folder.iterdir()}
+    assert calibrated("llama_mha", ids, frozenset({"keys"})).folder == first.folder
+    more = calibrated("llama_mha", ids, ALL)
+    assert set(more.layer(0, ALL)) == ALL and more.folder != first.folder
+    assert calibrated("llama_mha", ids, frozenset({"keys_before_rotation"})).folder == more.folder
+    assert {f: f.stat().st_mtime_ns for f in first.folder.iterdir()} == stamp
+    assert calibrated("llama_mha", ids.flip(1)).folder != first.folder
+
+
+def test_only_one_layer_is_in_memory(calibrated, monkeypatch):
+    """Parameters that hold data whenever one is loaded: first those around the layers, then one layer's and no others."""
+    import kvfold.calibrate as module
+
+    models, counts = [], []
+    build, load_weights = module.empty_model, module._load
+
+    def watch(*args, **kwargs):
+        load_weights(*args, **kwargs)
+        counts.append(_loaded(models[0]))
+
+    monkeypatch.setattr(module, "empty_model", lambda *args: models.append(build(*args)) or models[0])
+    monkeypatch.setattr(module, "_load", watch)
+    calibrated("llama_mha", tokens(4, 16))
+    assert counts == [{"model.embed_tokens", "model.norm"}, *({f"model.layers.{i}"} for i in range(3))]
+    assert _loaded(models[0]) == set()
+
+
+def _loaded(model):
+    names = [name for name, p in model.named_parameters() if p.device.type != "meta"]
+    return {".".join(name.split(".")[: 3 if ".layers." in name else 2]) for name in names}
+
+
+def test_streamed_moments_equal_moments_at_once():
+    x = torch.randn(100, 7, dtype=torch.float64) + 3
+    moment = Moment.zeros(7)
+    for part in x.split(9):
+        moment.update(part)
+    assert_close(moment.second_FF, x.T @ x / 100)
+    assert_close(moment.mean_F, x.mean(0))

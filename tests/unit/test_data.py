@@ -1,0 +1,96 @@
+"""Text into sequences, from every kind of source that works offline."""
+
+import gzip
+import json
+import lzma
+
+import pytest
+import torch
+
+from kvfold import data
+from kvfold.demonstration import MODEL
+from kvfold.errors import DataError
+from kvfold.loading import load_weights
+
+SENTENCE = "The captain walked along the shore, number {}, and said nothing to the other men.\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.load_tokenizer(MODEL)
+
+
+@pytest.fixture
+def text():
+    return "".join(SENTENCE.format(i) for i in range(2000))
+
+
+def draw(tokenizer, source, **changes):
+    options = {"num_samples": 16, "seq_len": 64, "seed": 0} | changes
+    return data.sequences(tokenizer, str(source), **options)
+
+
+def test_every_file_type_gives_the_same_text(tokenizer, text, tmp_path):
+    (tmp_path / "a.txt").write_text(text)
+    with lzma.open(tmp_path / "a.txt.xz", "wt") as file:
+        file.write(text)
+    with gzip.open(tmp_path / "a.txt.gz", "wt") as file:
+        file.write(text)
+    plain = draw(tokenizer, tmp_path / "a.txt")
+    assert plain.shape == (16, 64)
+    assert torch.equal(plain, draw(tokenizer, tmp_path / "a.txt.xz"))
+    assert torch.equal(plain, draw(tokenizer, tmp_path / "a.txt.gz"))
+
+
+def test_tables(tokenizer, text, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = text.splitlines()
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": row}) + "\n" for row in rows))
+    parquet.write_table(pyarrow.table({"body": rows}), tmp_path / "a.parquet")
+    drawn = [draw(tokenizer, tmp_path / name, text_field="body") for name in ("a.jsonl", "a.parquet")]
+    assert torch.equal(*drawn) and drawn[0].shape == (16, 64)
+    assert "captain" in tokenizer.decode(drawn[0][3])
+
+
+def test_a_data_set_comes_through_datasets(tokenizer, text, monkeypatch):
+    """The hub's loader is called with name, config and split; offline its error is passed on as ours."""
+    import datasets
+
+    made = datasets.Dataset.from_dict({"text": text.splitlines()}).to_iterable_dataset()
+    calls = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: calls.append((a, k)) or made)
+    assert draw(tokenizer, "some/books", config="small", split="test").shape == (16, 64)
+    assert calls == [(("some/books", "small"), {"split": "test", "streaming": True})]
+    monkeypatch.undo()
+    with pytest.raises(DataError, match="cannot be loaded as a data set"):
+        draw(tokenizer, "nobody/nothing")
+
+
+def test_sequences_do_not_overlap_and_depend_on_the_seed(tokenizer, text, tmp_path):
+    (tmp_path / "a.txt").write_text(text)
+    first, other = draw(tokenizer, tmp_path / "a.txt"), draw(tokenizer, tmp_path / "a.txt", seed=1)
+    assert not torch.equal(first, other)
+    numbers = [set(tokenizer.decode(row).split("number ")[1:]) for row in first]
+    assert all(not a & b for i, a in enumerate(numbers) for b in numbers[:i])
+
+
+def test_windows_for_evaluation(tokenizer, text, tmp_path):
+    (tmp_path / "a.txt").write_text(text)
+    windows = data.first_windows(tokenizer, tmp_path / "a.txt", seq_len=50, max_tokens=120)
+    assert windows.flatten().tolist() == tokenizer(text)["input_ids"][:100]
+    assert data.first_windows(tokenizer, tmp_path / "a.txt", seq_len=50, max_tokens=20).shape == (1, 20)
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(DataError, match="gives 0 tokens"):
+        data.first_windows(tokenizer, tmp_path / "a.txt", seq_len=50, max_tokens=None)
+
+
+def test_self_sampled_text_follows_the_model():
+    model = load_weights(MODEL, torch.float32, "cpu")
+    rows = data.sample_from_model(model, num_samples=4, seq_len=48, seed=0)
+    assert rows.shape == (4, 48) and (rows[:, 0] == model.config.bos_token_id).all()
+    assert torch.equal(rows, data.sample_from_model(model, num_samples=4, seq_len=48, seed=0))
+    with torch.no_grad():
+        loss = model(rows, labels=rows).loss.item()
+    assert loss < 5  # 8.3 for tokens drawn at random

@@ -1,0 +1,147 @@
+"""Folders as they lie on the hub: old config keys, dead buffers, tied tensors, wrong tokenizer classes, offloading."""
+
+import json
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from tiny import COMMON, load, logits, make_tiny, save_tiny, tokens
+
+import kvfold
+from kvfold.data import load_tokenizer
+from kvfold.demonstration import MODEL
+from kvfold.recipe import make_recipe
+from kvfold.runtime.cache import FoldedCache
+from kvfold.testing import assert_close
+
+
+def fold(source, out, kv_budget=1.0, method="svd_w"):
+    tree = {"model": str(source), "out": str(out), "kv_budget": kv_budget, "width": {"method": method}}
+    return kvfold.compress(make_recipe(tree), device="cpu")
+
+
+def edit_json(file, drop=(), **changes):
+    data = {name: value for name, value in json.loads(file.read_text()).items() if name not in drop}
+    file.write_text(json.dumps(data | changes))
+
+
+LEGACY = {
+    "theta": {"rope_theta": 5e5},
+    "linear": {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    "llama3": {
+        "rope_theta": 5e5,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "dynamic": {"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+}
+
+
+@pytest.mark.parametrize("rope", LEGACY)
+def test_old_config_keys_and_dead_buffers(tmp_path, rope):
+    """rope_theta and rope_scaling at the top level, torch_dtype, head_dim absent, bfloat16 beside a float32 inv_freq."""
+    source = save_tiny(make_tiny("llama_mha").bfloat16(), tmp_path / "source")
+    edit_json(
+        source / "config.json", drop=("rope_parameters", "dtype", "head_dim"), torch_dtype="bfloat16", **LEGACY[rope]
+    )
+    tensors = load_file(source / "model.safetensors")
+    for i in range(3):
+        tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    folded = fold(source, tmp_path / "out")
+    assert folded.plan.dtype == "bfloat16"
+    stock = tf.LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
+    expected = logits(stock, tokens(length=60))
+    # weights were rounded to bfloat16 twice
+    assert_close(logits(load(folded.out, dtype=torch.float32), tokens(length=60)), expected, tolerance=3e-2)
+    assert not [n for n in load_file(folded.out / "model.safetensors") if "inv_freq" in n]
+
+
+def test_a_tied_head_that_is_stored_twice(tmp_path):
+    model = make_tiny("qwen2_bias_tied")
+    source = save_tiny(model, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, source / "model.safetensors")
+    folded = fold(source, tmp_path / "out")
+    assert_close(logits(load(folded.out), tokens()), logits(model, tokens()))
+
+
+@pytest.mark.parametrize("config_class", [tf.Qwen2Config, tf.Qwen3Config])
+def test_a_window_that_is_switched_off(tmp_path, config_class):
+    """As in Qwen2.5 on the hub: sliding_window is given, use_sliding_window is false."""
+    config = config_class(**COMMON, sliding_window=5, use_sliding_window=False, max_window_layers=2)
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config).eval()
+    source = save_tiny(model, tmp_path / "source")
+    edit_json(source / "config.json", drop=("layer_types",), sliding_window=5, use_sliding_window=False)
+    folded = fold(source, tmp_path / "out")
+    assert {spec.window for spec in folded.plan.owned} == {None}
+    assert_close(logits(load(folded.out), tokens()), logits(model, tokens()))
+
+
+def test_mistral_without_a_window(tmp_path):
+    model = make_tiny("mistral_window", sliding_window=None)
+    folded = fold(save_tiny(model, tmp_path / "source"), tmp_path / "out")
+    assert_close(logits(load(folded.out), tokens()), logits(model, tokens()))
+
+
+def test_the_tokenizer_stays_the_one_that_the_source_gets(tmp_path):
+    """AutoTokenizer corrects a wrong class by model type (here mistral's); the folded type must not undo that."""
+    source = save_tiny(make_tiny("mistral_window"), tmp_path / "source")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).write_text((MODEL / name).read_text())
+    edit_json(source / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    folded = fold(source, tmp_path / "out")
+    text = "The old man looked at the sea, and said nothing."
+    before, after = load_tokenizer(source), load_tokenizer(folded.out)
+    assert type(before) is type(after)
+    assert before(text)["input_ids"] == after(text)["input_ids"] == load_tokenizer(MODEL)(text)["input_ids"]
+
+
+def test_side_files_are_copied_and_others_are_not(tmp_path):
+    source = save_tiny(make_tiny("llama_mha"), tmp_path / "source")
+    for name in ("chat_template.jinja", "LICENSE", "trainer_state.json", "pytorch_model.bin.index.json", "README.md"):
+        (source / name).write_text("{}")
+    names = {file.name for file in fold(source, tmp_path / "out").out.iterdir()}
+    assert {"chat_template.jinja", "LICENSE"} <= names
+    assert not {"trainer_state.json", "pytorch_model.bin.index.json"} & names
+    assert (tmp_path / "out" / "README.md").read_text() != "{}"
+
+
+def test_weights_on_disk_and_in_memory_at_once(tmp_path):
+    """device_map with offloaded layers, as accelerate does where a GPU is too small."""
+    source = save_tiny(make_tiny("llama_mha"), tmp_path / "source")
+    out = fold(source, tmp_path / "out", kv_budget=0.5).out
+    expected = load(out)
+    devices = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    devices |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    spread = load(out, device_map=devices, offload_folder=str(tmp_path / "offload"))
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(spread.generate(tokens(), **options), expected.generate(tokens(), **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_with_gradients(tmp_path, dtype):
+    source = save_tiny(make_tiny("llama_mha"), tmp_path / "source")
+    network = load(fold(source, tmp_path / "out", kv_budget=0.5).out, dtype=dtype)
+    network(tokens(2, 1)).logits.sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def test_short_steps_equal_long_ones(tmp_path):
+    """Chunks below and above FEW_TOKENS take different ways through attention."""
+    source = save_tiny(make_tiny("llama_yarn"), tmp_path / "source")
+    folded = fold(source, tmp_path / "out", kv_budget=0.5)
+    network, ids = load(folded.out), tokens(2, 60)
+    expected, cache, start, out = logits(network, ids), FoldedCache(folded.plan), 0, []
+    for length in (5, 16, 17, 2, 20):
+        with torch.no_grad():
+            out.append(network(ids[:, start : start + length], past_key_values=cache).logits)
+        start += length
+    assert_close(torch.cat(out, 1), expected)

@@ -1,0 +1,97 @@
+"""The plan: its validation, its byte accounting, and its JSON."""
+
+import json
+
+import pytest
+
+from kvfold.errors import PlanError
+from kvfold.plan import CachePlan, CacheSpec, SourceLayer, source_plan
+
+SOURCE = SourceLayer(num_attention_heads=8, num_kv_heads=4, head_dim=16)
+WINDOWED = SourceLayer(num_attention_heads=8, num_kv_heads=4, head_dim=16, window=300)
+
+
+def spec(**changes):
+    fields = {"num_kv_heads": 1, "head_dim": 24, "num_v_heads": 2, "v_head_dim": 8, "k_projection": True}
+    return CacheSpec(**fields | changes)
+
+
+def plan(*caches, source=None, targets=None, dtype="bfloat16"):
+    source = source or (SOURCE,) * len(caches)
+    return CachePlan(
+        dtype=dtype, source=source, caches=caches, kv_sharing_target_layer=targets or (None,) * len(caches)
+    )
+
+
+def test_bytes_by_hand():
+    """Two layers of 24 + 16 numbers in bfloat16 instead of two of 128."""
+    p = plan(spec(), spec())
+    assert p.kv_bytes_per_token() == 2 * 40 * 2
+    assert p.source_kv_bytes_per_token() == 2 * 128 * 2
+    assert p.kv_budget == 40 / 128
+    assert p.kv_bytes(1) == p.kv_bytes(256) == 160 * 256
+    assert p.kv_bytes(257, batch_size=3, dtype="float32") == 3 * 2 * 160 * 512
+    assert p.source_kv_bytes(257) == 512 * 257
+    assert p.kv_read_bytes(257) == 160 * 257
+
+
+def test_bytes_of_windows():
+    p = plan(spec(window=300), spec(), source=(WINDOWED, SOURCE))
+    assert p.kv_bytes(10_000) == 80 * (512 + 256) + 80 * 10_240
+    assert p.source_kv_bytes(10_000) == 256 * 299 + 256 * 10_000
+    assert p.kv_read_bytes(10_000) == 80 * 300 + 80 * 10_000
+
+
+def test_a_shared_cache_is_stored_once_and_read_by_each_reader():
+    p = plan(spec(), None, None, targets=(None, 0, 0))
+    assert p.kv_bytes_per_token() == 80
+    assert p.kv_read_bytes(100) == 3 * 80 * 100
+    assert "layer 1 reads the cache of layer 0" in p.servable_by()["transformers"]
+    assert plan(spec()).servable_by() == {"transformers": None}
+
+
+def test_json_round_trip_and_unknown_fields():
+    p = plan(spec(window=300), None, source=(WINDOWED, WINDOWED), targets=(None, 0))
+    data = json.loads(json.dumps(p.to_dict()))
+    assert CachePlan.from_dict(data) == p
+    for where in (data, data["caches"][0], data["source"][1]):
+        where["extra"] = 1
+        with pytest.raises(PlanError, match="unknown fields"):
+            CachePlan.from_dict(data)
+        del where["extra"]
+    del data["caches"][0]["num_kv_heads"]
+    with pytest.raises(PlanError, match="lacks the fields"):
+        CachePlan.from_dict(data)
+    with pytest.raises(PlanError, match="version 99"):
+        CachePlan.from_dict(p.to_dict() | {"version": 99})
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: plan(spec(num_kv_heads=3)), "does not divide"),
+        (lambda: plan(spec(num_v_heads=8)), "does not divide"),
+        (lambda: plan(spec(head_dim=0)), "positive whole number"),
+        (lambda: plan(spec(k_projection=False)), "need k_projection"),
+        (lambda: plan(spec(rope="on_read")), "reserved"),
+        (lambda: plan(spec(k_bits=4)), "reserved"),
+        (lambda: plan(spec(window=5)), "differs from the source"),
+        (lambda: plan(spec(), dtype="int3"), "dtype 'int3'"),
+        (lambda: plan(), "one entry per layer"),
+        (lambda: plan(None, targets=(0,)), "reads an EARLIER layer|reads layer 0"),
+        (lambda: plan(spec(), None, None, targets=(None, 0, 1)), "reads layer 1"),
+        (lambda: plan(spec(), None), "either store a cache or read"),
+        (
+            lambda: plan(spec(window=300), None, source=(WINDOWED, SOURCE), targets=(None, 0)),
+            "different sliding windows",
+        ),
+    ],
+)
+def test_contradictions_are_errors(build, message):
+    with pytest.raises(PlanError, match=message):
+        build()
+
+
+def test_the_source_plan_keeps_everything():
+    p = source_plan([SOURCE, WINDOWED], "float16")
+    assert p.kv_budget == 1

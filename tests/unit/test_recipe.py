@@ -1,0 +1,77 @@
+"""Recipes, presets and names."""
+
+import pytest
+import yaml
+
+from kvfold import registry
+from kvfold.errors import RecipeError
+from kvfold.presets import PRESETS
+from kvfold.recipe import load_recipe, make_recipe, parse_budget
+
+BASE = {"model": "m", "out": "o"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_makes_a_recipe_that_round_trips_with_all_defaults(preset, tmp_path):
+    recipe = make_recipe(BASE | {"preset": preset, "kv_budget": "1/4"})
+    written = yaml.safe_load(recipe.to_yaml())
+    assert written["kv_budget"] == 0.25 and written["calibration"]["num_samples"] == 128
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+    assert make_recipe(load_recipe(tmp_path / "r.yaml")).to_dict() == recipe.to_dict()
+
+
+def test_set_reaches_any_field_and_wins():
+    sets = ["width.latent=group", "width.multiple=4", "calibration.seq_len=32", "kv_budget=1/2", "allocate=greedy"]
+    recipe = make_recipe(BASE | {"preset": "svd_a", "kv_budget": 0.9}, sets)
+    assert recipe.width == {"method": "svd_a", "latent": "group", "multiple": 4}
+    assert (recipe.calibration.seq_len, recipe.kv_budget, recipe.allocate) == (32, 0.5, "greedy")
+    assert recipe.method("width").latent == "group"
+
+
+def test_another_method_drops_the_presets_fields():
+    recipe = make_recipe(BASE | {"preset": "mqa"}, ["width.method=svd_w"])
+    assert recipe.width == {"method": "svd_w"}
+
+
+@pytest.mark.parametrize(
+    ("data", "sets", "message"),
+    [
+        ({"preset": "svda"}, [], "no preset 'svda'. Did you mean 'svd_a'"),
+        ({"preset": "svd_a"}, ["width.latnet=group"], "Did you mean 'latent'"),
+        ({"preset": "svd_a"}, ["width.latent=head"], "choose 'layer' or 'group'"),
+        ({"preset": "svd_a"}, ["width.method=svd_b"], "no width method 'svd_b'"),
+        ({"preset": "svd_a"}, ["width=svd_w"], "its fields are meant"),
+        ({"preset": "svd_a"}, ["latent"], "is not AXIS.FIELD=VALUE"),
+        ({"kv_buget": 0.5}, [], "Did you mean 'kv_budget'"),
+        ({"kv_budget": 1.5}, [], "above 0 and at most 1"),
+        ({"kv_budget": "half"}, [], "is not a number"),
+        ({"calibration": {"num_sample": 3}}, [], "Did you mean 'num_samples'"),
+        ({"calibration": {"num_samples": 0}}, [], "at least 1"),
+        ({"allocate": "greed"}, [], "Did you mean 'greedy'"),
+        ({"out": None}, [], "lacks out"),
+    ],
+)
+def test_mistakes_are_named(data, sets, message):
+    with pytest.raises(RecipeError, match=message):
+        make_recipe(BASE | data, sets)
+
+
+def test_unreadable_recipes(tmp_path):
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(RecipeError, match="holds no recipe"):
+        load_recipe(tmp_path / "list.yaml")
+
+
+def test_budgets():
+    assert [parse_budget(b) for b in (0.5, "0.5", "1/3", 1)] == [0.5, 0.5, 1 / 3, 1.0]
+
+
+@pytest.mark.parametrize("package", [*registry.AXES, "architectures"])
+def test_every_file_of_an_axis_is_a_method(package):
+    assert registry.names(package)
+    for name in registry.names(package):
+        assert registry.load(package, name)
+    if package in registry.AXES:
+        assert "identity" in registry.names(package)
