@@ -2,7 +2,7 @@
 
     python benchmarks/fold_llama2_7b.py --folder /somewhere/with/30GB [--preset svd_w] [--kv-budget 0.5]
 
-Writes the random model once (13.5 GB, bfloat16, shards of 5 GB as on the hub), folds it in a process of its own, and prints
+Options: --layers N for a part of the model, --keep to keep the result. Writes the random model once (13.5 GB, bfloat16, shards of 5 GB as on the hub), folds it in a process of its own, and prints
 one JSON line last.
 """
 
@@ -32,11 +32,12 @@ def main() -> None:
     parser.add_argument("--preset", default="svd_w")
     parser.add_argument("--kv-budget", default="0.5")
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--keep", action="store_true", help="keep the folded model as FOLDER/folded-PRESET")
     arguments = parser.parse_args()
     source = arguments.folder / f"llama2-7b-{arguments.layers}-layers"
     if not (source / "config.json").exists():
         write_random_model(source, arguments.layers)
-    out = arguments.folder / "folded"
+    out = arguments.folder / f"folded-{arguments.preset}"
     command = [sys.executable, "-m", "kvfold.cli", "compress", str(source), "--preset", arguments.preset]
     command += ["--kv-budget", arguments.kv_budget, "--out", str(out), "--overwrite"]
     start = time.perf_counter()
@@ -53,7 +54,8 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "compress": json.loads(made.stdout.strip().splitlines()[-1]),
     }
-    shutil.rmtree(out)
+    if not arguments.keep:
+        shutil.rmtree(out)
     print(json.dumps(result))
 
 

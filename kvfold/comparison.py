@@ -87,9 +87,10 @@ def compare(
     windows_WT = _windows(source, eval_file, seq_len, max_tokens, seed, out / "run", device)
     bench = _Bench(source, windows_WT, prompt, device, out)
     rows = [bench.run(fields, preset, budget) for budget in sorted(budgets, reverse=True) for preset in presets]
+    text = Path(str(first.calibration.data)).name
     result = Comparison(
-        model=source.checkpoint.name if not Path(model).is_dir() else source.checkpoint.path.resolve().name,
-        calibration=f"{Path(str(first.calibration.data)).name} ({first.calibration.num_samples} x {seq_len} tokens, seed {seed})",
+        model=source.checkpoint.path.resolve().name if Path(model).is_dir() else str(model),
+        calibration=f"{text} ({first.calibration.num_samples} x {seq_len} tokens, seed {seed})",
         evaluated_on=f"{Path(eval_file).name if eval_file else 'text sampled by the model'}, {windows_WT.numel()} tokens",
         prompt=prompt,
         continuation=bench.continue_prompt(bench.base),

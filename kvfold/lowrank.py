@@ -28,7 +28,8 @@ class LowRankWidth(WidthMethod):
     latent: `layer` stores one key latent for all heads of a layer (the strategy of arXiv 2406.07056 for RoPE keys, section
         3.4), `group` one per group of neighbouring heads, at most as wide as a head (its section 3.3).
     v_latent: the same choice for values. Latents wider than a head keep a small `v_b_proj` instead of a huge `o_proj`.
-    group_size: source heads per group, on the sides whose latent is per group; 0 takes the largest groups that reach a size (bigger groups lose less).
+    group_size: source heads per group, on the sides whose latent is per group; 0 takes the largest groups that reach a
+        size, since bigger groups lose less.
     multiple: stored widths are multiples of this, as attention kernels want them.
     """
 

@@ -20,7 +20,8 @@ FEW_TOKENS = 16
 class GroupedLinear(nn.Module):
     """One small matrix per group: [B, groups, T, in] -> [B, groups, T, out]. weight [groups, out, in].
 
-    `heads`: cut each matrix by its rows into those of its group's heads, for x [B, heads, T, ...]. `transposed`: from out to in.
+    `heads`: cut each matrix by its rows into those of its group's heads, for x [B, heads, T, ...].
+    `transposed`: go from out to in.
     All use of the weight passes through here, so that hooks (device_map, offloading, adapters) see it.
     """
 

@@ -1,0 +1,61 @@
+"""The same results on the accelerator as on the CPU; on a machine without one these compare the CPU with itself."""
+
+import pytest
+import torch
+from tiny import MODELS, load, logits, tokens
+
+import kvfold
+from kvfold.calibrate import STATISTICS, calibrate
+from kvfold.demonstration import MODEL
+from kvfold.loading import open_source, resolve_device
+from kvfold.recipe import make_recipe
+from kvfold.runtime.cache import FoldedCache
+from kvfold.testing import assert_close
+
+DEVICE = resolve_device("auto")
+FIELDS = [{}, {"latent": "group"}, {"v_latent": "layer"}]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_statistics(tiny_dir, tmp_path, model):
+    source, ids, found = open_source(tiny_dir / model), tokens(20, 33), []
+    for device in ("cpu", DEVICE):
+        run = calibrate(
+            source.checkpoint, source.arch, ids, needs=frozenset(STATISTICS), run_dir=tmp_path / device, device=device
+        )
+        found.append(run.layer(2, STATISTICS))
+    for name in STATISTICS:
+        assert_close(found[1][name].second_FF, found[0][name].second_FF, tolerance=1e-4, name=name)
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model", MODELS)
+def test_cached_decoding(fold, model, dtype, fields):
+    folded = fold(model, "svd_a", kv_budget=0.5, **fields)
+    expected, ids = logits(load(folded.out), tokens(2, 60)), tokens(2, 60).to(DEVICE)
+    network, cache = load(folded.out, dtype=dtype).to(DEVICE), FoldedCache(folded.plan)
+    with torch.no_grad():
+        parts = [network(ids[:, :40], past_key_values=cache).logits]
+        parts += [network(ids[:, i : i + 1], past_key_values=cache).logits for i in range(40, 60)]
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 8e-2, torch.float16: 1e-2}[dtype]
+    assert_close(torch.cat(parts, 1).float().cpu(), expected, tolerance=tolerance)
+    assert cache.nbytes_allocated == folded.plan.kv_bytes(60, batch_size=2, dtype=str(dtype).removeprefix("torch."))
+
+
+def test_the_whole_journey(tmp_path):
+    recipe = make_recipe(
+        {
+            "model": str(MODEL),
+            "out": str(tmp_path / "out"),
+            "preset": "svd_a",
+            "kv_budget": 0.5,
+            "calibration": {"data": "self", "num_samples": 8, "seq_len": 128},
+        }
+    )
+    folded = kvfold.compress(recipe, device=DEVICE)
+    made = kvfold.generate(folded.out, "The old man", max_new_tokens=20, device=DEVICE)
+    assert made.new_tokens == 20 and made.kv_budget == 0.5
+    (tmp_path / "text.txt").write_text(made.text * 20)
+    found = kvfold.evaluate(folded.out, against=MODEL, data_file=tmp_path / "text.txt", seq_len=64, device=DEVICE)
+    assert 0 <= found.kl < 0.3
