@@ -2,8 +2,8 @@
 
     python benchmarks/fold_llama2_7b.py --folder /somewhere/with/30GB [--preset svd_w] [--kv-budget 0.5]
 
-Options: --layers N for a part of the model, --keep to keep the result. Writes the random model once (13.5 GB, bfloat16, shards of 5 GB as on the hub), folds it in a process of its own, and prints
-one JSON line last.
+Options: --layers N for a part of the model, --keep to keep the result. Writes the random model once (13.5 GB, bfloat16,
+shards of 5 GB as on the hub), folds it in a process of its own, and prints one JSON line last.
 """
 
 from __future__ import annotations
