@@ -36,8 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 STDOUT = Console(width=None if sys.stdout.isatty() else 160)
-WIDE = 110
-"""Columns that a terminal needs to show continuations inside the table."""
+LEGIBLE = 24
+"""Characters below which a continuation is shown under the table instead of in it."""
 
 Model = Annotated[str, typer.Argument(help="Model folder, or model id on the hub.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
@@ -290,17 +290,20 @@ def _print_comparison(found: Comparison, out: Path) -> None:
     report = out / "report.html"
     write_text(report, render(found))
     write_text(out / "table.md", markdown(found))
-    table = Table(box=SIMPLE_HEAD, title=f"{found.model}, calibrated on {found.calibration}", title_justify="left")
-    wide = STDOUT.width >= WIDE
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "preset" else "right")
-    if wide:
-        table.add_column("continuation", no_wrap=True, overflow="ellipsis")
     continued = [("original", found.continuation)] + [(row.preset, row.continuation or row.note) for row in found.rows]
     lines = [["original", "1.000", *[""] * (len(COLUMNS) - 2)]] + [cells(row) for row in found.rows]
+    lines = [[cell.partition(" ±")[0] for cell in line] for line in lines]
+    table = Table(box=SIMPLE_HEAD, title=f"{found.model}, calibrated on {found.calibration}", title_justify="left")
+    left = STDOUT.width - 2
+    for column, cells_below in zip(COLUMNS, zip(*lines, strict=True), strict=True):
+        width = max(map(len, [*cells_below, *column.split()]))  # headers wrap at words, numbers never
+        table.add_column(column, justify="left" if column == "preset" else "right", width=width)
+        left -= width + 3
+    wide = left >= LEGIBLE
+    if wide:
+        table.add_column("continuation", width=left - 3, no_wrap=True, overflow="ellipsis")
     for line, (_, text) in zip(lines, continued, strict=True):
-        short = [cell.partition(" ±")[0] for cell in line]
-        table.add_row(*short, *([_one_line(text)] if wide else []))
+        table.add_row(*line, *([_one_line(text)] if wide else []))
     STDOUT.print(table)
     STDOUT.print(f"evaluated on {found.evaluated_on}; prompt: {found.prompt!r}; report: {report}", highlight=False)
     if not wide:

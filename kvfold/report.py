@@ -103,15 +103,16 @@ def budget_plot(comparison: Comparison) -> str:
 
 def energy_plot(comparison: Comparison) -> str:
     """Cumulative singular-value energy of K before rotation, K after rotation and V, one line per layer."""
+    from matplotlib import colormaps
 
     def draw(axes: list[Axes]) -> None:
         for panel, (name, title) in zip(axes, TITLES.items(), strict=True):
             layers = comparison.energy[name]
             for index, shares in enumerate(layers):
                 directions = [(i + 1) / len(shares) for i in range(len(shares))]
-                shade = 0.15 + 0.75 * index / max(len(layers) - 1, 1)
+                color = colormaps["viridis"](0.9 * index / max(len(layers) - 1, 1))
                 label = f"layer {index}" if index in (0, len(layers) - 1) else None
-                panel.plot(directions, shares, color=(0.1, 0.2, shade), linewidth=1.2, label=label)
+                panel.plot(directions, shares, color=color, linewidth=1.2, label=label)
             panel.axvline(0.25, color="#bbb", linewidth=0.8, linestyle="--")
             panel.axvline(0.5, color="#bbb", linewidth=0.8, linestyle="--")
             panel.set(title=title, xlabel="share of directions", xlim=(0, 1), ylim=(0, 1.01))
