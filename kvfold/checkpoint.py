@@ -7,7 +7,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,12 +42,15 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder whose files have been checked: its config, and what its weight files hold."""
+    """A model folder whose files have been checked: its config, and what its weight files hold.
+
+    `aliases`: names under which a tensor that is stored under another name (a tied embedding) may be read as well.
+    """
 
     path: Path
-    name: str
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
+    aliases: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, model: str | Path) -> Checkpoint:
@@ -73,10 +76,11 @@ class Checkpoint:
                 f"{path / INDEX} names {len(missing)} tensors that their shards do not hold, for example {missing[0]} in"
                 f" {shard_of[missing[0]]}. Download the folder again."
             )
-        return cls(path, str(model), config, tensors)
+        return cls(path, config, tensors)
 
     def read(self, name: str) -> Tensor:
         """One tensor in its own dtype, in memory of its own. Raises CheckpointError if it is missing or holds NaN."""
+        name = self.aliases.get(name, name)
         if name not in self.tensors:
             raise CheckpointError(
                 f"{self.path} has no tensor {name!r}; it holds {len(self.tensors)}, for example"

@@ -102,12 +102,17 @@ def source_dtype(checkpoint: Checkpoint, arch: Architecture, layer: AttentionLay
     return DTYPES[found.pop()]
 
 
-def check_names(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    """Raise CheckpointError unless the folder holds exactly the tensors of its model type (tied ones may be left out)."""
+def check_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
+    """Names of tied tensors that are stored under another name -> that name.
+
+    Raises CheckpointError unless the folder holds exactly the tensors of its model type, tied ones at least once.
+    """
     expected = set(model.state_dict())
     found = set(checkpoint.tensors)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
-    if missing := sorted(expected - found - tied):
+    tied = dict(model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
+    tied |= {other: name for name, other in tied.items()}
+    aliases = {name: tied[name] for name in expected - found if tied.get(name) in found}
+    if missing := sorted(expected - found - set(aliases)):
         raise CheckpointError(
             f"{checkpoint.path} lacks {len(missing)} tensors of a {model.config.model_type} model, for example {missing[0]}."
             " Does config.json belong to these weights?"
@@ -117,6 +122,7 @@ def check_names(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
             f"{checkpoint.path} holds {len(unknown)} tensors that a {model.config.model_type} model does not have, for"
             f" example {unknown[0]}. Does config.json belong to these weights?"
         )
+    return aliases
 
 
 def _tensors(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def open_source(model: str | Path) -> Source:
     checkpoint = Checkpoint.open(model)
     arch = architecture(checkpoint.config.get("model_type", "(none)"))
     stock = empty_model(arch, source_config(arch, checkpoint.config))
-    check_names(checkpoint, stock)
+    checkpoint = dataclasses.replace(checkpoint, aliases=check_names(checkpoint, stock))
     return Source(checkpoint, arch, arch.describe(stock))
 
 

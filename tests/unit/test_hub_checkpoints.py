@@ -17,7 +17,13 @@ from kvfold.testing import assert_close
 
 
 def fold(source, out, kv_budget=1.0, method="svd_w"):
-    tree = {"model": str(source), "out": str(out), "kv_budget": kv_budget, "width": {"method": method}}
+    tree = {
+        "model": str(source),
+        "out": str(out),
+        "kv_budget": kv_budget,
+        "width": {"method": method},
+        "calibration": {"data": "self", "num_samples": 8, "seq_len": 32},
+    }
     return kvfold.compress(make_recipe(tree), device="cpu")
 
 
@@ -63,13 +69,19 @@ def test_old_config_keys_and_dead_buffers(tmp_path, rope):
     assert not [n for n in load_file(folded.out / "model.safetensors") if "inv_freq" in n]
 
 
-def test_a_tied_head_that_is_stored_twice(tmp_path):
+@pytest.mark.parametrize("stored", [["lm_head.weight"], ["lm_head.weight", "model.embed_tokens.weight"]], ids=len)
+def test_tied_embeddings_under_either_name(tmp_path, stored):
+    """Usually only the embedding is stored; some folders hold the head, or both."""
     model = make_tiny("qwen2_bias_tied")
     source = save_tiny(model, tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, source / "model.safetensors")
-    folded = fold(source, tmp_path / "out")
+    embedding = tensors.pop("model.embed_tokens.weight")
+    tensors |= {name: embedding.clone() for name in stored}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    folded = fold(source, tmp_path / "out", method="svd_a")
     assert_close(logits(load(folded.out), tokens()), logits(model, tokens()))
+    names = load_file(folded.out / "model.safetensors")
+    assert [n for n in sorted(names) if n in ("lm_head.weight", "model.embed_tokens.weight")] == stored
 
 
 @pytest.mark.parametrize("config_class", [tf.Qwen2Config, tf.Qwen3Config])
