@@ -82,11 +82,12 @@ def compare(
     source = open_source(model)
     fields = {"model": str(model), "calibration": calibration, "seed": seed}
     first = make_recipe(fields | {"out": str(out / "unused")})
+    cases = [(p, b, _recipe(fields, p, b, out)) for b in sorted(budgets, reverse=True) for p in presets]
     energy = _energies(first, source, out / "run", device)
     seq_len = first.calibration.seq_len or source.seq_len
     windows_WT = _windows(source, eval_file, seq_len, max_tokens, seed, out / "run", device)
     bench = _Bench(source, windows_WT, prompt, device, out)
-    rows = [bench.run(fields, preset, budget) for budget in sorted(budgets, reverse=True) for preset in presets]
+    rows = [bench.run(*case) for case in cases]
     text = Path(str(first.calibration.data)).name
     result = Comparison(
         model=source.checkpoint.path.resolve().name if Path(model).is_dir() else str(model),
@@ -117,12 +118,7 @@ class _Bench:
         self.base = load_weights(path, self.dtype, self.device)
         self.tokenizer = load_tokenizer(path)
 
-    def run(self, fields: dict[str, Any], preset: str, budget: float) -> Row:
-        name, _, sets = preset.partition(":")
-        folder = self.out / re.sub(r"[:,/]", "-", f"{preset}-{budget:.4g}")
-        recipe = make_recipe(
-            fields | {"preset": name, "kv_budget": budget, "out": str(folder)}, [s for s in sets.split(",") if s]
-        )
+    def run(self, preset: str, budget: float, recipe: Recipe) -> Row:
         try:
             with warnings.catch_warnings():  # the table states the budget that was reached
                 warnings.simplefilter("ignore")
@@ -135,6 +131,13 @@ class _Bench:
 
     def continue_prompt(self, model: Any) -> str:
         return continue_prompt(model, self.tokenizer, self.prompt, NEW_TOKENS, do_sample=False)[0]
+
+
+def _recipe(fields: dict[str, Any], preset: str, budget: float, out: Path) -> Recipe:
+    name, _, sets = preset.partition(":")
+    folder = out / re.sub(r"[:,/]", "-", f"{preset}-{budget:.4g}")
+    tree = fields | {"preset": name, "kv_budget": budget, "out": str(folder)}
+    return make_recipe(tree, [assignment for assignment in sets.split(",") if assignment])
 
 
 def _windows(
