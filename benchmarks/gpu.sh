@@ -1,11 +1,22 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, in under 10 minutes, with the machine's own python3 and no installs:
 #   bash benchmarks/gpu.sh [OUT]
-# OUT (default results/gpu) gets one file per benchmark; hardware.txt names the machine.
+# OUT (default results/gpu) gets one file per benchmark; hardware.txt names the machine. With DATA (a text file), it trains the lab
+# models instead, one after the other, for SECONDS_EACH each; a model that is not finished goes on in the next call:
+#   DATA=books-train.txt.xz VALID="books-valid.txt wikitext2-valid.txt" CONFIGS=books-llama bash benchmarks/gpu.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 python=${PYTHON:-python3}
+
+if [ -n "${DATA:-}" ]; then
+  for config in ${CONFIGS:-books-llama books-qwen3 books-neox books-bloom}; do
+    # shellcheck disable=SC2086 # VALID is a list
+    $python lab/pretrain.py --config "$config" --data "$DATA" --valid ${VALID:-} --max-seconds "${SECONDS_EACH:-120}" | tail -2
+  done
+  exit
+fi
+
 out=${1:-results/gpu}
 layers=${LAYERS:-8}
 mkdir -p "$out"

@@ -22,6 +22,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """A safetensors file that appears under its name only when it is complete. Raises OutputError on a full disk."""
     with _appearing(path) as unfinished:
         save_file(dict(tensors), unfinished, metadata=dict(metadata))
+        unfinished.chmod(0o644)  # safetensors makes files that only their owner may read
 
 
 def write_text(path: Path, text: str) -> None:
@@ -41,8 +42,8 @@ def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(
-            f"{folder} has {free / 1e9:.2f} GB free and the result takes {needed / 1e9:.2f} GB; free some space or give"
-            " another --out."
+            f"{folder} has {free / 1e6:,.1f} MB free and what is to be written takes {needed / 1e6:,.1f} MB; free some space"
+            " or give another folder."
         )
 
 

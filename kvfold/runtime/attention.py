@@ -34,8 +34,11 @@ class GroupedLinear(nn.Module):
         return f"{groups=}, {in_features=}, {out_features=}"
 
     def forward(self, x: Tensor, *, heads: int | None = None, transposed: bool = False) -> Tensor:
-        weight = self.weight if heads is None else self.weight.reshape(heads, -1, self.weight.shape[2])
-        return x @ (weight if transposed else weight.transpose(1, 2))
+        weight = self.weight if heads is None else self.weight.view(heads, -1, self.weight.shape[2])
+        # One product per group over all rows of the batch: a product that broadcasts the weight would copy it for each row.
+        B, G, T, _ = x.shape
+        rows = x.transpose(0, 1).reshape(G, B * T, -1)
+        return torch.bmm(rows, weight if transposed else weight.transpose(1, 2)).view(G, B, T, -1).transpose(0, 1)
 
 
 class FoldedAttention(nn.Module):
@@ -121,7 +124,7 @@ class FoldedAttention(nn.Module):
             return q_BNTH
         B, N, T, H = q_BNTH.shape
         per_kv_head = q_BNTH.reshape(B, self.layer.num_kv_heads, -1, H)
-        return self.k_b_proj(per_kv_head, heads=self.layer.num_kv_heads, transposed=True).view(B, N, T, -1)
+        return self.k_b_proj(per_kv_head, heads=self.layer.num_kv_heads, transposed=True).reshape(B, N, T, -1)
 
     def _rebuild(self, z_BCSR: Tensor, back: GroupedLinear | None) -> Tensor:
         """Stored heads [B, C, S, R] -> the source's heads [B, K, S, H]; unchanged where there is no way back."""
@@ -135,7 +138,7 @@ class FoldedAttention(nn.Module):
             return out_BTNV
         B, T, N, V = out_BTNV.shape
         per_kv_head = out_BTNV.transpose(1, 2).reshape(B, self.layer.num_kv_heads, -1, V)
-        return self.v_b_proj(per_kv_head, heads=self.layer.num_kv_heads).view(B, N, T, -1).transpose(1, 2)
+        return self.v_b_proj(per_kv_head, heads=self.layer.num_kv_heads).reshape(B, N, T, -1).transpose(1, 2)
 
 
 def apply_rotary(x_BNTH: Tensor, cos_BTr: Tensor, sin_BTr: Tensor) -> Tensor:

@@ -254,7 +254,7 @@ def test_existing_output(source):
 
 def test_a_disk_that_is_too_small_is_noticed_before(source, monkeypatch):
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
-    refused(source, OutputError, "GB free and the result takes")
+    refused(source, OutputError, "MB free and what is to be written takes")
 
 
 def test_a_disk_that_fills_up(source, monkeypatch):
