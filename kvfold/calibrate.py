@@ -23,7 +23,7 @@ from kvfold.checkpoint import Checkpoint, read_json
 from kvfold.linalg import Moment
 from kvfold.progress import track
 from kvfold.runtime.attention import apply_rotary
-from kvfold.storage import require_space, write_tensors, write_text
+from kvfold.storage import make_folder, require_space, write_tensors, write_text
 
 OBSERVED = "kvfold_observed"
 """Name under which attention that shows its queries, keys and values is registered with transformers."""
@@ -93,7 +93,7 @@ def calibrate(
     if (finished := _finished(run_dir, key, needs)) is not None:
         return Statistics(finished, tokens_BT.numel())
     folder = run_dir / f"statistics-{key}-{'+'.join(sorted(needs))}"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     config = source_config(arch, checkpoint.config)
     config._attn_implementation = _register_observed_attention()
     model = empty_model(arch, config)

@@ -44,11 +44,12 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[
     str, typer.Option(help="auto (float32 on the CPU, else the checkpoint's), float32, bfloat16, float16.")
 ]
-NumSamples = Annotated[int | None, typer.Option(help="Calibration sequences [128].", show_default=False)]
+NumSamples = Annotated[int | None, typer.Option(help="Calibration sequences (default 128).", min=1, show_default=False)]
 SeqLen = Annotated[
-    int | None, typer.Option(help="Tokens per sequence [context length, at most 2048].", show_default=False)
+    int | None,
+    typer.Option(help="Tokens per sequence (default: the model's context, at most 2048).", min=2, show_default=False),
 ]
-Seed = Annotated[int | None, typer.Option(help="Seed of calibration [0].", show_default=False)]
+Seed = Annotated[int | None, typer.Option(help="Seed of calibration (default 0).", show_default=False)]
 PRESET_HELP = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
 
 
@@ -71,13 +72,17 @@ def compress_command(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="AXIS.FIELD=VALUE, any field of any method; repeatable.", show_default=False),
+        typer.Option(
+            "--set",
+            help="AXIS.FIELD=VALUE, any field of any method; wins over all else; repeatable.",
+            show_default=False,
+        ),
     ] = None,
     num_samples: NumSamples = None,
     seq_len: SeqLen = None,
     seed: Seed = None,
     run_dir: Annotated[
-        Path | None, typer.Option(help="Where statistics are kept for reuse [OUT.run].", show_default=False)
+        Path | None, typer.Option(help="Where statistics are kept for reuse (default OUT.run).", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     device: Device = "auto",
@@ -120,8 +125,16 @@ def inspect_command(model: Model) -> None:
 def evaluate_command(
     model: Model,
     against: Annotated[str, typer.Option(help="The original model.", show_default=False)],
-    data: Annotated[Path, typer.Option(help="Text file to evaluate on.", show_default=False)],
-    max_tokens: Annotated[int | None, typer.Option(help="Use at most this many tokens.", show_default=False)] = None,
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Text to evaluate on, cut into sequences from its beginning; an incomplete last one is left out.",
+            show_default=False,
+        ),
+    ],
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Use at most this many tokens.", min=2, show_default=False)
+    ] = None,
     seq_len: SeqLen = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -138,7 +151,7 @@ def evaluate_command(
 def generate_command(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The",
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.", min=1)] = 64,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
     temperature: Annotated[float, typer.Option(help="Of sampling.", min=1e-3)] = 1.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
@@ -170,12 +183,13 @@ def compare_command(
     kv_budget: Annotated[list[str], typer.Option(help="0.5 or 1/2; repeatable.", show_default=False)],
     data: Annotated[str, typer.Option(help="Calibration text, as in compress.")] = "self",
     eval_data: Annotated[
-        Path | None, typer.Option(help="Text file to evaluate on [sampled by the model].", show_default=False)
+        Path | None,
+        typer.Option(help="Text file to evaluate on (default: text that the model samples).", show_default=False),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for models, table and report.")] = Path("comparison"),
     num_samples: NumSamples = None,
     seq_len: SeqLen = None,
-    max_tokens: Annotated[int, typer.Option(help="Evaluate on at most this many tokens.")] = 8192,
+    max_tokens: Annotated[int, typer.Option(help="Evaluate on at most this many tokens.", min=2)] = 8192,
     prompt: Annotated[str, typer.Option(help="Text that all models continue.")] = "The",
     seed: Annotated[int, typer.Option(help="Seed of calibration and evaluation.")] = 0,
     device: Device = "auto",

@@ -134,6 +134,8 @@ def _read_text(
     data: str, enough: int | None, seed: int, config: str | None, split: str, field: str, separator: str
 ) -> str:
     path = Path(data)
+    if path.is_dir():
+        raise DataError(f"{data} is a folder; give a .txt, .jsonl or .parquet file, or a data set name.")
     inner = path.with_suffix("") if path.suffix in OPENERS else path
     if path.is_file() and inner.suffix not in TABLES:
         opener = OPENERS.get(path.suffix, open)
@@ -162,7 +164,11 @@ def _documents(
         for row in rows:
             if field not in row:
                 raise DataError(
-                    f"{data} has the fields {sorted(row)}, no {field!r}; say --set calibration.text_field=NAME."
+                    f"{data} has the fields {sorted(row)}, no {field!r}; rename it, or say --set calibration.text_field=NAME to compress."
+                )
+            if not isinstance(row[field], str):
+                raise DataError(
+                    f"{data}: field {field!r} of a row holds {row[field]!r}, which is no text; leave such rows out."
                 )
             yield row[field]
             length += len(row[field])
@@ -171,4 +177,6 @@ def _documents(
     except DataError:
         raise
     except Exception as error:  # datasets raises what its many loaders raise
-        raise DataError(f"{data} cannot be loaded as a data set: {type(error).__name__}: {str(error)[:300]}") from error
+        raise DataError(
+            f"{data} is no local file and cannot be loaded as a data set: {type(error).__name__}: {str(error)[:300]}"
+        ) from error

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvfold import data
 from kvfold.errors import RecipeError
-from kvfold.loading import MAX_SEQ_LEN, load
+from kvfold.loading import MAX_SEQ_LEN, load, warn_if_too_long
 from kvfold.plan import CachePlan
 from kvfold.progress import track
 
@@ -67,12 +67,14 @@ def evaluate(
     `seq_len` 0 takes the original's context length, at most 2,048. Raises KvfoldError on folders or text that do not fit.
     """
     base, model = (load(path, dtype=dtype, device=device) for path in (against, folded))
+    if base.folded:
+        raise RecipeError(f"--against {against} is folded itself; give the original model.")
     if model.plan.source != base.plan.source:
         raise RecipeError(f"{folded} was not folded from a model of {against}'s shape; give the original as --against.")
     context = base.model.config.max_position_embeddings
-    windows_WT = data.first_windows(
-        base.tokenizer, data_file, seq_len=seq_len or min(MAX_SEQ_LEN, context), max_tokens=max_tokens
-    )
+    seq_len = seq_len or min(MAX_SEQ_LEN, context)
+    warn_if_too_long(seq_len, base.model.config.to_dict())
+    windows_WT = data.first_windows(base.tokenizer, data_file, seq_len=seq_len, max_tokens=max_tokens)
     return evaluate_models(model.model, base.model, windows_WT, model.plan)
 
 

@@ -15,12 +15,13 @@ from kvfold.loading import load
 
 @dataclass(frozen=True)
 class Generation:
-    """`cache_bytes` is what the cache object holds at the end; `seconds` include the prompt."""
+    """`cache_bytes` is what the cache object holds at the end, in `dtype`; `seconds` include the prompt."""
 
     text: str
     new_tokens: int
     seconds: float
     cache_bytes: int
+    dtype: str
     kv_budget: float
 
 
@@ -42,7 +43,8 @@ def generate(
     start = time.perf_counter()
     text, new_tokens, cache = continue_prompt(loaded.model, loaded.tokenizer, prompt, max_new_tokens, **options)
     seconds = time.perf_counter() - start
-    return Generation(text, new_tokens, seconds, _cache_bytes(cache), loaded.plan.kv_budget)
+    used = str(loaded.model.dtype).removeprefix("torch.")
+    return Generation(text, new_tokens, seconds, _cache_bytes(cache), used, loaded.plan.kv_budget)
 
 
 def continue_prompt(
@@ -58,8 +60,10 @@ def continue_prompt(
     out = model.generate(
         **inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, return_dict_in_generate=True, **options
     )
-    new = out.sequences[0, inputs["input_ids"].shape[1] :]
-    return tokenizer.decode(new, skip_special_tokens=True), len(new), out.past_key_values
+    # decoded as a whole, since some tokenizers drop the space before the first token they decode
+    row, length = out.sequences[0], inputs["input_ids"].shape[1]
+    before, after = (tokenizer.decode(part, skip_special_tokens=True) for part in (row[:length], row))
+    return after[len(before) :], len(row) - length, out.past_key_values
 
 
 def _cache_bytes(cache: Any) -> int:

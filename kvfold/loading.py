@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,15 @@ def open_source(model: str | Path) -> Source:
     stock = empty_model(arch, source_config(arch, checkpoint.config))
     checkpoint = dataclasses.replace(checkpoint, aliases=check_names(checkpoint, stock))
     return Source(checkpoint, arch, arch.describe(stock))
+
+
+def warn_if_too_long(seq_len: int, config: dict[str, Any]) -> None:
+    """Warn where sequences are longer than the model's positions: it was not trained for that."""
+    context = config.get("max_position_embeddings", seq_len)
+    if seq_len > context:
+        warnings.warn(
+            f"sequences of {seq_len} tokens exceed the model's context of {context}; it was not trained for them."
+        )
 
 
 def resolve_device(device: str) -> str:

@@ -25,11 +25,11 @@ from kvfold.checkpoint import Checkpoint, read_json
 from kvfold.errors import DataError, OutputError
 from kvfold.fold import fold, folded_config, read_layer, source_dtype
 from kvfold.linalg import Moment
-from kvfold.loading import Source, load_weights, open_source, resolve_device
+from kvfold.loading import Source, load_weights, open_source, resolve_device, warn_if_too_long
 from kvfold.plan import CONFIG_KEY, CachePlan
-from kvfold.recipe import Recipe
+from kvfold.recipe import Recipe, make_recipe
 from kvfold.runtime.modeling import empty_folded_model
-from kvfold.storage import copy_file, write_tensors, write_text
+from kvfold.storage import copy_file, make_folder, write_tensors, write_text
 from kvfold.version import __version__
 
 
@@ -43,14 +43,20 @@ class Folded:
 
 
 def compress(
-    recipe: Recipe, *, run_dir: str | Path | None = None, overwrite: bool = False, device: str = "auto"
+    recipe: Recipe | Mapping[str, Any],
+    *,
+    run_dir: str | Path | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
 ) -> Folded:
-    """Fold `recipe.model` into the new folder `recipe.out`.
+    """Fold `recipe.model` into the new folder `recipe.out`. A dictionary is taken as `make_recipe` takes it.
 
     `run_dir` keeps the statistics for later folds of the same model and text (default: `<out>.run`). The result grows in
     `<out>.partial` and gets its name when it is complete; the same call continues an interrupted one.
     Raises a KvfoldError that says what was found and what to do.
     """
+    if not isinstance(recipe, Recipe):
+        recipe = make_recipe(recipe)
     out = Path(os.path.abspath(recipe.out))
     run_dir = Path(run_dir) if run_dir else out.with_name(out.name + ".run")
     _refuse_out(out, overwrite, keep=(Path(recipe.model), run_dir))
@@ -103,6 +109,7 @@ def _calibration_tokens(recipe: Recipe, source: Source, run_dir: Path, device: s
         "seq_len": calibration.seq_len or source.seq_len,
         "seed": recipe.seed,
     }
+    warn_if_too_long(size["seq_len"], source.checkpoint.config)
     if calibration.data == "self":
         return self_sampled(source, run_dir, device=device, **size)
     assert calibration.data is not None
@@ -123,7 +130,7 @@ def self_sampled(source: Source, run_dir: Path, *, num_samples: int, seq_len: in
         dtype = source_dtype(source.checkpoint, source.arch, source.layers[0])
         model = load_weights(source.checkpoint.path, getattr(torch, dtype), device)
         tokens_BT = data.sample_from_model(model, num_samples=num_samples, seq_len=seq_len, seed=seed)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         write_tensors(file, {"tokens": tokens_BT}, {})
     return load_file(file)["tokens"]
 
@@ -152,7 +159,7 @@ def _partial_folder(
     marker = partial / "fold.txt"
     if not marker.exists() or marker.read_text() != identity:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        make_folder(partial)
         write_text(marker, identity)
     return partial
 
@@ -205,7 +212,8 @@ def _warn_if_far_below(recipe: Recipe, plan: CachePlan) -> None:
     if recipe.kv_budget is not None and plan.kv_budget < 0.95 * recipe.kv_budget:
         warnings.warn(
             f"kv_budget {recipe.kv_budget:.4g} was asked for and {plan.kv_budget:.4g} is used: the method"
-            f" {recipe.width['method']!r} has no size in between.",
+            f" {recipe.width['method']!r} has no size in between with these fields. Others, or --set allocate=greedy, may"
+            " come nearer.",
             stacklevel=3,
         )
 

@@ -132,7 +132,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(Path(path).read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
+        raise RecipeError(f"{path} cannot be read as a YAML recipe: {error}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{path} holds no recipe: a mapping such as 'preset: svd_a' was expected.")
     return data
@@ -201,6 +201,8 @@ def _build(cls: Any, data: Mapping[str, Any], what: str) -> Any:
         n for n, f in known.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing := [name for name in needed if data.get(name) is None]:
-        raise RecipeError(f"the recipe lacks {', '.join(missing)}.")
+        raise RecipeError(
+            f"the recipe lacks {', '.join(missing)}; give it on the command line (MODEL, --out) or in the recipe file."
+        )
     check_types(cls, data, "calibration." if cls is Calibration else "")
     return cls(**data)

@@ -37,6 +37,14 @@ def copy_file(source: Path, path: Path) -> None:
         shutil.copyfile(source, unfinished)
 
 
+def make_folder(folder: Path) -> None:
+    """The folder and its parents. Raises OutputError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be made: {error.strerror}. Give a place where you may write.") from error
+
+
 def require_space(folder: Path, needed: int) -> None:
     """Raise OutputError unless the disk under `folder` has `needed` bytes free."""
     free = shutil.disk_usage(folder).free

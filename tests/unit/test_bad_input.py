@@ -252,6 +252,12 @@ def test_existing_output(source):
         compress(source, source.parent / "new", run_dir=source.parent / "new" / "run")
 
 
+def test_output_that_cannot_be_made(source):
+    (source.parent / "file").write_text("x")
+    with pytest.raises(OutputError, match="cannot be made"):
+        compress(source, source.parent / "file" / "out")
+
+
 def test_a_disk_that_is_too_small_is_noticed_before(source, monkeypatch):
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
     refused(source, OutputError, "MB free and what is to be written takes")

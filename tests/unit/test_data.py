@@ -64,7 +64,7 @@ def test_a_data_set_comes_through_datasets(tokenizer, text, monkeypatch):
     assert draw(tokenizer, "some/books", config="small", split="test").shape == (16, 64)
     assert calls == [(("some/books", "small"), {"split": "test", "streaming": True})]
     monkeypatch.undo()
-    with pytest.raises(DataError, match="cannot be loaded as a data set"):
+    with pytest.raises(DataError, match="is no local file and cannot be loaded as a data set"):
         draw(tokenizer, "nobody/nothing")
 
 

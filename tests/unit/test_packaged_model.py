@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import kvfold
 from kvfold.cli import app
 from kvfold.demonstration import MODEL
+from kvfold.errors import RecipeError
 from kvfold.linalg import Moment
 from kvfold.loading import load, load_weights
 from kvfold.runtime.cache import FoldedCache
@@ -101,6 +102,12 @@ def test_evaluating_the_original_against_itself_finds_nothing(journey):
     assert found["top1_agreement"] == found["kv_budget"] == 1 and found["tokens"] == 6 * 99
 
 
+def test_the_original_must_be_the_original(journey):
+    root, _ = journey
+    with pytest.raises(RecipeError, match="is folded itself; give the original"):
+        kvfold.evaluate(root / "svd_a", against=root / "gqa", data_file=root / "text.txt")
+
+
 def test_evaluate_measures_the_loss_that_transformers_measures(journey):
     root, _ = journey
     loaded = load(MODEL)
@@ -119,7 +126,7 @@ def test_inspect_and_generate(journey):
     made = run("generate", root / "svd_a", "--prompt", "The old man", "--max-new-tokens", 12)
     assert made["new_tokens"] == 12 and made["text"].strip() and made["kv_budget"] == 0.5
     plain = run("generate", MODEL, "--prompt", "The old man", "--max-new-tokens", 12)
-    assert made["cache_bytes"] * 2 == plain["cache_bytes"]
+    assert made["cache_bytes"] * 2 == plain["cache_bytes"] and made["dtype"] == "float32"
 
 
 def test_compare_writes_a_report(tmp_path):
