@@ -164,7 +164,8 @@ def _documents(
         for row in rows:
             if field not in row:
                 raise DataError(
-                    f"{data} has the fields {sorted(row)}, no {field!r}; rename it, or say --set calibration.text_field=NAME to compress."
+                    f"{data} has the fields {sorted(row)}, no {field!r}; rename it, or say"
+                    " --set calibration.text_field=NAME to compress."
                 )
             if not isinstance(row[field], str):
                 raise DataError(
