@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 VALID ?= $(error give VALID=FILE, a text to evaluate on)
 CALIBRATION ?= self
+SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL := kvfold/models/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: demo test lint check results clean
+.PHONY: demo test lint check results results-7b clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -32,6 +33,15 @@ results: $(VENV)/installed
 	cp runs/width/table.md results/width-books-6l-$(if $(filter self,$(CALIBRATION)),self,text).md
 	for dtype in float32 bfloat16; do $(BIN)/python benchmarks/decode_step.py $(MODEL) runs/width/svd_a-0.5 \
 	  runs/width/svd_a-width.latent=group-0.5 runs/width/gqa-0.5 --dtype $$dtype --markdown results/decode-step-$$dtype.md; done
+
+# Memory and time of folding Llama-2-7B's shape, and a decode step of two of its layers: make results-7b SCRATCH=/with/30GB
+results-7b: $(VENV)/installed
+	$(BIN)/python benchmarks/fold_llama2_7b.py --folder $(SCRATCH) --json results/fold-llama2-7b.json
+	$(BIN)/python benchmarks/fold_llama2_7b.py --folder $(SCRATCH) --layers 2 --keep
+	$(BIN)/python benchmarks/fold_llama2_7b.py --folder $(SCRATCH) --layers 2 --keep --set width.latent=group --name folded-group
+	$(BIN)/python benchmarks/fold_llama2_7b.py --folder $(SCRATCH) --layers 2 --keep --preset gqa
+	$(BIN)/python benchmarks/decode_step.py $(SCRATCH)/llama2-7b-2-layers $(SCRATCH)/folded-svd_w $(SCRATCH)/folded-group \
+	  $(SCRATCH)/folded-gqa --dtype bfloat16 --steps 20 --markdown results/decode-step-llama2-7b-2-layers.md
 
 # constraints.txt names versions that work together. To save gigabytes on a machine without a GPU, make the environment first
 # and install torch's CPU build into it; what is there already is kept.

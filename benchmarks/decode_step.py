@@ -40,7 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device, dtype = resolve_device(options.device), getattr(torch, options.dtype)
-    original = load_weights(options.model, dtype, device)
+    original = load_weights(options.model, options.dtype, device)
     contestants: dict[str, tuple[Any, Any]] = {
         "original, DynamicCache": (original, DynamicCache(config=original.config)),
         "original, StaticCache": (
@@ -50,7 +50,7 @@ def main() -> None:
     }
     for folder in options.folded:
         plan, _ = load_plan(folder)
-        contestants[folder] = (load_weights(folder, dtype, device), FoldedCache(plan))
+        contestants[folder] = (load_weights(folder, options.dtype, device), FoldedCache(plan))
     source, _ = load_plan(options.model)
     for name, (_, cache) in contestants.items():
         plan = load_plan(name)[0] if isinstance(cache, FoldedCache) else source

@@ -32,14 +32,18 @@ def main() -> None:
     parser.add_argument("--preset", default="svd_w")
     parser.add_argument("--kv-budget", default="0.5")
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--set", action="append", default=[], help="passed on to kvfold compress")
+    parser.add_argument("--name", help="of the folded folder; default folded-PRESET")
+    parser.add_argument("--json", type=Path, help="write the result here too")
     parser.add_argument("--keep", action="store_true", help="keep the folded model as FOLDER/folded-PRESET")
     arguments = parser.parse_args()
     source = arguments.folder / f"llama2-7b-{arguments.layers}-layers"
     if not (source / "config.json").exists():
         write_random_model(source, arguments.layers)
-    out = arguments.folder / f"folded-{arguments.preset}"
+    out = arguments.folder / (arguments.name or f"folded-{arguments.preset}")
     command = [sys.executable, "-m", "kvfold.cli", "compress", str(source), "--preset", arguments.preset]
     command += ["--kv-budget", arguments.kv_budget, "--out", str(out), "--overwrite"]
+    command += [part for assignment in arguments.set for part in ("--set", assignment)]
     start = time.perf_counter()
     made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     seconds = time.perf_counter() - start
@@ -56,6 +60,8 @@ def main() -> None:
     }
     if not arguments.keep:
         shutil.rmtree(out)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 

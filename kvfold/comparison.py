@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kvfold.data import first_windows, load_tokenizer
@@ -19,7 +18,7 @@ from kvfold.errors import BudgetError
 from kvfold.evaluation import Evaluation, evaluate_models
 from kvfold.generation import continue_prompt
 from kvfold.linalg import discarded_energy
-from kvfold.loading import Source, load_plan, load_weights, open_source, resolve_device
+from kvfold.loading import Source, default_dtype, load_weights, open_source, resolve_device
 from kvfold.pipeline import compress, gather, self_sampled
 from kvfold.recipe import Recipe, make_recipe
 from kvfold.storage import write_text
@@ -114,7 +113,7 @@ class _Bench:
 
     def __post_init__(self) -> None:
         path = self.source.checkpoint.path
-        self.dtype = torch.float32 if self.device == "cpu" else getattr(torch, load_plan(path)[0].dtype)
+        self.dtype = default_dtype(self.source.dtype, self.device)
         self.base = load_weights(path, self.dtype, self.device)
         self.tokenizer = load_tokenizer(path)
 

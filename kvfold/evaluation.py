@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvfold import data
 from kvfold.errors import RecipeError
-from kvfold.loading import MAX_SEQ_LEN, load, warn_if_too_long
+from kvfold.loading import default_seq_len, load, warn_if_too_long
 from kvfold.plan import CachePlan
 from kvfold.progress import track
 
@@ -71,9 +71,9 @@ def evaluate(
         raise RecipeError(f"--against {against} is folded itself; give the original model.")
     if model.plan.source != base.plan.source:
         raise RecipeError(f"{folded} was not folded from a model of {against}'s shape; give the original as --against.")
-    context = base.model.config.max_position_embeddings
-    seq_len = seq_len or min(MAX_SEQ_LEN, context)
-    warn_if_too_long(seq_len, base.model.config.to_dict())
+    config = base.model.config.to_dict()
+    seq_len = seq_len or default_seq_len(config)
+    warn_if_too_long(seq_len, config)
     windows_WT = data.first_windows(base.tokenizer, data_file, seq_len=seq_len, max_tokens=max_tokens)
     return evaluate_models(model.model, base.model, windows_WT, model.plan)
 
@@ -81,6 +81,11 @@ def evaluate(
 @torch.no_grad()
 def evaluate_models(model: Any, base: Any, windows_WT: Tensor, plan: CachePlan) -> Evaluation:
     """The same for loaded models and token windows [windows, tokens]."""
+    if model.config.vocab_size != base.config.vocab_size:
+        raise RecipeError(
+            f"the models have vocabularies of {model.config.vocab_size} and {base.config.vocab_size} tokens: --against must"
+            " be the original of this folder."
+        )
     per_window = torch.stack(
         [
             _measure(_logits(model, window), _logits(base, window), window.to(base.device))

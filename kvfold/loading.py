@@ -35,7 +35,12 @@ class Source:
     @property
     def seq_len(self) -> int:
         """Tokens per sequence where nothing else is asked for: the model's context length, at most 2,048."""
-        return min(MAX_SEQ_LEN, self.checkpoint.config.get("max_position_embeddings", MAX_SEQ_LEN))
+        return default_seq_len(self.checkpoint.config)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the original cache, as config.json would name it."""
+        return source_dtype(self.checkpoint, self.arch, self.layers[0])
 
 
 @dataclass(frozen=True)
@@ -58,17 +63,17 @@ def load(model: str | Path, *, dtype: str = "auto", device: str = "auto") -> Loa
     plan, folded = load_plan(path)
     if dtype not in ("auto", *ITEMSIZE):
         raise RecipeError(f"dtype {dtype!r} is not one of auto, {', '.join(ITEMSIZE)}.")
-    chosen = plan.dtype if dtype == "auto" and device != "cpu" else "float32" if dtype == "auto" else dtype
+    chosen = default_dtype(plan.dtype, device) if dtype == "auto" else dtype
     tokenizer = load_tokenizer(path)
-    return Loaded(path, load_weights(path, getattr(torch, chosen), device), tokenizer, plan, folded)
+    return Loaded(path, load_weights(path, chosen, device), tokenizer, plan, folded)
 
 
-def load_weights(path: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def load_weights(path: Path, dtype: str, device: str) -> PreTrainedModel:
     """The model of a folder, ready for inference, without transformers' progress bar."""
     had_bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+        return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(device).eval()
     except (OSError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
     finally:
@@ -83,8 +88,7 @@ def load_plan(model: str | Path) -> tuple[CachePlan, bool]:
     if config.get(CONFIG_KEY):
         return CachePlan.from_dict(config[CONFIG_KEY]), True
     source = open_source(path)
-    dtype = source_dtype(source.checkpoint, source.arch, source.layers[0])
-    return source_plan([source_layer(layer) for layer in source.layers], dtype), False
+    return source_plan([source_layer(layer) for layer in source.layers], source.dtype), False
 
 
 def open_source(model: str | Path) -> Source:
@@ -94,6 +98,16 @@ def open_source(model: str | Path) -> Source:
     stock = empty_model(arch, source_config(arch, checkpoint.config))
     checkpoint = dataclasses.replace(checkpoint, aliases=check_names(checkpoint, stock))
     return Source(checkpoint, arch, arch.describe(stock))
+
+
+def default_seq_len(config: dict[str, Any]) -> int:
+    """Tokens per sequence where nothing else is asked for: the model's context length, at most 2,048."""
+    return min(MAX_SEQ_LEN, config.get("max_position_embeddings", MAX_SEQ_LEN))
+
+
+def default_dtype(stored: str, device: str) -> str:
+    """The dtype that a model runs in where nothing else is asked for: float32 on the CPU, else as it is stored."""
+    return "float32" if device == "cpu" else stored
 
 
 def warn_if_too_long(seq_len: int, config: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from kvfold.calibrate import Statistics, calibrate
 from kvfold.card import write_card_text
 from kvfold.checkpoint import Checkpoint, read_json
 from kvfold.errors import DataError, OutputError
-from kvfold.fold import fold, folded_config, read_layer, source_dtype
+from kvfold.fold import fold, folded_config, read_layer
 from kvfold.linalg import Moment
 from kvfold.loading import Source, load_weights, open_source, resolve_device, warn_if_too_long
 from kvfold.plan import CONFIG_KEY, CachePlan
@@ -73,7 +72,7 @@ def compress(
         source.layers,
         axes,
         kv_budget=recipe.kv_budget,
-        dtype=source_dtype(source.checkpoint, source.arch, source.layers[0]),
+        dtype=source.dtype,
         strategy=recipe.allocate,
         inputs=lambda i: (read_layer(source.checkpoint, source.arch, source.layers[i]), moments_of(i)),
     )
@@ -127,8 +126,7 @@ def self_sampled(source: Source, run_dir: Path, *, num_samples: int, seq_len: in
     """[num_samples, seq_len] tokens that the original model draws; kept in `run_dir`, since drawing them takes long."""
     file = run_dir / f"samples-{source.checkpoint.fingerprint()}-{num_samples}x{seq_len}-{seed}.safetensors"
     if not file.exists():
-        dtype = source_dtype(source.checkpoint, source.arch, source.layers[0])
-        model = load_weights(source.checkpoint.path, getattr(torch, dtype), device)
+        model = load_weights(source.checkpoint.path, source.dtype, device)
         tokens_BT = data.sample_from_model(model, num_samples=num_samples, seq_len=seq_len, seed=seed)
         make_folder(file.parent)
         write_tensors(file, {"tokens": tokens_BT}, {})

@@ -87,7 +87,7 @@ def test_windows_for_evaluation(tokenizer, text, tmp_path):
 
 
 def test_self_sampled_text_follows_the_model():
-    model = load_weights(MODEL, torch.float32, "cpu")
+    model = load_weights(MODEL, "float32", "cpu")
     rows = data.sample_from_model(model, num_samples=4, seq_len=48, seed=0)
     assert rows.shape == (4, 48) and (rows[:, 0] == model.config.bos_token_id).all()
     assert torch.equal(rows, data.sample_from_model(model, num_samples=4, seq_len=48, seed=0))

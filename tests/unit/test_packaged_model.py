@@ -6,12 +6,14 @@ import re
 import pytest
 import torch
 import yaml
+from tiny import make_tiny
 from typer.testing import CliRunner
 
 import kvfold
 from kvfold.cli import app
 from kvfold.demonstration import MODEL
 from kvfold.errors import RecipeError
+from kvfold.evaluation import evaluate_models
 from kvfold.linalg import Moment
 from kvfold.loading import load, load_weights
 from kvfold.runtime.cache import FoldedCache
@@ -51,9 +53,7 @@ def journey(tmp_path_factory):
 
 
 def _sampled(seed):
-    return kvfold.data.sample_from_model(
-        load_weights(MODEL, torch.float32, "cpu"), num_samples=8, seq_len=256, seed=seed
-    )
+    return kvfold.data.sample_from_model(load_weights(MODEL, "float32", "cpu"), num_samples=8, seq_len=256, seed=seed)
 
 
 def test_compress_says_what_it_made(journey):
@@ -108,6 +108,13 @@ def test_the_original_must_be_the_original(journey):
         kvfold.evaluate(root / "svd_a", against=root / "gqa", data_file=root / "text.txt")
 
 
+def test_the_original_must_have_the_same_vocabulary(journey):
+    root, _ = journey
+    loaded, other = load(root / "svd_a"), make_tiny("llama_mha")
+    with pytest.raises(RecipeError, match="vocabularies of 4096 and 211 tokens"):
+        evaluate_models(loaded.model, other, torch.ones(1, 8, dtype=torch.long), loaded.plan)
+
+
 def test_evaluate_measures_the_loss_that_transformers_measures(journey):
     root, _ = journey
     loaded = load(MODEL)
@@ -149,8 +156,8 @@ def test_full_budget_on_the_packaged_model(preset, tmp_path):
     run("compress", MODEL, "--preset", preset, "--kv-budget", "1", *options, "--out", tmp_path / "out")
     ids = _sampled(seed=2)[:2]
     with torch.no_grad():
-        expected = load_weights(MODEL, torch.float32, "cpu")(ids).logits
-        found = load_weights(tmp_path / "out", torch.float32, "cpu")(ids).logits
+        expected = load_weights(MODEL, "float32", "cpu")(ids).logits
+        found = load_weights(tmp_path / "out", "float32", "cpu")(ids).logits
     assert_close(found, expected, tolerance=0 if preset == "identity" else 1e-2)
 
 
