@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvfold.attention import AttentionLayer, AttentionWeights
+from kvfold.attention import AttentionLayer
 from kvfold.bits.base import BitsMethod
-from kvfold.depth.base import DepthMethod
+from kvfold.depth.base import DepthMethod, Sample, Targets
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.length.base import LengthMethod
-from kvfold.linalg import Moment
 from kvfold.plan import CachePlan, CacheSpec, SourceLayer
-from kvfold.width.base import StoredShape, WidthMethod
+from kvfold.width.base import LayerGroup, StoredShape, WidthMethod
 
 SIDES = ("keys", "values")
 
-LayerInputs = Callable[[int], tuple[AttentionWeights, Mapping[str, Moment]]]
-"""Layer index -> the weights and moments that damage is computed from."""
+Groups = Callable[[int], LayerGroup]
+"""Owner's index -> the layers that use its cache, with what damage is computed from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,30 +30,51 @@ class Axes:
     length: LengthMethod
 
 
+def choose_layout(
+    layers: Sequence[AttentionLayer], axes: Axes, *, kv_budget: float | None, sample: Sample | None
+) -> Targets:
+    """Who reads whose cache: of the depth method's layouts the first that uses most of the budget.
+
+    Raises RecipeError where a choice is left and no budget says how to make it.
+    """
+    layouts = axes.depth.layouts(layers, sample)
+    if len(layouts) > 1 and kv_budget is None:
+        raise RecipeError(
+            "say how many layers keep a cache (--owners 6, for example) or how much to keep (--kv-budget)."
+        )
+    if len(layouts) == 1 or kv_budget is None:
+        return layouts[0]
+    numbers = kv_budget * _source_numbers(layers)
+    reached = [
+        _numbers(_uniform(_all_shapes(axes, layers, targets), layers, targets, kv_budget)) for targets in layouts
+    ]
+    fitting = [number if number <= numbers * (1 + 1e-9) else -number for number in reached]
+    return layouts[fitting.index(max(fitting))]
+
+
 def allocate(
     layers: Sequence[AttentionLayer],
+    targets: Targets,
     axes: Axes,
     *,
     kv_budget: float | None,
     dtype: str,
     strategy: str,
-    inputs: LayerInputs,
+    groups: Groups,
 ) -> CachePlan:
     """The plan whose bytes are at most `kv_budget` of the source's. Raises BudgetError if no width is that small."""
-    targets = axes.depth.targets(layers)
-    owners = [layer for layer, target in zip(layers, targets, strict=True) if target is None]
-    shapes = {(layer.index, side): _shapes(axes.width, layer, side) for layer in owners for side in SIDES}
-    total = sum(source_layer(layer).numbers_per_token for layer in layers)
+    shapes = _all_shapes(axes, layers, targets)
+    total = _source_numbers(layers)
     numbers = None if kv_budget is None else kv_budget * total
-    if numbers is None:
-        chosen = _only_choice(shapes)
+    if numbers is None or kv_budget is None:
+        chosen = _largest(shapes) if any(target is not None for target in targets) else _only_choice(shapes)
     elif strategy == "uniform":
-        chosen = _uniform(shapes, numbers / total * len(layers) / len(owners))
+        chosen = _uniform(shapes, layers, targets, kv_budget)
     else:
-        chosen = _greedy(shapes, numbers, axes.width, owners, inputs)
+        chosen = _greedy(shapes, numbers, axes.width, groups)
     _check_budget(shapes, chosen, numbers, total)
     caches: list[CacheSpec | None] = [None] * len(layers)
-    for layer in owners:
+    for layer in _owners(layers, targets):
         spec = axes.width.spec(layer, chosen[layer.index, "keys"], chosen[layer.index, "values"])
         caches[layer.index] = axes.length.apply(layer, axes.bits.apply(layer, spec))
     return CachePlan(
@@ -79,9 +99,31 @@ Shapes = dict[tuple[int, str], list[StoredShape]]
 Choice = dict[tuple[int, str], StoredShape]
 
 
+def _owners(layers: Sequence[AttentionLayer], targets: Targets) -> list[AttentionLayer]:
+    return [layer for layer, target in zip(layers, targets, strict=True) if target is None]
+
+
+def _source_numbers(layers: Sequence[AttentionLayer]) -> int:
+    return sum(source_layer(layer).numbers_per_token for layer in layers)
+
+
+def _numbers(chosen: Choice) -> int:
+    return sum(shape.numbers for shape in chosen.values())
+
+
+def _all_shapes(axes: Axes, layers: Sequence[AttentionLayer], targets: Targets) -> Shapes:
+    owners = _owners(layers, targets)
+    return {(layer.index, side): _shapes(axes.width, layer, side) for layer in owners for side in SIDES}
+
+
 def _shapes(width: WidthMethod, layer: AttentionLayer, side: str) -> list[StoredShape]:
     found = width.key_shapes(layer) if side == "keys" else width.value_shapes(layer)
     return sorted(found, key=lambda shape: shape.numbers)
+
+
+def _largest(shapes: Shapes) -> Choice:
+    """Sharing already makes the cache smaller: what is shared stays as wide as it was."""
+    return {key: options[-1] for key, options in shapes.items()}
 
 
 def _only_choice(shapes: Shapes) -> Choice:
@@ -90,8 +132,10 @@ def _only_choice(shapes: Shapes) -> Choice:
     return {key: options[0] for key, options in shapes.items()}
 
 
-def _uniform(shapes: Shapes, share: float) -> Choice:
-    """Every layer and side gets the same share of its largest shape, which is its original size."""
+def _uniform(shapes: Shapes, layers: Sequence[AttentionLayer], targets: Targets, kv_budget: float) -> Choice:
+    """Every cache and side gets the same share of its largest shape, which is its original size."""
+    owned = sum(source_layer(layer).numbers_per_token for layer in _owners(layers, targets))
+    share = kv_budget * _source_numbers(layers) / owned
     chosen = {}
     for key, options in shapes.items():
         limit = share * _full(options) * (1 + 1e-9)
@@ -103,20 +147,16 @@ def _full(options: Sequence[StoredShape]) -> int:
     return options[-1].numbers
 
 
-def _greedy(
-    shapes: Shapes, numbers: float, width: WidthMethod, owners: Sequence[AttentionLayer], inputs: LayerInputs
-) -> Choice:
+def _greedy(shapes: Shapes, numbers: float, width: WidthMethod, groups: Groups) -> Choice:
     """Start from the smallest shapes and buy, step by step, where a stored number saves the most expected damage.
 
     Steps lie on the lower convex hull of each (numbers, damage) curve, so that gains fall and greedy is optimal but for
     the last step.
     """
     hulls: dict[tuple[int, str], list[tuple[StoredShape, float]]] = {}
-    for layer in owners:
-        weights, moments = inputs(layer.index)
-        for side, damage in zip(SIDES, (width.key_damage, width.value_damage), strict=True):
-            options = shapes[layer.index, side]
-            hulls[layer.index, side] = lower_hull(options, damage(layer, weights, moments, options))
+    for (owner, side), options in shapes.items():
+        damage = width.key_damage if side == "keys" else width.value_damage
+        hulls[owner, side] = lower_hull(options, damage(groups(owner), options))
     position = dict.fromkeys(hulls, 0)
     left = numbers * (1 + 1e-9) - sum(hull[0][0].numbers for hull in hulls.values())
     steps = [(-_gain(hull, 0), key) for key, hull in hulls.items() if len(hull) > 1]
@@ -152,7 +192,7 @@ def lower_hull(shapes: Sequence[StoredShape], damages: Sequence[float]) -> list[
 def _check_budget(shapes: Shapes, chosen: Choice, numbers: float | None, total: int) -> None:
     if numbers is None:
         return
-    reached = sum(shape.numbers for shape in chosen.values())
+    reached = _numbers(chosen)
     if reached > numbers * (1 + 1e-9):
         smallest = sum(options[0].numbers for options in shapes.values())
         raise BudgetError(

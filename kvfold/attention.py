@@ -55,7 +55,8 @@ class AttentionWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class FoldedWeights:
-    """Tensors of one folded layer, named as the runtime names them.
+    """Tensors of one folded layer, named as the runtime names them. A layer that reads another's cache has no k_proj, v_proj,
+    k_norm and k_a_proj.
 
     k_proj gives the source's K heads where the plan has `k_projection`, else the C stored ones. k_a_proj [C, R, t*H] takes
     the rotated keys of a group to what is stored; k_b_proj [C, t*H, R] leads back. v_proj [U*V, D];
@@ -64,9 +65,9 @@ class FoldedWeights:
     """
 
     q_proj: Tensor
-    k_proj: Tensor
-    v_proj: Tensor
     o_proj: Tensor
+    k_proj: Tensor | None = None
+    v_proj: Tensor | None = None
     q_bias: Tensor | None = None
     k_bias: Tensor | None = None
     v_bias: Tensor | None = None

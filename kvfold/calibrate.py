@@ -5,44 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-from kvfold.architectures.base import Architecture, empty_model, source_config
-from kvfold.attention import AttentionLayer
+from kvfold.architectures.base import Architecture
 from kvfold.checkpoint import Checkpoint, read_json
-from kvfold.linalg import Moment
+from kvfold.linalg import Moment, outer_sum
 from kvfold.progress import track
 from kvfold.runtime.attention import apply_rotary
 from kvfold.storage import make_folder, require_space, write_tensors, write_text
+from kvfold.streaming import StreamedModel
 
-OBSERVED = "kvfold_observed"
-"""Name under which attention that shows its queries, keys and values is registered with transformers."""
-
-TOKENS_PER_BATCH = 4096
 SECONDS_BETWEEN_SAVES = 60.0
 """How often the hidden states of all sequences are written, for an interrupted run to go on from."""
 
-STATISTICS_VERSION = 1
+STATISTICS_VERSION = 2
 """To be raised when a statistic is computed differently, so that old ones on disk are not taken for new ones."""
 
 FINISHED = "statistics.json"
 HIDDEN = "hidden.safetensors"
 
-Observer = Callable[[Tensor, Tensor, Tensor], None]
-
 
 def _flat(x_BKTH: Tensor) -> Tensor:
     return x_BKTH.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _per_kv_head(q_BNTH: Tensor, heads: int) -> Tensor:
+    """[B * G * T, K, H]: every query head of a key/value head is one more vector of it."""
+    return q_BNTH.unflatten(1, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 2)
 
 
 def _unrotated(k_BKTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -55,8 +50,11 @@ STATISTICS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     "keys": lambda q, k, v, cos, sin: _flat(k),
     "keys_before_rotation": lambda q, k, v, cos, sin: _flat(_unrotated(k, cos, sin)),
     "values": lambda q, k, v, cos, sin: _flat(v),
+    "queries": lambda q, k, v, cos, sin: _per_kv_head(q, k.shape[1]),
 }
-"""Statistic -> the vectors [tokens, K*H] whose moment it is, of rotated q [B, N, T, H], rotated k and v [B, K, T, H]."""
+"""Statistic -> the vectors [tokens, K*H] whose moment it is, of rotated q [B, N, T, H], rotated k and v [B, K, T, H].
+
+`queries` are [vectors, K, H]: one moment per key/value head."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,11 @@ class Statistics:
                 moments[name] = Moment(mean.clone(), second.clone(), self.tokens)
         return moments
 
+    def cross(self, reader: int, owner: int, needs: Iterable[str]) -> dict[str, Tensor]:
+        """E[x_reader x_owner^T] of each statistic."""
+        with safe_open(_layer_file(self.folder, reader), framework="pt") as file:
+            return {name: file.get_tensor(f"{name}.cross.{owner}").clone() for name in sorted(needs)}
+
 
 def calibrate(
     checkpoint: Checkpoint,
@@ -82,132 +85,118 @@ def calibrate(
     *,
     needs: frozenset[str],
     run_dir: Path,
+    readers: Mapping[int, int] | None = None,
+    needs_cross: frozenset[str] = frozenset(),
     device: str = "cpu",
 ) -> Statistics:
     """Moments of all layers over the given sequences, in float64.
 
-    They are kept in `run_dir` and reused whenever model and tokens are the same; an interrupted run continues where it
-    last wrote its hidden states. Peak memory: the hidden states, one layer in float32 and its moments.
+    `readers`: layer -> the earlier layer whose cache it is to read; the moments of `needs_cross` between the two are gathered
+    as well. All are kept in `run_dir` and reused whenever model and tokens are the same; an interrupted run continues where
+    it last wrote its hidden states. Peak memory: the hidden states, one layer in float32 and its moments, and what
+    readers still have to see of their owners.
     """
-    key = _key(checkpoint, tokens_BT)
-    if (finished := _finished(run_dir, key, needs)) is not None:
+    shared = _Shared(readers if readers and needs_cross else {}, needs_cross)
+    key, wanted = _key(checkpoint, tokens_BT), needs | shared.labels
+    if (finished := _finished(run_dir, key, wanted)) is not None:
         return Statistics(finished, tokens_BT.numel())
-    folder = run_dir / f"statistics-{key}-{'+'.join(sorted(needs))}"
+    folder = run_dir / f"statistics-{key}-{_short('+'.join(sorted(wanted)))}"
     make_folder(folder)
-    config = source_config(arch, checkpoint.config)
-    config._attn_implementation = _register_observed_attention()
-    model = empty_model(arch, config)
-    layers = arch.describe(model)
-    moment_bytes = sum(8 * len(needs) * (layer.num_kv_heads * layer.head_dim) ** 2 for layer in layers)
-    require_space(folder, moment_bytes + 4 * tokens_BT.numel() * layers[0].hidden_size)
+    model = StreamedModel(checkpoint, arch, device)
+    moment_bytes = 8 * (len(needs) + bool(shared.needs)) * sum((x.num_kv_heads * x.head_dim) ** 2 for x in model.layers)
+    require_space(folder, moment_bytes + 4 * tokens_BT.numel() * model.layers[0].hidden_size)
     with torch.no_grad():
-        resumed = _resume(folder)
+        resumed = _resume(folder, shared)
         # masks and rotary tables are the same for every sequence: a resumed run needs one to make them again
-        hidden_BTD, calls = _embed(model, checkpoint, arch, tokens_BT if resumed is None else tokens_BT[:1], device)
+        hidden_BTD = model.embed(tokens_BT if resumed is None else tokens_BT[:1])
         first, hidden_BTD = resumed or (0, hidden_BTD)
         saved = time.monotonic()
-        for layer in track(layers[first:], "calibrating layers", len(layers) - first):
-            moments = _run_layer(model, checkpoint, arch, layer, hidden_BTD, calls[layer.index], needs, device)
-            _save_moments(folder, layer.index, moments)
+        for layer in track(model.layers[first:], "calibrating layers", len(model.layers) - first):
+            observer = _Observer(needs, shared, device)
+            shared.start(layer.index)
+            model.advance(layer, hidden_BTD, observer)
+            write_tensors(_layer_file(folder, layer.index), observer.moments(tokens_BT.numel()), {})
+            shared.forget_after(layer.index)
             if time.monotonic() - saved >= SECONDS_BETWEEN_SAVES:
-                _save_hidden(folder, layer.index + 1, hidden_BTD)
+                _save_hidden(folder, layer.index + 1, hidden_BTD, shared)
                 saved = time.monotonic()
-    write_text(folder / FINISHED, json.dumps({"needs": sorted(needs), "tokens": tokens_BT.numel()}))
+    write_text(folder / FINISHED, json.dumps({"needs": sorted(wanted), "tokens": tokens_BT.numel()}))
     (folder / HIDDEN).unlink(missing_ok=True)
     return Statistics(folder, tokens_BT.numel())
 
 
-def _run_layer(
-    model: PreTrainedModel,
-    checkpoint: Checkpoint,
-    arch: Architecture,
-    layer: AttentionLayer,
-    hidden_BTD: Tensor,
-    call: dict[str, Any],
-    needs: frozenset[str],
-    device: str,
-) -> dict[str, Moment]:
-    """Advance the hidden states by one layer, in place, and return the moments seen on the way."""
-    module = model.get_submodule(arch.prefix(layer.index).rstrip("."))
-    _load(module, arch.prefix(layer.index), checkpoint, device)
-    moments = {name: Moment.zeros(layer.num_kv_heads * layer.head_dim, device) for name in sorted(needs)}
-    cos, sin = call["position_embeddings"]
+class _Observer:
+    """Gathers the moments of one layer, batch by batch."""
 
-    def observe(q: Tensor, k: Tensor, v: Tensor) -> None:
-        for name, moment in moments.items():
-            moment.update(STATISTICS[name](q, k, v, cos, sin))
+    def __init__(self, needs: frozenset[str], shared: _Shared, device: str) -> None:
+        self.needs, self.shared, self.device = needs, shared, device
+        self.own: dict[str, Moment] = {}
 
-    rows = max(TOKENS_PER_BATCH // hidden_BTD.shape[1], 1)
-    for part in hidden_BTD.split(rows):
-        out = module(part.to(device), **call, kvfold_observer=observe)
-        part.copy_(out[0] if isinstance(out, tuple) else out)
-    module.to("meta")
-    return moments
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> None:
+        for name in sorted(self.needs | self.shared.needs):
+            vectors = STATISTICS[name](q, k, v, cos, sin)
+            if name in self.needs:
+                self.own.setdefault(name, Moment.zeros(*vectors.shape[1:], device=self.device)).update(vectors)
+            if name in self.shared.needs:
+                self.shared.observe(name, vectors)
+
+    def moments(self, tokens: int) -> dict[str, Tensor]:
+        """The tensors of the layer's file."""
+        tensors = {f"{name}.mean": moment.mean_F.cpu() for name, moment in self.own.items()}
+        tensors |= {f"{name}.second": moment.second_FF.cpu() for name, moment in self.own.items()}
+        return tensors | self.shared.moments(tokens)
 
 
-def _embed(
-    model: PreTrainedModel, checkpoint: Checkpoint, arch: Architecture, tokens_BT: Tensor, device: str
-) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Hidden states that enter the first layer [B, T, D], and the keyword arguments (masks, rotary tables) of every layer.
+@dataclass
+class _Shared:
+    """What readers have to see of their owners: the owners' vectors, from the owner's turn to its last reader's."""
 
-    The family's own forward computes them, with layers that only record. All sequences are full and equally long, so the
-    arguments of one serve all.
-    """
-    base = model.base_model
-    prefix = f"{model.base_model_prefix}."
-    _load(base, prefix, checkpoint, device, skip=arch.layers.removeprefix(prefix) + ".")
-    modules = list(model.get_submodule(arch.layers).children())
-    hidden_BTD = torch.empty(*tokens_BT.shape, arch.describe(model)[0].hidden_size)
-    calls: list[dict[str, Any]] = []
-    row = 0
+    readers: Mapping[int, int]
+    needs: frozenset[str]
+    kept: dict[str, list[Tensor]] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    seen: dict[str, int] = field(default_factory=dict)
+    layer: int = -1
 
-    def record(hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        if not calls:
-            hidden_BTD[row] = hidden_states[0].cpu()
-        calls.append(kwargs | {"past_key_values": None, "use_cache": False})
-        return hidden_states
+    def __post_init__(self) -> None:
+        self.needs = self.needs if self.readers else frozenset()
 
-    for module in modules:
-        module.forward = record
-    for row in range(len(tokens_BT)):
-        calls.clear()
-        base(input_ids=tokens_BT[row : row + 1].to(device), use_cache=False)
-    for module in modules:
-        del module.forward
-    model.to("meta")
-    return hidden_BTD, calls
+    @property
+    def labels(self) -> frozenset[str]:
+        return frozenset(f"{name}.cross.{r}-{o}" for name in self.needs for r, o in self.readers.items())
 
+    def start(self, layer: int) -> None:
+        self.layer, self.sums, self.seen = layer, {}, {}
 
-def _load(module: torch.nn.Module, prefix: str, checkpoint: Checkpoint, device: str, skip: str | None = None) -> None:
-    """Give a module its weights, in float32. `skip`: parameters that stay on the meta device."""
-    names = [name for name, _ in module.named_parameters() if skip is None or not name.startswith(skip)]
-    state = {name: checkpoint.read(prefix + name).to(device, torch.float32) for name in names}
-    module.load_state_dict(state, assign=True, strict=skip is None)
+    def observe(self, name: str, vectors_TF: Tensor) -> None:
+        """Keep the vectors of an owner; multiply those of a reader with the same tokens' of its owner."""
+        if self.layer in self.readers.values():
+            self.kept.setdefault(f"{name}.{self.layer}", []).append(vectors_TF.float().cpu())
+        if (owner := self.readers.get(self.layer)) is not None:
+            part = self.kept[f"{name}.{owner}"][self.seen.setdefault(name, 0)]
+            self.seen[name] += 1
+            product = outer_sum(vectors_TF.double(), part.to(vectors_TF.device, torch.float64))
+            self.sums[name] = self.sums.get(name, 0) + product
 
+    def moments(self, tokens: int) -> dict[str, Tensor]:
+        owner = self.readers.get(self.layer)
+        return {f"{name}.cross.{owner}": (total / tokens).cpu() for name, total in self.sums.items()}
 
-def _register_observed_attention() -> str:
-    AttentionInterface.register(OBSERVED, _observed_attention)
-    AttentionMaskInterface.register(OBSERVED, sdpa_mask)
-    return OBSERVED
-
-
-def _observed_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *args: Any,
-    kvfold_observer: Observer,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    kvfold_observer(query, key, value)
-    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+    def forget_after(self, layer: int) -> None:
+        """Let go of owners that no later layer reads."""
+        later = {owner for reader, owner in self.readers.items() if reader > layer}
+        self.kept = {label: parts for label, parts in self.kept.items() if int(label.rpartition(".")[2]) in later}
 
 
 def _key(checkpoint: Checkpoint, tokens_BT: Tensor) -> str:
     digest = hashlib.sha256(f"{STATISTICS_VERSION} {checkpoint.fingerprint()} {tuple(tokens_BT.shape)}".encode())
     digest.update(tokens_BT.to(torch.int64).numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def _short(label: str) -> str:
+    """A name that fits into a file name."""
+    return label if len(label) <= 80 else hashlib.sha256(label.encode()).hexdigest()[:12]
 
 
 def _finished(run_dir: Path, key: str, needs: frozenset[str]) -> Path | None:
@@ -222,20 +211,17 @@ def _layer_file(folder: Path, index: int) -> Path:
     return folder / f"layer-{index:05d}.safetensors"
 
 
-def _save_moments(folder: Path, index: int, moments: dict[str, Moment]) -> None:
-    tensors: dict[str, Tensor] = {}
-    for name, moment in moments.items():
-        tensors |= {f"{name}.mean": moment.mean_F.cpu(), f"{name}.second": moment.second_FF.cpu()}
-    write_tensors(_layer_file(folder, index), tensors, {})
+def _save_hidden(folder: Path, next_layer: int, hidden_BTD: Tensor, shared: _Shared) -> None:
+    tensors = {"hidden": hidden_BTD}
+    tensors |= {f"{label}/{i:06d}": part for label, parts in shared.kept.items() for i, part in enumerate(parts)}
+    write_tensors(folder / HIDDEN, tensors, {"next_layer": str(next_layer)})
 
 
-def _save_hidden(folder: Path, next_layer: int, hidden_BTD: Tensor) -> None:
-    write_tensors(folder / HIDDEN, {"hidden": hidden_BTD}, {"next_layer": str(next_layer)})
-
-
-def _resume(folder: Path) -> tuple[int, Tensor] | None:
+def _resume(folder: Path, shared: _Shared) -> tuple[int, Tensor] | None:
     """The layer at which an interrupted run goes on, and the hidden states that enter it."""
     if not (folder / HIDDEN).exists():
         return None
     with safe_open(folder / HIDDEN, framework="pt") as file:
+        for name in sorted(set(file.keys()) - {"hidden"}):
+            shared.kept.setdefault(name.partition("/")[0], []).append(file.get_tensor(name).clone())
         return int(file.metadata()["next_layer"]), file.get_tensor("hidden").clone()

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvfold.errors import CheckpointError
+from kvfold.plan import ITEMSIZE
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -33,11 +34,17 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies, and what its shard's header says of it."""
+    """Where a tensor lies (`name` is its name there), and what its shard's header says of it."""
 
+    name: str
     shard: str
     dtype: str
     nbytes: int
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per number, for floating-point types that kvfold folds; 1 for others."""
+        return ITEMSIZE.get(DTYPES.get(self.dtype, ""), 1)
 
 
 @dataclass(frozen=True)
@@ -86,11 +93,12 @@ class Checkpoint:
                 f"{self.path} has no tensor {name!r}; it holds {len(self.tensors)}, for example"
                 f" {sorted(self.tensors)[0]!r}. Is config.json that of another model?"
             )
-        shard = self.path / self.tensors[name].shard
+        stored = self.tensors[name]
+        shard = self.path / stored.shard
         try:
             # Opened anew for each tensor: a mapping that stays open keeps every page it touched in resident memory.
             with safe_open(shard, framework="pt") as file:
-                tensor = file.get_tensor(name).clone()
+                tensor = file.get_tensor(stored.name).clone()
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{shard} cannot be read at tensor {name!r}: {error}. Download it again.") from error
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -173,7 +181,8 @@ def _read_header(shard: Path) -> dict[str, StoredTensor]:
         header.pop("__metadata__", None)
         spans = {name: entry["data_offsets"] for name, entry in header.items()}
         tensors = {
-            name: StoredTensor(shard.name, header[name]["dtype"], end - start) for name, (start, end) in spans.items()
+            name: StoredTensor(name, shard.name, header[name]["dtype"], end - start)
+            for name, (start, end) in spans.items()
         }
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(

@@ -21,7 +21,7 @@ from kvfold.generation import generate
 from kvfold.inspection import Inspection, inspect
 from kvfold.pipeline import compress
 from kvfold.plan import CachePlan
-from kvfold.presets import PRESETS
+from kvfold.presets import MLKV_PAPER, PRESETS
 from kvfold.progress import STDERR
 from kvfold.recipe import load_recipe, make_recipe, parse_budget
 from kvfold.registry import AXES
@@ -50,7 +50,8 @@ SeqLen = Annotated[
     typer.Option(help="Tokens per sequence (default: the model's context, at most 2048).", min=2, show_default=False),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of calibration (default 0).", show_default=False)]
-PRESET_HELP = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
+PRESET_HELP = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items() if name not in MLKV_PAPER)
+PRESET_HELP += f"; {', '.join(MLKV_PAPER)}: the configurations of arXiv 2406.09297 for 12 layers of 12 heads"
 
 
 @app.command("compress")
@@ -61,6 +62,15 @@ def compress_command(
     preset: Annotated[str | None, typer.Option(help=PRESET_HELP, show_default=False)] = None,
     kv_budget: Annotated[
         str | None, typer.Option(help="Bytes kept / bytes of the original cache: 0.25 or 1/4.", show_default=False)
+    ] = None,
+    owners: Annotated[
+        int | None,
+        typer.Option(
+            help="Layers that keep a cache (mlkv, cla, shared); the others read theirs.", min=1, show_default=False
+        ),
+    ] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(help="Key/value heads per cache, or as many numbers.", min=1, show_default=False)
     ] = None,
     data: Annotated[
         str | None,
@@ -81,6 +91,12 @@ def compress_command(
     num_samples: NumSamples = None,
     seq_len: SeqLen = None,
     seed: Seed = None,
+    keep_parameters: Annotated[
+        bool,
+        typer.Option(
+            "--keep-parameters", help="Widen the MLPs by what attention saves; their function stays the same."
+        ),
+    ] = False,
     run_dir: Annotated[
         Path | None, typer.Option(help="Where statistics are kept for reuse (default OUT.run).", show_default=False)
     ] = None,
@@ -93,9 +109,14 @@ def compress_command(
     tree = load_recipe(recipe) if recipe else {}
     if preset:  # a preset is a point on all axes: it replaces those of the recipe
         tree = {name: value for name, value in tree.items() if name not in AXES}
-    tree |= _given(given)
-    if given_calibration := _given(calibration):
-        tree["calibration"] = (tree.get("calibration") or {}) | given_calibration
+    tree |= _given(given) | ({"keep_parameters": True} if keep_parameters else {})
+    for axis, fields in (
+        ("calibration", calibration),
+        ("depth", {"owners": owners}),
+        ("width", {"kv_heads": kv_heads}),
+    ):
+        if given_fields := _given(fields):
+            tree[axis] = (tree.get(axis) or {}) | given_fields
     if not {"preset", *AXES} & set(tree) and not set_:
         raise typer.BadParameter(f"say how: one of {', '.join(PRESETS)}", param_hint="--preset")
     made = compress(make_recipe(tree, set_ or []), run_dir=run_dir, overwrite=overwrite, device=device)

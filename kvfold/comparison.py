@@ -16,10 +16,11 @@ from torch import Tensor
 from kvfold.data import first_windows, load_tokenizer
 from kvfold.errors import BudgetError
 from kvfold.evaluation import Evaluation, evaluate_models
+from kvfold.gather import Material, self_sampled
 from kvfold.generation import continue_prompt
 from kvfold.linalg import discarded_energy
 from kvfold.loading import Source, default_dtype, load_weights, open_source, resolve_device
-from kvfold.pipeline import compress, gather, self_sampled
+from kvfold.pipeline import compress
 from kvfold.recipe import Recipe, make_recipe
 from kvfold.storage import write_text
 
@@ -151,7 +152,7 @@ def _windows(
 
 def _energies(recipe: Recipe, source: Source, run_dir: Path, device: str) -> dict[str, list[list[float]]]:
     """Per statistic and layer: the share of energy in the 1, 2, ... leading directions."""
-    statistics = gather(recipe, source, ENERGY_NEEDS, run_dir, device)
+    statistics = Material(recipe, source, run_dir, device).statistics(ENERGY_NEEDS)
     assert statistics is not None, "energies need statistics"
     energy: dict[str, list[list[float]]] = {name: [] for name in sorted(ENERGY_NEEDS)}
     for layer in source.layers:

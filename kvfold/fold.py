@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,30 +14,31 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvfold.allocate import Groups
 from kvfold.architectures.base import Architecture
 from kvfold.attention import AttentionLayer, AttentionWeights
 from kvfold.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint
 from kvfold.errors import CheckpointError
-from kvfold.linalg import Moment
 from kvfold.plan import CONFIG_KEY, ITEMSIZE, CachePlan
 from kvfold.progress import track
 from kvfold.runtime.modeling import MODEL_TYPE_PREFIX, empty_folded_model, folded_classes
 from kvfold.storage import require_space, write_tensors, write_text
+from kvfold.widen import SIZE, widen
 from kvfold.width.base import WidthMethod
 
 MAX_SHARD_BYTES = 512 * 1024**2
 """Small shards keep the memory of a fold low: one shard and one layer are in memory at a time."""
 
-IGNORED_SUFFIX = "rotary_emb.inv_freq"
-"""Buffers that old checkpoints carry and no current model reads."""
+DEAD_BUFFER = r"rotary_emb\.inv_freq$"
+"""What old checkpoints of any family carry and no current model reads."""
 
 
 @dataclass
 class Shard:
-    """What goes into one output file: tensors to copy, and layers to fold."""
+    """What goes into one output file: tensors to copy, and layers to fold. Layers that share a cache stay together."""
 
     copied: list[str] = field(default_factory=list)
-    folded: list[AttentionLayer] = field(default_factory=list)
+    folded: list[int] = field(default_factory=list)
     nbytes: int = 0
 
 
@@ -45,23 +48,26 @@ def fold(
     layers: list[AttentionLayer],
     plan: CachePlan,
     method: WidthMethod,
-    moments_of: Callable[[int], Mapping[str, Moment]],
+    groups: Groups,
     out: Path,
+    config: dict[str, Any],
 ) -> None:
-    """Write config.json and weights of the folded model into `out`. Shards that are there already are kept.
+    """Write config.json (`config`) and weights of the folded model into `out`. Shards that are there already are kept.
 
     Raises CheckpointError on damaged tensors and OutputError on a full disk.
     """
-    config = folded_config(checkpoint, arch, plan)
     shapes = empty_folded_model(arch, config).state_dict()
-    shards = _distribute(checkpoint, arch, layers, shapes)
+    shards = _distribute(checkpoint, arch, layers, plan, shapes)
     require_space(out, sum(shard.nbytes for shard in shards if not (out / _name(shards, shard)).exists()))
     weight_map: dict[str, str] = {}
     for shard in track(shards, "folding", len(shards)):
-        names = shard.copied + [n for layer in shard.folded for n in _names(shapes, arch, layer)]
+        names = shard.copied + [n for i in shard.folded for n in _names(shapes, arch, i)]
         weight_map |= dict.fromkeys(names, _name(shards, shard))
         if not (out / _name(shards, shard)).exists():
-            tensors = _tensors(checkpoint, arch, plan, method, moments_of, shard)
+            tensors = {name: checkpoint.read(name) for name in shard.copied}
+            if config.get(SIZE) != checkpoint.config.get(SIZE):
+                tensors = {name: widen(arch, name, tensor, config[SIZE]) for name, tensor in tensors.items()}
+            tensors |= _folded(checkpoint, arch, plan, method, groups, shard)
             _check(tensors, names, shapes)
             write_tensors(out / _name(shards, shard), tensors, {"format": "pt"})
     if len(shards) > 1:
@@ -89,17 +95,22 @@ def read_layer(checkpoint: Checkpoint, arch: Architecture, layer: AttentionLayer
 def source_dtype(checkpoint: Checkpoint, arch: Architecture, layer: AttentionLayer) -> str:
     """The dtype of a layer's attention weights, as config.json would name it: the original cache has the same."""
     prefix = arch.attention_prefix(layer.index)
-    found = {
-        stored.dtype
-        for name, stored in checkpoint.tensors.items()
-        if name.startswith(prefix) and not name.endswith(IGNORED_SUFFIX)
-    }
+    found = {stored.dtype for name, stored in checkpoint.tensors.items() if name.startswith(prefix)}
     if len(found) != 1 or not found <= set(DTYPES):
         raise CheckpointError(
             f"{checkpoint.path}: attention of layer {layer.index} is stored as {sorted(found)}; kvfold folds one of"
             f" {sorted(DTYPES.values())} per layer. Save a converted copy first."
         )
     return DTYPES[found.pop()]
+
+
+def under_current_names(checkpoint: Checkpoint, arch: Architecture, model: PreTrainedModel) -> Checkpoint:
+    """The checkpoint with its tensors under the names of the current model, and without the masks and tables that old files
+    of its family carry and no current model reads."""
+    dead = [DEAD_BUFFER, *(model._keys_to_ignore_on_load_unexpected or [])]
+    tensors = {arch.current_name(name): stored for name, stored in checkpoint.tensors.items()}
+    live = {name: t for name, t in tensors.items() if not any(re.search(pattern, name) for pattern in dead)}
+    return dataclasses.replace(checkpoint, tensors=live)
 
 
 def check_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
@@ -117,7 +128,7 @@ def check_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str
             f"{checkpoint.path} lacks {len(missing)} tensors of a {model.config.model_type} model, for example {missing[0]}."
             " Does config.json belong to these weights?"
         )
-    if unknown := sorted(name for name in found - expected if not name.endswith(IGNORED_SUFFIX)):
+    if unknown := sorted(found - expected):
         raise CheckpointError(
             f"{checkpoint.path} holds {len(unknown)} tensors that a {model.config.model_type} model does not have, for"
             f" example {unknown[0]}. Does config.json belong to these weights?"
@@ -125,21 +136,16 @@ def check_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str
     return aliases
 
 
-def _tensors(
-    checkpoint: Checkpoint,
-    arch: Architecture,
-    plan: CachePlan,
-    method: WidthMethod,
-    moments_of: Callable[[int], Mapping[str, Moment]],
-    shard: Shard,
+def _folded(
+    checkpoint: Checkpoint, arch: Architecture, plan: CachePlan, method: WidthMethod, groups: Groups, shard: Shard
 ) -> dict[str, Tensor]:
-    tensors = {name: checkpoint.read(name) for name in shard.copied}
-    for layer in shard.folded:
-        dtype = getattr(torch, source_dtype(checkpoint, arch, layer))
-        weights = read_layer(checkpoint, arch, layer)
-        folded = method.fold(layer, weights, moments_of(layer.index), plan.cache_of(layer.index))
-        prefix = arch.attention_prefix(layer.index)
-        tensors |= {prefix + name: tensor for name, tensor in folded.state_dict(dtype).items()}
+    tensors: dict[str, Tensor] = {}
+    for owner in (i for i in shard.folded if plan.owner(i) == i):
+        group = groups(owner)
+        for layer, folded in zip(group.layers, method.fold(group, plan.cache_of(owner)), strict=True):
+            dtype = getattr(torch, source_dtype(checkpoint, arch, layer))
+            prefix = arch.attention_prefix(layer.index)
+            tensors |= {prefix + name: tensor for name, tensor in folded.state_dict(dtype).items()}
     return tensors
 
 
@@ -157,7 +163,11 @@ def _check(tensors: Mapping[str, Tensor], names: list[str], shapes: Mapping[str,
 
 
 def _distribute(
-    checkpoint: Checkpoint, arch: Architecture, layers: list[AttentionLayer], shapes: Mapping[str, Tensor]
+    checkpoint: Checkpoint,
+    arch: Architecture,
+    layers: list[AttentionLayer],
+    plan: CachePlan,
+    shapes: Mapping[str, Tensor],
 ) -> list[Shard]:
     """Fill shards in a fixed order, so that an interrupted run finds the same ones again."""
     attention = tuple(arch.attention_prefix(layer.index) for layer in layers)
@@ -170,17 +180,22 @@ def _distribute(
         return shards[-1]
 
     for name in sorted(checkpoint.tensors):
-        if not name.startswith(attention) and not name.endswith(IGNORED_SUFFIX):
-            open_shard(checkpoint.tensors[name].nbytes).copied.append(name)
-    for layer in layers:
-        names = _names(shapes, arch, layer)
-        itemsize = ITEMSIZE[source_dtype(checkpoint, arch, layer)]
-        open_shard(itemsize * sum(shapes[name].numel() for name in names)).folded.append(layer)
+        if not name.startswith(attention):
+            stored = checkpoint.tensors[name]
+            open_shard(shapes[name].numel() * stored.itemsize if name in shapes else stored.nbytes).copied.append(name)
+    for owner in range(len(layers)):
+        members = plan.readers(owner)
+        nbytes = 0
+        for index in members:
+            itemsize = ITEMSIZE[source_dtype(checkpoint, arch, layers[index])]
+            nbytes += itemsize * sum(shapes[name].numel() for name in _names(shapes, arch, index))
+        if members:
+            open_shard(nbytes).folded.extend(members)
     return shards
 
 
-def _names(shapes: Mapping[str, Tensor], arch: Architecture, layer: AttentionLayer) -> list[str]:
-    prefix = arch.attention_prefix(layer.index)
+def _names(shapes: Mapping[str, Tensor], arch: Architecture, layer: int) -> list[str]:
+    prefix = arch.attention_prefix(layer)
     return [name for name in shapes if name.startswith(prefix)]
 
 

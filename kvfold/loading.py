@@ -18,7 +18,7 @@ from kvfold.attention import AttentionLayer
 from kvfold.checkpoint import Checkpoint, locate, read_json
 from kvfold.data import load_tokenizer
 from kvfold.errors import CheckpointError, RecipeError
-from kvfold.fold import check_names, source_dtype
+from kvfold.fold import check_names, source_dtype, under_current_names
 from kvfold.plan import CONFIG_KEY, ITEMSIZE, CachePlan, source_plan
 
 MAX_SEQ_LEN = 2048
@@ -96,6 +96,7 @@ def open_source(model: str | Path) -> Source:
     checkpoint = Checkpoint.open(model)
     arch = architecture(checkpoint.config.get("model_type", "(none)"))
     stock = empty_model(arch, source_config(arch, checkpoint.config))
+    checkpoint = under_current_names(checkpoint, arch, stock)
     checkpoint = dataclasses.replace(checkpoint, aliases=check_names(checkpoint, stock))
     return Source(checkpoint, arch, arch.describe(stock))
 

@@ -1,63 +1,80 @@
-"""How a basis per group of heads becomes cache shapes and folded weights: what all low-rank width methods share.
+"""What all low-rank width methods share: the shapes of latents, and how latents become folded weights.
 
-The notation is the design's: kappa are the concatenated keys of a group after rotation, z = A kappa is stored, B leads back.
+A method says what it wants to keep (a `Term` per layer); `latents.solve` finds A and B; this file puts them into weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
 from kvfold.errors import RecipeError
-from kvfold.linalg import Moment, discarded_energy, top_eigenvectors
+from kvfold.latents import Latents, Term, damages, solve
 from kvfold.plan import CacheSpec, divisors
-from kvfold.width.base import StoredShape, WidthMethod
+from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, as_reader
 
 LATENTS = ("layer", "group")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowRankWidth(WidthMethod):
-    """Keys and values in the leading eigenvectors of a moment matrix that the method names.
+    """Keys and values in the latents that keep best what the method names.
 
     latent: `layer` stores one key latent for all heads of a layer (the strategy of arXiv 2406.07056 for RoPE keys, section
         3.4), `group` one per group of neighbouring heads, at most as wide as a head (its section 3.3).
     v_latent: the same choice for values. Latents wider than a head keep a small `v_b_proj` instead of a huge `o_proj`.
     group_size: source heads per group, on the sides whose latent is per group; 0 takes the largest groups that reach a
         size, since bigger groups lose less.
+    kv_heads: keys and values take as many numbers as so many source heads; 0 leaves the choice to the budget.
     multiple: stored widths are multiples of this, as attention kernels want them.
+    `centres_values`: the terms are about values without their mean, which becomes one output bias.
     """
 
     latent: str = "layer"
     v_latent: str = "group"
     group_size: int = 0
+    kv_heads: int = 0
     multiple: int = 8
+
+    centres_values: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("latent", "v_latent"):
             if getattr(self, name) not in LATENTS:
                 raise RecipeError(f"width.{name} = {getattr(self, name)!r}; choose 'layer' or 'group'.")
-        if self.multiple < 1 or self.group_size < 0:
-            raise RecipeError("width.multiple must be at least 1 and width.group_size at least 0.")
+        if self.multiple < 1 or self.group_size < 0 or self.kv_heads < 0:
+            raise RecipeError("width.multiple must be at least 1, width.group_size and width.kv_heads at least 0.")
 
     @abstractmethod
-    def key_moment(self, layer: AttentionLayer, weights: AttentionWeights, moments: Mapping[str, Moment]) -> Tensor:
-        """[K*H, K*H]: whose leading eigenvectors keep the keys."""
+    def key_term(self, group: LayerGroup, position: int) -> Term:
+        """What the layer at `position` wants to know of the owner's keys; matrices [K*H, K*H]."""
 
     @abstractmethod
-    def value_moment(self, layer: AttentionLayer, weights: AttentionWeights, moments: Mapping[str, Moment]) -> Tensor:
-        """[K*H, K*H]: whose leading eigenvectors keep the values."""
+    def value_term(self, group: LayerGroup, position: int) -> Term:
+        """The same for values."""
 
     def key_shapes(self, layer: AttentionLayer) -> list[StoredShape]:
-        return self._shapes(layer, self.latent)
+        return self._shapes_of(layer, self.latent)
 
     def value_shapes(self, layer: AttentionLayer) -> list[StoredShape]:
-        return self._shapes(layer, self.v_latent)
+        return self._shapes_of(layer, self.v_latent)
+
+    def _shapes_of(self, layer: AttentionLayer, latent: str) -> list[StoredShape]:
+        if not self.kv_heads:
+            return self._shapes(layer, latent)
+        if layer.num_kv_heads < self.kv_heads or (latent == "group" and layer.num_kv_heads % self.kv_heads):
+            raise RecipeError(
+                f"width.kv_heads = {self.kv_heads} does not divide the {layer.num_kv_heads} key/value heads of layer"
+                f" {layer.index}; choose one of {divisors(layer.num_kv_heads)}."
+            )
+        heads = 1 if latent == "layer" else self.kv_heads
+        return [StoredShape(heads, self.kv_heads * layer.head_dim // heads)]
 
     def _shapes(self, layer: AttentionLayer, latent: str) -> list[StoredShape]:
         K, H = layer.num_kv_heads, layer.head_dim
@@ -79,23 +96,11 @@ class LowRankWidth(WidthMethod):
     def _widths(self, limit: int) -> list[int]:
         return sorted({*range(self.multiple, limit, self.multiple), limit})
 
-    def key_damage(
-        self,
-        layer: AttentionLayer,
-        weights: AttentionWeights,
-        moments: Mapping[str, Moment],
-        shapes: Sequence[StoredShape],
-    ) -> list[float]:
-        return _energy_lost(self.key_moment(layer, weights, moments), shapes)
+    def key_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+        return damages(lambda i: self.key_term(group, i), len(group), shapes)
 
-    def value_damage(
-        self,
-        layer: AttentionLayer,
-        weights: AttentionWeights,
-        moments: Mapping[str, Moment],
-        shapes: Sequence[StoredShape],
-    ) -> list[float]:
-        return _energy_lost(self.value_moment(layer, weights, moments), shapes)
+    def value_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+        return damages(lambda i: self.value_term(group, i), len(group), shapes)
 
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
         return CacheSpec(
@@ -105,53 +110,60 @@ class LowRankWidth(WidthMethod):
             v_head_dim=values.width,
             k_projection=True,
             v_projection=values.width > layer.head_dim,
+            output_bias=self.centres_values,
             window=layer.window,
         )
 
-    def fold(
-        self, layer: AttentionLayer, weights: AttentionWeights, moments: Mapping[str, Moment], spec: CacheSpec
+    def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
+        keys = solve(lambda i: self.key_term(group, i), len(group), spec.num_kv_heads, spec.head_dim)
+        values = solve(lambda i: self.value_term(group, i), len(group), spec.num_v_heads, spec.v_head_dim)
+        for position, layer in enumerate(group.layers):
+            weights = group.weights(position)
+            originals = {f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)}
+            back_UFV = values.back(position)
+            folded = FoldedWeights(**originals | {"k_a_proj": keys.a_CRF, "k_b_proj": keys.back(position)})
+            if not position:
+                folded = store_values(folded, values.a_CRF)
+            if self.centres_values:
+                folded = self._restore_mean(group, position, folded, values, back_UFV)
+            folded = lead_values_back(layer, folded, back_UFV)
+            yield as_reader(folded) if position else folded
+
+    def _restore_mean(
+        self, group: LayerGroup, position: int, folded: FoldedWeights, values: Latents, back_UFV: Tensor
     ) -> FoldedWeights:
-        key_basis = group_bases(self.key_moment(layer, weights, moments), spec.num_kv_heads, spec.head_dim)
-        value_basis = group_bases(self.value_moment(layer, weights, moments), spec.num_v_heads, spec.v_head_dim)
-        originals = {f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)}
-        keys = {"k_a_proj": key_basis.transpose(1, 2), "k_b_proj": key_basis}
-        return FoldedWeights(**originals | keys | fold_values(layer, weights, value_basis))
+        """Attention weights sum to one: what the latents say of the owner's mean is replaced by the layer's own mean."""
+        owner_UF = group.moments(0)["values"].mean_F.unflatten(0, (back_UFV.shape[0], -1))
+        seen_F = torch.einsum("ufv,uvg,ug->uf", back_UFV, values.a_CRF, owner_UF).flatten()
+        missing_KH = (group.moments(position)["values"].mean_F - seen_F).unflatten(0, (group.owner.num_kv_heads, -1))
+        weights = folded.o_proj.unflatten(1, (group.owner.num_kv_heads, -1, group.owner.head_dim))
+        bias_D = torch.einsum("dkgh,kh->d", weights, missing_KH)
+        return dataclasses.replace(folded, o_bias=bias_D if folded.o_bias is None else folded.o_bias + bias_D)
 
 
-def blocks(moment_FF: Tensor, groups: int) -> Tensor:
-    """The diagonal blocks [groups, F/groups, F/groups] that belong to neighbouring heads."""
-    size = moment_FF.shape[0] // groups
-    return torch.stack([moment_FF[i : i + size, i : i + size] for i in range(0, size * groups, size)])
+def store_values(folded: FoldedWeights, a_UVF: Tensor) -> FoldedWeights:
+    """v_proj gives the latents at once (arXiv 2406.07056, eq 7)."""
+    U = a_UVF.shape[0]
+    assert folded.v_proj is not None, "only the owner of a cache stores values"
+    v_proj_UFD = folded.v_proj.unflatten(0, (U, -1))
+    v_bias = None
+    if folded.v_bias is not None:
+        v_bias = torch.einsum("uvf,uf->uv", a_UVF, folded.v_bias.unflatten(0, (U, -1))).flatten()
+    v_proj = torch.einsum("uvf,ufd->uvd", a_UVF, v_proj_UFD).flatten(0, 1)
+    return dataclasses.replace(folded, v_proj=v_proj, v_bias=v_bias)
 
 
-def group_bases(moment_FF: Tensor, groups: int, width: int) -> Tensor:
-    """Leading eigenvectors of each group's block as columns: [groups, F/groups, width]."""
-    return torch.stack([top_eigenvectors(block, width) for block in blocks(moment_FF, groups)])
-
-
-def fold_values(layer: AttentionLayer, weights: AttentionWeights, basis_UFV: Tensor) -> dict[str, Tensor | None]:
-    """v_proj takes the basis; o_proj takes it back, or v_b_proj does where that is smaller (arXiv 2406.07056, eqs 7-14)."""
-    U, _, V = basis_UFV.shape
-    v_proj_UFD = weights.v_proj.unflatten(0, (U, -1))
-    folded: dict[str, Tensor | None] = {
-        "v_proj": torch.einsum("ufv,ufd->uvd", basis_UFV, v_proj_UFD).flatten(0, 1),
-        "v_bias": None,
-    }
-    if weights.v_bias is not None:
-        folded["v_bias"] = torch.einsum("ufv,uf->uv", basis_UFV, weights.v_bias.unflatten(0, (U, -1))).flatten()
+def lead_values_back(layer: AttentionLayer, folded: FoldedWeights, back_UFV: Tensor) -> FoldedWeights:
+    """o_proj takes the latents, or v_b_proj does where that is smaller (arXiv 2406.07056, eqs 7-14)."""
+    V, K, H = back_UFV.shape[2], layer.num_kv_heads, layer.head_dim
     if layer.head_dim < V:
-        return folded | {"v_b_proj": basis_UFV}
-    K, H = layer.num_kv_heads, layer.head_dim
-    o_proj_DKGH = weights.o_proj.unflatten(1, (K, -1, H))
-    back_KHV = basis_UFV.reshape(K, H, V)
-    return folded | {"o_proj": torch.einsum("dkgh,khv->dkgv", o_proj_DKGH, back_KHV).flatten(1)}
+        return dataclasses.replace(folded, v_b_proj=back_UFV)
+    o_proj_DKGH = folded.o_proj.unflatten(1, (K, -1, H))
+    back_KHV = back_UFV.reshape(K, H, V)
+    return dataclasses.replace(folded, o_proj=torch.einsum("dkgh,khv->dkgv", o_proj_DKGH, back_KHV).flatten(1))
 
 
-def _energy_lost(moment_FF: Tensor, shapes: Sequence[StoredShape]) -> list[float]:
-    """Share of the moment's trace that each shape discards. One eigendecomposition per number of groups."""
-    total = moment_FF.trace().clamp_min(torch.finfo(torch.float64).tiny)
-    lost = {}
-    for groups in {shape.num_heads for shape in shapes}:
-        parts = blocks(moment_FF, groups)
-        lost[groups] = sum(discarded_energy(part) * part.trace() for part in parts) / total
-    return [float(lost[shape.num_heads][shape.width]) for shape in shapes]
+def value_metric(layer: AttentionLayer, weights: AttentionWeights) -> Tensor:
+    """[K*H, K*H]: how far an error of each value head moves the layer's output, blockdiag_k sum_n W_O^n.T W_O^n."""
+    heads_DKGH = weights.o_proj.unflatten(1, (layer.num_kv_heads, -1, layer.head_dim))
+    return torch.block_diag(*torch.einsum("dkgh,dkgi->khi", heads_DKGH, heads_DKGH))

@@ -12,24 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-from torch import Tensor
-
 from kvfold import data
-from kvfold.allocate import Axes, allocate
+from kvfold.allocate import Axes, allocate, choose_layout
 from kvfold.architectures.base import empty_model, source_config
-from kvfold.calibrate import Statistics, calibrate
+from kvfold.calibrate import Statistics
 from kvfold.card import write_card_text
 from kvfold.checkpoint import Checkpoint, read_json
-from kvfold.errors import DataError, OutputError
-from kvfold.fold import fold, folded_config, read_layer
-from kvfold.linalg import Moment
-from kvfold.loading import Source, load_weights, open_source, resolve_device, warn_if_too_long
+from kvfold.errors import OutputError
+from kvfold.fold import fold, folded_config
+from kvfold.gather import Material, layer_group
+from kvfold.loading import Source, open_source, resolve_device
 from kvfold.plan import CONFIG_KEY, CachePlan
 from kvfold.recipe import Recipe, make_recipe
 from kvfold.runtime.modeling import empty_folded_model
-from kvfold.storage import copy_file, make_folder, write_tensors, write_text
+from kvfold.storage import copy_file, make_folder, write_text
 from kvfold.version import __version__
+from kvfold.widen import SIZE, widened_size
+from kvfold.width.base import LayerGroup
 
 
 @dataclass(frozen=True)
@@ -62,75 +61,35 @@ def compress(
     clock = _Clock()
     source = open_source(recipe.model)
     axes = Axes(**{axis: recipe.method(axis) for axis in ("depth", "width", "bits", "length")})
-    statistics = gather(recipe, source, axes.width.needs, run_dir, resolve_device(device))
+    material = Material(recipe, source, run_dir, resolve_device(device))
+    targets = choose_layout(
+        source.layers, axes, kv_budget=recipe.kv_budget, sample=material.sample() if axes.depth.needs_sample else None
+    )
+    statistics = material.statistics(axes.width.needs, axes.width.needs_cross, targets)
     clock.lap("calibrate")
 
-    def moments_of(index: int) -> Mapping[str, Moment]:
-        return statistics.layer(index, axes.width.needs) if statistics else {}
+    def groups(owner: int) -> LayerGroup:
+        return layer_group(source, targets, owner, statistics, axes.width)
 
     plan = allocate(
         source.layers,
+        targets,
         axes,
         kv_budget=recipe.kv_budget,
         dtype=source.dtype,
         strategy=recipe.allocate,
-        inputs=lambda i: (read_layer(source.checkpoint, source.arch, source.layers[i]), moments_of(i)),
+        groups=groups,
     )
     _warn_if_far_below(recipe, plan)
     clock.lap("allocate")
     partial = _partial_folder(out, recipe, source.checkpoint, plan, statistics)
-    fold(source.checkpoint, source.arch, source.layers, plan, axes.width, moments_of, partial)
+    fold(
+        source.checkpoint, source.arch, source.layers, plan, axes.width, groups, partial, _config(recipe, source, plan)
+    )
     _complete(partial, recipe, source, plan)
     _publish(partial, out, overwrite)
     clock.lap("fold")
     return Folded(Path(recipe.out), plan, clock.laps)
-
-
-def gather(
-    recipe: Recipe, source: Source, needs: frozenset[str], run_dir: Path, device: str = "cpu"
-) -> Statistics | None:
-    """The statistics that a method needs, calibrated now or reused; None if it needs none."""
-    if not needs:
-        return None
-    if recipe.calibration.data is None:
-        raise DataError(
-            f"width method {recipe.width['method']!r} needs calibration text: give --data FILE, a data set name, or"
-            " `--data self` (the model samples its own)."
-        )
-    tokens_BT = _calibration_tokens(recipe, source, run_dir, device)
-    return calibrate(source.checkpoint, source.arch, tokens_BT, needs=needs, run_dir=run_dir, device=device)
-
-
-def _calibration_tokens(recipe: Recipe, source: Source, run_dir: Path, device: str) -> Tensor:
-    calibration = recipe.calibration
-    size: dict[str, Any] = {
-        "num_samples": calibration.num_samples,
-        "seq_len": calibration.seq_len or source.seq_len,
-        "seed": recipe.seed,
-    }
-    warn_if_too_long(size["seq_len"], source.checkpoint.config)
-    if calibration.data == "self":
-        return self_sampled(source, run_dir, device=device, **size)
-    assert calibration.data is not None
-    return data.sequences(
-        data.load_tokenizer(source.checkpoint.path),
-        calibration.data,
-        config=calibration.config,
-        split=calibration.split,
-        text_field=calibration.text_field,
-        **size,
-    )
-
-
-def self_sampled(source: Source, run_dir: Path, *, num_samples: int, seq_len: int, seed: int, device: str) -> Tensor:
-    """[num_samples, seq_len] tokens that the original model draws; kept in `run_dir`, since drawing them takes long."""
-    file = run_dir / f"samples-{source.checkpoint.fingerprint()}-{num_samples}x{seq_len}-{seed}.safetensors"
-    if not file.exists():
-        model = load_weights(source.checkpoint.path, source.dtype, device)
-        tokens_BT = data.sample_from_model(model, num_samples=num_samples, seq_len=seq_len, seed=seed)
-        make_folder(file.parent)
-        write_tensors(file, {"tokens": tokens_BT}, {})
-    return load_file(file)["tokens"]
 
 
 def _refuse_out(out: Path, overwrite: bool, keep: tuple[Path, Path]) -> None:
@@ -193,6 +152,17 @@ def _publish(partial: Path, out: Path, overwrite: bool) -> None:
         out.rename(replaced)
     partial.rename(out)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _config(recipe: Recipe, source: Source, plan: CachePlan) -> dict[str, Any]:
+    """The folded model's config.json."""
+    config = folded_config(source.checkpoint, source.arch, plan)
+    if recipe.keep_parameters:
+        before, after = _attention_parameters(source, plan)
+        config[SIZE] = widened_size(source.arch, config, len(source.layers), before - after)
+        if config[SIZE] == source.checkpoint.config[SIZE]:
+            warnings.warn("keep_parameters: attention has as many parameters as before; the MLPs stay as they are.")
+    return config
 
 
 def _attention_parameters(source: Source, plan: CachePlan) -> tuple[int, int]:

@@ -105,6 +105,10 @@ class CachePlan:
         target = self.kv_sharing_target_layer[layer]
         return layer if target is None else target
 
+    def readers(self, owner: int) -> list[int]:
+        """The layers that use the cache of `owner`, itself first; none if it owns none."""
+        return [layer for layer in range(self.num_layers) if self.owner(layer) == owner]
+
     def cache_of(self, layer: int) -> CacheSpec:
         spec = self.caches[self.owner(layer)]
         assert spec is not None, f"layer {layer} reads layer {self.owner(layer)}, which stores nothing"
@@ -147,14 +151,7 @@ class CachePlan:
 
     def servable_by(self) -> dict[str, str | None]:
         """Runtime -> None if it serves this plan, else the obstacle and what to change."""
-        readers = [i for i, target in enumerate(self.kv_sharing_target_layer) if target is not None]
-        obstacle = None
-        if readers:
-            obstacle = (
-                f"layer {readers[0]} reads the cache of layer {self.owner(readers[0])}; this version of the transformers"
-                " runtime serves plans in which every layer owns its cache (depth.method: identity)"
-            )
-        return {"transformers": obstacle}
+        return {"transformers": None}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; `from_dict` reads it back."""

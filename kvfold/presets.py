@@ -14,10 +14,41 @@ class Preset:
     fragment: dict[str, dict[str, Any]]
 
 
+def _mlkv(owners: int, kv_heads: int) -> Preset:
+    about = f"the MLKV paper's Pythia-160M with {owners} caches of {kv_heads} heads"
+    depth = {"method": "contiguous", "owners": owners}
+    return Preset(about, {"depth": depth, "width": {"method": "mean_pool", "kv_heads": kv_heads}})
+
+
+MLKV_PAPER = {
+    "MHA-144": _mlkv(12, 12),
+    "GQA-48": _mlkv(12, 4),
+    "MLKV-48": _mlkv(4, 12),
+    "MQA-12": _mlkv(12, 1),
+    "MLKV-12": _mlkv(4, 3),
+    "MLKV-6": _mlkv(6, 1),
+    "MLKV-4": _mlkv(4, 1),
+    "MLKV-2": _mlkv(2, 1),
+    "MLKV-1": _mlkv(1, 1),
+}
+"""The nine configurations of arXiv 2406.09297, named by their number of key/value heads in 12 layers of 12."""
+
 PRESETS = {
     "identity": Preset("the cache as it is, under kvfold's runtime (a control)", {"width": {"method": "identity"}}),
     "gqa": Preset("mean-pooled key/value heads (arXiv 2305.13245)", {"width": {"method": "mean_pool"}}),
     "mqa": Preset("one mean-pooled key/value head per layer", {"width": {"method": "mean_pool", "kv_heads": 1}}),
     "svd_w": Preset("low rank by SVD of the weights (baseline of arXiv 2406.07056)", {"width": {"method": "svd_w"}}),
     "svd_a": Preset("low rank by SVD of activations (arXiv 2406.07056)", {"width": {"method": "svd_a"}}),
-}
+    "mlkv": Preset(
+        "neighbouring layers share mean-pooled heads (arXiv 2406.09297)",
+        {"depth": {"method": "contiguous"}, "width": {"method": "mean_pool"}},
+    ),
+    "cla": Preset(
+        "every two (or more) layers share mean-pooled heads (arXiv 2405.12981)",
+        {"depth": {"method": "cla"}, "width": {"method": "mean_pool"}},
+    ),
+    "shared": Preset(
+        "layers that predict each other well share a cache, by regression on its owner",
+        {"depth": {"method": "measured"}, "width": {"method": "logit", "v_latent": "layer"}},
+    ),
+} | MLKV_PAPER

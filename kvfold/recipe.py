@@ -22,6 +22,7 @@ TYPES: dict[Any, tuple[type, ...]] = {
     "float | None": (int, float, type(None)),
     "str": (str,),
     "str | None": (str, type(None)),
+    "bool": (bool,),
 }
 """Python types by the annotation of a recipe's or method's field."""
 
@@ -55,6 +56,8 @@ class Recipe:
     """One fold. The four axes hold a method's name and its fields: {"method": "svd_a", "latent": "group"}.
 
     model: folder or hub id; out: the folder to write; kv_budget: bytes kept / bytes of the original cache.
+    keep_parameters: widen the MLPs by what attention saves, without changing their function (for uptraining, as in the MLKV
+        paper).
     allocate: `uniform` gives every layer the same share, `greedy` shares the budget by expected damage per byte.
     Raises RecipeError on names, fields and values that do not exist or do not fit.
     """
@@ -64,6 +67,7 @@ class Recipe:
     preset: str | None = None
     kv_budget: float | None = None
     allocate: str = "uniform"
+    keep_parameters: bool = False
     seed: int = 0
     depth: Mapping[str, Any] = field(default_factory=lambda: {"method": "identity"})
     width: Mapping[str, Any] = field(default_factory=lambda: {"method": "identity"})
@@ -188,7 +192,7 @@ def check_types(cls: Any, values: Mapping[str, Any], where: str) -> None:
         if f.name not in values or f.type not in TYPES:
             continue
         value, types = values[f.name], TYPES[f.type]
-        if not isinstance(value, types) or isinstance(value, bool):
+        if not isinstance(value, types) or (isinstance(value, bool) and types != (bool,)):
             raise RecipeError(f"{where}{f.name} = {value!r} is not {f.type.replace(' | None', '')}.")
 
 

@@ -54,6 +54,22 @@ def attention(
     return _linear(torch.cat(heads, dim=1), weights.o_proj, weights.o_bias)
 
 
+def stored(
+    layer: AttentionLayer,
+    spec: CacheSpec,
+    weights: FoldedWeights,
+    hidden_TD: Tensor,
+    cos_Tr: Tensor,
+    sin_Tr: Tensor,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What the owner of a cache stores of one sequence: key heads [T, R] and value heads [T, V]."""
+    assert weights.k_proj is not None and weights.v_proj is not None, "a reader stores nothing"
+    keys = _linear(hidden_TD, weights.k_proj, weights.k_bias).split(layer.head_dim, dim=1)
+    keys = [rotate(normalise(k, weights.k_norm), cos_Tr, sin_Tr) for k in keys]
+    values = _linear(hidden_TD, weights.v_proj, weights.v_bias).split(spec.v_head_dim, dim=1)
+    return _stored_keys(spec, weights, keys), list(values)
+
+
 def folded_attention(
     layer: AttentionLayer,
     spec: CacheSpec,
@@ -62,13 +78,14 @@ def folded_attention(
     cos_Tr: Tensor,
     sin_Tr: Tensor,
     seen_TS: Tensor,
+    cache: tuple[list[Tensor], list[Tensor]],
 ) -> Tensor:
-    """The folded layer's attention output [T, D] for one sequence (design: score = (B^T q) . z, z = A kappa)."""
+    """The folded layer's attention output [T, D] for one sequence (design: score = (B^T q) . z, z = A kappa).
+
+    `cache` is what the layer itself stored, or the owner whose cache it reads.
+    """
     H, K, N = layer.head_dim, layer.num_kv_heads, layer.num_attention_heads
-    keys = _linear(hidden_TD, weights.k_proj, weights.k_bias).split(H, dim=1)
-    keys = [rotate(normalise(k, weights.k_norm), cos_Tr, sin_Tr) for k in keys]
-    stored_keys = _stored_keys(spec, weights, keys)
-    stored_values = _linear(hidden_TD, weights.v_proj, weights.v_bias).split(spec.v_head_dim, dim=1)
+    stored_keys, stored_values = cache
     queries = _linear(hidden_TD, weights.q_proj, weights.q_bias).split(H, dim=1)
     heads = []
     for n, q_TH in enumerate(queries):

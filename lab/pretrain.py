@@ -3,7 +3,8 @@
     python lab/pretrain.py --config books-llama --data books-train.txt.xz --valid books-valid.txt --out lab/models/books-llama
 
 The same command goes on where a killed run stopped, with the same result: every step's batch depends on seed and step alone.
-On a GPU the step is compiled and runs in bfloat16; on the CPU it runs in float32 with the config's smaller `training_on_cpu`.
+Products run in bfloat16 where the processor has it; on a GPU the step is compiled, on the CPU the config's smaller
+`training_on_cpu` applies.
 `--steps 20` with any text file tries it out.
 """
 
@@ -157,7 +158,7 @@ def make_optimizer(model: torch.nn.Module, training: Training) -> torch.optim.Ad
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": training.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=BETAS)
+    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=BETAS, fused=True)
 
 
 def train(
@@ -176,7 +177,7 @@ def train(
     for step in range(first, training.steps):
         for group in optimizer.param_groups:
             group["lr"] = training.rate(step)
-        with torch.autocast(options.device.partition(":")[0], torch.bfloat16, enabled=on_gpu):
+        with torch.autocast(options.device.partition(":")[0], torch.bfloat16, enabled=on_gpu or has_fast_bfloat16()):
             loss = loss_of(model, batch(tokens, training, step).to(options.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
@@ -191,6 +192,12 @@ def train(
         if not last and now - start > options.max_seconds:
             return False
     return True
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether the CPU multiplies in bfloat16 (4 times float32's speed there); emulated it is slower than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def step_loss(model: Any, ids_BT: Tensor) -> Tensor:
@@ -261,7 +268,12 @@ def log(out: Path, step: int, loss: float, training: Training, seconds: float) -
 def write_model(
     model: Any, options: argparse.Namespace, config: dict[str, Any], training: Training, losses: dict[str, float]
 ) -> None:
-    """The model in bfloat16, its tokenizer and its card; the training state is removed."""
+    """The model in bfloat16, its tokenizer and its card; the training state is removed.
+
+    Its config states the length it was trained on, since rotary models fall apart beyond it.
+    """
+    if hasattr(model.config, "max_position_embeddings"):
+        model.config.max_position_embeddings = training.seq_len
     model.to(torch.bfloat16).save_pretrained(options.out)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TOKENIZER / name, options.out / name)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
 import transformers as tf
 from torch import Tensor
+
+from kvfold.architectures.base import architecture
 
 VOCAB = 211
 COMMON = {
@@ -38,6 +41,10 @@ MODELS = {
         },
     ),
 }
+MODELS["neox_partial"] = (
+    tf.GPTNeoXConfig,
+    {"num_attention_heads": 4, "num_key_value_heads": 4, "rotary_pct": 0.25, "attention_bias": True},
+)
 FULL_ATTENTION = ("llama_mha", "llama_yarn", "qwen2_bias_tied")
 
 
@@ -74,11 +81,23 @@ def logits(model: tf.PreTrainedModel, ids: Tensor, **options: object) -> Tensor:
 
 def copy_heads(model: tf.PreTrainedModel, scales: list[float]) -> tf.PreTrainedModel:
     """Every key/value head becomes a scaled copy of the first: keys and values of a layer have rank head_dim."""
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        for projection in (attention.k_proj, attention.v_proj):
-            for tensor in (projection.weight, projection.bias):
-                if tensor is not None:
-                    first = tensor.data[: attention.head_dim].clone()
-                    tensor.data.copy_(torch.cat([scale * first for scale in scales]))
+    for attention in architecture(model.config.model_type).modules(model):
+        for heads_KHD in key_value_heads(attention):
+            first = heads_KHD[0].clone()
+            heads_KHD.copy_(torch.stack([scale * first for scale in scales]))
     return model
+
+
+def key_value_heads(attention: torch.nn.Module) -> list[Tensor]:
+    """Views [K, H, ...] of the weights and biases that make keys and values."""
+    if hasattr(attention, "query_key_value"):
+        fused = attention.query_key_value
+        heads = [p.data.unflatten(0, (-1, 3, attention.head_size)) for p in (fused.weight, fused.bias) if p is not None]
+        return [tensor[:, which] for tensor in heads for which in (1, 2)]
+    tensors = [t for proj in (attention.k_proj, attention.v_proj) for t in (proj.weight, proj.bias) if t is not None]
+    return [tensor.data.unflatten(0, (-1, attention.head_dim)) for tensor in tensors]
+
+
+def in_attention(name: str) -> bool:
+    """Whether a tensor of a checkpoint belongs to some family's attention."""
+    return re.search(r"\.(self_attn|attention|self_attention|attn)\.", name) is not None

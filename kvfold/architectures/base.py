@@ -21,13 +21,16 @@ from kvfold.errors import CheckpointError
 class Architecture(ABC):
     """One Hugging Face model_type. The defaults describe the Llama layout, which most families share.
 
-    `layers` and `attention` lead from the causal model to one layer's attention module.
+    `layers` and `attention` lead from the causal model to one layer's attention module; `mlp_in` and `mlp_out` from a layer
+    to the projections whose rows and whose columns are the MLP's neurons.
     """
 
     model_type: ClassVar[str]
     causal_lm: ClassVar[str]
     layers: ClassVar[str] = "model.layers"
     attention: ClassVar[str] = "self_attn"
+    mlp_in: ClassVar[tuple[str, ...]] = ("mlp.gate_proj", "mlp.up_proj")
+    mlp_out: ClassVar[str] = "mlp.down_proj"
 
     @property
     def model_class(self) -> type[transformers.PreTrainedModel]:
@@ -44,6 +47,10 @@ class Architecture(ABC):
 
     def attention_prefix(self, layer: int) -> str:
         return f"{self.prefix(layer)}{self.attention}."
+
+    def current_name(self, stored: str) -> str:
+        """The name in the current model of a tensor in a checkpoint's files; families that were renamed override it."""
+        return stored
 
     def modules(self, model: nn.Module) -> list[nn.Module]:
         """The attention modules of a stock model, in the order of its layers."""

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvfold.attention import AttentionLayer
-from kvfold.depth.base import DepthMethod
+from kvfold.depth.base import DepthMethod, Sample, Targets
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity(DepthMethod):
     """No sharing."""
 
-    def targets(self, layers: Sequence[AttentionLayer]) -> tuple[int | None, ...]:
-        return (None,) * len(layers)
+    def layouts(self, layers: Sequence[AttentionLayer], sample: Sample | None) -> list[Targets]:
+        return [(None,) * len(layers)]

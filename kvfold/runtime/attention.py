@@ -41,8 +41,23 @@ class GroupedLinear(nn.Module):
         return torch.bmm(rows, weight if transposed else weight.transpose(1, 2)).view(G, B, T, -1).transpose(0, 1)
 
 
+class ForwardState:
+    """What the layers of one forward pass share: the keys and values of owners, for their readers.
+
+    A plain class on purpose: dictionaries and dataclasses among a module's arguments are rebuilt by FSDP and accelerate, so
+    what an owner writes would never reach its readers. A keyword argument, not an attribute, so that gradient checkpointing,
+    threads and two forwards before one backward each see their own.
+    """
+
+    def __init__(self) -> None:
+        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
+
+
 class FoldedAttention(nn.Module):
-    """Attention of one layer under its cache spec. Takes the place of a family's attention module."""
+    """Attention of one layer under its cache spec. Takes the place of a family's attention module.
+
+    A layer whose `owner` is another one reads that layer's cache: it has no way to make keys and values itself.
+    """
 
     def __init__(
         self,
@@ -50,27 +65,32 @@ class FoldedAttention(nn.Module):
         layer: AttentionLayer,
         spec: CacheSpec,
         norms: tuple[nn.Module | None, nn.Module | None],
+        owner: int | None = None,
         **options: Any,
     ) -> None:
         nn.Module.__init__(self)  # the family's own __init__ would build the modules that this one replaces
         self.config, self.layer, self.spec = config, layer, spec
         self.layer_idx, self.scaling, self.is_causal = layer.index, layer.scaling, True
+        self.owner = layer.index if owner is None else owner
         D, N, H, K = layer.hidden_size, layer.num_attention_heads, layer.head_dim, layer.num_kv_heads
         C, R, U, V = spec.num_kv_heads, spec.head_dim, spec.num_v_heads, spec.v_head_dim
         self.q_proj = nn.Linear(D, N * H, bias=layer.qkv_bias, **options)
-        self.k_proj = nn.Linear(D, (K if spec.k_projection else C) * H, bias=layer.qkv_bias, **options)
-        self.v_proj = nn.Linear(D, U * V, bias=layer.qkv_bias, **options)
         self.o_proj = nn.Linear(
             N * (H if spec.v_projection else V), D, bias=layer.o_bias or spec.output_bias, **options
         )
-        self.k_a_proj = GroupedLinear(C, K // C * H, R, **options) if spec.k_projection else None
         self.k_b_proj = GroupedLinear(C, R, K // C * H, **options) if spec.k_projection else None
         self.v_b_proj = GroupedLinear(U, V, K // U * H, **options) if spec.v_projection else None
-        self.q_norm, self.k_norm = norms
+        self.q_norm, k_norm = norms
+        if self.owner == layer.index:
+            self.k_proj = nn.Linear(D, (K if spec.k_projection else C) * H, bias=layer.qkv_bias, **options)
+            self.v_proj = nn.Linear(D, U * V, bias=layer.qkv_bias, **options)
+            self.k_a_proj = GroupedLinear(C, K // C * H, R, **options) if spec.k_projection else None
+            self.k_norm = k_norm
 
     def extra_repr(self) -> str:
         s = self.spec
-        return f"keys {s.num_kv_heads} x {s.head_dim}, values {s.num_v_heads} x {s.v_head_dim}"
+        whose = "" if self.owner == self.layer_idx else f" of layer {self.owner}"
+        return f"keys {s.num_kv_heads} x {s.head_dim}, values {s.num_v_heads} x {s.v_head_dim}{whose}"
 
     def forward(
         self,
@@ -78,14 +98,15 @@ class FoldedAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        layer_past: Any = None,
+        kv_state: ForwardState | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if kwargs.get("cache") is not None:
             raise ValueError("continuous batching pages full-width keys; use generate() with a folded model.")
         q = apply_rotary(self._heads(self.q_proj(hidden_states), self.q_norm), *position_embeddings)
-        z, y = self._new_keys_values(hidden_states, *position_embeddings)
-        if past_key_values is not None:
-            z, y = past_key_values.update(z, y, self.layer_idx)
+        cache = layer_past if past_key_values is None else past_key_values  # gpt_neox calls it layer_past
+        z, y = self._keys_values(hidden_states, position_embeddings, cache, kv_state)
         out_BTNH, probs = self._attend(q, z, y, attention_mask)
         return self.o_proj(out_BTNH.flatten(2)), probs
 
@@ -93,6 +114,24 @@ class FoldedAttention(nn.Module):
         """[B, T, heads*H] -> [B, heads, T, H], normalised where the family does."""
         x = x_BTF.unflatten(-1, (-1, self.layer.head_dim))
         return (x if norm is None else norm(x)).transpose(1, 2)
+
+    def _keys_values(
+        self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: Any, state: ForwardState | None
+    ) -> tuple[Tensor, Tensor]:
+        """All tokens that the T queries may see: z [B, C, S, R], y [B, U, S, V]."""
+        if self.owner != self.layer_idx:
+            if state is None or self.owner not in state.stored:
+                raise ValueError(
+                    f"layer {self.layer_idx} reads the cache of layer {self.owner}, which has not run in this forward; call"
+                    " the whole ...ForCausalLM model, not a part of it."
+                )
+            return tuple(x.to(hidden_BTD.device) for x in state.stored[self.owner])  # type: ignore[return-value]
+        z, y = self._new_keys_values(hidden_BTD, *rotary)
+        if cache is not None:
+            z, y = cache.update(z, y, self.layer_idx)
+        if state is not None:
+            state.stored[self.layer_idx] = (z, y)
+        return z, y
 
     def _new_keys_values(self, hidden_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """What the T new tokens add to the cache: z [B, C, T, R], y [B, U, T, V]."""

@@ -196,20 +196,64 @@ class GrowingLayer(CacheLayerMixin):
             )
 
 
+class ReaderLayer(CacheLayerMixin):
+    """The place of a layer that reads another's cache: it stores nothing, and answers questions as its owner does."""
+
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, owner: GrowingLayer) -> None:
+        self.owner, self.is_sliding = owner, owner.is_sliding
+        self.keys = self.values = None
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.owner.is_initialized
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise AssertionError("a reader stores nothing")
+
+    update = lazy_initialization
+
+    def get_seq_length(self) -> int:
+        return self.owner.get_seq_length()
+
+    def get_max_length(self) -> int:
+        return self.owner.get_max_length()
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.owner.get_mask_sizes(query_length)
+
+    def _nothing(self, *args: Any) -> None:
+        """What changes the storage is done by its owner, once."""
+
+    crop = reorder_cache = batch_select_indices = batch_repeat_interleave = _nothing
+    reset = activate_past_recording = offload = prefetch = _nothing
+
+
 class FoldedCache(Cache):
     """One storage per owning layer. Raises PlanError if the plan is one that this runtime does not serve."""
 
     def __init__(self, plan: CachePlan) -> None:
         if obstacle := plan.servable_by()["transformers"]:
             raise PlanError(obstacle)
-        super().__init__(layers=[GrowingLayer(spec) for spec in plan.owned])
+        owned = {index: GrowingLayer(spec) for index, spec in enumerate(plan.caches) if spec is not None}
+        layers = [owned.get(index) or ReaderLayer(owned[plan.owner(index)]) for index in range(plan.num_layers)]
+        super().__init__(layers=layers)
+
+    @property
+    def owned(self) -> list[GrowingLayer]:
+        """The layers that store something."""
+        return [layer for layer in self.layers if isinstance(layer, GrowingLayer)]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the live tokens of all layers."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.owned)
 
     @property
     def nbytes_allocated(self) -> int:
         """Bytes of all storage, unfilled blocks included; equals `plan.kv_bytes(tokens, batch_size=B)`."""
-        return sum(layer.nbytes_allocated for layer in self.layers)
+        return sum(layer.nbytes_allocated for layer in self.owned)

@@ -14,7 +14,7 @@ from transformers import initialization as init
 from kvfold.architectures.base import Architecture, all_architectures
 from kvfold.errors import CheckpointError, PlanError
 from kvfold.plan import CONFIG_KEY, CachePlan
-from kvfold.runtime.attention import FoldedAttention, GroupedLinear, attention_class
+from kvfold.runtime.attention import FoldedAttention, ForwardState, GroupedLinear, attention_class
 from kvfold.runtime.cache import FoldedCache
 
 MODEL_TYPE_PREFIX = "kvfold_"
@@ -41,6 +41,7 @@ class FoldedModel:
         plan = self.kv_plan
         if obstacle := plan.servable_by()["transformers"]:
             raise PlanError(obstacle)
+        self.has_readers = any(target is not None for target in plan.kv_sharing_target_layer)
         layers = self.architecture.describe(self)  # type: ignore[arg-type]
         for facts, old in zip(layers, self.architecture.modules(self), strict=True):  # type: ignore[arg-type]
             weight = next(old.parameters())
@@ -49,6 +50,7 @@ class FoldedModel:
                 facts,
                 plan.cache_of(facts.index),
                 self.architecture.norms(old),
+                plan.owner(facts.index),
                 device=weight.device,
                 dtype=weight.dtype,
             )
@@ -72,6 +74,16 @@ class FoldedModel:
             where = args[0] if args else kwargs.get("pretrained_model_name_or_path")
             raise CheckpointError(f"{where} does not hold the weights that its {CONFIG_KEY} asks for: {faults}")
         return (model, info) if output_loading_info else model
+
+    def _set_gradient_checkpointing(self, *args: Any, gradient_checkpointing_func: Any = None, **kwargs: Any) -> None:
+        if self.has_readers and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "reentrant gradient checkpointing would silently lose the gradients that readers send to the layer whose"
+                ' cache they share; enable it with gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
+        super()._set_gradient_checkpointing(  # type: ignore[misc]
+            *args, gradient_checkpointing_func=gradient_checkpointing_func, **kwargs
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -105,6 +117,8 @@ def _folded_forward(stock_class: type[PreTrainedModel]) -> Any:
             bound["past_key_values"] = FoldedCache(self.kv_plan)
         bound.pop("self")
         extra = bound.pop("kwargs", {})
+        if self.has_readers:
+            extra["kv_state"] = ForwardState()
         return stock_class.forward(self, **bound, **extra)
 
     return forward

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
+
+from torch import Tensor
 
 from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
 from kvfold.linalg import Moment
@@ -24,13 +27,36 @@ class StoredShape(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerGroup:
+    """The layers that use one cache: its owner first, then its readers. Most groups are one layer.
+
+    Everything large is read when it is asked for, by position in the group. weights(i): float64. moments(i): statistic ->
+    moment of layer i. cross(i): statistic -> E[x_i x_owner^T] [F, F]; for the owner that is its second moment.
+    """
+
+    layers: tuple[AttentionLayer, ...]
+    weights: Callable[[int], AttentionWeights]
+    moments: Callable[[int], Mapping[str, Moment]]
+    cross: Callable[[int], Mapping[str, Tensor]]
+
+    @property
+    def owner(self) -> AttentionLayer:
+        return self.layers[0]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
 class WidthMethod(ABC):
     """A way to store fewer numbers per token. Its dataclass fields are its hyper-parameters, by name in recipes.
 
-    `needs`: the statistics it reads, out of `calibrate.STATISTICS`; empty where weights are enough.
+    `needs`: the statistics it reads, out of `calibrate.STATISTICS`; empty where weights are enough. `needs_cross`: those of
+    which it also reads the moment between a reader and the owner.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    needs_cross: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def key_shapes(self, layer: AttentionLayer) -> Sequence[StoredShape]:
@@ -41,34 +67,26 @@ class WidthMethod(ABC):
         """The same for values."""
 
     @abstractmethod
-    def key_damage(
-        self,
-        layer: AttentionLayer,
-        weights: AttentionWeights,
-        moments: Mapping[str, Moment],
-        shapes: Sequence[StoredShape],
-    ) -> list[float]:
-        """Expected damage of storing the keys in each of `shapes`: 0 for none, 1 for losing everything."""
+    def key_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+        """Expected damage of storing the keys in each of `shapes`, summed over the group's layers: per layer 0 for none,
+        1 for losing everything. Readers may be damaged by any shape."""
 
     @abstractmethod
-    def value_damage(
-        self,
-        layer: AttentionLayer,
-        weights: AttentionWeights,
-        moments: Mapping[str, Moment],
-        shapes: Sequence[StoredShape],
-    ) -> list[float]:
+    def value_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
         """The same for values."""
 
     @abstractmethod
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
-        """The cache of this layer with the chosen shapes."""
+        """The cache that `layer` owns, with the chosen shapes."""
 
     @abstractmethod
-    def fold(
-        self, layer: AttentionLayer, weights: AttentionWeights, moments: Mapping[str, Moment], spec: CacheSpec
-    ) -> FoldedWeights:
-        """The weights that obey `spec`. `weights` are float64; so is the result."""
+    def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
+        """The weights that obey `spec`, layer by layer in the group's order, in float64."""
 
 
 CONTRACT = WidthMethod
+
+
+def as_reader(folded: FoldedWeights) -> FoldedWeights:
+    """Without what only the owner of a cache has: the way from hidden states to what is stored."""
+    return dataclasses.replace(folded, k_proj=None, v_proj=None, k_bias=None, v_bias=None, k_norm=None, k_a_proj=None)

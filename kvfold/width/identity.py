@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
-from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
-from kvfold.linalg import Moment
+from kvfold.attention import AttentionLayer, FoldedWeights
 from kvfold.plan import CacheSpec
-from kvfold.width.base import StoredShape, WidthMethod
+from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, as_reader
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Identity(WidthMethod):
-    """The cache as it is, under kvfold's runtime. For the other axes to work on, and as a control."""
+    """The cache as it is. Layers that share one take the owner's keys and values for their own, as in KVSharer (arXiv
+    2410.18517)."""
 
     def key_shapes(self, layer: AttentionLayer) -> list[StoredShape]:
         return [StoredShape(layer.num_kv_heads, layer.head_dim)]
 
     value_shapes = key_shapes
 
-    def key_damage(
-        self,
-        layer: AttentionLayer,
-        weights: AttentionWeights,
-        moments: Mapping[str, Moment],
-        shapes: Sequence[StoredShape],
-    ) -> list[float]:
-        return [0.0 for _ in shapes]
+    def key_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+        return [float(len(group) - 1) for _ in shapes]
 
     value_damage = key_damage
 
@@ -40,7 +34,8 @@ class Identity(WidthMethod):
             window=layer.window,
         )
 
-    def fold(
-        self, layer: AttentionLayer, weights: AttentionWeights, moments: Mapping[str, Moment], spec: CacheSpec
-    ) -> FoldedWeights:
-        return FoldedWeights(**{f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)})
+    def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
+        for position in range(len(group)):
+            weights = group.weights(position)
+            folded = FoldedWeights(**{f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)})
+            yield as_reader(folded) if position else folded

@@ -1,24 +1,25 @@
-"""mean_pool: neighbouring key/value heads become their arithmetic mean (GQA paper, arXiv 2305.13245, section 2.1)."""
+"""mean_pool: neighbouring key/value heads become their arithmetic mean, over the layers that share a cache too."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
 from kvfold.errors import RecipeError
-from kvfold.linalg import Moment
 from kvfold.plan import CacheSpec, divisors
-from kvfold.width.base import StoredShape, WidthMethod
+from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, as_reader
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeanPool(WidthMethod):
-    """MHA -> GQA -> MQA. Queries and output projection stay as they are, so quality is lost until it is healed.
+    """MHA -> GQA -> MQA (arXiv 2305.13245, section 2.1) and, with a depth method, MLKV (arXiv 2406.09297).
 
-    `kv_heads`: stored heads per layer; 0 leaves the choice to the budget.
+    Queries and output projections stay as they are, so quality is lost until it is healed.
+    `kv_heads`: stored heads per cache; 0 leaves the choice to the budget.
     """
 
     kv_heads: int = 0
@@ -36,23 +37,11 @@ class MeanPool(WidthMethod):
 
     value_shapes = key_shapes
 
-    def key_damage(
-        self,
-        layer: AttentionLayer,
-        weights: AttentionWeights,
-        moments: Mapping[str, Moment],
-        shapes: Sequence[StoredShape],
-    ) -> list[float]:
-        return [_variance_share(weights.k_proj, layer, shape.num_heads) for shape in shapes]
+    def key_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+        return _variance_shares(group, lambda weights: weights.k_proj, shapes)
 
-    def value_damage(
-        self,
-        layer: AttentionLayer,
-        weights: AttentionWeights,
-        moments: Mapping[str, Moment],
-        shapes: Sequence[StoredShape],
-    ) -> list[float]:
-        return [_variance_share(weights.v_proj, layer, shape.num_heads) for shape in shapes]
+    def value_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+        return _variance_shares(group, lambda weights: weights.v_proj, shapes)
 
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
         return CacheSpec(
@@ -63,17 +52,29 @@ class MeanPool(WidthMethod):
             window=layer.window,
         )
 
-    def fold(
-        self, layer: AttentionLayer, weights: AttentionWeights, moments: Mapping[str, Moment], spec: CacheSpec
-    ) -> FoldedWeights:
-        originals = {f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)}
+    def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
+        H = group.owner.head_dim
         pooled = {
-            "k_proj": _pool(weights.k_proj, spec.num_kv_heads, layer.head_dim),
-            "v_proj": _pool(weights.v_proj, spec.num_v_heads, layer.head_dim),
-            "k_bias": _pool(weights.k_bias, spec.num_kv_heads, layer.head_dim),
-            "v_bias": _pool(weights.v_bias, spec.num_v_heads, layer.head_dim),
+            "k_proj": _mean(group, lambda w: _pool(w.k_proj, spec.num_kv_heads, H)),
+            "v_proj": _mean(group, lambda w: _pool(w.v_proj, spec.num_v_heads, H)),
+            "k_bias": _mean(group, lambda w: _pool(w.k_bias, spec.num_kv_heads, H)),
+            "v_bias": _mean(group, lambda w: _pool(w.v_bias, spec.num_v_heads, H)),
+            "k_norm": _mean(group, lambda w: w.k_norm),
         }
-        return FoldedWeights(**originals | pooled)
+        for position in range(len(group)):
+            weights = group.weights(position)
+            originals = {f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)}
+            folded = FoldedWeights(**originals | pooled)
+            yield as_reader(folded) if position else folded
+
+
+def _mean(group: LayerGroup, tensor: Callable[[AttentionWeights], Tensor | None]) -> Tensor | None:
+    """The arithmetic mean over the group's layers; every layer has the same share, which a running half-and-half lacks."""
+    total = tensor(group.weights(0))
+    for position in range(1, len(group)):
+        other = tensor(group.weights(position))
+        total = None if total is None or other is None else total + other
+    return None if total is None else total / len(group)
 
 
 def _pool(tensor: Tensor | None, groups: int, head_dim: int) -> Tensor | None:
@@ -83,7 +84,14 @@ def _pool(tensor: Tensor | None, groups: int, head_dim: int) -> Tensor | None:
     return tensor.unflatten(0, (groups, -1, head_dim)).mean(1).flatten(0, 1)
 
 
-def _variance_share(weight: Tensor, layer: AttentionLayer, groups: int) -> float:
-    """Share of a projection's energy that its group means do not hold."""
-    heads = weight.unflatten(0, (groups, -1, layer.head_dim))
-    return ((heads - heads.mean(1, keepdim=True)).square().sum() / weight.square().sum()).item()
+def _variance_shares(
+    group: LayerGroup, projection: Callable[[AttentionWeights], Tensor], shapes: Sequence[StoredShape]
+) -> list[float]:
+    """Per shape: the share of the projections' energy that the means do not hold, times the number of layers."""
+    stack_LFD = torch.stack([projection(group.weights(i)) for i in range(len(group))])
+    shares = []
+    for shape in shapes:
+        heads = stack_LFD.unflatten(1, (shape.num_heads, -1, group.owner.head_dim))  # [L, heads, per mean, H, D]
+        lost = (heads - heads.mean((0, 2), keepdim=True)).square().sum() / stack_LFD.square().sum()
+        shares.append(len(group) * lost.item())
+    return shares

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import ClassVar
 
-from torch import Tensor
-
-from kvfold.attention import AttentionLayer, AttentionWeights
-from kvfold.linalg import Moment
+from kvfold.latents import Term
 from kvfold.lowrank import LowRankWidth
+from kvfold.width.base import LayerGroup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,9 +18,10 @@ class SvdA(LowRankWidth):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "values"})
+    needs_cross: ClassVar[frozenset[str]] = frozenset({"keys", "values"})
 
-    def key_moment(self, layer: AttentionLayer, weights: AttentionWeights, moments: Mapping[str, Moment]) -> Tensor:
-        return moments["keys"].second_FF
+    def key_term(self, group: LayerGroup, position: int) -> Term:
+        return Term(group.moments(position)["keys"].second_FF, group.cross(position)["keys"])
 
-    def value_moment(self, layer: AttentionLayer, weights: AttentionWeights, moments: Mapping[str, Moment]) -> Tensor:
-        return moments["values"].second_FF
+    def value_term(self, group: LayerGroup, position: int) -> Term:
+        return Term(group.moments(position)["values"].second_FF, group.cross(position)["values"])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from kvfold.attention import AttentionLayer, AttentionWeights
-from kvfold.linalg import Moment
+from kvfold.latents import Term
 from kvfold.lowrank import LowRankWidth
+from kvfold.width.base import LayerGroup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,22 +18,28 @@ class SvdW(LowRankWidth):
     """The left singular vectors of the concatenated W_K and W_V: svd_a as if every input x had E[x x^T] = I.
 
     A bias b is one more column of the weight (an input that is always 1). Where the family normalises each key head, so
-    does this: by the head's expected RMS under the same assumption, then by the norm's weight.
+    does this: by the head's expected RMS under the same assumption, then by the norm's weight. Layers that share a cache
+    are taken to have the same input.
     """
 
-    def key_moment(self, layer: AttentionLayer, weights: AttentionWeights, moments: Mapping[str, Moment]) -> Tensor:
-        moment = _gram(weights.k_proj, weights.k_bias)
-        if weights.k_norm is None:
-            return moment
-        rms_K = moment.diagonal().unflatten(0, (layer.num_kv_heads, -1)).mean(1).clamp_min(1e-30).sqrt()
-        scale = torch.outer(1 / rms_K, weights.k_norm.double()).flatten()
-        return moment * torch.outer(scale, scale)
+    def key_term(self, group: LayerGroup, position: int) -> Term:
+        own, owner = (_keys(group.layers[i], group.weights(i)) for i in (position, 0))
+        return Term(own @ own.T, own @ owner.T)
 
-    def value_moment(self, layer: AttentionLayer, weights: AttentionWeights, moments: Mapping[str, Moment]) -> Tensor:
-        return _gram(weights.v_proj, weights.v_bias)
+    def value_term(self, group: LayerGroup, position: int) -> Term:
+        own, owner = (_with_bias(w.v_proj, w.v_bias) for w in (group.weights(position), group.weights(0)))
+        return Term(own @ own.T, own @ owner.T)
 
 
-def _gram(weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
-    weight_FD = weight_FD.double()
-    gram = weight_FD @ weight_FD.T
-    return gram if bias_F is None else gram + torch.outer(bias_F.double(), bias_F.double())
+def _keys(layer: AttentionLayer, weights: AttentionWeights) -> Tensor:
+    """[K*H, D + 1]: the map from an input to the keys."""
+    keys = _with_bias(weights.k_proj, weights.k_bias)
+    if weights.k_norm is None:
+        return keys
+    rms_K = keys.square().sum(1).unflatten(0, (layer.num_kv_heads, -1)).mean(1).clamp_min(1e-30).sqrt()
+    return keys * torch.outer(1 / rms_K, weights.k_norm.double()).flatten()[:, None]
+
+
+def _with_bias(weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+    bias_F = weight_FD.new_zeros(weight_FD.shape[0]) if bias_F is None else bias_F
+    return torch.cat([weight_FD, bias_F[:, None]], dim=1).double()

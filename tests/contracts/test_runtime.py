@@ -59,12 +59,11 @@ def test_module_equals_the_oracle(shape, bias, implementation):
     hidden = torch.randn(2, 21, facts.hidden_size)
     cos, sin = rotary(hidden, torch.arange(21)[None])
     seen = reference.causal(21)
-    expected = torch.stack(
-        [
-            reference.folded_attention(facts, spec, weights, row.double(), cos[0].double(), sin[0].double(), seen)
-            for row in hidden
-        ]
-    )
+    expected = []
+    for row in hidden.double():
+        inputs = (facts, spec, weights, row, cos[0].double(), sin[0].double())
+        expected.append(reference.folded_attention(*inputs, seen, reference.stored(*inputs)))
+    expected = torch.stack(expected)
     with torch.no_grad():
         assert_close(module(hidden, (cos, sin))[0], expected, name="prefill")
         cache, out = FoldedCache(_one_layer_plan(spec)), []
@@ -89,15 +88,15 @@ def test_the_oracle_is_the_original_attention(model):
     captured = {}
     for index, module in enumerate(arch.modules(network)):
         module.register_forward_hook(
-            lambda m, args, kwargs, out, index=index: captured.update({index: (kwargs, out[0])}), with_kwargs=True
+            lambda m, args, kwargs, out, index=index: captured.update({index: (args, kwargs, out[0])}), with_kwargs=True
         )
     logits(network, tokens(1, 30))
     state = network.state_dict()
     for facts in arch.describe(network):
-        kwargs, expected = captured[facts.index]
+        args, kwargs, expected = captured[facts.index]
         weights = arch.weights(lambda name, i=facts.index: state[arch.attention_prefix(i) + name].double(), facts)
         cos, sin = (x[0].double() for x in kwargs["position_embeddings"])
-        hidden = kwargs["hidden_states"][0].double()
+        hidden = (args[0] if args else kwargs["hidden_states"])[0].double()
         out = reference.attention(facts, weights, hidden, cos, sin, reference.causal(30, facts.window))
         assert_close(expected[0], out)
 

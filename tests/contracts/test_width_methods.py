@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import FULL_ATTENTION, MODELS, copy_heads, load, logits, make_tiny, save_tiny, tokens
+from tiny import FULL_ATTENTION, MODELS, copy_heads, in_attention, load, logits, make_tiny, save_tiny, tokens
 
 import kvfold
 from kvfold import registry
@@ -20,8 +20,10 @@ from kvfold.loading import load_plan, open_source
 from kvfold.recipe import make_recipe
 from kvfold.runtime.cache import FoldedCache
 from kvfold.testing import assert_close, relative_rms
+from kvfold.width.base import LayerGroup
 
 VARIANTS = {
+    "logit": [{}, {"latent": "group"}, {"v_latent": "layer"}],
     "svd_a": [{}, {"latent": "group"}, {"v_latent": "layer"}],
     "svd_w": [{}, {"latent": "group"}, {"v_latent": "layer"}],
 }
@@ -74,17 +76,23 @@ def test_planted_rank_is_folded_without_loss(tmp_path, model, method, fields):
 def test_more_numbers_never_mean_more_expected_damage(tiny_dir, model, method, fields):
     source = open_source(tiny_dir / model)
     layer = source.layers[1]
-    weights = read_layer(source.checkpoint, source.arch, layer)
     width = registry.load("width", method)(**fields)
     moments = {}
     for name in width.needs:
-        moments[name] = Moment.zeros(layer.num_kv_heads * layer.head_dim)
-        moments[name].update(torch.randn(500, layer.num_kv_heads * layer.head_dim).cumsum(1))
+        size = (layer.num_kv_heads, layer.head_dim) if name == "queries" else (layer.num_kv_heads * layer.head_dim,)
+        moments[name] = Moment.zeros(*size)
+        moments[name].update(torch.randn(500, *size).cumsum(-1))
+    group = LayerGroup(
+        layers=(layer,),
+        weights=lambda i: read_layer(source.checkpoint, source.arch, layer),
+        moments=lambda i: moments,
+        cross=lambda i: {name: moments[name].second_FF for name in width.needs_cross},
+    )
     for shapes, damage in ((width.key_shapes, width.key_damage), (width.value_shapes, width.value_damage)):
         shapes = shapes(layer)
         assert [s.numbers for s in shapes] == sorted({s.numbers for s in shapes})
         assert shapes[-1].numbers == layer.num_kv_heads * layer.head_dim
-        curve = damage(layer, weights, moments, shapes)
+        curve = damage(group, shapes)
         assert curve[-1] == pytest.approx(0, abs=1e-12)
         # mean_pool's groups need not nest, and low-rank groups of different sizes do not either
         assert curve[0] == max(curve) or len({s.num_heads for s in shapes}) > 1
@@ -132,8 +140,8 @@ def test_real_bytes_are_planned_bytes(fold, model, method, fields):
     kept = [230 if window is None else window - 1 for window in windows]
     live = sum(4 * 4 * s.numbers_per_token * n for s, n in zip(folded.plan.owned, kept, strict=True))
     assert cache.nbytes == live
-    storages = {b.data.untyped_storage().data_ptr() for layer in cache.layers for b in (layer.k, layer.v)}
-    assert len(storages) == 2 * len(cache.layers)
+    storages = {b.data.untyped_storage().data_ptr() for layer in cache.owned for b in (layer.k, layer.v)}
+    assert len(storages) == 2 * len(cache.owned)
 
 
 @every_model
@@ -179,9 +187,10 @@ def _step(network, ids, mask, positions, cache, start, end):
 def test_everything_outside_attention_is_copied_bit_for_bit(fold, tiny_dir, model, method, fields):
     folded = fold(model, method, kv_budget=0.5, **fields)
     before, after = load_file(tiny_dir / model / "model.safetensors"), load_file(folded.out / "model.safetensors")
-    outside = [name for name in before if "self_attn" not in name]
-    assert outside == [name for name in after if "self_attn" not in name]
-    assert all(torch.equal(before[name], after[name]) for name in outside)
+    current_name = open_source(tiny_dir / model).arch.current_name
+    before = {current_name(name): tensor for name, tensor in before.items() if not in_attention(name)}
+    assert set(before) == {name for name in after if not in_attention(name)}
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @every_model

@@ -13,7 +13,7 @@ from kvfold.depth.identity import Identity as Depth
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.length.identity import Identity as Length
 from kvfold.linalg import Moment
-from kvfold.width.base import StoredShape
+from kvfold.width.base import LayerGroup, StoredShape
 from kvfold.width.mean_pool import MeanPool
 from kvfold.width.svd_a import SvdA
 
@@ -39,7 +39,12 @@ def decaying(index):
     for side, name in enumerate(("keys", "values")):
         values = (1.0 + index + side) ** -torch.arange(16.0, dtype=torch.float64)
         moments[name] = Moment(torch.zeros(16), torch.diag(values), 1)
-    return None, moments
+    return LayerGroup(
+        layers=(layer(index),),
+        weights=lambda i: None,
+        moments=lambda i: moments,
+        cross=lambda i: {name: moment.second_FF for name, moment in moments.items()},
+    )
 
 
 def share(plan):
@@ -49,7 +54,13 @@ def share(plan):
 def test_uniform_gives_every_layer_the_same_share():
     width = SvdA(multiple=2, v_latent="layer")
     plan = allocate(
-        [layer(0), layer(1)], axes(width), kv_budget=0.5, dtype="float32", strategy="uniform", inputs=decaying
+        [layer(0), layer(1)],
+        (None, None),
+        axes(width),
+        kv_budget=0.5,
+        dtype="float32",
+        strategy="uniform",
+        groups=decaying,
     )
     assert share(plan) == [(8, 8), (8, 8)]
 
@@ -57,13 +68,14 @@ def test_uniform_gives_every_layer_the_same_share():
 def test_greedy_is_the_best_of_all_choices():
     """Against brute force over every choice of widths within the budget."""
     layers, width = [layer(0), layer(1)], SvdA(multiple=4, v_latent="layer")
-    plan = allocate(layers, axes(width), kv_budget=0.5, dtype="float32", strategy="greedy", inputs=decaying)
+    plan = allocate(
+        layers, (None, None), axes(width), kv_budget=0.5, dtype="float32", strategy="greedy", groups=decaying
+    )
     curves = []
     for index in (0, 1):
-        weights, moments = decaying(index)
         shapes = width.key_shapes(layers[index])
-        curves.append(width.key_damage(layers[index], weights, moments, shapes))
-        curves.append(width.value_damage(layers[index], weights, moments, shapes))
+        curves.append(width.key_damage(decaying(index), shapes))
+        curves.append(width.value_damage(decaying(index), shapes))
     choices = [c for c in itertools.product(range(4), repeat=4) if sum(4 * (i + 1) for i in c) <= 32]
     best = min(sum(curve[i] for curve, i in zip(curves, c, strict=True)) for c in choices)
     widths = [n for pair in share(plan) for n in pair]
@@ -75,7 +87,7 @@ def test_greedy_is_the_best_of_all_choices():
 def test_a_budget_out_of_reach_names_the_smallest(strategy):
     with pytest.raises(BudgetError, match=r"0\.1 is out of reach: .* keeps 0\.125"):
         width = SvdA(multiple=2, v_latent="layer")
-        allocate([layer(0)], axes(width), kv_budget=0.1, dtype="float32", strategy=strategy, inputs=decaying)
+        allocate([layer(0)], (None,), axes(width), kv_budget=0.1, dtype="float32", strategy=strategy, groups=decaying)
 
 
 def test_heads_that_do_not_divide():
@@ -83,13 +95,21 @@ def test_heads_that_do_not_divide():
         RecipeError, match=r"does not divide the 4 key/value heads of layer 0; choose one of \[1, 2, 4\]"
     ):
         allocate(
-            [layer(0)], axes(MeanPool(kv_heads=3)), kv_budget=None, dtype="float32", strategy="uniform", inputs=decaying
+            [layer(0)],
+            (None,),
+            axes(MeanPool(kv_heads=3)),
+            kv_budget=None,
+            dtype="float32",
+            strategy="uniform",
+            groups=decaying,
         )
 
 
 def test_a_method_with_several_sizes_needs_a_budget():
     with pytest.raises(RecipeError, match="--kv-budget"):
-        allocate([layer(0)], axes(MeanPool()), kv_budget=None, dtype="float32", strategy="uniform", inputs=decaying)
+        allocate(
+            [layer(0)], (None,), axes(MeanPool()), kv_budget=None, dtype="float32", strategy="uniform", groups=decaying
+        )
 
 
 def test_group_shapes_are_the_papers_points():

@@ -5,9 +5,11 @@ import torch
 from tiny import FULL_ATTENTION, MODELS, load, tokens
 from transformers import DynamicCache
 
+from kvfold.architectures.base import architecture
 from kvfold.calibrate import STATISTICS, calibrate
 from kvfold.linalg import Moment
 from kvfold.loading import open_source
+from kvfold.streaming import StreamedModel
 from kvfold.testing import assert_close
 
 ALL = frozenset(STATISTICS)
@@ -44,9 +46,15 @@ def test_keys_before_rotation_are_what_the_projection_gives(calibrated, tiny_dir
     ids = tokens(20, 33)
     statistics, network = calibrated(model, ids), load(tiny_dir / model)
     seen = []
-    for layer in network.model.layers:
-        module = getattr(layer.self_attn, "k_norm", layer.self_attn.k_proj)
-        module.register_forward_hook(lambda m, args, out: seen.append(out.reshape(20 * 33, -1).double()))
+    for attention in architecture(network.config.model_type).modules(network):
+        fused = hasattr(attention, "query_key_value")
+        module = attention.query_key_value if fused else getattr(attention, "k_norm", attention.k_proj)
+
+        def see(m, args, out, fused=fused, attention=attention):
+            keys = out.unflatten(-1, (-1, 3, attention.head_size))[..., 1, :] if fused else out
+            seen.append(keys.reshape(20 * 33, -1).double())
+
+        module.register_forward_hook(see)
     with torch.no_grad():
         network(ids)
     for index, x in enumerate(seen):
@@ -68,20 +76,18 @@ def test_statistics_are_reused_and_extended(calibrated):
 
 def test_only_one_layer_is_in_memory(calibrated, monkeypatch):
     """Parameters that hold data whenever one is loaded: first those around the layers, then one layer's and no others."""
-    import kvfold.calibrate as module
+    streams, counts = [], []
+    load_weights = StreamedModel._load
 
-    models, counts = [], []
-    build, load_weights = module.empty_model, module._load
+    def watch(stream, *args, **kwargs):
+        load_weights(stream, *args, **kwargs)
+        streams.append(stream)
+        counts.append(_loaded(stream.model))
 
-    def watch(*args, **kwargs):
-        load_weights(*args, **kwargs)
-        counts.append(_loaded(models[0]))
-
-    monkeypatch.setattr(module, "empty_model", lambda *args: models.append(build(*args)) or models[0])
-    monkeypatch.setattr(module, "_load", watch)
+    monkeypatch.setattr(StreamedModel, "_load", watch)
     calibrated("llama_mha", tokens(4, 16))
     assert counts == [{"model.embed_tokens", "model.norm"}, *({f"model.layers.{i}"} for i in range(3))]
-    assert _loaded(models[0]) == set()
+    assert _loaded(streams[0].model) == set()
 
 
 def _loaded(model):
@@ -96,3 +102,39 @@ def test_streamed_moments_equal_moments_at_once():
         moment.update(part)
     assert_close(moment.second_FF, x.T @ x / 100)
     assert_close(moment.mean_F, x.mean(0))
+
+
+def test_moments_between_layers_are_those_of_the_same_tokens(calibrated, tiny_dir, tmp_path):
+    """Readers 1 and 2 of layer 0, in several batches, and after an interruption before the last layer."""
+    ids = tokens(300, 33)
+    source = open_source(tiny_dir / "llama_mha")
+    options = {"needs": frozenset({"keys", "values"}), "readers": {1: 0, 2: 0}, "needs_cross": frozenset({"keys"})}
+    whole = calibrate(source.checkpoint, source.arch, ids, run_dir=tmp_path / "whole", **options)
+    network, cache = load(tiny_dir / "llama_mha"), DynamicCache()
+    with torch.no_grad():
+        network(ids, past_key_values=cache)
+    x = [layer.keys.transpose(1, 2).flatten(2).flatten(0, 1).double() for layer in cache.layers]
+    for reader in (1, 2):
+        assert_close(whole.cross(reader, 0, {"keys"})["keys"], x[reader].T @ x[0] / len(x[0]), tolerance=1e-5)
+    assert not (whole.folder / "hidden.safetensors").exists()
+
+
+def test_an_interrupted_run_still_knows_the_owners_vectors(tiny_dir, tmp_path, monkeypatch):
+    source, ids = open_source(tiny_dir / "llama_mha"), tokens(12, 16)
+    options = {"needs": frozenset({"keys"}), "readers": {1: 0, 2: 0}, "needs_cross": frozenset({"keys"})}
+    whole = calibrate(source.checkpoint, source.arch, ids, run_dir=tmp_path / "whole", **options)
+    monkeypatch.setattr("kvfold.calibrate.SECONDS_BETWEEN_SAVES", 0)
+    advance = StreamedModel.advance
+
+    def die(stream, layer, *args):
+        if layer.index == 2:
+            raise KeyboardInterrupt
+        advance(stream, layer, *args)
+
+    monkeypatch.setattr(StreamedModel, "advance", die)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(source.checkpoint, source.arch, ids, run_dir=tmp_path / "cut", **options)
+    monkeypatch.setattr(StreamedModel, "advance", advance)
+    resumed = calibrate(source.checkpoint, source.arch, ids, run_dir=tmp_path / "cut", **options)
+    for reader in (1, 2):
+        assert torch.equal(resumed.cross(reader, 0, {"keys"})["keys"], whole.cross(reader, 0, {"keys"})["keys"])

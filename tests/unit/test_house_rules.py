@@ -12,8 +12,11 @@ PACKAGE = Path(kvfold.__file__).parent
 ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 METHOD_FOLDERS = ("width", "depth", "bits", "length")
-MAY_IMPORT = {"attention", "errors", "linalg", "lowrank", "plan"}
-RUNTIME_NEVER = {"calibrate", "allocate", "fold", "heal", "lowrank", "pipeline", "recipe", *METHOD_FOLDERS}
+MAY_IMPORT = {"attention", "errors", "latents", "linalg", "lowrank", "plan"}
+RUNTIME_NEVER = {
+    *("calibrate", "allocate", "fold", "gather", "heal", "latents", "lowrank", "pipeline", "recipe", "streaming"),
+    *METHOD_FOLDERS,
+}
 FORBIDDEN_NAMES = ("util", "helper", "manager", "handler", "factory", "common", "misc")
 
 

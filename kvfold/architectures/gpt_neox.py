@@ -1,0 +1,49 @@
+"""gpt_neox (Pythia): one fused projection that interleaves q, k and v per head, partial rotary, parallel residual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from kvfold.architectures.base import Architecture
+from kvfold.attention import AttentionLayer, AttentionWeights
+
+
+class GPTNeoX(Architecture):
+    model_type = "gpt_neox"
+    causal_lm = "GPTNeoXForCausalLM"
+    layers = "gpt_neox.layers"
+    attention = "attention"
+    mlp_in = ("mlp.dense_h_to_4h",)
+    mlp_out = "mlp.dense_4h_to_h"
+
+    def current_name(self, stored: str) -> str:
+        return "lm_head.weight" if stored == "embed_out.weight" else stored
+
+    def facts(self, module: Any, index: int) -> AttentionLayer:
+        config = module.config
+        return AttentionLayer(
+            index=index,
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            num_kv_heads=config.num_attention_heads,
+            head_dim=module.head_size,
+            scaling=module.scaling,
+            qkv_bias=module.query_key_value.bias is not None,
+            o_bias=module.dense.bias is not None,
+            attention_dropout=module.attention_dropout,
+        )
+
+    def weights(self, read: Callable[[str], Tensor], layer: AttentionLayer) -> AttentionWeights:
+        def split(name: str) -> list[Tensor]:
+            per_head = read(name).unflatten(0, (layer.num_attention_heads, 3, layer.head_dim))
+            return [part.flatten(0, 1) for part in per_head.unbind(1)]
+
+        tensors = dict(zip(("q_proj", "k_proj", "v_proj"), split("query_key_value.weight"), strict=True))
+        if layer.qkv_bias:
+            tensors |= zip(("q_bias", "k_bias", "v_bias"), split("query_key_value.bias"), strict=True)
+        if layer.o_bias:
+            tensors["o_bias"] = read("dense.bias")
+        return AttentionWeights(o_proj=read("dense.weight"), **tensors)

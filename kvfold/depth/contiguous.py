@@ -1,0 +1,39 @@
+"""contiguous: m layers own a cache, each read by the layers above it up to the next owner (MLKV, arXiv 2406.09297)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvfold.attention import AttentionLayer
+from kvfold.depth.base import DepthMethod, Sample, Targets, by_window, targets_of
+from kvfold.errors import RecipeError
+from kvfold.plan import divisors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contiguous(DepthMethod):
+    """The owners of L layers are 0 and int((i + 1) L / m) for i = 0 ... m - 2, which makes equal groups where m divides L.
+
+    Layers with different sliding windows cannot share, so each kind is grouped apart, by its share of m.
+    `owners`: m; 0 leaves it to the budget, which prefers few layers per cache but at least two.
+    """
+
+    owners: int = 0
+
+    def layouts(self, layers: Sequence[AttentionLayer], sample: Sample | None) -> list[Targets]:
+        L = len(layers)
+        if self.owners > L or self.owners < 0:
+            raise RecipeError(f"depth.owners = {self.owners}, but the model has {L} layers; choose 1 to {L}.")
+        counts = [self.owners] if self.owners else [m for m in reversed(divisors(L)) if m < L]
+        return [_layout(layers, m) for m in counts]
+
+
+def _layout(layers: Sequence[AttentionLayer], owners: int) -> Targets:
+    owner_of = {}
+    for kind in by_window(layers):
+        count = max(round(owners * len(kind) / len(layers)), 1)
+        first = [int(i * (len(kind) / count)) for i in range(count)]
+        for position, layer in enumerate(kind):
+            owner_of[layer] = kind[max(f for f in first if f <= position)]
+    return targets_of(owner_of)

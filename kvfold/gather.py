@@ -1,0 +1,137 @@
+"""What a recipe's methods ask for: calibration tokens, statistics of them, and samples of keys and values."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from kvfold import data
+from kvfold.attention import AttentionWeights
+from kvfold.calibrate import STATISTICS, Statistics, calibrate
+from kvfold.depth.base import Sample, Targets
+from kvfold.errors import DataError
+from kvfold.fold import read_layer
+from kvfold.linalg import Moment
+from kvfold.loading import Source, load_weights, warn_if_too_long
+from kvfold.progress import track
+from kvfold.recipe import Recipe
+from kvfold.storage import make_folder, write_tensors
+from kvfold.streaming import StreamedModel
+from kvfold.width.base import LayerGroup, WidthMethod
+
+SAMPLE_TOKENS = 4096
+"""Of the calibration tokens, so many show their keys and values to a depth method."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """The calibration text of one recipe, and what is made of it when a method asks."""
+
+    recipe: Recipe
+    source: Source
+    run_dir: Path
+    device: str = "cpu"
+
+    def statistics(
+        self, needs: frozenset[str], needs_cross: frozenset[str] = frozenset(), targets: Targets = ()
+    ) -> Statistics | None:
+        """Moments of all layers, calibrated now or reused; None if none are needed."""
+        if not needs:
+            return None
+        return calibrate(
+            self.source.checkpoint,
+            self.source.arch,
+            self.tokens(),
+            needs=needs,
+            run_dir=self.run_dir,
+            readers={reader: owner for reader, owner in enumerate(targets) if owner is not None},
+            needs_cross=needs_cross,
+            device=self.device,
+        )
+
+    @torch.no_grad()
+    def sample(self) -> Sample:
+        """Keys (after rotation) and values of the first SAMPLE_TOKENS calibration tokens, in every layer."""
+        tokens_BT = self.tokens()
+        tokens_BT = tokens_BT[: max(SAMPLE_TOKENS // tokens_BT.shape[1], 1)]
+        model = StreamedModel(self.source.checkpoint, self.source.arch, self.device)
+        hidden_BTD = model.embed(tokens_BT)
+        vectors: list[dict[str, Tensor]] = []
+        for layer in track(model.layers, "sampling layers", len(model.layers)):
+            parts: dict[str, list[Tensor]] = {"keys": [], "values": []}
+
+            def observe(*qkv: Tensor, parts: dict[str, list[Tensor]] = parts) -> None:
+                for name, kept in parts.items():
+                    kept.append(STATISTICS[name](*qkv).float().cpu())
+
+            model.advance(layer, hidden_BTD, observe)
+            vectors.append({name: torch.cat(kept) for name, kept in parts.items()})
+        return vectors.__getitem__
+
+    def tokens(self) -> Tensor:
+        """[num_samples, seq_len] calibration tokens. Raises DataError where the recipe names no text."""
+        calibration = self.recipe.calibration
+        if calibration.data is None:
+            names = " + ".join(getattr(self.recipe, axis)["method"] for axis in ("depth", "width"))
+            raise DataError(
+                f"{names} needs calibration text: give --data FILE, a data set name, or `--data self` (the model samples its"
+                " own)."
+            )
+        size: dict[str, Any] = {
+            "num_samples": calibration.num_samples,
+            "seq_len": calibration.seq_len or self.source.seq_len,
+            "seed": self.recipe.seed,
+        }
+        warn_if_too_long(size["seq_len"], self.source.checkpoint.config)
+        if calibration.data == "self":
+            return self_sampled(self.source, self.run_dir, device=self.device, **size)
+        return data.sequences(
+            data.load_tokenizer(self.source.checkpoint.path),
+            calibration.data,
+            config=calibration.config,
+            split=calibration.split,
+            text_field=calibration.text_field,
+            **size,
+        )
+
+
+def self_sampled(source: Source, run_dir: Path, *, num_samples: int, seq_len: int, seed: int, device: str) -> Tensor:
+    """[num_samples, seq_len] tokens that the original model draws; kept in `run_dir`, since drawing them takes long."""
+    file = run_dir / f"samples-{source.checkpoint.fingerprint()}-{num_samples}x{seq_len}-{seed}.safetensors"
+    if not file.exists():
+        model = load_weights(source.checkpoint.path, source.dtype, device)
+        tokens_BT = data.sample_from_model(model, num_samples=num_samples, seq_len=seq_len, seed=seed)
+        make_folder(file.parent)
+        write_tensors(file, {"tokens": tokens_BT}, {})
+    return load_file(file)["tokens"]
+
+
+def layer_group(
+    source: Source, targets: Targets, owner: int, statistics: Statistics | None, method: WidthMethod
+) -> LayerGroup:
+    """The layers that use the cache of `owner`, with what `method` may read of them."""
+    layers = [source.layers[i] for i, target in enumerate(targets) if owner in (i, target)]
+
+    @functools.lru_cache(maxsize=2)
+    def weights(position: int) -> AttentionWeights:
+        return read_layer(source.checkpoint, source.arch, layers[position])
+
+    @functools.lru_cache(maxsize=2)
+    def moments(position: int) -> Mapping[str, Moment]:
+        return statistics.layer(layers[position].index, method.needs) if statistics else {}
+
+    @functools.lru_cache(maxsize=1)
+    def cross(position: int) -> Mapping[str, Tensor]:
+        if not position:
+            return {name: moments(0)[name].second_FF for name in method.needs_cross}
+        assert statistics is not None, "moments between layers come from calibration"
+        return statistics.cross(layers[position].index, owner, method.needs_cross)
+
+    return LayerGroup(layers=tuple(layers), weights=weights, moments=moments, cross=cross)
