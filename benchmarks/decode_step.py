@@ -61,7 +61,9 @@ def main() -> None:
 
 def fill(cache: Any, plan: CachePlan, batch: int, context: int, dtype: torch.dtype, device: str) -> None:
     """Random keys and values for every layer."""
-    for index, spec in enumerate(plan.owned):
+    for index, spec in enumerate(plan.caches):
+        if spec is None:
+            continue
         z = torch.randn(batch, spec.num_kv_heads, context, spec.head_dim, dtype=dtype, device=device)
         y = torch.randn(batch, spec.num_v_heads, context, spec.v_head_dim, dtype=dtype, device=device)
         cache.update(z, y, index)

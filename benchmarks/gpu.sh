@@ -31,6 +31,10 @@ $python -m pytest -q tests/gpu tests/contracts/test_runtime.py 2>&1 | tee "$out/
 $python -m kvfold.cli compare kvfold/models/books-6l --preset gqa --preset svd_w --preset svd_a:width.latent=group \
   --preset svd_a --kv-budget 1/2 --kv-budget 1/6 --num-samples 64 --seq-len 256 --out "$scratch/compare" | tail -1 > "$out/compare.json"
 
+# The MLKV paper's nine configurations at Pythia-160M's shape: bytes, largest batch, tokens/s.
+$python benchmarks/mlkv_table.py --batch "${BATCH:-32}" --memory "${MEMORY:-8}" --dtype float16 --markdown "$out/mlkv-table.md" \
+  | tail -1 > "$out/mlkv-table.json"
+
 # A decode step of Llama-2-7B's shape (random weights, as many layers as LAYERS), where the cache outweighs the weights.
 $python benchmarks/fold_llama2_7b.py --folder "$scratch" --layers "$layers" --preset svd_w --keep | tail -1 | tee "$out/fold.json"
 $python benchmarks/fold_llama2_7b.py --folder "$scratch" --layers "$layers" --preset gqa --keep | tail -1 > /dev/null

@@ -18,6 +18,7 @@ from kvfold.demonstration import demo
 from kvfold.errors import KvfoldError
 from kvfold.evaluation import Evaluation, evaluate
 from kvfold.generation import generate
+from kvfold.import_mlkv import import_mlkv
 from kvfold.inspection import Inspection, inspect
 from kvfold.pipeline import compress
 from kvfold.plan import CachePlan
@@ -130,6 +131,28 @@ def compress_command(
             "seconds": made.seconds,
         }
     )
+
+
+@app.command("import-mlkv")
+def import_mlkv_command(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    as_trained: Annotated[
+        bool,
+        typer.Option(
+            "--as-trained/--rotate-readers",
+            help="Layers that read a cache see un-rotated keys, as published weights were trained; or rotated ones.",
+        ),
+    ] = True,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read the tensors of a pytorch_model.bin.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Make a kvfold folder of a checkpoint in the layout of the MLKV paper's public code."""
+    plan = import_mlkv(model, out, as_trained=as_trained, allow_pickle=allow_pickle, overwrite=overwrite)
+    _print_plan(plan, f"{out}")
+    _print_json({"out": str(out), "kv_budget": plan.kv_budget, "kv_bytes_per_token": plan.kv_bytes_per_token()})
 
 
 @app.command("inspect")

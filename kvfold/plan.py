@@ -16,6 +16,9 @@ CONFIG_KEY = "kv_compression_config"
 CACHE_BLOCK = 256
 """Tokens by which a cache grows. Part of the format, since allocated bytes follow from it."""
 
+POSITION_BYTES = 4
+"""A token's position, where keys are rotated on read."""
+
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one number, by the name that config.json uses."""
 
@@ -46,7 +49,10 @@ class CacheSpec:
     """What one owning layer stores for each token.
 
     Keys are `num_kv_heads` heads of `head_dim` numbers, values `num_v_heads` heads of `v_head_dim` numbers.
-    `k_projection`: keys go through `k_a_proj` after rotation, `k_b_proj` leads back to the source's heads.
+    `rope`: `applied` stores keys as they are after rotation; `on_read` before it, and every step rotates what it reads.
+    `readers_rotate`: whether the layers that read this cache see rotated keys, as its owner does (only published MLKV weights
+    do not; such a cache stores its keys before rotation).
+    `k_projection`: keys go through `k_a_proj` before they are stored, `k_b_proj` leads back to the source's heads.
     `v_projection`: the way back to the source's value heads is kept apart (`v_b_proj`) instead of being fused into `o_proj`.
     `output_bias`: the fold added a bias to `o_proj` that the source does not have.
     """
@@ -56,6 +62,7 @@ class CacheSpec:
     num_v_heads: int
     v_head_dim: int
     rope: str = "applied"
+    readers_rotate: bool = True
     k_projection: bool = False
     v_projection: bool = False
     output_bias: bool = False
@@ -125,7 +132,12 @@ class CachePlan:
 
     def kv_bytes_per_token(self, dtype: str | None = None) -> int:
         """Bytes stored for one more token of one sequence, over all layers (inside every window)."""
-        return self.itemsize(dtype) * sum(spec.numbers_per_token for spec in self.owned)
+        return self.itemsize(dtype) * sum(spec.numbers_per_token for spec in self.owned) + self.position_bytes
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes per token of the positions that rotation on read needs; one cache of them serves all layers."""
+        return POSITION_BYTES if any(spec.rope == "on_read" for spec in self.owned) else 0
 
     def source_kv_bytes_per_token(self, dtype: str | None = None) -> int:
         """The same for the original model."""
@@ -134,7 +146,7 @@ class CachePlan:
     def kv_bytes(self, context_len: int, *, batch_size: int = 1, dtype: str | None = None) -> int:
         """Bytes allocated for `batch_size` sequences of `context_len` tokens, unfilled blocks and windows included."""
         numbers = sum(spec.numbers_per_token * spec.tokens_allocated(context_len) for spec in self.owned)
-        return batch_size * self.itemsize(dtype) * numbers
+        return batch_size * (self.itemsize(dtype) * numbers + self.position_bytes * round_up(context_len))
 
     def source_kv_bytes(self, context_len: int, *, batch_size: int = 1, dtype: str | None = None) -> int:
         """Bytes that the original model's DynamicCache holds after `context_len` tokens."""
@@ -144,7 +156,8 @@ class CachePlan:
     def kv_read_bytes(self, context_len: int, *, dtype: str | None = None) -> int:
         """Bytes of cache read by one decode step of one sequence; a shared cache is read by each of its readers."""
         specs = [self.cache_of(layer) for layer in range(self.num_layers)]
-        return self.itemsize(dtype) * sum(s.numbers_per_token * s.tokens_read(context_len) for s in specs)
+        numbers = sum(spec.numbers_per_token * spec.tokens_read(context_len) for spec in specs)
+        return self.itemsize(dtype) * numbers + self.position_bytes * context_len
 
     def itemsize(self, dtype: str | None = None) -> int:
         return ITEMSIZE[dtype or self.dtype]
@@ -253,7 +266,13 @@ def _validate_cache(index: int, source: SourceLayer, spec: CacheSpec) -> None:
             f"layer {index}: keys of width {spec.head_dim} need k_projection, since rotation works on the source's"
             f" {source.head_dim}-wide heads."
         )
-    reserved = {"rope": "applied", "k_bits": None, "v_bits": None, "sinks": 0}
+    if spec.rope not in ("applied", "on_read"):
+        raise PlanError(f"layer {index}: rope = {spec.rope!r}; it is 'applied' or 'on_read'.")
+    if spec.rope == "applied" and not spec.readers_rotate:
+        raise PlanError(
+            f"layer {index}: readers can only see keys without rotation if they are stored so (rope: on_read)."
+        )
+    reserved = {"k_bits": None, "v_bits": None, "sinks": 0}
     for name, only in reserved.items():
         if getattr(spec, name) != only:
             raise PlanError(

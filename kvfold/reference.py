@@ -65,7 +65,9 @@ def stored(
     """What the owner of a cache stores of one sequence: key heads [T, R] and value heads [T, V]."""
     assert weights.k_proj is not None and weights.v_proj is not None, "a reader stores nothing"
     keys = _linear(hidden_TD, weights.k_proj, weights.k_bias).split(layer.head_dim, dim=1)
-    keys = [rotate(normalise(k, weights.k_norm), cos_Tr, sin_Tr) for k in keys]
+    keys = [normalise(k, weights.k_norm) for k in keys]
+    if spec.rope == "applied":
+        keys = [rotate(k, cos_Tr, sin_Tr) for k in keys]
     values = _linear(hidden_TD, weights.v_proj, weights.v_bias).split(spec.v_head_dim, dim=1)
     return _stored_keys(spec, weights, keys), list(values)
 
@@ -79,10 +81,11 @@ def folded_attention(
     sin_Tr: Tensor,
     seen_TS: Tensor,
     cache: tuple[list[Tensor], list[Tensor]],
+    is_reader: bool = False,
 ) -> Tensor:
-    """The folded layer's attention output [T, D] for one sequence (design: score = (B^T q) . z, z = A kappa).
+    """The folded layer's attention output [T, D] for one sequence: score = q . B z, z = A kappa.
 
-    `cache` is what the layer itself stored, or the owner whose cache it reads.
+    `cache` is what the layer itself stored, or (`is_reader`) the owner whose cache it reads.
     """
     H, K, N = layer.head_dim, layer.num_kv_heads, layer.num_attention_heads
     stored_keys, stored_values = cache
@@ -91,10 +94,13 @@ def folded_attention(
     for n, q_TH in enumerate(queries):
         kv = n * K // N
         c, u = kv * spec.num_kv_heads // K, kv * spec.num_v_heads // K
-        q_TR = rotate(normalise(q_TH, weights.q_norm), cos_Tr, sin_Tr)
+        q_TH = rotate(normalise(q_TH, weights.q_norm), cos_Tr, sin_Tr)
+        k_SH = stored_keys[c]
         if weights.k_b_proj is not None:
-            q_TR = q_TR @ weights.k_b_proj[c].split(H, dim=0)[kv % (K // spec.num_kv_heads)]
-        head = _attend(q_TR, stored_keys[c], stored_values[u], seen_TS, layer.scaling)
+            k_SH = k_SH @ weights.k_b_proj[c].split(H, dim=0)[kv % (K // spec.num_kv_heads)].T
+        if spec.rope == "on_read" and (spec.readers_rotate or not is_reader):
+            k_SH = rotate(k_SH, cos_Tr, sin_Tr)
+        head = _attend(q_TH, k_SH, stored_values[u], seen_TS, layer.scaling)
         if weights.v_b_proj is not None:
             head = head @ weights.v_b_proj[u].split(H, dim=0)[kv % (K // spec.num_v_heads)].T
         heads.append(head)

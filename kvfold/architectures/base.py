@@ -21,7 +21,8 @@ from kvfold.errors import CheckpointError
 class Architecture(ABC):
     """One Hugging Face model_type. The defaults describe the Llama layout, which most families share.
 
-    `layers` and `attention` lead from the causal model to one layer's attention module; `mlp_in` and `mlp_out` from a layer
+    `layers` and `attention` lead from the causal model to one layer's attention module, `rotary` to the module that makes cos
+    and sin; `mlp_in` and `mlp_out` from a layer
     to the projections whose rows and whose columns are the MLP's neurons.
     """
 
@@ -29,6 +30,7 @@ class Architecture(ABC):
     causal_lm: ClassVar[str]
     layers: ClassVar[str] = "model.layers"
     attention: ClassVar[str] = "self_attn"
+    rotary: ClassVar[str] = "model.rotary_emb"
     mlp_in: ClassVar[tuple[str, ...]] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_out: ClassVar[str] = "mlp.down_proj"
 

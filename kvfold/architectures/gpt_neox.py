@@ -16,6 +16,7 @@ class GPTNeoX(Architecture):
     causal_lm = "GPTNeoXForCausalLM"
     layers = "gpt_neox.layers"
     attention = "attention"
+    rotary = "gpt_neox.rotary_emb"
     mlp_in = ("mlp.dense_h_to_4h",)
     mlp_out = "mlp.dense_4h_to_h"
 

@@ -6,9 +6,14 @@ nothing is ever expanded to N heads. Queries q [B, N, T, R] are already absorbed
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+CHUNK = 1024
+"""Tokens whose keys are rebuilt at a time."""
 
 
 def grouped_attention(
@@ -55,6 +60,43 @@ def _decode_by_mm(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor |
         for u in range(U):
             torch.mm(probs[b, u], y_BUSV[b, u], out=out[b, u])
     return out.view(B, N, 1, V).transpose(1, 2)
+
+
+def chunked_attention(
+    q_BNTH: Tensor, keys: Callable[[int, int], Tensor], y_BUSV: Tensor, mask: Tensor | None, *, scale: float
+) -> Tensor:
+    """Few query tokens over keys that are made piece by piece: keys(start, end) -> [B, K, end - start, H].
+
+    Running maximum and sum, as in flash attention: equal to `grouped_attention` over all keys at once, but for rounding.
+    """
+    B, N, T, _ = q_BNTH.shape
+    U, S, V = y_BUSV.shape[1:]
+    largest = q_BNTH.new_full((B, N, T, 1), float("-inf"), dtype=torch.float32)
+    total, out = torch.zeros_like(largest), largest.new_zeros(B, N, T, V)
+    mask = _additive(mask, T, S, q_BNTH)
+    for start in range(0, S, CHUNK):
+        end = min(start + CHUNK, S)
+        k_BKsH = keys(start, end)
+        K = k_BKsH.shape[1]
+        queries = (q_BNTH * scale).reshape(B, K, N // K * T, -1)
+        scores = (queries @ k_BKsH.transpose(2, 3)).view(B, N, T, end - start).float()
+        scores = scores if mask is None else scores + mask[..., start:end]
+        highest = torch.maximum(largest, scores.amax(-1, keepdim=True))
+        shrink, weights = (largest - highest).exp(), (scores - highest).exp()
+        part = weights.to(y_BUSV.dtype).reshape(B, U, N // U * T, -1) @ y_BUSV[:, :, start:end]
+        out = out * shrink + part.view(B, N, T, V)
+        total, largest = total * shrink + weights.sum(-1, keepdim=True), highest
+    return (out / total).to(q_BNTH.dtype).transpose(1, 2)
+
+
+def _additive(mask: Tensor | None, T: int, S: int, like: Tensor) -> Tensor | None:
+    """Any of the masks as numbers to add, finite so that a row of padding stays a number."""
+    if mask is None and T > 1:
+        mask = torch.ones(T, S, dtype=torch.bool, device=like.device).tril(S - T)
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    lowest = torch.finfo(like.dtype).min
+    return torch.zeros(mask.shape, dtype=torch.float32, device=like.device).masked_fill(~mask, lowest)
 
 
 def prefill_attention(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PretrainedConfig
 
 from kvfold.attention import AttentionLayer
 from kvfold.plan import CacheSpec
-from kvfold.runtime.attend import decode_attention, grouped_attention, prefill_attention
+from kvfold.runtime.attend import chunked_attention, decode_attention, grouped_attention, prefill_attention
 
 FEW_TOKENS = 16
 """A step of at most so many tokens (speculative decoding, short chunks) is bound by the cache's bytes, like one of one."""
@@ -49,8 +50,21 @@ class ForwardState:
     threads and two forwards before one backward each see their own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None) -> None:
         self.stored: dict[int, tuple[Tensor, Tensor]] = {}
+        self.rotary = rotary
+        self.tables: tuple[Tensor, Tensor] | None = None
+
+    def tables_of_all(self, hidden_BTD: Tensor, positions_BT: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, S, r] of every token that is or was seen, made once per forward."""
+        if self.tables is None:
+            if positions_BT is None or self.rotary is None or not hasattr(cache, "see"):
+                raise ValueError(
+                    "keys that are rotated on read need the whole ...ForCausalLM model and kvfold's own cache: leave"
+                    " past_key_values out, or pass kvfold.runtime.cache.FoldedCache(model.kv_plan)."
+                )
+            self.tables = self.rotary(hidden_BTD, cache.see(positions_BT, len(hidden_BTD)))
+        return self.tables
 
 
 class FoldedAttention(nn.Module):
@@ -107,7 +121,17 @@ class FoldedAttention(nn.Module):
         q = apply_rotary(self._heads(self.q_proj(hidden_states), self.q_norm), *position_embeddings)
         cache = layer_past if past_key_values is None else past_key_values  # gpt_neox calls it layer_past
         z, y = self._keys_values(hidden_states, position_embeddings, cache, kv_state)
-        out_BTNH, probs = self._attend(q, z, y, attention_mask)
+        if self.spec.rope == "on_read":
+            tables = None
+            if self.spec.readers_rotate or self.owner == self.layer_idx:
+                tables = position_embeddings
+                if cache is not None:
+                    tables = (kv_state or ForwardState()).tables_of_all(
+                        hidden_states, kwargs.get("position_ids"), cache
+                    )
+            out_BTNH, probs = self._attend_on_read(q, z, y, attention_mask, tables)
+        else:
+            out_BTNH, probs = self._attend(q, z, y, attention_mask)
         return self.o_proj(out_BTNH.flatten(2)), probs
 
     def _heads(self, x_BTF: Tensor, norm: nn.Module | None) -> Tensor:
@@ -135,7 +159,9 @@ class FoldedAttention(nn.Module):
 
     def _new_keys_values(self, hidden_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """What the T new tokens add to the cache: z [B, C, T, R], y [B, U, T, V]."""
-        z = apply_rotary(self._heads(self.k_proj(hidden_BTD), self.k_norm), cos, sin)
+        z = self._heads(self.k_proj(hidden_BTD), self.k_norm)
+        if self.spec.rope == "applied":
+            z = apply_rotary(z, cos, sin)
         y = self.v_proj(hidden_BTD).unflatten(-1, (-1, self.spec.v_head_dim)).transpose(1, 2)
         if self.k_a_proj is not None:
             kappa = z.unflatten(1, (self.spec.num_kv_heads, -1)).transpose(2, 3).flatten(3)
@@ -156,6 +182,28 @@ class FoldedAttention(nn.Module):
             return self._lead_values_back(out), None
         keys, values = self._rebuild(z, self.k_b_proj), self._rebuild(y, self.v_b_proj)
         return prefill_attention(q, keys, values, mask, scale=self.scaling, dropout=dropout), None
+
+    def _attend_on_read(
+        self, q: Tensor, z: Tensor, y: Tensor, mask: Tensor | None, tables: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Keys are rebuilt and rotated for this call: all at once for a prompt, piece by piece for few tokens, so that the
+        keys of a long cache never exist at once. `tables`: cos and sin of all tokens, None for keys that stay unrotated."""
+        S = z.shape[2]
+        if tables is not None:
+            tables = tables[0][:, -S:], tables[1][:, -S:]
+
+        def keys(start: int, end: int) -> Tensor:
+            part = self._rebuild(z[:, :, start:end], self.k_b_proj)
+            return part if tables is None else apply_rotary(part, *(table[:, start:end] for table in tables))
+
+        dropout = self.layer.attention_dropout if self.training else 0.0
+        if self.config._attn_implementation == "eager":
+            out, probs = grouped_attention(q, keys(0, S), y, mask, scale=self.scaling, dropout=dropout)
+            return self._lead_values_back(out), probs
+        if q.shape[2] <= FEW_TOKENS and not dropout:
+            return self._lead_values_back(chunked_attention(q, keys, y, mask, scale=self.scaling)), None
+        values = self._rebuild(y, self.v_b_proj)
+        return prefill_attention(q, keys(0, S), values, mask, scale=self.scaling, dropout=dropout), None
 
     def _absorb(self, q_BNTH: Tensor) -> Tensor:
         """Queries [B, N, T, H] -> [B, N, T, R], so that they meet the stored keys directly."""

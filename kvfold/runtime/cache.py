@@ -242,6 +242,39 @@ class FoldedCache(Cache):
         owned = {index: GrowingLayer(spec) for index, spec in enumerate(plan.caches) if spec is not None}
         layers = [owned.get(index) or ReaderLayer(owned[plan.owner(index)]) for index in range(plan.num_layers)]
         super().__init__(layers=layers)
+        self.positions = GrowingBuffer() if plan.position_bytes else None
+
+    def see(self, positions_BT: Tensor, rows: int) -> Tensor:
+        """Note the positions of new tokens; return those of all tokens [B, S]. Once per forward."""
+        assert self.positions is not None, "this plan does not rotate on read"
+        new = positions_BT.expand(rows, -1).to(torch.int32)[:, None, :, None]
+        self.positions.append(new, round_up(self.positions.end + new.shape[2]))
+        return self.positions.view()[:, 0, :, 0].long()
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)
+        if self.positions is not None and self.positions.data is not None:
+            self.positions.end = self.owned[0].length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.positions is not None:
+            self.positions.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.positions is not None:
+            self.positions.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.positions is not None:
+            self.positions.repeat(repeats)
+
+    def reset(self) -> None:
+        super().reset()
+        if self.positions is not None:
+            self.positions = GrowingBuffer()
 
     @property
     def owned(self) -> list[GrowingLayer]:
@@ -250,10 +283,11 @@ class FoldedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the live tokens of all layers."""
-        return sum(layer.nbytes for layer in self.owned)
+        """Bytes of the live tokens of all layers, and of their positions where those are kept."""
+        return sum(layer.nbytes for layer in self.owned) + (self.positions.nbytes if self.positions else 0)
 
     @property
     def nbytes_allocated(self) -> int:
         """Bytes of all storage, unfilled blocks included; equals `plan.kv_bytes(tokens, batch_size=B)`."""
-        return sum(layer.nbytes_allocated for layer in self.owned)
+        positions = self.positions.nbytes_allocated if self.positions else 0
+        return sum(layer.nbytes_allocated for layer in self.owned) + positions

@@ -42,6 +42,7 @@ class FoldedModel:
         if obstacle := plan.servable_by()["transformers"]:
             raise PlanError(obstacle)
         self.has_readers = any(target is not None for target in plan.kv_sharing_target_layer)
+        self.needs_state = self.has_readers or plan.position_bytes > 0
         layers = self.architecture.describe(self)  # type: ignore[arg-type]
         for facts, old in zip(layers, self.architecture.modules(self), strict=True):  # type: ignore[arg-type]
             weight = next(old.parameters())
@@ -117,8 +118,8 @@ def _folded_forward(stock_class: type[PreTrainedModel]) -> Any:
             bound["past_key_values"] = FoldedCache(self.kv_plan)
         bound.pop("self")
         extra = bound.pop("kwargs", {})
-        if self.has_readers:
-            extra["kv_state"] = ForwardState()
+        if self.needs_state:
+            extra["kv_state"] = ForwardState(self.get_submodule(self.architecture.rotary))
         return stock_class.forward(self, **bound, **extra)
 
     return forward

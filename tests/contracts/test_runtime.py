@@ -15,8 +15,8 @@ from kvfold.architectures.base import architecture, source_config
 from kvfold.attention import FoldedWeights
 from kvfold.loading import load_plan
 from kvfold.plan import CacheSpec
-from kvfold.runtime.attend import decode_attention, grouped_attention, prefill_attention
-from kvfold.runtime.attention import attention_class
+from kvfold.runtime.attend import chunked_attention, decode_attention, grouped_attention, prefill_attention
+from kvfold.runtime.attention import ForwardState, attention_class
 from kvfold.runtime.cache import FoldedCache
 from kvfold.testing import TOLERANCE, assert_close, relative_rms
 
@@ -31,10 +31,11 @@ SHAPES = [  # key heads, width, value heads, width, key projection, value projec
 ]
 
 
-def folded_layer(shape, bias, implementation="sdpa", seed=0):
+def folded_layer(shape, bias, rope="applied", implementation="sdpa", seed=0):
     """A random folded attention module of a qwen3 layer and its oracle weights in float64."""
     C, R, U, V, k_projection, v_projection = shape
     spec = CacheSpec(
+        rope=rope,
         num_kv_heads=C, head_dim=R, num_v_heads=U, v_head_dim=V,
         k_projection=k_projection, v_projection=v_projection, output_bias=bias,
     )  # fmt: skip
@@ -52,10 +53,12 @@ def folded_layer(shape, bias, implementation="sdpa", seed=0):
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("rope", ["applied", "on_read"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_module_equals_the_oracle(shape, bias, implementation):
-    module, facts, spec, weights, rotary = folded_layer(shape, bias, implementation)
+def test_module_equals_the_oracle(shape, bias, rope, implementation, monkeypatch):
+    monkeypatch.setattr("kvfold.runtime.attend.CHUNK", 8)
+    module, facts, spec, weights, rotary = folded_layer(shape, bias, rope, implementation)
     hidden = torch.randn(2, 21, facts.hidden_size)
     cos, sin = rotary(hidden, torch.arange(21)[None])
     seen = reference.causal(21)
@@ -68,8 +71,9 @@ def test_module_equals_the_oracle(shape, bias, implementation):
         assert_close(module(hidden, (cos, sin))[0], expected, name="prefill")
         cache, out = FoldedCache(_one_layer_plan(spec)), []
         for i in range(21):
-            rope = (cos[:, i : i + 1], sin[:, i : i + 1])
-            out.append(module(hidden[:, i : i + 1], rope, past_key_values=cache)[0])
+            rotation = (cos[:, i : i + 1], sin[:, i : i + 1])
+            options = {"position_ids": torch.tensor([[i]]), "kv_state": ForwardState(rotary)}
+            out.append(module(hidden[:, i : i + 1], rotation, past_key_values=cache, **options)[0])
     assert_close(torch.cat(out, 1), expected, name="decode")
 
 
@@ -104,7 +108,7 @@ def test_the_oracle_is_the_original_attention(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("heads", [(4, 16, 4, 16), (1, 40, 4, 16), (2, 24, 1, 32)], ids=str)
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-def test_fast_attention_equals_grouped_attention(dtype, heads, padded):
+def test_fast_attention_equals_grouped_attention(dtype, heads, padded, monkeypatch):
     C, R, U, V = heads
     torch.manual_seed(0)
     q, z, y = torch.randn(2, 8, 9, R), torch.randn(2, C, 9, R), torch.randn(2, U, 9, V)
@@ -119,6 +123,11 @@ def test_fast_attention_equals_grouped_attention(dtype, heads, padded):
     )
     last = decode_attention(half[0][:, :, -1:], *half[1:], mask[:, :, -1:] if padded else None, scale=0.25)
     assert_close(last, expected[:, -1:], tolerance=tolerance)
+    monkeypatch.setattr("kvfold.runtime.attend.CHUNK", 4)
+    for few in (1, 5):
+        masks = mask[:, :, -few:] if padded else None
+        out = chunked_attention(half[0][:, :, -few:], lambda a, b: half[1][:, :, a:b], half[2], masks, scale=0.25)
+        assert_close(out, expected[:, -few:], tolerance=tolerance)
 
 
 @pytest.mark.parametrize("model", MODELS)
