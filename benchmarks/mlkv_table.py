@@ -40,8 +40,8 @@ PYTHIA_160M = {
 }
 ORIGINAL = "original, DynamicCache"
 COLUMNS = (
-    "configuration", "caches x heads", "parameters (M)", "KiB per token", "MiB per sequence", "less than MHA", "largest batch",
-    "ms per step", "tokens/s", "ratio",
+    "configuration", "caches x heads", "parameters (M)", "KiB per token", "MiB per sequence", "less than MHA",
+    "largest batch", "ms per step", "tokens/s", "ratio",
 )  # fmt: skip
 
 

@@ -46,7 +46,8 @@ def choose_layout(
         return layouts[0]
     numbers = kv_budget * _source_numbers(layers)
     reached = [
-        _numbers(_uniform(_all_shapes(axes, layers, targets), layers, targets, kv_budget)) for targets in layouts
+        _numbers(_uniform(_all_shapes(axes, layers, targets), layers, targets, kv_budget, axes.width.joint))
+        for targets in layouts
     ]
     fitting = [number if number <= numbers * (1 + 1e-9) else -number for number in reached]
     return layouts[fitting.index(max(fitting))]
@@ -69,7 +70,7 @@ def allocate(
     if numbers is None or kv_budget is None:
         chosen = _largest(shapes) if any(target is not None for target in targets) else _only_choice(shapes)
     elif strategy == "uniform":
-        chosen = _uniform(shapes, layers, targets, kv_budget)
+        chosen = _uniform(shapes, layers, targets, kv_budget, axes.width.joint)
     else:
         chosen = _greedy(shapes, numbers, axes.width, groups)
     _check_budget(shapes, chosen, numbers, total)
@@ -113,11 +114,15 @@ def _numbers(chosen: Choice) -> int:
 
 def _all_shapes(axes: Axes, layers: Sequence[AttentionLayer], targets: Targets) -> Shapes:
     owners = _owners(layers, targets)
-    return {(layer.index, side): _shapes(axes.width, layer, side) for layer in owners for side in SIDES}
+    return {
+        (layer.index, side): _shapes(axes.width, layer, 1 + targets.count(layer.index), side)
+        for layer in owners
+        for side in SIDES
+    }
 
 
-def _shapes(width: WidthMethod, layer: AttentionLayer, side: str) -> list[StoredShape]:
-    found = width.key_shapes(layer) if side == "keys" else width.value_shapes(layer)
+def _shapes(width: WidthMethod, layer: AttentionLayer, layers: int, side: str) -> list[StoredShape]:
+    found = (width.key_shapes if side == "keys" else width.value_shapes)(layer, layers)
     return sorted(found, key=lambda shape: shape.numbers)
 
 
@@ -132,19 +137,19 @@ def _only_choice(shapes: Shapes) -> Choice:
     return {key: options[0] for key, options in shapes.items()}
 
 
-def _uniform(shapes: Shapes, layers: Sequence[AttentionLayer], targets: Targets, kv_budget: float) -> Choice:
-    """Every cache and side gets the same share of its largest shape, which is its original size."""
-    owned = sum(source_layer(layer).numbers_per_token for layer in _owners(layers, targets))
+def _uniform(
+    shapes: Shapes, layers: Sequence[AttentionLayer], targets: Targets, kv_budget: float, joint: bool
+) -> Choice:
+    """Every cache and side gets the same share of its owner's original size, or (joint) of that of all layers that fill it."""
+    filled = {layer.index: 1 + joint * targets.count(layer.index) for layer in _owners(layers, targets)}
+    owned = sum(filled[i] * source_layer(layers[i]).numbers_per_token for i in filled)
     share = kv_budget * _source_numbers(layers) / owned
     chosen = {}
     for key, options in shapes.items():
-        limit = share * _full(options) * (1 + 1e-9)
+        owner = layers[key[0]]
+        limit = share * filled[owner.index] * owner.num_kv_heads * owner.head_dim * (1 + 1e-9)
         chosen[key] = max((s for s in options if s.numbers <= limit), key=lambda s: s.numbers, default=options[0])
     return chosen
-
-
-def _full(options: Sequence[StoredShape]) -> int:
-    return options[-1].numbers
 
 
 def _greedy(shapes: Shapes, numbers: float, width: WidthMethod, groups: Groups) -> Choice:

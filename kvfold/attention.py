@@ -61,7 +61,8 @@ class FoldedWeights:
     k_proj gives the source's K heads where the plan has `k_projection`, else the C stored ones. k_a_proj [C, R, t*H] takes
     the rotated keys of a group to what is stored; k_b_proj [C, t*H, R] leads back. v_proj [U*V, D];
     v_b_proj [U, t*H, V] leads back to the source's value heads, or is None where that is fused into o_proj.
-    o_proj [D, N*V], or [D, N*H] beside a v_b_proj.
+    o_proj [D, N*V], or [D, N*H] beside a v_b_proj. v_a_proj [U, V, t*H] is only there in joint caches, where every layer of
+    the group has all of these.
     """
 
     q_proj: Tensor
@@ -77,6 +78,7 @@ class FoldedWeights:
     k_a_proj: Tensor | None = None
     k_b_proj: Tensor | None = None
     v_b_proj: Tensor | None = None
+    v_a_proj: Tensor | None = None
 
     def state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors under the parameter names of the runtime's module, in the checkpoint's dtype."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kvfold.architectures.base import Architecture
 from kvfold.checkpoint import Checkpoint, read_json
-from kvfold.linalg import Moment, outer_sum
+from kvfold.cross_moments import CrossMoments
+from kvfold.linalg import Moment
 from kvfold.progress import track
 from kvfold.runtime.attention import apply_rotary
 from kvfold.storage import make_folder, require_space, write_tensors, write_text
@@ -72,10 +73,10 @@ class Statistics:
                 moments[name] = Moment(mean.clone(), second.clone(), self.tokens)
         return moments
 
-    def cross(self, reader: int, owner: int, needs: Iterable[str]) -> dict[str, Tensor]:
-        """E[x_reader x_owner^T] of each statistic."""
-        with safe_open(_layer_file(self.folder, reader), framework="pt") as file:
-            return {name: file.get_tensor(f"{name}.cross.{owner}").clone() for name in sorted(needs)}
+    def cross(self, layer: int, earlier: int, needs: Iterable[str]) -> dict[str, Tensor]:
+        """E[x_layer x_earlier^T] of each statistic."""
+        with safe_open(_layer_file(self.folder, layer), framework="pt") as file:
+            return {name: file.get_tensor(f"{name}.cross.{earlier}").clone() for name in sorted(needs)}
 
 
 def calibrate(
@@ -85,40 +86,40 @@ def calibrate(
     *,
     needs: frozenset[str],
     run_dir: Path,
-    readers: Mapping[int, int] | None = None,
+    pairs: Iterable[tuple[int, int]] = (),
     needs_cross: frozenset[str] = frozenset(),
     device: str = "cpu",
 ) -> Statistics:
     """Moments of all layers over the given sequences, in float64.
 
-    `readers`: layer -> the earlier layer whose cache it is to read; the moments of `needs_cross` between the two are gathered
-    as well. All are kept in `run_dir` and reused whenever model and tokens are the same; an interrupted run continues where
-    it last wrote its hidden states. Peak memory: the hidden states, one layer in float32 and its moments, and what
-    readers still have to see of their owners.
+    `pairs`: (layer, earlier layer) between which the moments of `needs_cross` are gathered as well. All are kept in
+    `run_dir` and reused whenever model and tokens are the same; an interrupted run continues where
+    it last wrote its hidden states. Peak memory: the hidden states, one layer in float32 and its moments, and the vectors
+    of layers that a later one is paired with.
     """
-    shared = _Shared(readers if readers and needs_cross else {}, needs_cross)
-    key, wanted = _key(checkpoint, tokens_BT), needs | shared.labels
+    cross = CrossMoments(frozenset(pairs), needs_cross)
+    key, wanted = _key(checkpoint, tokens_BT), needs | cross.labels
     if (finished := _finished(run_dir, key, wanted)) is not None:
         return Statistics(finished, tokens_BT.numel())
     folder = run_dir / f"statistics-{key}-{_short('+'.join(sorted(wanted)))}"
     make_folder(folder)
     model = StreamedModel(checkpoint, arch, device)
-    moment_bytes = 8 * (len(needs) + bool(shared.needs)) * sum((x.num_kv_heads * x.head_dim) ** 2 for x in model.layers)
+    moment_bytes = 8 * (len(needs) + bool(cross.needs)) * sum((x.num_kv_heads * x.head_dim) ** 2 for x in model.layers)
     require_space(folder, moment_bytes + 4 * tokens_BT.numel() * model.layers[0].hidden_size)
     with torch.no_grad():
-        resumed = _resume(folder, shared)
+        resumed = _resume(folder, cross)
         # masks and rotary tables are the same for every sequence: a resumed run needs one to make them again
         hidden_BTD = model.embed(tokens_BT if resumed is None else tokens_BT[:1])
         first, hidden_BTD = resumed or (0, hidden_BTD)
         saved = time.monotonic()
         for layer in track(model.layers[first:], "calibrating layers", len(model.layers) - first):
-            observer = _Observer(needs, shared, device)
-            shared.start(layer.index)
+            observer = _Observer(needs, cross, device)
+            cross.start(layer.index)
             model.advance(layer, hidden_BTD, observer)
             write_tensors(_layer_file(folder, layer.index), observer.moments(tokens_BT.numel()), {})
-            shared.forget_after(layer.index)
+            cross.forget_after(layer.index)
             if time.monotonic() - saved >= SECONDS_BETWEEN_SAVES:
-                _save_hidden(folder, layer.index + 1, hidden_BTD, shared)
+                _save_hidden(folder, layer.index + 1, hidden_BTD, cross)
                 saved = time.monotonic()
     write_text(folder / FINISHED, json.dumps({"needs": sorted(wanted), "tokens": tokens_BT.numel()}))
     (folder / HIDDEN).unlink(missing_ok=True)
@@ -128,64 +129,23 @@ def calibrate(
 class _Observer:
     """Gathers the moments of one layer, batch by batch."""
 
-    def __init__(self, needs: frozenset[str], shared: _Shared, device: str) -> None:
-        self.needs, self.shared, self.device = needs, shared, device
+    def __init__(self, needs: frozenset[str], cross: CrossMoments, device: str) -> None:
+        self.needs, self.cross, self.device = needs, cross, device
         self.own: dict[str, Moment] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> None:
-        for name in sorted(self.needs | self.shared.needs):
+        for name in sorted(self.needs | self.cross.needs):
             vectors = STATISTICS[name](q, k, v, cos, sin)
             if name in self.needs:
                 self.own.setdefault(name, Moment.zeros(*vectors.shape[1:], device=self.device)).update(vectors)
-            if name in self.shared.needs:
-                self.shared.observe(name, vectors)
+            if name in self.cross.needs:
+                self.cross.observe(name, vectors)
 
     def moments(self, tokens: int) -> dict[str, Tensor]:
         """The tensors of the layer's file."""
         tensors = {f"{name}.mean": moment.mean_F.cpu() for name, moment in self.own.items()}
         tensors |= {f"{name}.second": moment.second_FF.cpu() for name, moment in self.own.items()}
-        return tensors | self.shared.moments(tokens)
-
-
-@dataclass
-class _Shared:
-    """What readers have to see of their owners: the owners' vectors, from the owner's turn to its last reader's."""
-
-    readers: Mapping[int, int]
-    needs: frozenset[str]
-    kept: dict[str, list[Tensor]] = field(default_factory=dict)
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    seen: dict[str, int] = field(default_factory=dict)
-    layer: int = -1
-
-    def __post_init__(self) -> None:
-        self.needs = self.needs if self.readers else frozenset()
-
-    @property
-    def labels(self) -> frozenset[str]:
-        return frozenset(f"{name}.cross.{r}-{o}" for name in self.needs for r, o in self.readers.items())
-
-    def start(self, layer: int) -> None:
-        self.layer, self.sums, self.seen = layer, {}, {}
-
-    def observe(self, name: str, vectors_TF: Tensor) -> None:
-        """Keep the vectors of an owner; multiply those of a reader with the same tokens' of its owner."""
-        if self.layer in self.readers.values():
-            self.kept.setdefault(f"{name}.{self.layer}", []).append(vectors_TF.float().cpu())
-        if (owner := self.readers.get(self.layer)) is not None:
-            part = self.kept[f"{name}.{owner}"][self.seen.setdefault(name, 0)]
-            self.seen[name] += 1
-            product = outer_sum(vectors_TF.double(), part.to(vectors_TF.device, torch.float64))
-            self.sums[name] = self.sums.get(name, 0) + product
-
-    def moments(self, tokens: int) -> dict[str, Tensor]:
-        owner = self.readers.get(self.layer)
-        return {f"{name}.cross.{owner}": (total / tokens).cpu() for name, total in self.sums.items()}
-
-    def forget_after(self, layer: int) -> None:
-        """Let go of owners that no later layer reads."""
-        later = {owner for reader, owner in self.readers.items() if reader > layer}
-        self.kept = {label: parts for label, parts in self.kept.items() if int(label.rpartition(".")[2]) in later}
+        return tensors | self.cross.moments(tokens)
 
 
 def _key(checkpoint: Checkpoint, tokens_BT: Tensor) -> str:
@@ -211,17 +171,17 @@ def _layer_file(folder: Path, index: int) -> Path:
     return folder / f"layer-{index:05d}.safetensors"
 
 
-def _save_hidden(folder: Path, next_layer: int, hidden_BTD: Tensor, shared: _Shared) -> None:
+def _save_hidden(folder: Path, next_layer: int, hidden_BTD: Tensor, cross: CrossMoments) -> None:
     tensors = {"hidden": hidden_BTD}
-    tensors |= {f"{label}/{i:06d}": part for label, parts in shared.kept.items() for i, part in enumerate(parts)}
+    tensors |= {f"{label}/{i:06d}": part for label, parts in cross.kept.items() for i, part in enumerate(parts)}
     write_tensors(folder / HIDDEN, tensors, {"next_layer": str(next_layer)})
 
 
-def _resume(folder: Path, shared: _Shared) -> tuple[int, Tensor] | None:
+def _resume(folder: Path, cross: CrossMoments) -> tuple[int, Tensor] | None:
     """The layer at which an interrupted run goes on, and the hidden states that enter it."""
     if not (folder / HIDDEN).exists():
         return None
     with safe_open(folder / HIDDEN, framework="pt") as file:
         for name in sorted(set(file.keys()) - {"hidden"}):
-            shared.kept.setdefault(name.partition("/")[0], []).append(file.get_tensor(name).clone())
+            cross.kept.setdefault(name.partition("/")[0], []).append(file.get_tensor(name).clone())
         return int(file.metadata()["next_layer"]), file.get_tensor("hidden").clone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from kvfold.errors import RecipeError
 from kvfold.loading import default_seq_len, load, warn_if_too_long
 from kvfold.plan import CachePlan
 from kvfold.progress import track
+from kvfold.runtime.cache import FoldedCache
 
 NUMBERS_AT_ONCE = 2**24
 """Float64 log-probabilities (positions x vocabulary) that are in memory at once."""
@@ -88,8 +90,8 @@ def evaluate_models(model: Any, base: Any, windows_WT: Tensor, plan: CachePlan) 
         )
     per_window = torch.stack(
         [
-            _measure(_logits(model, window), _logits(base, window), window.to(base.device))
-            for window in track(windows_WT, "evaluating", len(windows_WT))
+            _measure(logits[:-1], _logits(base, window), window.to(base.device))
+            for window, logits in _folded_logits(model, windows_WT, plan)
         ]
     )
     loss, base_loss, kl, agreement = per_window.mean(0).tolist()
@@ -108,6 +110,23 @@ def evaluate_models(model: Any, base: Any, windows_WT: Tensor, plan: CachePlan) 
         tokens=windows_WT.shape[0] * (windows_WT.shape[1] - 1),
         loss_change_stderr=stderr,
     )
+
+
+def _folded_logits(model: Any, windows_WT: Tensor, plan: CachePlan) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every window with its logits [T, vocabulary].
+
+    Where the tokens of one step are seen exactly and only past ones through the cache, a window in one step would show
+    nothing of what decoding loses: then its tokens come one by one, many windows at once.
+    """
+    if not plan.joint:
+        for window in track(windows_WT, "evaluating", len(windows_WT)):
+            yield window, model(window[None].to(model.device), use_cache=False).logits[0]
+        return
+    rows = max(NUMBERS_AT_ONCE // (windows_WT.shape[1] * model.config.vocab_size), 1)
+    for part in track(windows_WT.split(rows), "evaluating token by token", -(-len(windows_WT) // rows)):
+        cache, steps = FoldedCache(plan), part.to(model.device).split(1, dim=1)
+        logits = torch.cat([model(step, past_key_values=cache, use_cache=True).logits for step in steps], dim=1)
+        yield from zip(part, logits, strict=True)
 
 
 def _logits(model: Any, window_T: Tensor) -> Tensor:

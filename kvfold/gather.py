@@ -40,7 +40,11 @@ class Material:
     device: str = "cpu"
 
     def statistics(
-        self, needs: frozenset[str], needs_cross: frozenset[str] = frozenset(), targets: Targets = ()
+        self,
+        needs: frozenset[str],
+        needs_cross: frozenset[str] = frozenset(),
+        targets: Targets = (),
+        joint: bool = False,
     ) -> Statistics | None:
         """Moments of all layers, calibrated now or reused; None if none are needed."""
         if not needs:
@@ -51,7 +55,7 @@ class Material:
             self.tokens(),
             needs=needs,
             run_dir=self.run_dir,
-            readers={reader: owner for reader, owner in enumerate(targets) if owner is not None},
+            pairs=_pairs(targets, joint),
             needs_cross=needs_cross,
             device=self.device,
         )
@@ -102,6 +106,17 @@ class Material:
         )
 
 
+def _pairs(targets: Targets, joint: bool) -> set[tuple[int, int]]:
+    """(reader, owner), or any two layers of a group."""
+    owners = [layer if target is None else target for layer, target in enumerate(targets)]
+    return {
+        (later, earlier)
+        for later, owner in enumerate(owners)
+        for earlier in range(later)
+        if (owners[earlier] == owner if joint else earlier == owner)
+    }
+
+
 def self_sampled(source: Source, run_dir: Path, *, num_samples: int, seq_len: int, seed: int, device: str) -> Tensor:
     """[num_samples, seq_len] tokens that the original model draws; kept in `run_dir`, since drawing them takes long."""
     file = run_dir / f"samples-{source.checkpoint.fingerprint()}-{num_samples}x{seq_len}-{seed}.safetensors"
@@ -128,10 +143,10 @@ def layer_group(
         return statistics.layer(layers[position].index, method.needs) if statistics else {}
 
     @functools.lru_cache(maxsize=1)
-    def cross(position: int) -> Mapping[str, Tensor]:
-        if not position:
-            return {name: moments(0)[name].second_FF for name in method.needs_cross}
+    def cross(position: int, other: int = 0) -> Mapping[str, Tensor]:
+        if position == other:
+            return {name: moments(position)[name].second_FF for name in method.needs_cross}
         assert statistics is not None, "moments between layers come from calibration"
-        return statistics.cross(layers[position].index, owner, method.needs_cross)
+        return statistics.cross(layers[position].index, layers[other].index, method.needs_cross)
 
     return LayerGroup(layers=tuple(layers), weights=weights, moments=moments, cross=cross)

@@ -59,10 +59,10 @@ class LowRankWidth(WidthMethod):
     def value_term(self, group: LayerGroup, position: int) -> Term:
         """The same for values."""
 
-    def key_shapes(self, layer: AttentionLayer) -> list[StoredShape]:
+    def key_shapes(self, layer: AttentionLayer, layers: int = 1) -> list[StoredShape]:
         return self._shapes_of(layer, self.latent)
 
-    def value_shapes(self, layer: AttentionLayer) -> list[StoredShape]:
+    def value_shapes(self, layer: AttentionLayer, layers: int = 1) -> list[StoredShape]:
         return self._shapes_of(layer, self.v_latent)
 
     def _shapes_of(self, layer: AttentionLayer, latent: str) -> list[StoredShape]:

@@ -62,7 +62,7 @@ def compress(
     targets = choose_layout(
         source.layers, axes, kv_budget=recipe.kv_budget, sample=material.sample() if axes.depth.needs_sample else None
     )
-    statistics = material.statistics(axes.width.needs, axes.width.needs_cross, targets)
+    statistics = material.statistics(axes.width.needs, axes.width.needs_cross, targets, axes.width.joint)
     clock.lap("calibrate")
 
     def groups(owner: int) -> LayerGroup:

@@ -52,6 +52,8 @@ class CacheSpec:
     `rope`: `applied` stores keys as they are after rotation; `on_read` before it, and every step rotates what it reads.
     `readers_rotate`: whether the layers that read this cache see rotated keys, as its owner does (only published MLKV weights
     do not; such a cache stores its keys before rotation).
+    `joint`: what is stored is made of the keys and values of ALL layers that use this cache, after they have run; so tokens
+    of the running step are seen exactly, and only past tokens through the latents.
     `k_projection`: keys go through `k_a_proj` before they are stored, `k_b_proj` leads back to the source's heads.
     `v_projection`: the way back to the source's value heads is kept apart (`v_b_proj`) instead of being fused into `o_proj`.
     `output_bias`: the fold added a bias to `o_proj` that the source does not have.
@@ -63,6 +65,7 @@ class CacheSpec:
     v_head_dim: int
     rope: str = "applied"
     readers_rotate: bool = True
+    joint: bool = False
     k_projection: bool = False
     v_projection: bool = False
     output_bias: bool = False
@@ -152,6 +155,12 @@ class CachePlan:
         """Bytes that the original model's DynamicCache holds after `context_len` tokens."""
         numbers = sum(layer.numbers_per_token * layer.tokens_stored(context_len) for layer in self.source)
         return batch_size * self.itemsize(dtype) * numbers
+
+    @property
+    def joint(self) -> bool:
+        """Whether some cache shows past tokens through latents and those of the running step exactly, so that the result
+        depends on the steps in which tokens came."""
+        return any(spec.joint for spec in self.owned)
 
     def kv_read_bytes(self, context_len: int, *, dtype: str | None = None) -> int:
         """Bytes of cache read by one decode step of one sequence; a shared cache is read by each of its readers."""
@@ -272,6 +281,8 @@ def _validate_cache(index: int, source: SourceLayer, spec: CacheSpec) -> None:
         raise PlanError(
             f"layer {index}: readers can only see keys without rotation if they are stored so (rope: on_read)."
         )
+    if spec.joint and not (spec.rope == "applied" and spec.k_projection and spec.v_projection):
+        raise PlanError(f"layer {index}: a joint cache keeps k_projection and v_projection, and keys after rotation.")
     reserved = {"k_bits": None, "v_bits": None, "sinks": 0}
     for name, only in reserved.items():
         if getattr(spec, name) != only:

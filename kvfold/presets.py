@@ -51,4 +51,8 @@ PRESETS = {
         "layers that predict each other well share a cache, by regression on its owner",
         {"depth": {"method": "measured"}, "width": {"method": "logit", "v_latent": "layer"}},
     ),
+    "xkv": Preset(
+        "four layers fill one latent together (after arXiv 2503.18893)",
+        {"depth": {"method": "cla", "factor": 4}, "width": {"method": "joint"}},
+    ),
 } | MLKV_PAPER

@@ -107,6 +107,37 @@ def folded_attention(
     return _linear(torch.cat(heads, dim=1), weights.o_proj, weights.o_bias)
 
 
+def joint_attention(
+    layer: AttentionLayer,
+    weights: FoldedWeights,
+    hidden_TD: Tensor,
+    cos_Tr: Tensor,
+    sin_Tr: Tensor,
+    past: tuple[Tensor, Tensor],
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """A joint layer's output [T, D] for T new tokens after the latents `past` ([S, R], [S, V]), and its share of theirs."""
+    H, K, N = layer.head_dim, layer.num_kv_heads, layer.num_attention_heads
+    assert weights.k_a_proj is not None and weights.k_b_proj is not None, (
+        "joint layers have a way to the latents and back"
+    )
+    assert weights.v_a_proj is not None and weights.v_b_proj is not None, "the same for values"
+    keys = _linear(hidden_TD, weights.k_proj, weights.k_bias).split(H, dim=1)
+    keys = [rotate(normalise(k, weights.k_norm), cos_Tr, sin_Tr) for k in keys]
+    values = _linear(hidden_TD, weights.v_proj, weights.v_bias).split(H, dim=1)
+    past_keys = (past[0] @ weights.k_b_proj[0].T).split(H, dim=1)
+    past_values = (past[1] @ weights.v_b_proj[0].T).split(H, dim=1)
+    S, T = len(past[0]), len(hidden_TD)
+    seen_TS = torch.cat([torch.ones(T, S, dtype=torch.bool), causal(T)], dim=1)
+    heads = []
+    for n, q_TH in enumerate(_linear(hidden_TD, weights.q_proj, weights.q_bias).split(H, dim=1)):
+        kv = n * K // N
+        q_TH = rotate(normalise(q_TH, weights.q_norm), cos_Tr, sin_Tr)
+        k_SH, v_SH = torch.cat([past_keys[kv], keys[kv]]), torch.cat([past_values[kv], values[kv]])
+        heads.append(_attend(q_TH, k_SH, v_SH, seen_TS, layer.scaling))
+    share = torch.cat(keys, dim=1) @ weights.k_a_proj[0].T, torch.cat(list(values), dim=1) @ weights.v_a_proj[0].T
+    return _linear(torch.cat(heads, dim=1), weights.o_proj, weights.o_bias), share
+
+
 def _stored_keys(spec: CacheSpec, weights: FoldedWeights, keys: list[Tensor]) -> list[Tensor]:
     if weights.k_a_proj is None:
         return keys
@@ -120,6 +151,7 @@ def _attend(q_TR: Tensor, z_SR: Tensor, y_SV: Tensor, seen_TS: Tensor, scaling: 
     return scores.softmax(-1) @ y_SV
 
 
-def _linear(x_TD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(x_TD: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    assert weight is not None, "this layer has no such projection"
     out = x_TD @ weight.T
     return out if bias is None else out + bias

@@ -27,8 +27,8 @@ class Cla(DepthMethod):
                 f"depth.factor = {self.factor}, depth.owners = {self.owners}, depth.offset = {self.offset} do not fit the"
                 f" model's {L} layers."
             )
-        factors = [self.factor] if self.factor else list(range(2, L + 1))
-        found = dict.fromkeys(self._layout(layers, factor) for factor in ([1, *factors] if self.owners else factors))
+        factors = range(1, L + 1) if self.owners else [self.factor] if self.factor else range(2, L + 1)
+        found = dict.fromkeys(self._layout(layers, factor) for factor in factors)
         fitting = [targets for targets in found if targets.count(None) == self.owners] if self.owners else list(found)
         if not fitting:
             counts = sorted({targets.count(None) for targets in found})

@@ -25,7 +25,7 @@ def grouped_attention(
     U, V = y_BUSV.shape[1], y_BUSV.shape[3]
     queries = (q_BNTR * scale).reshape(B, C, N // C * T, R)
     scores_BNTS = (queries @ z_BCSR.transpose(2, 3)).view(B, N, T, S)
-    probs_BNTS = _softmax(scores_BNTS, mask)
+    probs_BNTS = softmax(scores_BNTS, mask)
     used = F.dropout(probs_BNTS, dropout) if dropout else probs_BNTS
     out_BNTV = (used.reshape(B, U, N // U * T, S) @ y_BUSV).view(B, N, T, V)
     return out_BNTV.transpose(1, 2), probs_BNTS
@@ -55,7 +55,7 @@ def _decode_by_mm(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor |
     for b in range(B):
         for c in range(C):
             torch.mm(queries[b, c], z_BCSR[b, c].T, out=scores[b, c])
-    probs = _softmax(scores.view(B, N, 1, S), mask).view(B, U, N // U, S)
+    probs = softmax(scores.view(B, N, 1, S), mask).view(B, U, N // U, S)
     for b in range(B):
         for u in range(U):
             torch.mm(probs[b, u], y_BUSV[b, u], out=out[b, u])
@@ -123,7 +123,7 @@ def _repeat_heads(x_BCSR: Tensor, heads: int) -> Tensor:
     return x_BCSR if repeats == 1 else x_BCSR.repeat_interleave(repeats, dim=1)
 
 
-def _softmax(scores_BNTS: Tensor, mask: Tensor | None) -> Tensor:
+def softmax(scores_BNTS: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax in float32 under a mask: None (causal), bool (True = seen) or additive."""
     T, S = scores_BNTS.shape[2:]
     if mask is None and T > 1:

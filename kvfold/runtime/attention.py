@@ -53,6 +53,7 @@ class ForwardState:
     def __init__(self, rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None) -> None:
         self.stored: dict[int, tuple[Tensor, Tensor]] = {}
         self.rotary = rotary
+        self.past: dict[int, tuple[Tensor, Tensor] | None] = {}
         self.tables: tuple[Tensor, Tensor] | None = None
 
     def tables_of_all(self, hidden_BTD: Tensor, positions_BT: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
@@ -239,9 +240,11 @@ def apply_rotary(x_BNTH: Tensor, cos_BTr: Tensor, sin_BTr: Tensor) -> Tensor:
 
 
 @functools.cache
-def attention_class(family_attention: type[nn.Module]) -> type[FoldedAttention]:
-    """FoldedAttention that is also an instance of the family's class, by which transformers records attentions."""
-    name = "Folded" + family_attention.__name__
-    cls = type(name, (FoldedAttention, family_attention), {"__module__": __name__})
+def attention_class(
+    family_attention: type[nn.Module], base: type[FoldedAttention] = FoldedAttention
+) -> type[FoldedAttention]:
+    """`base` that is also an instance of the family's class, by which transformers records attentions."""
+    name = base.__name__.removesuffix("Attention") + family_attention.__name__
+    cls = type(name, (base, family_attention), {"__module__": __name__})
     globals()[name] = cls  # pickle and copy look a class up by its module and name
     return cls

@@ -113,6 +113,10 @@ class GrowingLayer(CacheLayerMixin):
         visible = self.spec.window - 1 + key_states.shape[2]
         return self.k.view()[:, :, -visible:], self.v.view()[:, :, -visible:]
 
+    def live(self) -> tuple[Tensor, Tensor] | None:
+        """What is stored now, z [B, C, S, R] and y [B, U, S, V]; None if nothing is."""
+        return (self.k.view(), self.v.view()) if self.length else None
+
     def _update_window(self, key_states: Tensor, value_states: Tensor, window: int) -> tuple[Tensor, Tensor]:
         """Beyond the window only its last tokens are kept; a long prompt passes through without ever being stored whole."""
         full = []

@@ -16,6 +16,7 @@ from kvfold.errors import CheckpointError, PlanError
 from kvfold.plan import CONFIG_KEY, CachePlan
 from kvfold.runtime.attention import FoldedAttention, ForwardState, GroupedLinear, attention_class
 from kvfold.runtime.cache import FoldedCache
+from kvfold.runtime.joint import JointAttention
 
 MODEL_TYPE_PREFIX = "kvfold_"
 
@@ -42,18 +43,15 @@ class FoldedModel:
         if obstacle := plan.servable_by()["transformers"]:
             raise PlanError(obstacle)
         self.has_readers = any(target is not None for target in plan.kv_sharing_target_layer)
-        self.needs_state = self.has_readers or plan.position_bytes > 0
+        self.needs_state = self.has_readers or plan.position_bytes > 0 or plan.joint
         layers = self.architecture.describe(self)  # type: ignore[arg-type]
         for facts, old in zip(layers, self.architecture.modules(self), strict=True):  # type: ignore[arg-type]
             weight = next(old.parameters())
-            new = attention_class(type(old))(  # type: ignore[arg-type]
-                self.config,
-                facts,
-                plan.cache_of(facts.index),
-                self.architecture.norms(old),
-                plan.owner(facts.index),
-                device=weight.device,
-                dtype=weight.dtype,
+            spec, norms, owner = plan.cache_of(facts.index), self.architecture.norms(old), plan.owner(facts.index)
+            users: Any = tuple(plan.readers(owner)) if spec.joint else owner
+            base = JointAttention if spec.joint else FoldedAttention
+            new = attention_class(type(old), base)(  # type: ignore[arg-type]
+                self.config, facts, spec, norms, users, device=weight.device, dtype=weight.dtype
             )
             parent = self.get_submodule(self.architecture.prefix(facts.index).rstrip("."))  # type: ignore[attr-defined]
             setattr(parent, self.architecture.attention, new)

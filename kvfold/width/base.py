@@ -31,13 +31,13 @@ class LayerGroup:
     """The layers that use one cache: its owner first, then its readers. Most groups are one layer.
 
     Everything large is read when it is asked for, by position in the group. weights(i): float64. moments(i): statistic ->
-    moment of layer i. cross(i): statistic -> E[x_i x_owner^T] [F, F]; for the owner that is its second moment.
+    moment of layer i. cross(i, j=0): statistic -> E[x_i x_j^T] [F, F] for j <= i, of which j = 0 is the owner.
     """
 
     layers: tuple[AttentionLayer, ...]
     weights: Callable[[int], AttentionWeights]
     moments: Callable[[int], Mapping[str, Moment]]
-    cross: Callable[[int], Mapping[str, Tensor]]
+    cross: Callable[..., Mapping[str, Tensor]]
 
     @property
     def owner(self) -> AttentionLayer:
@@ -52,18 +52,20 @@ class WidthMethod(ABC):
     """A way to store fewer numbers per token. Its dataclass fields are its hyper-parameters, by name in recipes.
 
     `needs`: the statistics it reads, out of `calibrate.STATISTICS`; empty where weights are enough. `needs_cross`: those of
-    which it also reads the moment between a reader and the owner.
+    which it also reads the moment between a reader and the owner, or, if `joint`, between all layers of a group.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     needs_cross: ClassVar[frozenset[str]] = frozenset()
+    joint: ClassVar[bool] = False
 
     @abstractmethod
-    def key_shapes(self, layer: AttentionLayer) -> Sequence[StoredShape]:
-        """The shapes in which this method can store the layer's keys, from few to many numbers; the last loses nothing."""
+    def key_shapes(self, layer: AttentionLayer, layers: int = 1) -> Sequence[StoredShape]:
+        """The shapes in which this method can store the keys of `layer` for the `layers` layers that use its cache, from few
+        to many numbers; the last loses nothing of the owner's."""
 
     @abstractmethod
-    def value_shapes(self, layer: AttentionLayer) -> Sequence[StoredShape]:
+    def value_shapes(self, layer: AttentionLayer, layers: int = 1) -> Sequence[StoredShape]:
         """The same for values."""
 
     @abstractmethod

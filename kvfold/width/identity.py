@@ -15,7 +15,7 @@ class Identity(WidthMethod):
     """The cache as it is. Layers that share one take the owner's keys and values for their own, as in KVSharer (arXiv
     2410.18517)."""
 
-    def key_shapes(self, layer: AttentionLayer) -> list[StoredShape]:
+    def key_shapes(self, layer: AttentionLayer, layers: int = 1) -> list[StoredShape]:
         return [StoredShape(layer.num_kv_heads, layer.head_dim)]
 
     value_shapes = key_shapes

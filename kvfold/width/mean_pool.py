@@ -24,7 +24,7 @@ class MeanPool(WidthMethod):
 
     kv_heads: int = 0
 
-    def key_shapes(self, layer: AttentionLayer) -> list[StoredShape]:
+    def key_shapes(self, layer: AttentionLayer, layers: int = 1) -> list[StoredShape]:
         heads = divisors(layer.num_kv_heads)
         if self.kv_heads:
             if self.kv_heads not in heads:

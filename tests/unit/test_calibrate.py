@@ -108,7 +108,7 @@ def test_moments_between_layers_are_those_of_the_same_tokens(calibrated, tiny_di
     """Readers 1 and 2 of layer 0, in several batches, and after an interruption before the last layer."""
     ids = tokens(300, 33)
     source = open_source(tiny_dir / "llama_mha")
-    options = {"needs": frozenset({"keys", "values"}), "readers": {1: 0, 2: 0}, "needs_cross": frozenset({"keys"})}
+    options = {"needs": frozenset({"keys", "values"}), "pairs": {(1, 0), (2, 0)}, "needs_cross": frozenset({"keys"})}
     whole = calibrate(source.checkpoint, source.arch, ids, run_dir=tmp_path / "whole", **options)
     network, cache = load(tiny_dir / "llama_mha"), DynamicCache()
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_moments_between_layers_are_those_of_the_same_tokens(calibrated, tiny_di
 
 def test_an_interrupted_run_still_knows_the_owners_vectors(tiny_dir, tmp_path, monkeypatch):
     source, ids = open_source(tiny_dir / "llama_mha"), tokens(12, 16)
-    options = {"needs": frozenset({"keys"}), "readers": {1: 0, 2: 0}, "needs_cross": frozenset({"keys"})}
+    options = {"needs": frozenset({"keys"}), "pairs": {(1, 0), (2, 0)}, "needs_cross": frozenset({"keys"})}
     whole = calibrate(source.checkpoint, source.arch, ids, run_dir=tmp_path / "whole", **options)
     monkeypatch.setattr("kvfold.calibrate.SECONDS_BETWEEN_SAVES", 0)
     advance = StreamedModel.advance
