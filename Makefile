@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL := kvfold/models/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: demo test lint check results results-7b clean
+.PHONY: demo test lint check results results-depth results-mlkv results-7b clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -33,6 +33,18 @@ results: $(VENV)/installed
 	cp runs/width/table.md results/width-books-6l-$(if $(filter self,$(CALIBRATION)),self,text).md
 	for dtype in float32 bfloat16; do $(BIN)/python benchmarks/decode_step.py $(MODEL) runs/width/svd_a-0.5 \
 	  runs/width/svd_a-width.latent=group-0.5 runs/width/gqa-0.5 --dtype $$dtype --markdown results/decode-step-$$dtype.md; done
+
+# Sharing between layers, at equal bytes: make results-depth VALID=books-valid.txt [CALIBRATION=...] [MODEL=folder]; the nine
+# configurations of the MLKV paper right after conversion, for a model of 12 layers x 12 heads; and their memory and speed.
+DEPTH := --preset gqa --preset cla --preset mlkv --preset shared --preset xkv:width.metric=none --preset xkv --preset svd_a
+results-depth: $(VENV)/installed
+	$(BIN)/kvfold compare $(MODEL) $(DEPTH) --kv-budget 1/2 --kv-budget 1/3 --kv-budget 1/6 --data $(CALIBRATION) \
+	  --num-samples 128 --seq-len 256 --eval-data $(VALID) --max-tokens 32768 --out runs/depth-$(notdir $(MODEL))
+	cp runs/depth-$(notdir $(MODEL))/table.md results/depth-$(notdir $(MODEL)).md
+
+results-mlkv: $(VENV)/installed
+	$(BIN)/python benchmarks/mlkv_start.py $(MODEL) --valid $(VALID) --markdown results/mlkv-start-$(notdir $(MODEL)).md
+	$(BIN)/python benchmarks/mlkv_table.py --markdown results/mlkv-table-cpu.md
 
 # Memory and time of folding Llama-2-7B's shape, and a decode step of two of its layers: make results-7b SCRATCH=/with/30GB
 results-7b: $(VENV)/installed

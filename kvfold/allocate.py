@@ -140,7 +140,7 @@ def _only_choice(shapes: Shapes) -> Choice:
 def _uniform(
     shapes: Shapes, layers: Sequence[AttentionLayer], targets: Targets, kv_budget: float, joint: bool
 ) -> Choice:
-    """Every cache and side gets the same share of its owner's original size, or (joint) of that of all layers that fill it."""
+    """Every cache and side gets the same share of its owner's original size, or (joint) of that of all that fill it."""
     filled = {layer.index: 1 + joint * targets.count(layer.index) for layer in _owners(layers, targets)}
     owned = sum(filled[i] * source_layer(layers[i]).numbers_per_token for i in filled)
     share = kv_budget * _source_numbers(layers) / owned

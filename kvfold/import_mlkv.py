@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kvfold import registry
 from kvfold.allocate import source_layer
-from kvfold.architectures.base import architecture, empty_model, source_config
+from kvfold.architectures.base import Architecture, architecture, empty_model, source_config
 from kvfold.attention import AttentionLayer
 from kvfold.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, locate, read_json
 from kvfold.depth.contiguous import Contiguous
@@ -26,7 +27,6 @@ from kvfold.plan import CONFIG_KEY, CachePlan, CacheSpec
 from kvfold.runtime.modeling import MODEL_TYPE_PREFIX, empty_folded_model, folded_classes
 from kvfold.storage import write_tensors, write_text
 
-FAMILY = architecture("gpt_neox")
 PICKLE = "pytorch_model.bin"
 LAYERS, HEADS = "num_key_value_layers", "num_key_value_heads"
 ROLES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "d": "o_proj", "o": "o_proj"}
@@ -62,19 +62,19 @@ def import_mlkv(
     """
     path, out = locate(model), Path(os.path.abspath(out))
     refuse_out(out, overwrite, keep=(path,))
-    config = _stock_config(read_json(path / "config.json"))
-    state = _read(path, allow_pickle)
-    stock = empty_model(FAMILY, source_config(FAMILY, config))
-    layers = FAMILY.describe(stock)
     found = read_json(path / "config.json")
+    family = _family(found.get("model_type", "(none)"))
+    config = _stock_config(found, family)
+    state = _read(path, allow_pickle)
+    layers = family.describe(empty_model(family, source_config(family, config)))
     plan = _plan(layers, found, _dtype(state), as_trained)
     folded = config | {
-        "model_type": MODEL_TYPE_PREFIX + FAMILY.model_type,
-        "architectures": [folded_classes(FAMILY)[1].__name__],
+        "model_type": MODEL_TYPE_PREFIX + family.model_type,
+        "architectures": [folded_classes(family)[1].__name__],
         CONFIG_KEY: plan.to_dict(),
     }
-    tensors = _rename(state, path)
-    _check(tensors, empty_folded_model(FAMILY, folded).state_dict(), path)
+    tensors = _rename(state, family, path)
+    _check(tensors, empty_folded_model(family, folded).state_dict(), path)
     partial = partial_folder(out, f"import of {path}")
     write_tensors(partial / SINGLE, tensors, {"format": "pt"})
     write_text(partial / "config.json", json.dumps(folded, indent=2) + "\n")
@@ -87,8 +87,14 @@ def import_mlkv(
     return plan
 
 
-def _stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the GPT-NeoX model around the caches."""
+def _family(model_type: str) -> Architecture:
+    """The family whose fork the checkpoint is of, for example gpt_neox_mlkv."""
+    known = [name for name in registry.names("architectures") if model_type.startswith(name)]
+    return architecture(max(known, key=len) if known else model_type)
+
+
+def _stock_config(config: Mapping[str, Any], family: Architecture) -> dict[str, Any]:
+    """The config of the stock model around the caches."""
     if missing := [name for name in (LAYERS, HEADS) if not isinstance(config.get(name), int)]:
         raise CheckpointError(
             f"config.json lacks {missing}: this is no MLKV checkpoint. `kvfold compress` folds ordinary ones."
@@ -103,7 +109,7 @@ def _stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     dropped = (LAYERS, HEADS, "use_key_value_mlp", "kv_intermediate_size", "auto_map")
     stock = {name: value for name, value in config.items() if name not in dropped}
-    return stock | {"model_type": FAMILY.model_type, "architectures": [FAMILY.causal_lm]}
+    return stock | {"model_type": family.model_type, "architectures": [family.causal_lm]}
 
 
 def _plan(layers: list[AttentionLayer], config: Mapping[str, Any], dtype: str, as_trained: bool) -> CachePlan:
@@ -145,9 +151,9 @@ def _dtype(state: Mapping[str, Tensor]) -> str:
     return found.pop()
 
 
-def _rename(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _rename(state: Mapping[str, Tensor], family: Architecture, path: Path) -> dict[str, Tensor]:
     """Under the names of a folded model. The projections' names in the public code are known by their first letters only."""
-    prefix = re.escape(FAMILY.layers) + r"\.\d+\." + re.escape(FAMILY.attention) + r"\."
+    prefix = re.escape(family.layers) + r"\.\d+\." + re.escape(family.attention) + r"\."
     tensors = {}
     for name, tensor in state.items():
         if re.search(r"attention\.(bias|masked_bias)$|inv_freq$", name):
@@ -159,7 +165,7 @@ def _rename(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
                     f"{path}: {name} is no query, key, value or output projection of an MLKV checkpoint."
                 )
             name = f"{inside[1]}{role}.{inside[3]}"
-        name = FAMILY.current_name(name)
+        name = family.current_name(name)
         if name in tensors:
             raise CheckpointError(f"{path}: two tensors would become {name}; the layout is not that of MLKV.")
         tensors[name] = tensor.contiguous()

@@ -53,6 +53,6 @@ PRESETS = {
     ),
     "xkv": Preset(
         "four layers fill one latent together (after arXiv 2503.18893)",
-        {"depth": {"method": "cla", "factor": 4}, "width": {"method": "joint"}},
+        {"depth": {"method": "cla", "factor": 4}, "width": {"method": "cross_layer"}},
     ),
 } | MLKV_PAPER

@@ -307,9 +307,9 @@ def test_regression_finds_a_planted_linear_map():
         latents = solve(terms, 3, 1, width)
         for position, expected in enumerate(vectors):
             rebuilt = x @ latents.a_CRF[0].T @ latents.back(position)[0].T
-            assert_close(rebuilt, expected, tolerance=1e-4)
+            assert_close(rebuilt, expected, tolerance=2e-3)
     lost = damages(terms, 3, [(1, 2), (1, 4), (1, rank)])
-    assert lost[0] > lost[1] > lost[2] == pytest.approx(0, abs=1e-4)
+    assert lost[0] > lost[1] > lost[2] == pytest.approx(0, abs=1e-3)
 
 
 def test_regression_of_one_layer_is_the_solution_without_regression():
@@ -318,7 +318,7 @@ def test_regression_of_one_layer_is_the_solution_without_regression():
     second, metric = x.T @ x / 500, torch.diag(torch.rand(12, dtype=torch.float64) + 0.1)
     alone = solve(lambda i: Term(second, second, metric), 1, 1, 5)
     twice = solve(lambda i: Term(second, second, metric), 2, 1, 5)
-    assert_close(twice.back(1)[0] @ twice.a_CRF[0], alone.back(0)[0] @ alone.a_CRF[0], tolerance=1e-4)
+    assert_close(twice.back(1)[0] @ twice.a_CRF[0], alone.back(0)[0] @ alone.a_CRF[0], tolerance=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def joint(tiny_dir, tmp_path_factory):
             recipe = {"model": str(tiny_dir / model), "out": f"{root}/{len(done)}", "kv_budget": kv_budget}
             recipe |= {
                 "depth": {"method": "explicit", "uses": LAYOUT.get(model, "0,0,0")},
-                "width": {"method": "joint"} | width,
+                "width": {"method": "cross_layer"} | width,
             }
             calibration = {"data": "self", "num_samples": 16, "seq_len": 64}
             done[key] = kvfold.compress(
@@ -150,7 +150,7 @@ def test_a_planted_map_between_layers_costs_no_width(tmp_path):
 
     original = copy_heads(make_tiny("llama_mha"), [1.0, -0.5, 2.0, 0.7, 1.3, -1.1, 0.4, 0.9])
     recipe = {"model": str(save_tiny(original, tmp_path / "source")), "out": str(tmp_path / "out"), "kv_budget": 1 / 8}
-    recipe |= {"depth": {"method": "explicit", "uses": "0,0,0"}, "width": {"method": "joint"}}
+    recipe |= {"depth": {"method": "explicit", "uses": "0,0,0"}, "width": {"method": "cross_layer"}}
     folded = kvfold.compress(recipe | {"calibration": {"data": "self", "num_samples": 16, "seq_len": 64}}, device="cpu")
     found = steps(load(folded.out), tokens(1, 20), [*range(1, 21)], FoldedCache(folded.plan))
     assert_close(found, logits(original, tokens(1, 20)), tolerance=1e-4)

@@ -1,4 +1,4 @@
-"""joint: one latent for the keys, one for the values of all layers of a group (cross-layer SVD, xKV, arXiv 2503.18893)."""
+"""cross_layer: one latent for the keys and one for the values of all layers of a group (after xKV, arXiv 2503.18893)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ METRICS = ("logit", "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Joint(WidthMethod):
+class CrossLayer(WidthMethod):
     """The leading directions of the concatenated keys (after rotation) of a group's layers, and of their values.
 
     metric: `logit` weighs key errors by what they do to scores and value errors by W_O, `none` is the plain SVD of the paper
