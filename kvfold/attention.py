@@ -18,7 +18,10 @@ from torch import Tensor
 class AttentionLayer:
     """Facts of one layer of the original model.
 
-    `window`: sliding window in tokens. `qk_norm`: queries and keys are normalised per head before rotation.
+    `window`: sliding window in tokens. `qk_norm`: queries and keys are normalised before rotation, per head or (`flat_norm`)
+    all heads of a token at once; `norm_offset` is added to the norm's weight. `rotary_dim`: numbers of each head that
+    are rotated, 0 for none. `alibi`: scores get a bias by distance. `softcap`: scores are capped by tanh.
+    `output_dropout`: of the layer's output, which some families apply inside attention.
     """
 
     index: int
@@ -28,7 +31,13 @@ class AttentionLayer:
     head_dim: int
     scaling: float
     window: int | None = None
+    rotary_dim: int
     qk_norm: bool = False
+    flat_norm: bool = False
+    norm_offset: float = 0.0
+    alibi: bool = False
+    softcap: float | None = None
+    output_dropout: float = 0.0
     qkv_bias: bool = False
     o_bias: bool = False
     attention_dropout: float = 0.0
@@ -38,7 +47,8 @@ class AttentionLayer:
 class AttentionWeights:
     """Tensors of one layer of the original model, [out_features, in_features] as in nn.Linear.
 
-    q_proj [N*H, D], k_proj and v_proj [K*H, D], o_proj [D, N*H]; biases [out] or None; q_norm, k_norm [H] or None.
+    q_proj [N*H, D], k_proj and v_proj [K*H, D], o_proj [D, N*H]; biases [out] or None; q_norm, k_norm [H] (flat norms [N*H]
+    and [K*H]) or None.
     """
 
     q_proj: Tensor
@@ -59,8 +69,9 @@ class FoldedWeights:
     k_norm and k_a_proj.
 
     k_proj gives the source's K heads where the plan has `k_projection`, else the C stored ones. k_a_proj [C, R, t*H] takes
-    the rotated keys of a group to what is stored; k_b_proj [C, t*H, R] leads back. v_proj [U*V, D];
-    v_b_proj [U, t*H, V] leads back to the source's value heads, or is None where that is fused into o_proj.
+    the rotated keys of a group to what is stored; k_b_proj [C, t*H, R] leads back. Without rotation (`rope: none`) k_proj
+    [C*R, D] gives what is stored at once, and without `k_projection` q_proj [N*R, D] has absorbed the way back.
+    v_proj [U*V, D]; v_b_proj [U, t*H, V] leads back to the source's value heads, or is None where that is fused into o_proj.
     o_proj [D, N*V], or [D, N*H] beside a v_b_proj. v_a_proj [U, V, t*H] is only there in joint caches, where every layer of
     the group has all of these.
     """

@@ -41,13 +41,15 @@ def _per_kv_head(q_BNTH: Tensor, heads: int) -> Tensor:
     return q_BNTH.unflatten(1, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 2)
 
 
-def _unrotated(k_BKTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _unrotated(k_BKTH: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """Keys before rotation. Rope scaling may also stretch cos and sin; that is undone as well."""
+    if cos is None or sin is None:
+        return k_BKTH
     stretch = cos.square() + sin.square()
     return apply_rotary(k_BKTH, cos / stretch, -sin / stretch)
 
 
-STATISTICS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+STATISTICS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]] = {
     "keys": lambda q, k, v, cos, sin: _flat(k),
     "keys_before_rotation": lambda q, k, v, cos, sin: _flat(_unrotated(k, cos, sin)),
     "values": lambda q, k, v, cos, sin: _flat(v),
@@ -133,7 +135,7 @@ class _Observer:
         self.needs, self.cross, self.device = needs, cross, device
         self.own: dict[str, Moment] = {}
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> None:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
         for name in sorted(self.needs | self.cross.needs):
             vectors = STATISTICS[name](q, k, v, cos, sin)
             if name in self.needs:

@@ -109,7 +109,8 @@ def under_current_names(checkpoint: Checkpoint, arch: Architecture, model: PreTr
     of its family carry and no current model reads."""
     dead = [DEAD_BUFFER, *(model._keys_to_ignore_on_load_unexpected or [])]
     tensors = {arch.current_name(name): stored for name, stored in checkpoint.tensors.items()}
-    live = {name: t for name, t in tensors.items() if not any(re.search(pattern, name) for pattern in dead)}
+    expected = set(model.state_dict())
+    live = {n: t for n, t in tensors.items() if n in expected or not any(re.search(pattern, n) for pattern in dead)}
     return dataclasses.replace(checkpoint, tensors=live)
 
 

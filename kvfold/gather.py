@@ -71,11 +71,7 @@ class Material:
         for layer in track(model.layers, "sampling layers", len(model.layers)):
             parts: dict[str, list[Tensor]] = {"keys": [], "values": []}
 
-            def observe(*qkv: Tensor, parts: dict[str, list[Tensor]] = parts) -> None:
-                for name, kept in parts.items():
-                    kept.append(STATISTICS[name](*qkv).float().cpu())
-
-            model.advance(layer, hidden_BTD, observe)
+            model.advance(layer, hidden_BTD, functools.partial(_keep, parts))
             vectors.append({name: torch.cat(kept) for name, kept in parts.items()})
         return vectors.__getitem__
 
@@ -104,6 +100,11 @@ class Material:
             text_field=calibration.text_field,
             **size,
         )
+
+
+def _keep(parts: dict[str, list[Tensor]], *seen: Any) -> None:
+    for name, kept in parts.items():
+        kept.append(STATISTICS[name](*seen).float().cpu())
 
 
 def _pairs(targets: Targets, joint: bool) -> set[tuple[int, int]]:

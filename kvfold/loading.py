@@ -73,12 +73,21 @@ def load_weights(path: Path, dtype: str, device: str) -> PreTrainedModel:
     had_bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(device).eval()
+        return (
+            AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **_kernel(path)).to(device).eval()
+        )
     except (OSError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
     finally:
         if had_bar:
             transformers_logging.enable_progress_bar()
+
+
+def _kernel(path: Path) -> dict[str, Any]:
+    """torch's fused kernel, which some versions of transformers choose by themselves, ignores a cap on scores."""
+    config = read_json(path / "config.json")
+    capped = config.get("attn_logit_softcapping") is not None and not config.get(CONFIG_KEY)
+    return {"attn_implementation": "eager"} if capped else {}
 
 
 def load_plan(model: str | Path) -> tuple[CachePlan, bool]:
@@ -103,7 +112,12 @@ def open_source(model: str | Path) -> Source:
 
 def default_seq_len(config: dict[str, Any]) -> int:
     """Tokens per sequence where nothing else is asked for: the model's context length, at most 2,048."""
-    return min(MAX_SEQ_LEN, config.get("max_position_embeddings", MAX_SEQ_LEN))
+    return min(MAX_SEQ_LEN, context_len(config) or MAX_SEQ_LEN)
+
+
+def context_len(config: dict[str, Any]) -> int | None:
+    """Tokens that a model has positions for; None where nothing limits them."""
+    return config.get("max_position_embeddings") or config.get("n_positions")
 
 
 def default_dtype(stored: str, device: str) -> str:
@@ -113,7 +127,7 @@ def default_dtype(stored: str, device: str) -> str:
 
 def warn_if_too_long(seq_len: int, config: dict[str, Any]) -> None:
     """Warn where sequences are longer than the model's positions: it was not trained for that."""
-    context = config.get("max_position_embeddings", seq_len)
+    context = context_len(config) or seq_len
     if seq_len > context:
         warnings.warn(
             f"sequences of {seq_len} tokens exceed the model's context of {context}; it was not trained for them."

@@ -17,7 +17,7 @@ from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
 from kvfold.errors import RecipeError
 from kvfold.latents import Latents, Term, damages, solve
 from kvfold.plan import CacheSpec, divisors
-from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, as_reader
+from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, as_reader, rope_of
 
 LATENTS = ("layer", "group")
 
@@ -108,7 +108,8 @@ class LowRankWidth(WidthMethod):
             head_dim=keys.width,
             num_v_heads=values.num_heads,
             v_head_dim=values.width,
-            k_projection=True,
+            rope=rope_of(layer),
+            k_projection=layer.rotary_dim > 0 or layer.qk_norm or keys.width > layer.head_dim,
             v_projection=values.width > layer.head_dim,
             output_bias=self.centres_values,
             window=layer.window,
@@ -124,6 +125,8 @@ class LowRankWidth(WidthMethod):
             folded = FoldedWeights(**originals | {"k_a_proj": keys.a_CRF, "k_b_proj": keys.back(position)})
             if not position:
                 folded = store_values(folded, values.a_CRF)
+            if spec.rope == "none":
+                folded = fuse_keys(layer, folded, spec)
             if self.centres_values:
                 folded = self._restore_mean(group, position, folded, values, back_UFV)
             folded = lead_values_back(layer, folded, back_UFV)
@@ -139,6 +142,27 @@ class LowRankWidth(WidthMethod):
         weights = folded.o_proj.unflatten(1, (group.owner.num_kv_heads, -1, group.owner.head_dim))
         bias_D = torch.einsum("dkgh,kh->d", weights, missing_KH)
         return dataclasses.replace(folded, o_bias=bias_D if folded.o_bias is None else folded.o_bias + bias_D)
+
+
+def fuse_keys(layer: AttentionLayer, folded: FoldedWeights, spec: CacheSpec) -> FoldedWeights:
+    """Nothing rotates, so k_proj gives the latents at once, and q_proj takes the way back where that makes it no larger
+    (arXiv 2406.07056, eqs 7-14)."""
+    a_CRF, back_CFR = folded.k_a_proj, folded.k_b_proj
+    assert a_CRF is not None and back_CFR is not None, "there is a way to the latents and back"
+    C, K = len(a_CRF), layer.num_kv_heads
+    changes: dict[str, Tensor | None] = {"k_a_proj": None}
+    if folded.k_proj is not None:
+        changes["k_proj"] = torch.einsum("crf,cfd->crd", a_CRF, folded.k_proj.unflatten(0, (C, -1))).flatten(0, 1)
+    if folded.k_bias is not None:
+        changes["k_bias"] = torch.einsum("crf,cf->cr", a_CRF, folded.k_bias.unflatten(0, (C, -1))).flatten()
+    if not spec.k_projection:
+        back_KHR = back_CFR.reshape(K, layer.head_dim, -1)
+        q_KGHD = folded.q_proj.unflatten(0, (K, -1, layer.head_dim))
+        changes |= {"k_b_proj": None, "q_proj": torch.einsum("khr,kghd->kgrd", back_KHR, q_KGHD).flatten(0, 2)}
+        if folded.q_bias is not None:
+            q_KGH = folded.q_bias.unflatten(0, (K, -1, layer.head_dim))
+            changes["q_bias"] = torch.einsum("khr,kgh->kgr", back_KHR, q_KGH).flatten()
+    return dataclasses.replace(folded, **changes)  # type: ignore[arg-type]
 
 
 def store_values(folded: FoldedWeights, a_UVF: Tensor) -> FoldedWeights:

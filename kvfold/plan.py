@@ -49,7 +49,8 @@ class CacheSpec:
     """What one owning layer stores for each token.
 
     Keys are `num_kv_heads` heads of `head_dim` numbers, values `num_v_heads` heads of `v_head_dim` numbers.
-    `rope`: `applied` stores keys as they are after rotation; `on_read` before it, and every step rotates what it reads.
+    `rope`: `applied` stores keys as they are after rotation; `on_read` before it, and every step rotates what it reads;
+    `none`: the family does not rotate, so that projections of keys are part of the ordinary weights.
     `readers_rotate`: whether the layers that read this cache see rotated keys, as its owner does (only published MLKV weights
     do not; such a cache stores its keys before rotation).
     `joint`: what is stored is made of the keys and values of ALL layers that use this cache, after they have run; so tokens
@@ -270,18 +271,18 @@ def _validate_cache(index: int, source: SourceLayer, spec: CacheSpec) -> None:
                 f"layer {index}: {name} {getattr(spec, name)} does not divide the source's {source.num_kv_heads}"
                 f" key/value heads; choose one of {divisors(source.num_kv_heads)}."
             )
-    if not spec.k_projection and spec.head_dim != source.head_dim:
+    if not spec.k_projection and spec.rope != "none" and spec.head_dim != source.head_dim:
         raise PlanError(
             f"layer {index}: keys of width {spec.head_dim} need k_projection, since rotation works on the source's"
             f" {source.head_dim}-wide heads."
         )
-    if spec.rope not in ("applied", "on_read"):
-        raise PlanError(f"layer {index}: rope = {spec.rope!r}; it is 'applied' or 'on_read'.")
-    if spec.rope == "applied" and not spec.readers_rotate:
+    if spec.rope not in ("applied", "on_read", "none"):
+        raise PlanError(f"layer {index}: rope = {spec.rope!r}; it is 'applied', 'on_read' or 'none'.")
+    if spec.rope != "on_read" and not spec.readers_rotate:
         raise PlanError(
             f"layer {index}: readers can only see keys without rotation if they are stored so (rope: on_read)."
         )
-    if spec.joint and not (spec.rope == "applied" and spec.k_projection and spec.v_projection):
+    if spec.joint and not (spec.rope != "on_read" and spec.k_projection and spec.v_projection):
         raise PlanError(f"layer {index}: a joint cache keeps k_projection and v_projection, and keys after rotation.")
     reserved = {"k_bits": None, "v_bits": None, "sinks": 0}
     for name, only in reserved.items():

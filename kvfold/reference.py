@@ -5,6 +5,8 @@ Slow and obvious on purpose. Tests compare every runtime with it. It never build
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,10 @@ from kvfold.plan import CacheSpec
 NORM_EPS = 1e-6
 
 
-def rotate(x_TH: Tensor, cos_Tr: Tensor, sin_Tr: Tensor) -> Tensor:
+def rotate(x_TH: Tensor, cos_Tr: Tensor | None, sin_Tr: Tensor | None) -> Tensor:
     """RoPE in the half-split form: numbers i and i + r/2 of one head are a pair that turns by the angle of i."""
+    if cos_Tr is None or sin_Tr is None:
+        return x_TH
     half = cos_Tr.shape[-1] // 2
     first, second = x_TH[:, :half], x_TH[:, half : 2 * half]
     turned_first = first * cos_Tr[:, :half] - second * sin_Tr[:, :half]
@@ -30,27 +34,39 @@ def causal(tokens: int, window: int | None = None) -> Tensor:
     return seen if window is None else seen & (distance < window)
 
 
-def normalise(x_TH: Tensor, weight_H: Tensor | None, eps: float = NORM_EPS) -> Tensor:
-    """RMSNorm over one head, or nothing."""
-    if weight_H is None:
-        return x_TH
-    return weight_H * x_TH * (x_TH.square().mean(-1, keepdim=True) + eps).rsqrt()
+def normalised_heads(layer: AttentionLayer, x_TF: Tensor, width: int | None, weight: Tensor | None) -> list[Tensor]:
+    """Heads of `width` numbers (None: as many as there are query heads), after RMSNorm over each or over all of a token."""
+    width = width or x_TF.shape[1] // layer.num_attention_heads
+    if weight is None:
+        return list(x_TF.split(width, dim=1))
+    weight = weight + layer.norm_offset
+    if layer.flat_norm:
+        return list(_normalise(x_TF, weight).split(width, dim=1))
+    return [_normalise(head, weight) for head in x_TF.split(width, dim=1)]
+
+
+def _normalise(x_TF: Tensor, weight_F: Tensor, eps: float = NORM_EPS) -> Tensor:
+    return weight_F * x_TF * (x_TF.square().mean(-1, keepdim=True) + eps).rsqrt()
 
 
 def attention(
-    layer: AttentionLayer, weights: AttentionWeights, hidden_TD: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, seen_TS: Tensor
+    layer: AttentionLayer,
+    weights: AttentionWeights,
+    hidden_TD: Tensor,
+    cos_Tr: Tensor | None,
+    sin_Tr: Tensor | None,
+    seen_TS: Tensor,
 ) -> Tensor:
     """The original layer's attention output [T, D] for one sequence."""
     H = layer.head_dim
-    queries = _linear(hidden_TD, weights.q_proj, weights.q_bias).split(H, dim=1)
-    keys = _linear(hidden_TD, weights.k_proj, weights.k_bias).split(H, dim=1)
+    queries = normalised_heads(layer, _linear(hidden_TD, weights.q_proj, weights.q_bias), H, weights.q_norm)
+    keys = normalised_heads(layer, _linear(hidden_TD, weights.k_proj, weights.k_bias), H, weights.k_norm)
     values = _linear(hidden_TD, weights.v_proj, weights.v_bias).split(H, dim=1)
-    keys = [rotate(normalise(k, weights.k_norm), cos_Tr, sin_Tr) for k in keys]
+    keys = [rotate(k, cos_Tr, sin_Tr) for k in keys]
     heads = []
     for n, q_TH in enumerate(queries):
         kv = n * layer.num_kv_heads // layer.num_attention_heads
-        q_TH = rotate(normalise(q_TH, weights.q_norm), cos_Tr, sin_Tr)
-        heads.append(_attend(q_TH, keys[kv], values[kv], seen_TS, layer.scaling))
+        heads.append(_attend(layer, n, rotate(q_TH, cos_Tr, sin_Tr), keys[kv], values[kv], seen_TS))
     return _linear(torch.cat(heads, dim=1), weights.o_proj, weights.o_bias)
 
 
@@ -59,13 +75,13 @@ def stored(
     spec: CacheSpec,
     weights: FoldedWeights,
     hidden_TD: Tensor,
-    cos_Tr: Tensor,
-    sin_Tr: Tensor,
+    cos_Tr: Tensor | None,
+    sin_Tr: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What the owner of a cache stores of one sequence: key heads [T, R] and value heads [T, V]."""
     assert weights.k_proj is not None and weights.v_proj is not None, "a reader stores nothing"
-    keys = _linear(hidden_TD, weights.k_proj, weights.k_bias).split(layer.head_dim, dim=1)
-    keys = [normalise(k, weights.k_norm) for k in keys]
+    flat = _linear(hidden_TD, weights.k_proj, weights.k_bias)
+    keys = normalised_heads(layer, flat, spec.head_dim if spec.rope == "none" else layer.head_dim, weights.k_norm)
     if spec.rope == "applied":
         keys = [rotate(k, cos_Tr, sin_Tr) for k in keys]
     values = _linear(hidden_TD, weights.v_proj, weights.v_bias).split(spec.v_head_dim, dim=1)
@@ -77,8 +93,8 @@ def folded_attention(
     spec: CacheSpec,
     weights: FoldedWeights,
     hidden_TD: Tensor,
-    cos_Tr: Tensor,
-    sin_Tr: Tensor,
+    cos_Tr: Tensor | None,
+    sin_Tr: Tensor | None,
     seen_TS: Tensor,
     cache: tuple[list[Tensor], list[Tensor]],
     is_reader: bool = False,
@@ -89,18 +105,18 @@ def folded_attention(
     """
     H, K, N = layer.head_dim, layer.num_kv_heads, layer.num_attention_heads
     stored_keys, stored_values = cache
-    queries = _linear(hidden_TD, weights.q_proj, weights.q_bias).split(H, dim=1)
+    queries = normalised_heads(layer, _linear(hidden_TD, weights.q_proj, weights.q_bias), None, weights.q_norm)
     heads = []
     for n, q_TH in enumerate(queries):
         kv = n * K // N
         c, u = kv * spec.num_kv_heads // K, kv * spec.num_v_heads // K
-        q_TH = rotate(normalise(q_TH, weights.q_norm), cos_Tr, sin_Tr)
+        q_TH = rotate(q_TH, cos_Tr, sin_Tr)
         k_SH = stored_keys[c]
         if weights.k_b_proj is not None:
             k_SH = k_SH @ weights.k_b_proj[c].split(H, dim=0)[kv % (K // spec.num_kv_heads)].T
         if spec.rope == "on_read" and (spec.readers_rotate or not is_reader):
             k_SH = rotate(k_SH, cos_Tr, sin_Tr)
-        head = _attend(q_TH, k_SH, stored_values[u], seen_TS, layer.scaling)
+        head = _attend(layer, n, q_TH, k_SH, stored_values[u], seen_TS)
         if weights.v_b_proj is not None:
             head = head @ weights.v_b_proj[u].split(H, dim=0)[kv % (K // spec.num_v_heads)].T
         heads.append(head)
@@ -111,8 +127,8 @@ def joint_attention(
     layer: AttentionLayer,
     weights: FoldedWeights,
     hidden_TD: Tensor,
-    cos_Tr: Tensor,
-    sin_Tr: Tensor,
+    cos_Tr: Tensor | None,
+    sin_Tr: Tensor | None,
     past: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """A joint layer's output [T, D] for T new tokens after the latents `past` ([S, R], [S, V]), and its share of theirs."""
@@ -121,19 +137,20 @@ def joint_attention(
         "joint layers have a way to the latents and back"
     )
     assert weights.v_a_proj is not None and weights.v_b_proj is not None, "the same for values"
-    keys = _linear(hidden_TD, weights.k_proj, weights.k_bias).split(H, dim=1)
-    keys = [rotate(normalise(k, weights.k_norm), cos_Tr, sin_Tr) for k in keys]
+    keys = normalised_heads(layer, _linear(hidden_TD, weights.k_proj, weights.k_bias), H, weights.k_norm)
+    keys = [rotate(k, cos_Tr, sin_Tr) for k in keys]
     values = _linear(hidden_TD, weights.v_proj, weights.v_bias).split(H, dim=1)
     past_keys = (past[0] @ weights.k_b_proj[0].T).split(H, dim=1)
     past_values = (past[1] @ weights.v_b_proj[0].T).split(H, dim=1)
     S, T = len(past[0]), len(hidden_TD)
     seen_TS = torch.cat([torch.ones(T, S, dtype=torch.bool), causal(T)], dim=1)
     heads = []
-    for n, q_TH in enumerate(_linear(hidden_TD, weights.q_proj, weights.q_bias).split(H, dim=1)):
+    queries = normalised_heads(layer, _linear(hidden_TD, weights.q_proj, weights.q_bias), H, weights.q_norm)
+    for n, q_TH in enumerate(queries):
         kv = n * K // N
-        q_TH = rotate(normalise(q_TH, weights.q_norm), cos_Tr, sin_Tr)
+        q_TH = rotate(q_TH, cos_Tr, sin_Tr)
         k_SH, v_SH = torch.cat([past_keys[kv], keys[kv]]), torch.cat([past_values[kv], values[kv]])
-        heads.append(_attend(q_TH, k_SH, v_SH, seen_TS, layer.scaling))
+        heads.append(_attend(layer, n, q_TH, k_SH, v_SH, seen_TS))
     share = torch.cat(keys, dim=1) @ weights.k_a_proj[0].T, torch.cat(list(values), dim=1) @ weights.v_a_proj[0].T
     return _linear(torch.cat(heads, dim=1), weights.o_proj, weights.o_bias), share
 
@@ -146,9 +163,21 @@ def _stored_keys(spec: CacheSpec, weights: FoldedWeights, keys: list[Tensor]) ->
     return [kappa @ weights.k_a_proj[c].T for c, kappa in enumerate(groups)]
 
 
-def _attend(q_TR: Tensor, z_SR: Tensor, y_SV: Tensor, seen_TS: Tensor, scaling: float) -> Tensor:
-    scores = (q_TR @ z_SR.T * scaling).masked_fill(~seen_TS, float("-inf"))
-    return scores.softmax(-1) @ y_SV
+def alibi_slope(head: int, heads: int) -> float:
+    """ALiBi's slope of a head (arXiv 2108.12409): 2^(-8 i / n) for n a power of two, the rest from twice as many."""
+    power = 2 ** math.floor(math.log2(heads))
+    if head < power:
+        return 2 ** (-8 * (head + 1) / power)
+    return 2 ** (-4 * (2 * (head - power) + 1) / power)
+
+
+def _attend(layer: AttentionLayer, head: int, q_TR: Tensor, z_SR: Tensor, y_SV: Tensor, seen_TS: Tensor) -> Tensor:
+    scores = q_TR @ z_SR.T * layer.scaling
+    if layer.softcap is not None:
+        scores = layer.softcap * torch.tanh(scores / layer.softcap)
+    if layer.alibi:
+        scores = scores + alibi_slope(head, layer.num_attention_heads) * torch.arange(len(z_SR)).to(scores)
+    return scores.masked_fill(~seen_TS, float("-inf")).softmax(-1) @ y_SV
 
 
 def _linear(x_TD: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

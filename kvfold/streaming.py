@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +15,16 @@ from transformers.masking_utils import sdpa_mask
 from kvfold.architectures.base import Architecture, empty_model, source_config
 from kvfold.attention import AttentionLayer
 from kvfold.checkpoint import Checkpoint
+from kvfold.runtime.attend import grouped_attention
 
 OBSERVED = "kvfold_observed"
 """Name under which attention that shows its queries, keys and values is registered with transformers."""
 
 TOKENS_PER_BATCH = 4096
 
-Observer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
-"""Called with q [B, N, T, H] and k [B, K, T, H] after rotation, v [B, K, T, H], cos and sin of every batch of a layer."""
+Observer = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], None]
+"""Called with q [B, N, T, H] and k [B, K, T, H] after rotation, v [B, K, T, H], cos and sin (None without rotation) of every
+batch of a layer."""
 
 
 class StreamedModel:
@@ -29,7 +32,7 @@ class StreamedModel:
 
     def __init__(self, checkpoint: Checkpoint, arch: Architecture, device: str) -> None:
         config = source_config(arch, checkpoint.config)
-        config._attn_implementation = _register_observed_attention()
+        config._attn_implementation = arch.attn_implementation or _register_observed_attention()
         self.checkpoint, self.arch, self.device = checkpoint, arch, device
         self.model: PreTrainedModel = empty_model(arch, config)
         self.layers = arch.describe(self.model)
@@ -47,11 +50,18 @@ class StreamedModel:
         hidden_BTD = torch.empty(*tokens_BT.shape, self.layers[0].hidden_size)
         row = 0
 
-        def record(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        signature = inspect.signature(type(modules[0]).forward)
+
+        def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
             if not self.calls:
                 hidden_BTD[row] = hidden_states[0].cpu()
-            self.calls.append(kwargs | {"past_key_values": None, "use_cache": False})
-            return hidden_states
+            named = signature.bind(None, hidden_states, *args, **kwargs).arguments
+            rest = named.pop("kwargs", {})
+            call = {name: value for name, value in named.items() if name not in ("self", "hidden_states")} | rest
+            self.calls.append(
+                {n: v for n, v in call.items() if n not in ("past_key_values", "layer_past", "use_cache")}
+            )
+            return self.arch.layer_output(hidden_states)
 
         for module in modules:
             module.forward = record
@@ -68,15 +78,22 @@ class StreamedModel:
         module = self.model.get_submodule(self.arch.prefix(layer.index).rstrip("."))
         self._load(module, self.arch.prefix(layer.index))
         call = self.calls[layer.index]
-        cos, sin = call["position_embeddings"]
+        cos, sin = call.get("position_embeddings") or (None, None)
 
         def observer(q: Tensor, k: Tensor, v: Tensor) -> None:
             observe(q, k, v, cos, sin)
 
+        hook = None
+        if self.arch.attn_implementation:
+            hook = self.arch.watch(getattr(module, self.arch.attention), observer)
+        else:
+            call = call | {"kvfold_observer": observer}
         rows = max(TOKENS_PER_BATCH // hidden_BTD.shape[1], 1)
         for part in hidden_BTD.split(rows):
-            out = module(part.to(self.device), **call, kvfold_observer=observer)
+            out = module(part.to(self.device), **self.arch.for_rows(call, len(part)))
             part.copy_(out[0] if isinstance(out, tuple) else out)
+        if hook is not None:
+            hook.remove()
         module.to("meta")
 
     def _load(self, module: torch.nn.Module, prefix: str, skip: str | None = None) -> None:
@@ -97,9 +114,15 @@ def _observed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *args: Any,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
     kvfold_observer: Callable[[Tensor, Tensor, Tensor], None],
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     kvfold_observer(query, key, value)
-    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+    if softcap is not None:  # which torch's fused kernel would ignore
+        return grouped_attention(query, key, value, attention_mask, scale=scaling, softcap=softcap)[0], None
+    kwargs |= {"attention_mask": attention_mask, "scaling": scaling}
+    return sdpa_attention_forward(module, query, key, value, **kwargs)

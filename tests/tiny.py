@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -45,6 +46,34 @@ MODELS["neox_partial"] = (
     tf.GPTNeoXConfig,
     {"num_attention_heads": 4, "num_key_value_heads": 4, "rotary_pct": 0.25, "attention_bias": True},
 )
+MODELS |= {
+    "bloom_alibi": (tf.BloomConfig, {"num_key_value_heads": 8, "n_head": 8, "n_layer": 3}),
+    "opt_learned": (tf.OPTConfig, {"num_key_value_heads": 8, "ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "gpt2_conv": (tf.GPT2Config, {"num_key_value_heads": 8, "scale_attn_by_inverse_layer_idx": True}),
+    "gemma2_softcap": (
+        tf.Gemma2Config,
+        {"head_dim": 16, "sliding_window": 9, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 11},
+    ),
+    "gemma3_norm": (
+        tf.Gemma3TextConfig,
+        {
+            "head_dim": 16,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "phi3_partial": (
+        tf.Phi3Config,
+        {
+            "head_dim": 16,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "olmo2_flat_norm": (tf.Olmo2Config, {}),
+    "granite_scale": (tf.GraniteConfig, {"attention_multiplier": 0.3}),
+}
 FULL_ATTENTION = ("llama_mha", "llama_yarn", "qwen2_bias_tied")
 
 
@@ -52,7 +81,9 @@ def make_tiny(name: str, *, seed: int = 0, **changes: object) -> tf.PreTrainedMo
     """A random model whose biases and norms are not at their trivial initial values."""
     config_class, fields = MODELS[name]
     torch.manual_seed(seed)
-    model = tf.AutoModelForCausalLM.from_config(config_class(**COMMON | fields | changes)).float().eval()
+    config = config_class(**COMMON | fields | changes)
+    eager = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    model = tf.AutoModelForCausalLM.from_config(config, **eager).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -66,6 +97,9 @@ def save_tiny(model: tf.PreTrainedModel, folder: Path) -> Path:
 
 
 def load(folder: str | Path, **options: object) -> tf.PreTrainedModel:
+    config = json.loads((Path(folder) / "config.json").read_text())
+    if config.get("attn_logit_softcapping") and "kv_compression_config" not in config:
+        options.setdefault("attn_implementation", "eager")  # transformers' sdpa drops the cap
     return tf.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
@@ -92,10 +126,20 @@ def key_value_heads(attention: torch.nn.Module) -> list[Tensor]:
     """Views [K, H, ...] of the weights and biases that make keys and values."""
     if hasattr(attention, "query_key_value"):
         fused = attention.query_key_value
-        heads = [p.data.unflatten(0, (-1, 3, attention.head_size)) for p in (fused.weight, fused.bias) if p is not None]
+        size = getattr(attention, "head_size", None) or attention.head_dim
+        heads = [p.data.unflatten(0, (-1, 3, size)) for p in (fused.weight, fused.bias) if p is not None]
         return [tensor[:, which] for tensor in heads for which in (1, 2)]
-    tensors = [t for proj in (attention.k_proj, attention.v_proj) for t in (proj.weight, proj.bias) if t is not None]
-    return [tensor.data.unflatten(0, (-1, attention.head_dim)) for tensor in tensors]
+    if hasattr(attention, "c_attn"):
+        tensors = [
+            part for p in (attention.c_attn.weight.data.T, attention.c_attn.bias.data) for part in p.chunk(3)[1:]
+        ]
+    elif hasattr(attention, "qkv_proj"):
+        k = attention.num_key_value_heads * attention.head_dim
+        tensors = list(attention.qkv_proj.weight.data[-2 * k :].chunk(2))
+    else:
+        parameters = [t for proj in (attention.k_proj, attention.v_proj) for t in (proj.weight, proj.bias)]
+        tensors = [t.data for t in parameters if t is not None]
+    return [tensor.unflatten(0, (-1, attention.head_dim)) for tensor in tensors]
 
 
 def in_attention(name: str) -> bool:

@@ -22,15 +22,18 @@ class Architecture(ABC):
     """One Hugging Face model_type. The defaults describe the Llama layout, which most families share.
 
     `layers` and `attention` lead from the causal model to one layer's attention module, `rotary` to the module that makes cos
-    and sin; `mlp_in` and `mlp_out` from a layer
-    to the projections whose rows and whose columns are the MLP's neurons.
+    and sin; `passes_keywords` says whether a forward's keyword arguments reach attention, `attn_implementation` names the
+    only one that the family has, if it does not take others from transformers' AttentionInterface; `mlp_in` and `mlp_out`
+    lead from a layer to the projections whose rows and whose columns are the MLP's neurons.
     """
 
     model_type: ClassVar[str]
     causal_lm: ClassVar[str]
     layers: ClassVar[str] = "model.layers"
     attention: ClassVar[str] = "self_attn"
-    rotary: ClassVar[str] = "model.rotary_emb"
+    rotary: ClassVar[str | None] = "model.rotary_emb"
+    passes_keywords: ClassVar[bool] = True
+    attn_implementation: ClassVar[str | None] = None
     mlp_in: ClassVar[tuple[str, ...]] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_out: ClassVar[str] = "mlp.down_proj"
 
@@ -72,12 +75,30 @@ class Architecture(ABC):
             num_kv_heads=config.num_key_value_heads,
             head_dim=module.head_dim,
             scaling=module.scaling,
+            rotary_dim=self.rotary_dim(module),
             window=self.window(module),
             qk_norm=hasattr(module, "q_norm"),
             qkv_bias=module.q_proj.bias is not None,
             o_bias=module.o_proj.bias is not None,
             attention_dropout=module.attention_dropout,
         )
+
+    def rotary_dim(self, module: Any) -> int:
+        """Numbers of each head that are rotated."""
+        factor = (getattr(module.config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+        return int(module.head_dim * factor)
+
+    def watch(self, module: Any, observer: Callable[[Tensor, Tensor, Tensor], None]) -> Any:
+        """A hook that shows q, k and v [B, heads, T, H] of a stock attention module that AttentionInterface does not see."""
+        raise NotImplementedError("only for families with an attn_implementation of their own")
+
+    def layer_output(self, hidden_BTD: Tensor) -> Any:
+        """What a whole layer of this family returns where it leaves the hidden states as they are."""
+        return hidden_BTD
+
+    def for_rows(self, call: dict[str, Any], rows: int) -> dict[str, Any]:
+        """A layer's arguments, recorded for one sequence, for `rows` sequences at once."""
+        return call
 
     def window(self, module: Any) -> int | None:
         """The sliding window of one layer in tokens, None if it sees everything."""

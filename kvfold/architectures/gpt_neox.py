@@ -32,6 +32,7 @@ class GPTNeoX(Architecture):
             num_kv_heads=config.num_attention_heads,
             head_dim=module.head_size,
             scaling=module.scaling,
+            rotary_dim=module.rotary_ndims,
             qkv_bias=module.query_key_value.bias is not None,
             o_bias=module.dense.bias is not None,
             attention_dropout=module.attention_dropout,

@@ -17,7 +17,14 @@ CHUNK = 1024
 
 
 def grouped_attention(
-    q_BNTR: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor | None, *, scale: float, dropout: float = 0.0
+    q_BNTR: Tensor,
+    z_BCSR: Tensor,
+    y_BUSV: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Any widths and head counts, by two matrix products. Returns the output and the probabilities [B, N, T, S]."""
     B, N, T, R = q_BNTR.shape
@@ -25,6 +32,8 @@ def grouped_attention(
     U, V = y_BUSV.shape[1], y_BUSV.shape[3]
     queries = (q_BNTR * scale).reshape(B, C, N // C * T, R)
     scores_BNTS = (queries @ z_BCSR.transpose(2, 3)).view(B, N, T, S)
+    if softcap is not None:
+        scores_BNTS = softcap * torch.tanh(scores_BNTS / softcap)
     probs_BNTS = softmax(scores_BNTS, mask)
     used = F.dropout(probs_BNTS, dropout) if dropout else probs_BNTS
     out_BNTV = (used.reshape(B, U, N // U * T, S) @ y_BUSV).view(B, N, T, V)
@@ -37,6 +46,8 @@ def decode_attention(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tenso
     C, U, V = z_BCSR.shape[1], y_BUSV.shape[1], y_BUSV.shape[3]
     if (C, R) == (U, V):  # torch's fused kernel wants equal head counts and widths
         packed = q_BN1R.view(B, C, N // C, R)
+        if mask is not None and mask.shape[1] == N > 1:  # one mask per query head
+            mask = mask.expand(B, -1, -1, -1).view(B, C, N // C, -1)
         out = F.scaled_dot_product_attention(packed, z_BCSR, y_BUSV, attn_mask=mask, scale=scale)
         return out.reshape(B, N, 1, V).transpose(1, 2)
     if q_BN1R.device.type == "cpu" and q_BN1R.dtype != torch.float32 and not torch.is_grad_enabled():
@@ -97,6 +108,17 @@ def _additive(mask: Tensor | None, T: int, S: int, like: Tensor) -> Tensor | Non
         return mask
     lowest = torch.finfo(like.dtype).min
     return torch.zeros(mask.shape, dtype=torch.float32, device=like.device).masked_fill(~mask, lowest)
+
+
+def with_alibi(mask: Tensor | None, alibi: Tensor | None, heads: int) -> Tensor | None:
+    """Alibi [B*N, 1, S] and a mask of numbers to add (or none) as one mask [B, N, T, S]."""
+    if alibi is None:
+        return mask
+    bias_BN1S = alibi.unflatten(0, (-1, heads))
+    if mask is None:
+        return bias_BN1S
+    # a masked score stays the lowest number: adding to it could overflow to infinity, and a row of infinities is no number
+    return (bias_BN1S + mask).clamp_min(torch.finfo(bias_BN1S.dtype).min)
 
 
 def prefill_attention(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,7 +13,13 @@ from transformers import PretrainedConfig
 
 from kvfold.attention import AttentionLayer
 from kvfold.plan import CacheSpec
-from kvfold.runtime.attend import chunked_attention, decode_attention, grouped_attention, prefill_attention
+from kvfold.runtime.attend import (
+    chunked_attention,
+    decode_attention,
+    grouped_attention,
+    prefill_attention,
+    with_alibi,
+)
 
 FEW_TOKENS = 16
 """A step of at most so many tokens (speculative decoding, short chunks) is bound by the cache's bytes, like one of one."""
@@ -68,6 +75,10 @@ class ForwardState:
         return self.tables
 
 
+CURRENT_STATE: ContextVar[ForwardState | None] = ContextVar("kvfold_state", default=None)
+"""The state of the forward that runs now, for families whose layers drop keyword arguments (BLOOM)."""
+
+
 class FoldedAttention(nn.Module):
     """Attention of one layer under its cache spec. Takes the place of a family's attention module.
 
@@ -89,7 +100,8 @@ class FoldedAttention(nn.Module):
         self.owner = layer.index if owner is None else owner
         D, N, H, K = layer.hidden_size, layer.num_attention_heads, layer.head_dim, layer.num_kv_heads
         C, R, U, V = spec.num_kv_heads, spec.head_dim, spec.num_v_heads, spec.v_head_dim
-        self.q_proj = nn.Linear(D, N * H, bias=layer.qkv_bias, **options)
+        absorbed = spec.rope == "none" and not spec.k_projection  # the way back from stored keys is part of q_proj
+        self.q_proj = nn.Linear(D, N * (R if absorbed else H), bias=layer.qkv_bias, **options)
         self.o_proj = nn.Linear(
             N * (H if spec.v_projection else V), D, bias=layer.o_bias or spec.output_bias, **options
         )
@@ -97,9 +109,10 @@ class FoldedAttention(nn.Module):
         self.v_b_proj = GroupedLinear(U, V, K // U * H, **options) if spec.v_projection else None
         self.q_norm, k_norm = norms
         if self.owner == layer.index:
-            self.k_proj = nn.Linear(D, (K if spec.k_projection else C) * H, bias=layer.qkv_bias, **options)
+            apart = spec.k_projection and spec.rope != "none"  # something stands between k_proj and what is stored
+            self.k_proj = nn.Linear(D, K * H if apart else C * R, bias=layer.qkv_bias, **options)
             self.v_proj = nn.Linear(D, U * V, bias=layer.qkv_bias, **options)
-            self.k_a_proj = GroupedLinear(C, K // C * H, R, **options) if spec.k_projection else None
+            self.k_a_proj = GroupedLinear(C, K // C * H, R, **options) if apart else None
             self.k_norm = k_norm
 
     def extra_repr(self) -> str:
@@ -110,38 +123,54 @@ class FoldedAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        residual: Tensor | None = None,
+        *,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         layer_past: Any = None,
+        alibi: Tensor | None = None,
         kv_state: ForwardState | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        """Takes the arguments of every family: some call the cache layer_past, BLOOM hands over alibi and the residual."""
         if kwargs.get("cache") is not None:
             raise ValueError("continuous batching pages full-width keys; use generate() with a folded model.")
-        q = apply_rotary(self._heads(self.q_proj(hidden_states), self.q_norm), *position_embeddings)
-        cache = layer_past if past_key_values is None else past_key_values  # gpt_neox calls it layer_past
-        z, y = self._keys_values(hidden_states, position_embeddings, cache, kv_state)
+        cache = layer_past if past_key_values is None else past_key_values
+        state = CURRENT_STATE.get() if kv_state is None else kv_state
+        mask = with_alibi(attention_mask, alibi, self.layer.num_attention_heads)
+        q = self._queries(hidden_states, position_embeddings)
+        z, y = self._keys_values(hidden_states, position_embeddings, cache, state)
         if self.spec.rope == "on_read":
             tables = None
             if self.spec.readers_rotate or self.owner == self.layer_idx:
                 tables = position_embeddings
                 if cache is not None:
-                    tables = (kv_state or ForwardState()).tables_of_all(
-                        hidden_states, kwargs.get("position_ids"), cache
-                    )
-            out_BTNH, probs = self._attend_on_read(q, z, y, attention_mask, tables)
+                    tables = (state or ForwardState()).tables_of_all(hidden_states, kwargs.get("position_ids"), cache)
+            out_BTNH, probs = self._attend_on_read(q, z, y, mask, tables)
         else:
-            out_BTNH, probs = self._attend(q, z, y, attention_mask)
-        return self.o_proj(out_BTNH.flatten(2)), probs
+            out_BTNH, probs = self._attend(q, z, y, mask, wants_probs=bool(kwargs.get("output_attentions")))
+        return self._output(out_BTNH, residual), probs
 
-    def _heads(self, x_BTF: Tensor, norm: nn.Module | None) -> Tensor:
-        """[B, T, heads*H] -> [B, heads, T, H], normalised where the family does."""
-        x = x_BTF.unflatten(-1, (-1, self.layer.head_dim))
+    def _queries(self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        q = self._heads(self.q_proj(hidden_BTD), self.layer.num_attention_heads, self.q_norm)
+        return q if rotary is None else apply_rotary(q, *rotary)
+
+    def _heads(self, x_BTF: Tensor, heads: int, norm: nn.Module | None) -> Tensor:
+        """[B, T, heads*width] -> [B, heads, T, width], normalised where the family does."""
+        if norm is not None and self.layer.flat_norm:
+            x_BTF, norm = norm(x_BTF), None
+        x = x_BTF.unflatten(-1, (heads, -1))
         return (x if norm is None else norm(x)).transpose(1, 2)
 
+    def _output(self, out_BTNH: Tensor, residual: Tensor | None) -> Tensor:
+        out = self.o_proj(out_BTNH.flatten(2))
+        if self.training and self.layer.output_dropout:
+            out = nn.functional.dropout(out, self.layer.output_dropout)
+        return out if residual is None else residual + out
+
     def _keys_values(
-        self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: Any, state: ForwardState | None
+        self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Any, state: ForwardState | None
     ) -> tuple[Tensor, Tensor]:
         """All tokens that the T queries may see: z [B, C, S, R], y [B, U, S, V]."""
         if self.owner != self.layer_idx:
@@ -151,30 +180,35 @@ class FoldedAttention(nn.Module):
                     " the whole ...ForCausalLM model, not a part of it."
                 )
             return tuple(x.to(hidden_BTD.device) for x in state.stored[self.owner])  # type: ignore[return-value]
-        z, y = self._new_keys_values(hidden_BTD, *rotary)
+        z, y = self._new_keys_values(hidden_BTD, rotary)
         if cache is not None:
             z, y = cache.update(z, y, self.layer_idx)
         if state is not None:
             state.stored[self.layer_idx] = (z, y)
         return z, y
 
-    def _new_keys_values(self, hidden_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def _new_keys_values(self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """What the T new tokens add to the cache: z [B, C, T, R], y [B, U, T, V]."""
-        z = self._heads(self.k_proj(hidden_BTD), self.k_norm)
-        if self.spec.rope == "applied":
-            z = apply_rotary(z, cos, sin)
+        heads = self.spec.num_kv_heads if self.k_a_proj is None else self.layer.num_kv_heads
+        z = self._heads(self.k_proj(hidden_BTD), heads, self.k_norm)
+        if self.spec.rope == "applied" and rotary is not None:
+            z = apply_rotary(z, *rotary)
         y = self.v_proj(hidden_BTD).unflatten(-1, (-1, self.spec.v_head_dim)).transpose(1, 2)
         if self.k_a_proj is not None:
             kappa = z.unflatten(1, (self.spec.num_kv_heads, -1)).transpose(2, 3).flatten(3)
             z = self.k_a_proj(kappa)
         return z, y
 
-    def _attend(self, q: Tensor, z: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _attend(
+        self, q: Tensor, z: Tensor, y: Tensor, mask: Tensor | None, *, wants_probs: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Decoding is bound by the bytes of the cache, so queries are absorbed and stored numbers are read as they lie. A
         prompt is bound by arithmetic: unless the stored heads suit the fused kernel, they are rebuilt for this one call."""
         dropout = self.layer.attention_dropout if self.training else 0.0
-        if self.config._attn_implementation == "eager" or (1 < q.shape[2] <= FEW_TOKENS and not dropout):
-            out, probs = grouped_attention(self._absorb(q), z, y, mask, scale=self.scaling, dropout=dropout)
+        if self._eager(wants_probs) or (1 < q.shape[2] <= FEW_TOKENS and not dropout):
+            out, probs = grouped_attention(
+                self._absorb(q), z, y, mask, scale=self.scaling, dropout=dropout, softcap=self.layer.softcap
+            )
             return self._lead_values_back(out), probs
         if q.shape[2] == 1 and not dropout:
             return self._lead_values_back(decode_attention(self._absorb(q), z, y, mask, scale=self.scaling)), None
@@ -183,6 +217,12 @@ class FoldedAttention(nn.Module):
             return self._lead_values_back(out), None
         keys, values = self._rebuild(z, self.k_b_proj), self._rebuild(y, self.v_b_proj)
         return prefill_attention(q, keys, values, mask, scale=self.scaling, dropout=dropout), None
+
+    def _eager(self, wants_probs: bool = False) -> bool:
+        """The fused kernels return no probabilities and cap no scores. A family with alibi only knows eager, and means by it
+        that masks are numbers to add, which they take as well."""
+        asked = self.config._attn_implementation == "eager" and not self.layer.alibi
+        return asked or wants_probs or self.layer.softcap is not None
 
     def _attend_on_read(
         self, q: Tensor, z: Tensor, y: Tensor, mask: Tensor | None, tables: tuple[Tensor, Tensor] | None
@@ -198,8 +238,10 @@ class FoldedAttention(nn.Module):
             return part if tables is None else apply_rotary(part, *(table[:, start:end] for table in tables))
 
         dropout = self.layer.attention_dropout if self.training else 0.0
-        if self.config._attn_implementation == "eager":
-            out, probs = grouped_attention(q, keys(0, S), y, mask, scale=self.scaling, dropout=dropout)
+        if self._eager():
+            out, probs = grouped_attention(
+                q, keys(0, S), y, mask, scale=self.scaling, dropout=dropout, softcap=self.layer.softcap
+            )
             return self._lead_values_back(out), probs
         if q.shape[2] <= FEW_TOKENS and not dropout:
             return self._lead_values_back(chunked_attention(q, keys, y, mask, scale=self.scaling)), None

@@ -10,8 +10,8 @@ from transformers import PretrainedConfig
 
 from kvfold.attention import AttentionLayer
 from kvfold.plan import CacheSpec
-from kvfold.runtime.attend import prefill_attention, softmax
-from kvfold.runtime.attention import FoldedAttention, ForwardState, GroupedLinear, apply_rotary
+from kvfold.runtime.attend import grouped_attention, prefill_attention, softmax, with_alibi
+from kvfold.runtime.attention import CURRENT_STATE, FoldedAttention, ForwardState, GroupedLinear, apply_rotary
 
 
 class JointAttention(FoldedAttention):
@@ -49,26 +49,40 @@ class JointAttention(FoldedAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        residual: Tensor | None = None,
+        *,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         layer_past: Any = None,
+        alibi: Tensor | None = None,
         kv_state: ForwardState | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        q = apply_rotary(self._heads(self.q_proj(hidden_states), self.q_norm), *position_embeddings)
-        k = apply_rotary(self._heads(self.k_proj(hidden_states), self.k_norm), *position_embeddings)
-        v = self._heads(self.v_proj(hidden_states), None)
+        q = self._queries(hidden_states, position_embeddings)
+        k = self._heads(self.k_proj(hidden_states), self.layer.num_kv_heads, self.k_norm)
+        k = k if position_embeddings is None else apply_rotary(k, *position_embeddings)
+        v = self._heads(self.v_proj(hidden_states), self.layer.num_kv_heads, None)
         cache = layer_past if past_key_values is None else past_key_values
-        past = self._store(k, v, cache, kv_state)
+        state = CURRENT_STATE.get() if kv_state is None else kv_state
+        mask = with_alibi(attention_mask, alibi, self.layer.num_attention_heads)
+        past = self._store(k, v, cache, state)
         if past is None:
-            dropout = self.layer.attention_dropout if self.training else 0.0
-            out = prefill_attention(q, k, v, attention_mask, scale=self.scaling, dropout=dropout)
+            out, probs = self._attend(q, k, v, mask, wants_probs=bool(kwargs.get("output_attentions")))
         else:
-            out = self._attend_past(q, k, v, *past, attention_mask)
-        if self.is_last and cache is not None and kv_state is not None:  # only now, as past tokens are read in place
-            cache.update(*kv_state.stored[self.owner], self.owner)
-        return self.o_proj(out.flatten(2)), None
+            out, probs = self._attend_past(q, k, v, *past, mask)
+        if self.is_last and cache is not None and state is not None:  # only now, as past tokens are read in place
+            cache.update(*state.stored[self.owner], self.owner)
+        return self._output(out, residual), probs
+
+    def _attend(
+        self, q: Tensor, z: Tensor, y: Tensor, mask: Tensor | None, *, wants_probs: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Over exact keys and values alone."""
+        dropout = self.layer.attention_dropout if self.training else 0.0
+        if self._eager(wants_probs):
+            return grouped_attention(q, z, y, mask, scale=self.scaling, dropout=dropout, softcap=self.layer.softcap)
+        return prefill_attention(q, z, y, mask, scale=self.scaling, dropout=dropout), None
 
     def _store(self, k: Tensor, v: Tensor, cache: Any, state: ForwardState | None) -> tuple[Tensor, Tensor] | None:
         """Add this layer's share to the latents of the new tokens; return those of past tokens, None if there are none."""
@@ -89,7 +103,9 @@ class JointAttention(FoldedAttention):
         state.stored[self.owner] = (z, y)
         return state.past[self.owner]
 
-    def _attend_past(self, q: Tensor, k: Tensor, v: Tensor, z: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend_past(
+        self, q: Tensor, k: Tensor, v: Tensor, z: Tensor, y: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """One softmax over past tokens (seen through latents) and new ones (seen exactly): [B, T, N, H]."""
         B, N, T, H = q.shape
         K, S, C, U = k.shape[1], z.shape[2], z.shape[1], y.shape[1]
@@ -97,11 +113,14 @@ class JointAttention(FoldedAttention):
         absorbed = self._absorb(scaled).reshape(B, C, N // C * T, -1)
         past = (absorbed @ z.to(q.device).transpose(2, 3)).view(B, N, T, S)
         present = (scaled.reshape(B, K, N // K * T, H) @ k.transpose(2, 3)).view(B, N, T, T)
-        probs = softmax(torch.cat([past, present], dim=-1), mask)
+        scores = torch.cat([past, present], dim=-1)
+        if self.layer.softcap is not None:
+            scores = self.layer.softcap * torch.tanh(scores / self.layer.softcap)
+        probs = softmax(scores, mask)
         seen, own = probs[..., :S], probs[..., S:]
         averaged = (seen.reshape(B, U, N // U * T, S) @ y.to(q.device)).view(B, N, T, -1)
         exact = (own.reshape(B, K, N // K * T, T) @ v).view(B, N, T, H)
-        return self._lead_values_back(averaged.transpose(1, 2)) + exact.transpose(1, 2)
+        return self._lead_values_back(averaged.transpose(1, 2)) + exact.transpose(1, 2), probs
 
 
 def _latent(x_BKTH: Tensor, to_latent: nn.Module | None) -> Tensor:

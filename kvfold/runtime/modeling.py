@@ -14,7 +14,7 @@ from transformers import initialization as init
 from kvfold.architectures.base import Architecture, all_architectures
 from kvfold.errors import CheckpointError, PlanError
 from kvfold.plan import CONFIG_KEY, CachePlan
-from kvfold.runtime.attention import FoldedAttention, ForwardState, GroupedLinear, attention_class
+from kvfold.runtime.attention import CURRENT_STATE, FoldedAttention, ForwardState, GroupedLinear, attention_class
 from kvfold.runtime.cache import FoldedCache
 from kvfold.runtime.joint import JointAttention
 
@@ -80,6 +80,8 @@ class FoldedModel:
                 "reentrant gradient checkpointing would silently lose the gradients that readers send to the layer whose"
                 ' cache they share; enable it with gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
+        if self.has_readers and gradient_checkpointing_func and not self.architecture.passes_keywords:
+            gradient_checkpointing_func = _with_current_state(gradient_checkpointing_func)
         super()._set_gradient_checkpointing(  # type: ignore[misc]
             *args, gradient_checkpointing_func=gradient_checkpointing_func, **kwargs
         )
@@ -102,6 +104,24 @@ class FoldedModel:
             )
 
 
+def _with_current_state(checkpoint: Any) -> Any:
+    """A checkpoint function whose recomputation, long after the forward, still sees the state of that forward."""
+
+    def run(function: Any, *args: Any, **kwargs: Any) -> Any:
+        state = CURRENT_STATE.get()
+
+        def in_state(*inner: Any, **named: Any) -> Any:
+            token = CURRENT_STATE.set(state)
+            try:
+                return function(*inner, **named)
+            finally:
+                CURRENT_STATE.reset(token)
+
+        return checkpoint(in_state, *args, **kwargs)
+
+    return run
+
+
 def _folded_forward(stock_class: type[PreTrainedModel]) -> Any:
     """The family's forward, with a FoldedCache where it would make a DynamicCache. Its signature stays: generate(),
     Trainer and peft inspect it."""
@@ -116,9 +136,16 @@ def _folded_forward(stock_class: type[PreTrainedModel]) -> Any:
             bound["past_key_values"] = FoldedCache(self.kv_plan)
         bound.pop("self")
         extra = bound.pop("kwargs", {})
-        if self.needs_state:
-            extra["kv_state"] = ForwardState(self.get_submodule(self.architecture.rotary))
-        return stock_class.forward(self, **bound, **extra)
+        if not self.needs_state:
+            return stock_class.forward(self, **bound, **extra)
+        state = ForwardState(self.get_submodule(self.architecture.rotary) if self.architecture.rotary else None)
+        if self.architecture.passes_keywords:
+            return stock_class.forward(self, **bound, **extra, kv_state=state)
+        token = CURRENT_STATE.set(state)
+        try:
+            return stock_class.forward(self, **bound, **extra)
+        finally:
+            CURRENT_STATE.reset(token)
 
     return forward
 

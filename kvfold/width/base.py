@@ -89,6 +89,11 @@ class WidthMethod(ABC):
 CONTRACT = WidthMethod
 
 
+def rope_of(layer: AttentionLayer) -> str:
+    """How keys are stored in the layer's cache, as far as rotation goes."""
+    return "applied" if layer.rotary_dim else "none"
+
+
 def as_reader(folded: FoldedWeights) -> FoldedWeights:
     """Without what only the owner of a cache has: the way from hidden states to what is stored."""
     return dataclasses.replace(folded, k_proj=None, v_proj=None, k_bias=None, v_bias=None, k_norm=None, k_a_proj=None)

@@ -14,7 +14,7 @@ from kvfold.errors import RecipeError
 from kvfold.latents import Term, damages, solve
 from kvfold.lowrank import value_metric
 from kvfold.plan import CacheSpec
-from kvfold.width.base import LayerGroup, StoredShape, WidthMethod
+from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, rope_of
 
 METRICS = ("logit", "none")
 
@@ -61,6 +61,7 @@ class CrossLayer(WidthMethod):
             head_dim=keys.width,
             num_v_heads=values.num_heads,
             v_head_dim=values.width,
+            rope=rope_of(layer),
             joint=True,
             k_projection=True,
             v_projection=True,

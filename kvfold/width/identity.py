@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from kvfold.attention import AttentionLayer, FoldedWeights
 from kvfold.plan import CacheSpec
-from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, as_reader
+from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, as_reader, rope_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class Identity(WidthMethod):
             head_dim=keys.width,
             num_v_heads=values.num_heads,
             v_head_dim=values.width,
+            rope=rope_of(layer),
             window=layer.window,
         )
 

@@ -27,7 +27,10 @@ class Logit(LowRankWidth):
 
     def key_term(self, group: LayerGroup, position: int) -> Term:
         queries = group.moments(position)["queries"].second_FF  # [K, H, H], the mean over the query heads of each
-        return self._centred(group, position, "keys", torch.block_diag(*queries))
+        metric = torch.block_diag(*queries)
+        if group.layers[position].softcap is not None:  # capped scores notice a constant
+            return Term(group.moments(position)["keys"].second_FF, group.cross(position)["keys"], metric)
+        return self._centred(group, position, "keys", metric)
 
     def value_term(self, group: LayerGroup, position: int) -> Term:
         metric = value_metric(group.layers[position], group.weights(position))

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
 from kvfold.errors import RecipeError
 from kvfold.plan import CacheSpec, divisors
-from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, as_reader
+from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, as_reader, rope_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,18 +49,25 @@ class MeanPool(WidthMethod):
             head_dim=keys.width,
             num_v_heads=values.num_heads,
             v_head_dim=values.width,
+            rope=rope_of(layer),
+            k_projection=layer.flat_norm and keys.num_heads < layer.num_kv_heads,
             window=layer.window,
         )
 
     def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
         H = group.owner.head_dim
+        key_heads = group.owner.num_kv_heads if spec.k_projection else spec.num_kv_heads
         pooled = {
-            "k_proj": _mean(group, lambda w: _pool(w.k_proj, spec.num_kv_heads, H)),
+            "k_proj": _mean(group, lambda w: _pool(w.k_proj, key_heads, H)),
             "v_proj": _mean(group, lambda w: _pool(w.v_proj, spec.num_v_heads, H)),
-            "k_bias": _mean(group, lambda w: _pool(w.k_bias, spec.num_kv_heads, H)),
+            "k_bias": _mean(group, lambda w: _pool(w.k_bias, key_heads, H)),
             "v_bias": _mean(group, lambda w: _pool(w.v_bias, spec.num_v_heads, H)),
             "k_norm": _mean(group, lambda w: w.k_norm),
         }
+        if spec.k_projection:  # a norm over all heads of a token stands before the mean
+            each = torch.eye(H, dtype=torch.float64).repeat(1, group.owner.num_kv_heads // spec.num_kv_heads)
+            pooled["k_a_proj"] = (each * spec.num_kv_heads / group.owner.num_kv_heads).expand(spec.num_kv_heads, -1, -1)
+            pooled["k_b_proj"] = each.T.expand(spec.num_kv_heads, -1, -1)
         for position in range(len(group)):
             weights = group.weights(position)
             originals = {f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)}

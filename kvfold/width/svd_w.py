@@ -36,8 +36,9 @@ def _keys(layer: AttentionLayer, weights: AttentionWeights) -> Tensor:
     keys = _with_bias(weights.k_proj, weights.k_bias)
     if weights.k_norm is None:
         return keys
-    rms_K = keys.square().sum(1).unflatten(0, (layer.num_kv_heads, -1)).mean(1).clamp_min(1e-30).sqrt()
-    return keys * torch.outer(1 / rms_K, weights.k_norm.double()).flatten()[:, None]
+    heads = 1 if layer.flat_norm else layer.num_kv_heads
+    rms = keys.square().sum(1).unflatten(0, (heads, -1)).mean(1).clamp_min(1e-30).sqrt()
+    return keys * torch.outer(1 / rms, weights.k_norm.double() + layer.norm_offset).flatten()[:, None]
 
 
 def _with_bias(weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:

@@ -1,0 +1,59 @@
+"""bloom: one fused projection that interleaves q, k and v per head, ALiBi, and a residual that attention itself adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from kvfold.architectures.base import Architecture
+from kvfold.attention import AttentionLayer, AttentionWeights
+
+
+class Bloom(Architecture):
+    model_type = "bloom"
+    causal_lm = "BloomForCausalLM"
+    layers = "transformer.h"
+    attention = "self_attention"
+    rotary = None
+    passes_keywords = False
+    attn_implementation = "eager"
+    mlp_in = ()
+
+    def current_name(self, stored: str) -> str:
+        return stored if stored.startswith(("transformer.", "lm_head.")) else f"transformer.{stored}"
+
+    def facts(self, module: Any, index: int) -> AttentionLayer:
+        return AttentionLayer(
+            index=index,
+            hidden_size=module.hidden_size,
+            num_attention_heads=module.num_heads,
+            num_kv_heads=module.num_heads,
+            head_dim=module.head_dim,
+            scaling=module.inv_norm_factor,
+            rotary_dim=0,
+            alibi=True,
+            qkv_bias=True,
+            o_bias=True,
+            attention_dropout=module.attention_dropout.p,
+            output_dropout=module.hidden_dropout,
+        )
+
+    def weights(self, read: Callable[[str], Tensor], layer: AttentionLayer) -> AttentionWeights:
+        def split(name: str) -> list[Tensor]:
+            per_head = read(name).unflatten(0, (layer.num_attention_heads, 3, layer.head_dim))
+            return [part.flatten(0, 1) for part in per_head.unbind(1)]
+
+        tensors = dict(zip(("q_proj", "k_proj", "v_proj"), split("query_key_value.weight"), strict=True))
+        tensors |= zip(("q_bias", "k_bias", "v_bias"), split("query_key_value.bias"), strict=True)
+        return AttentionWeights(o_proj=read("dense.weight"), o_bias=read("dense.bias"), **tensors)
+
+    def watch(self, module: Any, observer: Callable[[Tensor, Tensor, Tensor], None]) -> Any:
+        return module.query_key_value.register_forward_hook(lambda m, args, out: observer(*module._reshape(out)))
+
+    def layer_output(self, hidden_BTD: Tensor) -> Any:
+        return hidden_BTD, None
+
+    def for_rows(self, call: dict[str, Any], rows: int) -> dict[str, Any]:
+        return call | {"alibi": call["alibi"].repeat(rows, 1, 1)}

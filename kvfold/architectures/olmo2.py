@@ -1,0 +1,15 @@
+"""olmo2: as llama, with one norm over all query heads and one over all key heads of a token."""
+
+import dataclasses
+from typing import Any
+
+from kvfold.architectures.base import Architecture
+from kvfold.attention import AttentionLayer
+
+
+class Olmo2(Architecture):
+    model_type = "olmo2"
+    causal_lm = "Olmo2ForCausalLM"
+
+    def facts(self, module: Any, index: int) -> AttentionLayer:
+        return dataclasses.replace(super().facts(module, index), flat_norm=True)
