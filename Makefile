@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL := kvfold/models/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: demo test lint check results results-depth results-mlkv results-7b clean
+.PHONY: demo test lint check results results-stock results-depth results-mlkv results-7b clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -33,6 +33,13 @@ results: $(VENV)/installed
 	cp runs/width/table.md results/width-books-6l-$(if $(filter self,$(CALIBRATION)),self,text).md
 	for dtype in float32 bfloat16; do $(BIN)/python benchmarks/decode_step.py $(MODEL) runs/width/svd_a-0.5 \
 	  runs/width/svd_a-width.latent=group-0.5 runs/width/gqa-0.5 --dtype $$dtype --markdown results/decode-step-$$dtype.md; done
+
+# Heads merged into stock grouped-query attention: make results-stock VALID=books-valid.txt
+STOCK := --preset gqa --preset procrustes:width.merge=align --preset procrustes --preset procrustes:width.grouping=similar
+results-stock: $(VENV)/installed
+	$(BIN)/kvfold compare $(MODEL) $(STOCK) --kv-budget 1/2 --kv-budget 1/3 --kv-budget 1/6 --data $(CALIBRATION) \
+	  --num-samples 128 --seq-len 256 --eval-data $(VALID) --max-tokens 32768 --out runs/stock-$(notdir $(MODEL))
+	cp runs/stock-$(notdir $(MODEL))/table.md results/stock-$(notdir $(MODEL)).md
 
 # Sharing between layers, at equal bytes: make results-depth VALID=books-valid.txt [CALIBRATION=...] [MODEL=folder]; the nine
 # configurations of the MLKV paper right after conversion, for a model of 12 layers x 12 heads; and their memory and speed.

@@ -17,6 +17,7 @@ from kvfold.comparison import Comparison, compare
 from kvfold.demonstration import demo
 from kvfold.errors import KvfoldError
 from kvfold.evaluation import Evaluation, evaluate
+from kvfold.export.gqa import export_gqa
 from kvfold.generation import generate
 from kvfold.import_mlkv import import_mlkv
 from kvfold.inspection import Inspection, inspect
@@ -153,6 +154,20 @@ def import_mlkv_command(
     plan = import_mlkv(model, out, as_trained=as_trained, allow_pickle=allow_pickle, overwrite=overwrite)
     _print_plan(plan, f"{out}")
     _print_json({"out": str(out), "kv_budget": plan.kv_budget, "kv_bytes_per_token": plan.kv_bytes_per_token()})
+
+
+@app.command("export")
+def export_command(
+    folder: Annotated[str, typer.Argument(help="Folder that kvfold wrote.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    format_: Annotated[str, typer.Option("--format", help="gqa: the stock class with fewer key/value heads.")] = "gqa",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Write a checkpoint that loads without kvfold."""
+    if format_ != "gqa":
+        raise typer.BadParameter(f"{format_!r} is not a format; there is: gqa", param_hint="--format")
+    heads = export_gqa(folder, out, overwrite=overwrite)
+    _print_json({"out": str(out), "format": format_, "num_key_value_heads": heads})
 
 
 @app.command("inspect")

@@ -39,6 +39,10 @@ PRESETS = {
     "mqa": Preset("one mean-pooled key/value head per layer", {"width": {"method": "mean_pool", "kv_heads": 1}}),
     "svd_w": Preset("low rank by SVD of the weights (baseline of arXiv 2406.07056)", {"width": {"method": "svd_w"}}),
     "svd_a": Preset("low rank by SVD of activations (arXiv 2406.07056)", {"width": {"method": "svd_a"}}),
+    "procrustes": Preset(
+        "heads aligned, then merged; the result is stock grouped-query attention (after arXiv 2412.20677)",
+        {"width": {"method": "procrustes"}},
+    ),
     "mlkv": Preset(
         "neighbouring layers share mean-pooled heads (arXiv 2406.09297)",
         {"depth": {"method": "contiguous"}, "width": {"method": "mean_pool"}},

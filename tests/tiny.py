@@ -71,7 +71,7 @@ MODELS |= {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         },
     ),
-    "olmo2_flat_norm": (tf.Olmo2Config, {}),
+    "olmo2_flat_norm": (tf.Olmo2Config, {"rms_norm_eps": 1e-6}),
     "granite_scale": (tf.GraniteConfig, {"attention_multiplier": 0.3}),
 }
 FULL_ATTENTION = ("llama_mha", "llama_yarn", "qwen2_bias_tied")
@@ -119,6 +119,9 @@ def copy_heads(model: tf.PreTrainedModel, scales: list[float]) -> tf.PreTrainedM
         for heads_KHD in key_value_heads(attention):
             first = heads_KHD[0].clone()
             heads_KHD.copy_(torch.stack([scale * first for scale in scales]))
+        norm = getattr(attention, "k_norm", None)
+        if norm is not None and norm.weight.numel() > attention.head_dim:  # one norm over all heads
+            norm.weight.data.copy_(norm.weight.data[: attention.head_dim].repeat(len(scales)))
     return model
 
 
@@ -145,3 +148,9 @@ def key_value_heads(attention: torch.nn.Module) -> list[Tensor]:
 def in_attention(name: str) -> bool:
     """Whether a tensor of a checkpoint belongs to some family's attention."""
     return re.search(r"\.(self_attn|attention|self_attention|attn)\.", name) is not None
+
+
+def rotation(kwargs: dict) -> tuple[Tensor | None, Tensor | None]:
+    """cos and sin [T, r] in float64 out of what an attention module was called with; None where nothing rotates."""
+    tables = kwargs.get("position_embeddings")
+    return (None, None) if tables is None else tuple(x[0].double() for x in tables)

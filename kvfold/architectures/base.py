@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from kvfold import registry
-from kvfold.attention import AttentionLayer, AttentionWeights
+from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
 from kvfold.errors import CheckpointError
 
 
@@ -23,7 +23,8 @@ class Architecture(ABC):
 
     `layers` and `attention` lead from the causal model to one layer's attention module, `rotary` to the module that makes cos
     and sin; `passes_keywords` says whether a forward's keyword arguments reach attention, `attn_implementation` names the
-    only one that the family has, if it does not take others from transformers' AttentionInterface; `mlp_in` and `mlp_out`
+    only one that the family has, if it does not take others from transformers' AttentionInterface; `no_stock_gqa` is why the
+    family has no stock grouped-query class, if it has none; `mlp_in` and `mlp_out`
     lead from a layer to the projections whose rows and whose columns are the MLP's neurons.
     """
 
@@ -34,6 +35,7 @@ class Architecture(ABC):
     rotary: ClassVar[str | None] = "model.rotary_emb"
     passes_keywords: ClassVar[bool] = True
     attn_implementation: ClassVar[str | None] = None
+    no_stock_gqa: ClassVar[str | None] = None
     mlp_in: ClassVar[tuple[str, ...]] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_out: ClassVar[str] = "mlp.down_proj"
 
@@ -115,6 +117,18 @@ class Architecture(ABC):
         names |= {"o_bias": "o_proj.bias"} if layer.o_bias else {}
         names |= {f"{p}_norm": f"{p}_norm.weight" for p in "qk"} if layer.qk_norm else {}
         return AttentionWeights(**{field: read(name) for field, name in names.items()})
+
+    def stock_gqa(self, config: dict[str, Any], heads: int) -> tuple[Architecture, dict[str, Any]]:
+        """The family and config.json of the stock model with `heads` key/value heads in every layer."""
+        return self, config | {"num_key_value_heads": heads}
+
+    def stock_attention(self, folded: FoldedWeights) -> dict[str, Tensor]:
+        """The tensors of a stock attention module, by their names in it."""
+        return folded.state_dict(folded.q_proj.dtype)
+
+    def stock_tensor(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """A tensor outside attention in the stock model with grouped queries."""
+        return {name: tensor}
 
 
 CONTRACT = Architecture

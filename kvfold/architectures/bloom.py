@@ -14,6 +14,10 @@ from kvfold.attention import AttentionLayer, AttentionWeights
 class Bloom(Architecture):
     model_type = "bloom"
     causal_lm = "BloomForCausalLM"
+    no_stock_gqa = (
+        "its own has as many key/value heads as query heads, and Falcon, the stock class with ALiBi and grouped queries,"
+        " scales ALiBi by 1/sqrt(head_dim)."
+    )
     layers = "transformer.h"
     attention = "self_attention"
     rotary = None

@@ -14,6 +14,7 @@ from kvfold.attention import AttentionLayer, AttentionWeights
 class Gpt2(Architecture):
     model_type = "gpt2"
     causal_lm = "GPT2LMHeadModel"
+    no_stock_gqa = "GPTBigCode, the stock class of its arithmetic, shares one key/value head between all or none."
     layers = "transformer.h"
     attention = "attn"
     rotary = None

@@ -14,6 +14,7 @@ from kvfold.attention import AttentionLayer, AttentionWeights
 class GPTNeoX(Architecture):
     model_type = "gpt_neox"
     causal_lm = "GPTNeoXForCausalLM"
+    no_stock_gqa = "its own has as many key/value heads as query heads."
     layers = "gpt_neox.layers"
     attention = "attention"
     rotary = "gpt_neox.rotary_emb"

@@ -14,6 +14,7 @@ from kvfold.attention import AttentionLayer, AttentionWeights
 class Opt(Architecture):
     model_type = "opt"
     causal_lm = "OPTForCausalLM"
+    no_stock_gqa = "no stock class with learned positions shares key/value heads between some query heads."
     layers = "model.decoder.layers"
     rotary = None
     mlp_in = ()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvfold.architectures.base import Architecture
-from kvfold.attention import AttentionLayer, AttentionWeights
+from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
 
 
 class Phi3(Architecture):
@@ -34,3 +35,10 @@ class Phi3(Architecture):
         heads = (layer.num_attention_heads, layer.num_kv_heads, layer.num_kv_heads)
         q, k, v = read("qkv_proj.weight").split([count * layer.head_dim for count in heads])
         return AttentionWeights(q_proj=q, k_proj=k, v_proj=v, o_proj=read("o_proj.weight"))
+
+    def stock_attention(self, folded: FoldedWeights) -> dict[str, Tensor]:
+        assert folded.k_proj is not None and folded.v_proj is not None, (
+            "no layer of a stock model reads another's cache"
+        )
+        stacked = torch.cat([folded.q_proj, folded.k_proj, folded.v_proj])
+        return {"qkv_proj.weight": stacked, "o_proj.weight": folded.o_proj}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import MODELS, load, logits, make_tiny, save_tiny, tokens
+from tiny import MODELS, load, logits, make_tiny, rotation, save_tiny, tokens
 from transformers import DynamicCache, GPTNeoXConfig
 
 import kvfold
@@ -135,7 +135,7 @@ def logits_by_the_oracle(network, ids):
 
     def oracle(module, args, kwargs, out):
         hidden = args[0] if args else kwargs["hidden_states"]
-        cos, sin = (x[0].double() for x in kwargs["position_embeddings"])
+        cos, sin = rotation(kwargs)
         weights = FoldedWeights.from_state_dict({name: t.double() for name, t in module.state_dict().items()})
         rows = []
         for row, hidden_TD in enumerate(hidden.double()):
@@ -145,7 +145,7 @@ def logits_by_the_oracle(network, ids):
             seen = reference.causal(len(hidden_TD), module.spec.window)
             cache = stored[plan.owner(module.layer_idx), row]
             rows.append(reference.folded_attention(*inputs, seen, cache))
-        return torch.stack(rows).to(hidden.dtype), None
+        return torch.stack(rows).to(hidden.dtype) + (args[1] if len(args) > 1 else 0), None
 
     hooks = [module.register_forward_hook(oracle, with_kwargs=True) for module in arch.modules(network)]
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import MODELS, load, logits, make_tiny, save_tiny, tokens
+from tiny import MODELS, load, logits, make_tiny, rotation, save_tiny, tokens
 
 import kvfold
 from kvfold import reference
@@ -15,7 +15,7 @@ from kvfold.recipe import make_recipe
 from kvfold.runtime.cache import FoldedCache
 from kvfold.testing import assert_close, relative_rms
 
-FULL = [model for model in MODELS if "window" not in model]
+FULL = [model for model, (_, fields) in MODELS.items() if "sliding_window" not in fields]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def joint(tiny_dir, tmp_path_factory):
     return run
 
 
-LAYOUT = {"qwen3_norm_window": "0,1,0", "llama_mha": "0,0,2"}
+LAYOUT = {"qwen3_norm_window": "0,1,0", "gemma3_norm": "0,1,0", "gemma2_softcap": "0,1,0", "llama_mha": "0,0,2"}
 """Which layers share; windows must agree, and a group of one is a latent of its own."""
 
 
@@ -85,7 +85,7 @@ def oracle_steps(network, ids, cuts):
 
     def oracle(module, args, kwargs, out):
         hidden = args[0] if args else kwargs["hidden_states"]
-        cos, sin = (x[0].double() for x in kwargs["position_embeddings"])
+        cos, sin = rotation(kwargs)
         weights = FoldedWeights.from_state_dict({name: t.double() for name, t in module.state_dict().items()})
         owner, outs = plan.owner(module.layer_idx), []
         for row in rows:
@@ -95,7 +95,7 @@ def oracle_steps(network, ids, cuts):
             before = pending.get((owner, row), (0, 0))
             pending[owner, row] = tuple(a + b for a, b in zip(share, before, strict=True))
             outs.append(out)
-        return torch.stack(outs).to(hidden.dtype), None
+        return torch.stack(outs).to(hidden.dtype) + (args[1] if len(args) > 1 else 0), None
 
     hooks = [module.register_forward_hook(oracle, with_kwargs=True) for module in network.architecture.modules(network)]
     start, found = 0, []

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from tiny import FULL_ATTENTION, MODELS, load, logits, make_tiny, tokens
+from tiny import FULL_ATTENTION, MODELS, load, logits, make_tiny, rotation, tokens
 from transformers import DynamicCache
 
 from kvfold import reference
@@ -68,12 +68,13 @@ def test_module_equals_the_oracle(shape, bias, rope, implementation, monkeypatch
         expected.append(reference.folded_attention(*inputs, seen, reference.stored(*inputs)))
     expected = torch.stack(expected)
     with torch.no_grad():
-        assert_close(module(hidden, (cos, sin))[0], expected, name="prefill")
+        assert_close(module(hidden, position_embeddings=(cos, sin))[0], expected, name="prefill")
         cache, out = FoldedCache(_one_layer_plan(spec)), []
         for i in range(21):
             rotation = (cos[:, i : i + 1], sin[:, i : i + 1])
             options = {"position_ids": torch.tensor([[i]]), "kv_state": ForwardState(rotary)}
-            out.append(module(hidden[:, i : i + 1], rotation, past_key_values=cache, **options)[0])
+            options |= {"position_embeddings": rotation, "past_key_values": cache}
+            out.append(module(hidden[:, i : i + 1], **options)[0])
     assert_close(torch.cat(out, 1), expected, name="decode")
 
 
@@ -99,10 +100,11 @@ def test_the_oracle_is_the_original_attention(model):
     for facts in arch.describe(network):
         args, kwargs, expected = captured[facts.index]
         weights = arch.weights(lambda name, i=facts.index: state[arch.attention_prefix(i) + name].double(), facts)
-        cos, sin = (x[0].double() for x in kwargs["position_embeddings"])
+        cos, sin = rotation(kwargs)
         hidden = (args[0] if args else kwargs["hidden_states"])[0].double()
         out = reference.attention(facts, weights, hidden, cos, sin, reference.causal(30, facts.window))
-        assert_close(expected[0], out)
+        residual = args[1][0].double() if facts.alibi else 0
+        assert_close(expected[0], out + residual)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

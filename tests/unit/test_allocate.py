@@ -26,6 +26,7 @@ def layer(index, kv_heads=4, head_dim=4):
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         scaling=0.5,
+        rotary_dim=head_dim,
     )
 
 

@@ -47,14 +47,23 @@ def test_keys_before_rotation_are_what_the_projection_gives(calibrated, tiny_dir
     statistics, network = calibrated(model, ids), load(tiny_dir / model)
     seen = []
     for attention in architecture(network.config.model_type).modules(network):
-        fused = hasattr(attention, "query_key_value")
-        module = attention.query_key_value if fused else getattr(attention, "k_norm", attention.k_proj)
+        name = next(n for n in ("query_key_value", "c_attn", "qkv_proj", "k_norm", "k_proj") if hasattr(attention, n))
 
-        def see(m, args, out, fused=fused, attention=attention):
-            keys = out.unflatten(-1, (-1, 3, attention.head_size))[..., 1, :] if fused else out
-            seen.append(keys.reshape(20 * 33, -1).double())
+        def see(m, args, out, name=name, attention=attention):
+            if name == "query_key_value":
+                out = out.unflatten(-1, (-1, 3, getattr(attention, "head_size", None) or attention.head_dim))[..., 1, :]
+            if name == "c_attn":
+                out = out.chunk(3, dim=-1)[1]
+            if name == "qkv_proj":
+                size = attention.num_key_value_heads * attention.head_dim
+                out = out[..., -2 * size : -size]
+            if (
+                name == "k_norm" and out.ndim == 4 and out.shape[1] != 33
+            ):  # normalised after heads and tokens changed places
+                out = out.transpose(1, 2)
+            seen.append(out.reshape(20 * 33, -1).double())
 
-        module.register_forward_hook(see)
+        getattr(attention, name).register_forward_hook(see)
     with torch.no_grad():
         network(ids)
     for index, x in enumerate(seen):

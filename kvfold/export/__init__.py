@@ -1,0 +1,1 @@
+"""Checkpoints that need no kvfold to load."""

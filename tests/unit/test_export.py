@@ -1,0 +1,124 @@
+"""Exported checkpoints are stock ones: same logits, without kvfold."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import MODELS, copy_heads, load, logits, make_tiny, save_tiny, tokens
+
+import kvfold
+from kvfold.errors import CheckpointError, PlanError
+from kvfold.export.gqa import export_gqa
+from kvfold.testing import assert_close, relative_rms
+
+NO_STOCK_CLASS = ("neox_partial", "bloom_alibi", "opt_learned", "gpt2_conv", "olmo2_flat_norm")
+EXPORTED = [model for model in MODELS if model not in NO_STOCK_CLASS]
+
+
+@pytest.mark.parametrize("method", ["mean_pool", "procrustes"])
+def test_exports_load_without_kvfold(fold, tmp_path, method):
+    """In a process where kvfold cannot be imported, the stock class gives the folded model's logits."""
+    for model in EXPORTED:
+        folded = fold(model, method, kv_budget=0.5)
+        heads = export_gqa(folded.out, tmp_path / model)
+        assert heads == folded.plan.owned[0].num_kv_heads
+        torch.save(logits(load(folded.out), tokens()), tmp_path / f"{model}.pt")
+    script = """
+import sys
+sys.modules["kvfold"] = None
+import json, torch, transformers
+folder, ids = sys.argv[1], torch.load(f"{sys.argv[1]}/ids.pt")
+for name in sys.argv[2:]:
+    eager = {"attn_implementation": "eager"} if "softcap" in name else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/{name}", dtype=torch.float32, **eager).eval()
+    assert not type(model).__name__.startswith("Kvfold")
+    assert model.config.num_key_value_heads == json.load(open(f"{folder}/{name}/config.json"))["num_key_value_heads"]
+    with torch.no_grad():
+        found, expected = model(ids, use_cache=False).logits, torch.load(f"{folder}/{name}.pt")
+    error = ((found - expected).square().mean() / expected.square().mean()).sqrt().item()
+    assert error < 1e-5, (name, error)
+    generated = model.generate(ids[:1, :5], max_new_tokens=4, do_sample=False)
+    assert generated.shape == (1, 9)
+"""
+    torch.save(tokens(), tmp_path / "ids.pt")
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path), *EXPORTED], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("model", [model for model in NO_STOCK_CLASS if "olmo" not in model])
+def test_families_without_a_stock_class_say_so(fold, tmp_path, model):
+    with pytest.raises(PlanError, match=r"have no stock grouped-query class: .*import kvfold"):
+        export_gqa(fold(model, "mean_pool", kv_budget=0.5).out, tmp_path / "out")
+
+
+def test_obstacles_are_named_with_the_nearest_plan(fold, tiny_dir, tmp_path):
+    folder = fold("llama_mha", "svd_a", kv_budget=0.5).out
+    with pytest.raises(
+        PlanError, match=r"layer 0 keeps projections beside its weights .*--preset procrustes --kv-heads 4"
+    ):
+        export_gqa(folder, tmp_path / "out")
+    shared = {"model": str(tiny_dir / "llama_mha"), "out": str(tmp_path / "shared"), "preset": "mlkv"}
+    kvfold.compress(shared | {"depth": {"owners": 2}, "width": {"kv_heads": 4}}, device="cpu")
+    with pytest.raises(PlanError, match="shares a cache"):
+        export_gqa(tmp_path / "shared", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="is not a folded model"):
+        export_gqa(tiny_dir / "llama_mha", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_uneven_layers_are_an_obstacle(fold, tmp_path):
+    folder = fold("llama_mha", "mean_pool", kv_budget=0.5).out
+    config = json.loads((Path(folder) / "config.json").read_text())
+    config["kv_compression_config"]["caches"][1] |= {"num_kv_heads": 2, "num_v_heads": 2}
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text(json.dumps(config))
+    (broken / "model.safetensors").symlink_to(Path(folder) / "model.safetensors")
+    with pytest.raises(PlanError, match=r"different numbers of heads, \[2, 4\]"):
+        export_gqa(broken, tmp_path / "out")
+
+
+def test_fused_bloom_has_nothing_but_linear_layers(fold):
+    """Grouped svd_a without rotation: ordinary projections, fewer and smaller heads."""
+    from kvfold.runtime.attention import GroupedLinear
+
+    for model in ("bloom_alibi", "opt_learned", "gpt2_conv"):
+        network = load(fold(model, "svd_a", kv_budget=0.5, latent="group").out)
+        assert not [m for m in network.modules() if isinstance(m, GroupedLinear)]
+        attention = network.architecture.modules(network)[0]
+        names = [name for name, _ in attention.named_children()]
+        assert sorted(names) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("grouping", ["neighbours", "similar"])
+def test_heads_that_differ_by_rotations_merge_without_loss(tmp_path, grouping):
+    """Keys turned in each frequency pair, values by any orthogonal map: a mean loses them, aligned heads do not."""
+    original = turned_heads(make_tiny("llama_mha"))
+    source = save_tiny(original, tmp_path / "source")
+    expected = logits(original, tokens())
+    for merge in ("svd", "align"):
+        recipe = {"model": str(source), "out": str(tmp_path / f"{merge}"), "kv_budget": 1 / 8}
+        width = {"method": "procrustes", "merge": merge, "grouping": grouping}
+        calibration = {"data": "self", "num_samples": 16, "seq_len": 64}
+        folded = kvfold.compress(recipe | {"width": width, "calibration": calibration}, device="cpu")
+        assert_close(logits(load(folded.out), tokens()), expected, tolerance=1e-4)
+    pooled = kvfold.compress(recipe | {"out": str(tmp_path / "pool"), "preset": "gqa", "width": {}}, device="cpu")
+    assert relative_rms(logits(load(pooled.out), tokens()), expected) > 0.1
+
+
+def turned_heads(model):
+    """Every head a copy of the first, its keys turned by an angle per frequency pair, its values by an orthogonal map."""
+    generator = torch.Generator().manual_seed(5)
+    for layer in copy_heads(model, [1.0] * 8).model.layers:
+        keys = layer.self_attn.k_proj.weight.data.unflatten(0, (8, 2, 4))
+        angle = 6.28 * torch.rand(8, 4, 1, generator=generator)
+        a, b = keys[:, 0].clone(), keys[:, 1].clone()
+        keys[:, 0], keys[:, 1] = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+        values = layer.self_attn.v_proj.weight.data.unflatten(0, (8, 8))
+        for head in range(8):
+            turn = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q
+            values[head] = turn @ values[head]
+    return model
