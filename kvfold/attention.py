@@ -73,7 +73,8 @@ class FoldedWeights:
     [C*R, D] gives what is stored at once, and without `k_projection` q_proj [N*R, D] has absorbed the way back.
     v_proj [U*V, D]; v_b_proj [U, t*H, V] leads back to the source's value heads, or is None where that is fused into o_proj.
     o_proj [D, N*V], or [D, N*H] beside a v_b_proj. v_a_proj [U, V, t*H] is only there in joint caches, where every layer of
-    the group has all of these.
+    the group has all of these. With `k_partial` k_proj [K*r, D] and k_a_proj [C, R, t*r] are those of the r rotated numbers
+    of each head, and k_u_proj [C*R, D] is what the others add.
     """
 
     q_proj: Tensor
@@ -90,6 +91,8 @@ class FoldedWeights:
     k_b_proj: Tensor | None = None
     v_b_proj: Tensor | None = None
     v_a_proj: Tensor | None = None
+    k_u_proj: Tensor | None = None
+    k_u_bias: Tensor | None = None
 
     def state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors under the parameter names of the runtime's module, in the checkpoint's dtype."""
@@ -108,4 +111,4 @@ class FoldedWeights:
 
 def parameter_name(field: str) -> str:
     """`q_bias` -> `q_proj.bias`, anything else -> `<field>.weight`."""
-    return f"{field[0]}_proj.bias" if field.endswith("_bias") else f"{field}.weight"
+    return f"{field.removesuffix('_bias')}_proj.bias" if field.endswith("_bias") else f"{field}.weight"

@@ -110,6 +110,7 @@ class LowRankWidth(WidthMethod):
             v_head_dim=values.width,
             rope=rope_of(layer),
             k_projection=layer.rotary_dim > 0 or layer.qk_norm or keys.width > layer.head_dim,
+            k_partial=0 < layer.rotary_dim < layer.head_dim and not layer.qk_norm,
             v_projection=values.width > layer.head_dim,
             output_bias=self.centres_values,
             window=layer.window,
@@ -127,6 +128,8 @@ class LowRankWidth(WidthMethod):
                 folded = store_values(folded, values.a_CRF)
             if spec.rope == "none":
                 folded = fuse_keys(layer, folded, spec)
+            if spec.k_partial and not position:
+                folded = fuse_unrotated(layer, folded)
             if self.centres_values:
                 folded = self._restore_mean(group, position, folded, values, back_UFV)
             folded = lead_values_back(layer, folded, back_UFV)
@@ -163,6 +166,24 @@ def fuse_keys(layer: AttentionLayer, folded: FoldedWeights, spec: CacheSpec) -> 
             q_KGH = folded.q_bias.unflatten(0, (K, -1, layer.head_dim))
             changes["q_bias"] = torch.einsum("khr,kgh->kgr", back_KHR, q_KGH).flatten()
     return dataclasses.replace(folded, **changes)  # type: ignore[arg-type]
+
+
+def fuse_unrotated(layer: AttentionLayer, folded: FoldedWeights) -> FoldedWeights:
+    """z = A kappa is a sum over the rotated and the other numbers of each head; nothing stands between the others and x."""
+    assert folded.k_a_proj is not None and folded.k_proj is not None, "the owner has a way to the latents"
+    C, r, H = len(folded.k_a_proj), layer.rotary_dim, layer.head_dim
+    a_CRtH = folded.k_a_proj.unflatten(2, (-1, H))
+    k_CtHD = folded.k_proj.unflatten(0, (C, -1, H))
+    changes = {
+        "k_a_proj": a_CRtH[..., :r].flatten(2),
+        "k_proj": k_CtHD[:, :, :r].flatten(0, 2),
+        "k_u_proj": torch.einsum("crth,cthd->crd", a_CRtH[..., r:], k_CtHD[:, :, r:]).flatten(0, 1),
+    }
+    if folded.k_bias is not None:
+        k_CtH = folded.k_bias.unflatten(0, (C, -1, H))
+        changes["k_bias"] = k_CtH[..., :r].flatten()
+        changes["k_u_bias"] = torch.einsum("crth,cth->cr", a_CRtH[..., r:], k_CtH[..., r:]).flatten()
+    return dataclasses.replace(folded, **changes)
 
 
 def store_values(folded: FoldedWeights, a_UVF: Tensor) -> FoldedWeights:

@@ -56,6 +56,8 @@ class CacheSpec:
     `joint`: what is stored is made of the keys and values of ALL layers that use this cache, after they have run; so tokens
     of the running step are seen exactly, and only past tokens through the latents.
     `k_projection`: keys go through `k_a_proj` before they are stored, `k_b_proj` leads back to the source's heads.
+    `k_partial`: of heads that are rotated in part, k_proj gives the rotated numbers alone, which pass `k_a_proj`; what the
+    rest adds to the latents comes from `k_u_proj` at once.
     `v_projection`: the way back to the source's value heads is kept apart (`v_b_proj`) instead of being fused into `o_proj`.
     `output_bias`: the fold added a bias to `o_proj` that the source does not have.
     """
@@ -68,6 +70,7 @@ class CacheSpec:
     readers_rotate: bool = True
     joint: bool = False
     k_projection: bool = False
+    k_partial: bool = False
     v_projection: bool = False
     output_bias: bool = False
     k_bits: int | None = None
@@ -284,6 +287,10 @@ def _validate_cache(index: int, source: SourceLayer, spec: CacheSpec) -> None:
         )
     if spec.joint and not (spec.rope != "on_read" and spec.k_projection and spec.v_projection):
         raise PlanError(f"layer {index}: a joint cache keeps k_projection and v_projection, and keys after rotation.")
+    if spec.k_partial and (spec.joint or spec.rope != "applied" or not spec.k_projection):
+        raise PlanError(
+            f"layer {index}: k_partial goes with k_projection and rope: applied, in caches of one layer's making."
+        )
     reserved = {"k_bits": None, "v_bits": None, "sinks": 0}
     for name, only in reserved.items():
         if getattr(spec, name) != only:

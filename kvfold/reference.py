@@ -81,11 +81,16 @@ def stored(
     """What the owner of a cache stores of one sequence: key heads [T, R] and value heads [T, V]."""
     assert weights.k_proj is not None and weights.v_proj is not None, "a reader stores nothing"
     flat = _linear(hidden_TD, weights.k_proj, weights.k_bias)
-    keys = normalised_heads(layer, flat, spec.head_dim if spec.rope == "none" else layer.head_dim, weights.k_norm)
+    width = spec.head_dim if spec.rope == "none" else layer.rotary_dim if spec.k_partial else layer.head_dim
+    keys = normalised_heads(layer, flat, width, weights.k_norm)
     if spec.rope == "applied":
         keys = [rotate(k, cos_Tr, sin_Tr) for k in keys]
     values = _linear(hidden_TD, weights.v_proj, weights.v_bias).split(spec.v_head_dim, dim=1)
-    return _stored_keys(spec, weights, keys), list(values)
+    latents = _stored_keys(spec, weights, keys)
+    if weights.k_u_proj is not None:
+        others = _linear(hidden_TD, weights.k_u_proj, weights.k_u_bias).split(spec.head_dim, dim=1)
+        latents = [rotated + other for rotated, other in zip(latents, others, strict=True)]
+    return latents, list(values)
 
 
 def folded_attention(

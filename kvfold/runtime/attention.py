@@ -110,9 +110,11 @@ class FoldedAttention(nn.Module):
         self.q_norm, k_norm = norms
         if self.owner == layer.index:
             apart = spec.k_projection and spec.rope != "none"  # something stands between k_proj and what is stored
-            self.k_proj = nn.Linear(D, K * H if apart else C * R, bias=layer.qkv_bias, **options)
+            width = layer.rotary_dim if spec.k_partial else H  # numbers of each source head that k_proj gives
+            self.k_proj = nn.Linear(D, K * width if apart else C * R, bias=layer.qkv_bias, **options)
+            self.k_u_proj = nn.Linear(D, C * R, bias=layer.qkv_bias, **options) if spec.k_partial else None
             self.v_proj = nn.Linear(D, U * V, bias=layer.qkv_bias, **options)
-            self.k_a_proj = GroupedLinear(C, K // C * H, R, **options) if apart else None
+            self.k_a_proj = GroupedLinear(C, K // C * width, R, **options) if apart else None
             self.k_norm = k_norm
 
     def extra_repr(self) -> str:
@@ -197,6 +199,8 @@ class FoldedAttention(nn.Module):
         if self.k_a_proj is not None:
             kappa = z.unflatten(1, (self.spec.num_kv_heads, -1)).transpose(2, 3).flatten(3)
             z = self.k_a_proj(kappa)
+        if self.k_u_proj is not None:
+            z = z + self._heads(self.k_u_proj(hidden_BTD), self.spec.num_kv_heads, None)
         return z, y
 
     def _attend(

@@ -96,4 +96,5 @@ def rope_of(layer: AttentionLayer) -> str:
 
 def as_reader(folded: FoldedWeights) -> FoldedWeights:
     """Without what only the owner of a cache has: the way from hidden states to what is stored."""
-    return dataclasses.replace(folded, k_proj=None, v_proj=None, k_bias=None, v_bias=None, k_norm=None, k_a_proj=None)
+    owners = ("k_proj", "v_proj", "k_bias", "v_bias", "k_norm", "k_a_proj", "k_u_proj", "k_u_bias")
+    return dataclasses.replace(folded, **dict.fromkeys(owners))  # type: ignore[arg-type]

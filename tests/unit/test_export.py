@@ -88,9 +88,23 @@ def test_fused_bloom_has_nothing_but_linear_layers(fold):
     for model in ("bloom_alibi", "opt_learned", "gpt2_conv"):
         network = load(fold(model, "svd_a", kv_budget=0.5, latent="group").out)
         assert not [m for m in network.modules() if isinstance(m, GroupedLinear)]
-        attention = network.architecture.modules(network)[0]
+        attention = network_attention(network)
         names = [name for name, _ in attention.named_children()]
         assert sorted(names) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(("model", "heads", "rotated"), [("neox_partial", 4, 4), ("phi3_partial", 2, 8)])
+def test_only_rotated_numbers_keep_a_projection(fold, model, heads, rotated):
+    """Of 16 numbers per head the unrotated ones reach the latents by one ordinary projection of the input."""
+    folded = fold(model, "svd_a", kv_budget=0.5)
+    attention = network_attention(load(folded.out))
+    width = folded.plan.owned[0].head_dim
+    assert attention.k_proj.out_features == heads * rotated and attention.k_u_proj.out_features == width
+    assert attention.k_a_proj.weight.shape == (1, width, heads * rotated)
+
+
+def network_attention(network):
+    return network.architecture.modules(network)[0]
 
 
 @pytest.mark.parametrize("grouping", ["neighbours", "similar"])
