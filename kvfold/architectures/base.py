@@ -148,7 +148,11 @@ def architecture(model_type: str) -> Architecture:
         )
     if model_type not in registry.names("architectures"):
         known = registry.names("architectures")
-        raise CheckpointError("config.json: " + registry.unknown("supported model_type", model_type, known))
+        raise CheckpointError(
+            "config.json: "
+            + registry.unknown("supported model_type", model_type, known)
+            + " A family is one file: docs/add_an_architecture.md shows how to add it."
+        )
     return registry.load("architectures", model_type)()
 
 
