@@ -78,8 +78,10 @@ def _uniform_heads(plan: CachePlan, arch: Architecture) -> int:
 
 def _obstacle(plan: CachePlan, layer: int) -> str | None:
     spec, source = plan.caches[layer], plan.source[layer]
-    if spec is None or plan.readers(layer) != [layer]:
-        return f"shares a cache (with layer {plan.owner(layer)} or its readers)"
+    if spec is None:
+        return f"reads the cache of layer {plan.owner(layer)}"
+    if plan.readers(layer) != [layer]:
+        return f"shares its cache with layers {plan.readers(layer)[1:]}"
     if spec.k_projection or spec.v_projection or spec.joint:
         return f"keeps projections beside its weights (keys {spec.num_kv_heads} x {spec.head_dim})"
     if spec.output_bias:

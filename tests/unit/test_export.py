@@ -62,7 +62,7 @@ def test_obstacles_are_named_with_the_nearest_plan(fold, tiny_dir, tmp_path):
         export_gqa(folder, tmp_path / "out")
     shared = {"model": str(tiny_dir / "llama_mha"), "out": str(tmp_path / "shared"), "preset": "mlkv"}
     kvfold.compress(shared | {"depth": {"owners": 2}, "width": {"kv_heads": 4}}, device="cpu")
-    with pytest.raises(PlanError, match="shares a cache"):
+    with pytest.raises(PlanError, match="shares its cache with layers"):
         export_gqa(tmp_path / "shared", tmp_path / "out")
     with pytest.raises(CheckpointError, match="is not a folded model"):
         export_gqa(tiny_dir / "llama_mha", tmp_path / "out")
