@@ -68,7 +68,7 @@ def allocate(
     total = _source_numbers(layers)
     numbers = None if kv_budget is None else kv_budget * total
     if numbers is None or kv_budget is None:
-        chosen = _largest(shapes) if any(target is not None for target in targets) else _only_choice(shapes)
+        chosen = _without_budget(shapes, targets, axes)
     elif strategy == "uniform":
         chosen = _uniform(shapes, layers, targets, kv_budget, axes.width.joint)
     else:
@@ -126,9 +126,22 @@ def _shapes(width: WidthMethod, layer: AttentionLayer, layers: int, side: str) -
     return sorted(found, key=lambda shape: shape.numbers)
 
 
-def _largest(shapes: Shapes) -> Choice:
-    """Sharing already makes the cache smaller: what is shared stays as wide as it was."""
-    return {key: options[-1] for key, options in shapes.items()}
+def check_request(layers: Sequence[AttentionLayer], targets: Targets, axes: Axes, kv_budget: float | None) -> None:
+    """Raise, before anything is calibrated, what `allocate` would raise: no budget where one is needed, one out of reach."""
+    shapes = _all_shapes(axes, layers, targets)
+    if kv_budget is None:
+        _without_budget(shapes, targets, axes)
+        return
+    smallest = {key: options[0] for key, options in shapes.items()}
+    total = _source_numbers(layers)
+    _check_budget(shapes, smallest, kv_budget * total, total)
+
+
+def _without_budget(shapes: Shapes, targets: Targets, axes: Axes) -> Choice:
+    """The only choice; or, since sharing already makes the cache smaller, what is shared stays as wide as it was."""
+    if any(target is not None for target in targets) and not axes.width.joint:
+        return {key: options[-1] for key, options in shapes.items()}
+    return _only_choice(shapes)
 
 
 def _only_choice(shapes: Shapes) -> Choice:

@@ -106,8 +106,10 @@ def calibrate(
     folder = run_dir / f"statistics-{key}-{_short('+'.join(sorted(wanted)))}"
     make_folder(folder)
     model = StreamedModel(checkpoint, arch, device)
-    moment_bytes = 8 * (len(needs) + bool(cross.needs)) * sum((x.num_kv_heads * x.head_dim) ** 2 for x in model.layers)
-    require_space(folder, moment_bytes + 4 * tokens_BT.numel() * model.layers[0].hidden_size)
+    size = max(x.num_kv_heads * x.head_dim for x in model.layers)
+    matrices = len(needs) * len(model.layers) + len(cross.labels)
+    numbers_per_token = model.layers[0].hidden_size + size * len(cross.needs) * cross.most_kept()
+    require_space(folder, 8 * matrices * size**2 + 4 * numbers_per_token * tokens_BT.numel())
     with torch.no_grad():
         resumed = _resume(folder, cross)
         # masks and rotary tables are the same for every sequence: a resumed run needs one to make them again

@@ -32,6 +32,11 @@ class CrossMoments:
         """What is gathered, for statistics on disk to be found again."""
         return frozenset(f"{name}.cross.{later}-{earlier}" for name in self.needs for later, earlier in self.pairs)
 
+    def most_kept(self) -> int:
+        """Layers whose vectors are kept at once, at most."""
+        layers = range(max((later for later, _ in self.pairs), default=0) + 1)
+        return max(len({early for later, early in self.pairs if early <= layer < later}) for layer in layers)
+
     def start(self, layer: int) -> None:
         self.layer, self.sums, self.seen = layer, {}, {}
 

@@ -14,6 +14,8 @@ from kvfold.plan import CONFIG_KEY
 from kvfold.storage import copy_file, make_folder, write_text
 
 MARKER = "fold.txt"
+EXPORT_MARKER = "kvfold_export.json"
+"""In an exported folder, whose config.json says nothing of kvfold."""
 
 
 def refuse_out(out: Path, overwrite: bool, keep: Sequence[Path]) -> None:
@@ -26,8 +28,9 @@ def refuse_out(out: Path, overwrite: bool, keep: Sequence[Path]) -> None:
     if not overwrite:
         raise OutputError(f"{out} exists already. Give another --out, or --overwrite to replace it.")
     empty = out.is_dir() and not any(out.iterdir())
-    if not empty and not ((out / "config.json").exists() and CONFIG_KEY in read_json(out / "config.json")):
-        raise OutputError(f"{out} is not a folded model, so --overwrite does not replace it; remove it yourself.")
+    folded = (out / "config.json").exists() and CONFIG_KEY in read_json(out / "config.json")
+    if not empty and not folded and not (out / EXPORT_MARKER).exists():
+        raise OutputError(f"{out} was not written by kvfold, so --overwrite does not replace it; remove it yourself.")
 
 
 def partial_folder(out: Path, identity: str) -> Path:

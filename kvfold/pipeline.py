@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvfold.allocate import Axes, allocate, choose_layout
+from kvfold.allocate import Axes, allocate, check_request, choose_layout
 from kvfold.architectures.base import empty_model, source_config
 from kvfold.calibrate import Statistics
 from kvfold.card import write_card_text
@@ -62,6 +62,9 @@ def compress(
     targets = choose_layout(
         source.layers, axes, kv_budget=recipe.kv_budget, sample=material.sample() if axes.depth.needs_sample else None
     )
+    check_request(source.layers, targets, axes, recipe.kv_budget)
+    if recipe.keep_parameters:
+        widened_size(source.arch, source.checkpoint.config, len(source.layers), 0)
     statistics = material.statistics(axes.width.needs, axes.width.needs_cross, targets, axes.width.joint)
     clock.lap("calibrate")
 

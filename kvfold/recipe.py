@@ -96,6 +96,10 @@ class Recipe:
                 what = f"field of {axis} method {getattr(self, axis)['method']!r} called"
                 raise RecipeError(registry.unknown(what, name, known or ["(none)"]))
         check_types(cls, fields, f"{axis}.")
+        needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        if missing := [name for name in needed if name not in fields]:
+            method = getattr(self, axis)["method"]
+            raise RecipeError(f"{axis} method {method!r} needs {', '.join(f'{axis}.{name}' for name in missing)}.")
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:

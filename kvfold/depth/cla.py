@@ -22,7 +22,7 @@ class Cla(DepthMethod):
 
     def layouts(self, layers: Sequence[AttentionLayer], sample: Sample | None) -> list[Targets]:
         L = len(layers)
-        if not 0 <= self.factor <= L or not 0 <= self.owners <= L or not 0 <= self.offset < L:
+        if self.factor < 0 or not 0 <= self.owners <= L or not 0 <= self.offset < L:
             raise RecipeError(
                 f"depth.factor = {self.factor}, depth.owners = {self.owners}, depth.offset = {self.offset} do not fit the"
                 f" model's {L} layers."

@@ -25,15 +25,30 @@ class Contiguous(DepthMethod):
         L = len(layers)
         if self.owners > L or self.owners < 0:
             raise RecipeError(f"depth.owners = {self.owners}, but the model has {L} layers; choose 1 to {L}.")
-        counts = [self.owners] if self.owners else [m for m in reversed(divisors(L)) if m < L]
+        counts = [self.owners] if self.owners else [m for m in reversed(divisors(L)) if len(by_window(layers)) <= m < L]
         return [_layout(layers, m) for m in counts]
 
 
 def _layout(layers: Sequence[AttentionLayer], owners: int) -> Targets:
     owner_of = {}
-    for kind in by_window(layers):
-        count = max(round(owners * len(kind) / len(layers)), 1)
+    kinds = by_window(layers)
+    if owners < len(kinds):
+        raise RecipeError(
+            f"depth.owners = {owners}, but the layers have {len(kinds)} kinds of sliding window, which cannot share; ask for"
+            f" at least {len(kinds)}."
+        )
+    for kind, count in zip(kinds, _shares(owners, [len(kind) for kind in kinds]), strict=True):
         first = [int(i * (len(kind) / count)) for i in range(count)]
         for position, layer in enumerate(kind):
             owner_of[layer] = kind[max(f for f in first if f <= position)]
     return targets_of(owner_of)
+
+
+def _shares(owners: int, sizes: Sequence[int]) -> list[int]:
+    """`owners` shared out in proportion to `sizes`, at least one each: by largest remainder, so that the sum is exact."""
+    shares = [1] * len(sizes)
+    while sum(shares) < owners:
+        missing = [owners * size / sum(sizes) - share for size, share in zip(sizes, shares, strict=True)]
+        open_kinds = [i for i, size in enumerate(sizes) if shares[i] < size]
+        shares[max(open_kinds, key=lambda i: missing[i])] += 1
+    return shares

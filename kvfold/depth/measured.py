@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvfold.attention import AttentionLayer
-from kvfold.depth.base import DepthMethod, Sample, Targets, targets_of
+from kvfold.depth.base import DepthMethod, Sample, Targets, by_window, targets_of
 from kvfold.errors import RecipeError
 from kvfold.plan import divisors
 
@@ -25,7 +25,8 @@ class Measured(DepthMethod):
     that the map was not fitted on.
 
     `owners`: m; 0 leaves it to the budget, as in contiguous. `layout`: `contiguous` searches all ways to cut the layers into
-    m runs, `any` lets a layer read any earlier owner and adds owners greedily.
+    m runs, `any` lets a layer read any earlier owner and adds owners greedily; layers with several kinds of window always
+    take the latter, since runs of neighbours would mix them.
     """
 
     needs_sample: ClassVar[bool] = True
@@ -40,8 +41,10 @@ class Measured(DepthMethod):
             raise RecipeError(f"depth.layout = {self.layout!r}; choose 'contiguous' or 'any'.")
         assert sample is not None, "this method needs a sample"
         damage_LL = pair_damages(layers, sample)
-        search = _cut if self.layout == "contiguous" else _choose
-        counts = [self.owners] if self.owners else [m for m in reversed(divisors(len(layers))) if m < len(layers)]
+        search = _cut if self.layout == "contiguous" and len(by_window(layers)) == 1 else _choose
+        if self.owners:
+            return [search(damage_LL, self.owners)]
+        counts = [m for m in reversed(divisors(len(layers))) if len(by_window(layers)) <= m < len(layers)]
         return [search(damage_LL, m) for m in counts]
 
 
@@ -85,11 +88,7 @@ def _cut(damage_LL: Tensor, owners: int) -> Targets:
             options = [(start, *best[start, runs - 1]) for start in range(end) if (start, runs - 1) in best]
             found = [(spent + cost[start][end - 1], [*starts, start]) for start, spent, starts in options]
             best[end, runs] = min(found)
-    spent, starts = best[L, owners]
-    if math.isinf(spent):
-        raise RecipeError(
-            f"{owners} runs of neighbouring layers cannot keep different sliding windows apart; use depth.layout=any."
-        )
+    _, starts = best[L, owners]
     return targets_of({layer: max(s for s in starts if s <= layer) for layer in range(L)})
 
 

@@ -13,7 +13,7 @@ from kvfold.architectures.base import Architecture, architecture, empty_model, s
 from kvfold.attention import FoldedWeights
 from kvfold.checkpoint import INDEX, Checkpoint
 from kvfold.errors import CheckpointError, PlanError
-from kvfold.output import copy_side_files, partial_folder, publish, refuse_out
+from kvfold.output import EXPORT_MARKER, copy_side_files, partial_folder, publish, refuse_out
 from kvfold.plan import CONFIG_KEY, CachePlan, divisors
 from kvfold.runtime.modeling import MODEL_TYPE_PREFIX
 from kvfold.storage import write_tensors, write_text
@@ -41,9 +41,7 @@ def export_gqa(folder: str | Path, out: str | Path, *, overwrite: bool = False) 
     target, config = arch.stock_gqa(_stock_config(checkpoint.config, arch), heads)
     stock = empty_model(target, source_config(target, config))
     partial = partial_folder(out, f"export of {checkpoint.fingerprint()}")
-    shards: dict[str, list[str]] = {}
-    for name, stored in checkpoint.tensors.items():
-        shards.setdefault(stored.shard, []).append(name)
+    shards = _shards(checkpoint, arch, plan)
     weight_map: dict[str, str] = {}
     for shard, names in shards.items():
         tensors = _stock_tensors(checkpoint, arch, names, plan)
@@ -54,6 +52,7 @@ def export_gqa(folder: str | Path, out: str | Path, *, overwrite: bool = False) 
         write_text(partial / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
     write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
     copy_side_files(checkpoint, partial)
+    write_text(partial / EXPORT_MARKER, json.dumps({"format": "gqa", "source": str(folder)}) + "\n")
     facts = {"name": out.name, "source": folder, "heads": heads, "kv_budget": plan.kv_budget}
     write_text(partial / "README.md", CARD.format(model_class=config["architectures"][0], **facts))
     publish(partial, out, overwrite)
@@ -108,6 +107,19 @@ def _nearest(plan: CachePlan) -> str:
 def _stock_config(config: dict[str, Any], arch: Architecture) -> dict[str, Any]:
     stock = {name: value for name, value in config.items() if name != CONFIG_KEY}
     return stock | {"model_type": arch.model_type, "architectures": [arch.causal_lm]}
+
+
+def _shards(checkpoint: Checkpoint, arch: Architecture, plan: CachePlan) -> dict[str, list[str]]:
+    """Shard -> names; all tensors of one layer's attention go where its queries are, wherever they were."""
+    home = {}
+    for layer in range(plan.num_layers):
+        prefix = arch.attention_prefix(layer)
+        home[prefix] = checkpoint.tensors[f"{prefix}q_proj.weight"].shard
+    shards: dict[str, list[str]] = {}
+    for name, stored in checkpoint.tensors.items():
+        prefix = next((prefix for prefix in home if name.startswith(prefix)), "")
+        shards.setdefault(home.get(prefix, stored.shard), []).append(name)
+    return shards
 
 
 def _stock_tensors(checkpoint: Checkpoint, arch: Architecture, names: list[str], plan: CachePlan) -> dict[str, Tensor]:

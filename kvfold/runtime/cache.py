@@ -115,7 +115,10 @@ class GrowingLayer(CacheLayerMixin):
 
     def live(self) -> tuple[Tensor, Tensor] | None:
         """What is stored now, z [B, C, S, R] and y [B, U, S, V]; None if nothing is."""
-        return (self.k.view(), self.v.view()) if self.length else None
+        if not self.length:
+            return None
+        visible = slice(None) if self.spec.window is None else slice(-min(self.length, self.spec.window - 1), None)
+        return self.k.view()[:, :, visible], self.v.view()[:, :, visible]
 
     def _update_window(self, key_states: Tensor, value_states: Tensor, window: int) -> tuple[Tensor, Tensor]:
         """Beyond the window only its last tokens are kept; a long prompt passes through without ever being stored whole."""

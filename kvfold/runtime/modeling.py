@@ -132,7 +132,9 @@ def _folded_forward(stock_class: type[PreTrainedModel]) -> Any:
         bound = signature.bind_partial(self, *args, **kwargs).arguments
         use_cache = bound.get("use_cache")
         wanted = self.config.use_cache if use_cache is None else use_cache
-        if wanted and bound.get("past_key_values") is None and not self.training:
+        if self.training and use_cache is None:  # the stock forward would make a cache that nobody reads
+            wanted = bound["use_cache"] = False
+        if wanted and bound.get("past_key_values") is None:
             bound["past_key_values"] = FoldedCache(self.kv_plan)
         bound.pop("self")
         extra = bound.pop("kwargs", {})

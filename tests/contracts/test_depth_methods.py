@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from tiny import MODELS, load, logits, make_tiny, rotation, save_tiny, tokens
@@ -400,3 +402,50 @@ def test_widths_are_the_papers(name, size):
     saved = (144 - owners * heads) * 2 * (768 * 64 + 64)
     config = {"hidden_size": 768, "intermediate_size": 3072}
     assert widened_size(architecture("gpt_neox"), config, 12, saved) == size
+
+
+def test_owners_are_shared_out_exactly_among_windows(tiny_dir):
+    """Two kinds of window of three layers each: the layers asked for, whatever the rounding."""
+    layers = open_source(tiny_dir / "llama_mha").layers
+    mixed = [dataclasses.replace(layers[0], index=i, window=9 if i % 2 else None) for i in range(6)]
+    for owners in range(2, 7):
+        method = make_recipe({"model": "-", "out": "-", "depth": {"method": "contiguous", "owners": owners}}).method(
+            "depth"
+        )
+        assert method.layouts(mixed, None)[0].count(None) == owners
+    with pytest.raises(RecipeError, match="2 kinds of sliding window"):
+        make_recipe({"model": "-", "out": "-", "depth": {"method": "contiguous", "owners": 1}}).method("depth").layouts(
+            mixed, None
+        )
+
+
+def test_shared_finds_a_layout_for_mixed_windows(tiny_dir, tmp_path):
+    recipe = {
+        "model": str(tiny_dir / "gemma2_softcap"),
+        "out": str(tmp_path / "out"),
+        "preset": "shared",
+        "kv_budget": 0.7,
+    }
+    recipe |= {"depth": {"owners": 2}, "calibration": {"data": "self", "num_samples": 8, "seq_len": 32}}
+    assert kvfold.compress(recipe, device="cpu").plan.kv_sharing_target_layer.count(None) == 2
+
+
+@pytest.mark.parametrize("model", ["bloom_alibi", "gpt2_conv"])
+def test_gradient_checkpointing_in_families_that_drop_keywords(shared, model):
+    network = load(
+        shared(model, {"method": "contiguous", "owners": 1}, {"method": "mean_pool", "kv_heads": 2}).out
+    ).train()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for attention in network.architecture.modules(network):
+        attention.layer = dataclasses.replace(attention.layer, attention_dropout=0.0, output_dropout=0.0)
+    ids = tokens(2, 20)
+    network(ids, labels=ids).loss.backward()
+    expected = {n: p.grad.clone() for n, p in network.named_parameters()}
+    network.zero_grad()
+    network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    network(ids, labels=ids).loss.backward()
+    assert all(
+        relative_rms(p.grad, expected[n]) < 1e-4 for n, p in network.named_parameters() if p.grad.abs().sum() > 1e-6
+    )

@@ -176,3 +176,15 @@ def test_parts_and_foreign_caches_are_refused(joint):
     with pytest.raises(ValueError, match="several layers fill together"):
         network(tokens(), past_key_values=DynamicCache(config=network.config))
     assert architecture("llama").model_type == "llama"
+
+
+def test_training_needs_no_cache(joint):
+    """A plain training step, in which the stock forward would make a cache of its own."""
+    network, ids = load(joint("llama_yarn", 0.5).out).train(), tokens()
+    network(ids, labels=ids).loss.backward()
+    assert network.get_submodule("model.layers.0.self_attn.k_proj").weight.grad.abs().sum() > 0
+
+
+def test_prompt_lookup_beyond_a_sliding_window(joint):
+    network, one = load(joint("mistral_window", 0.5).out), tokens(1, 12).repeat(1, 2)
+    assert network.generate(one, max_new_tokens=10, do_sample=False, prompt_lookup_num_tokens=3).shape[1] > 24

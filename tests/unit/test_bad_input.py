@@ -373,3 +373,35 @@ def test_an_incomplete_folded_folder_is_not_loaded(fold, tmp_path):
 def test_all_errors_are_value_errors():
     assert all(issubclass(e, KvfoldError) for e in (BudgetError, CheckpointError, DataError, OutputError, RecipeError))
     assert issubclass(KvfoldError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"preset": "svd_a"}, "say how much to keep"),
+        ({"preset": "xkv"}, "say how much to keep"),
+        ({"preset": "procrustes", "width": {"kv_heads": 5}}, "does not divide 8"),
+        ({"preset": "procrustes", "depth": {"method": "cla", "factor": 2}, "kv_budget": 0.5}, "does not span layers"),
+        ({"preset": "svd_a", "kv_budget": 0.001}, "out of reach"),
+        ({"depth": {"method": "dissimilar"}}, "needs depth.owners"),
+        ({"depth": {"method": "explicit"}}, "needs depth.uses"),
+        ({"preset": "mlkv", "depth": {"owners": 9}}, "the model has 3 layers"),
+    ],
+    ids=str,
+)
+def test_requests_that_cannot_be_are_refused_before_calibration(tiny_dir, tmp_path, monkeypatch, fields, message):
+    monkeypatch.setattr("kvfold.gather.calibrate", lambda *args, **kwargs: pytest.fail("calibrated first"))
+    recipe = {
+        "model": str(tiny_dir / "llama_mha"),
+        "out": str(tmp_path / "out"),
+        "calibration": {"data": "self"},
+    } | fields
+    with pytest.raises(KvfoldError, match=message):
+        kvfold.compress(recipe, device="cpu")
+
+
+def test_widening_what_has_no_width_is_refused_before_calibration(tiny_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvfold.gather.calibrate", lambda *args, **kwargs: pytest.fail("calibrated first"))
+    recipe = {"model": str(tiny_dir / "bloom_alibi"), "out": str(tmp_path / "out"), "calibration": {"data": "self"}}
+    with pytest.raises(RecipeError, match="has no width of its own to enlarge"):
+        kvfold.compress(recipe | {"preset": "svd_a", "kv_budget": 0.5, "keep_parameters": True}, device="cpu")

@@ -69,6 +69,19 @@ def test_obstacles_are_named_with_the_nearest_plan(fold, tiny_dir, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_export_can_be_replaced_and_may_be_spread_over_shards(fold, tmp_path):
+    """As after healing and save_pretrained with small shards, which part a layer's attention."""
+    for model in ("qwen2_bias_tied", "phi3_partial"):
+        network = load(fold(model, "mean_pool", kv_budget=0.5).out)
+        network.save_pretrained(tmp_path / f"{model}-saved", max_shard_size="20KB")
+        assert len(list((tmp_path / f"{model}-saved").glob("*.safetensors"))) > 5
+        for overwrite in (False, True):
+            export_gqa(tmp_path / f"{model}-saved", tmp_path / model, overwrite=overwrite)
+        stock = load(tmp_path / model)
+        assert not type(stock).__name__.startswith("Kvfold")
+        assert_close(logits(stock, tokens()), logits(network, tokens()))
+
+
 def test_uneven_layers_are_an_obstacle(fold, tmp_path):
     folder = fold("llama_mha", "mean_pool", kv_budget=0.5).out
     config = json.loads((Path(folder) / "config.json").read_text())

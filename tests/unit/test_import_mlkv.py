@@ -164,3 +164,13 @@ def test_other_folders_are_refused(tmp_path, config, message):
     with pytest.raises(CheckpointError, match=message):
         import_mlkv(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_imported_models_train_and_tied_ones_import(tmp_path):
+    folder, state, _ = checkpoint(tmp_path / "mlkv", 2, 2, tie_word_embeddings=True)
+    state = {name: tensor for name, tensor in state.items() if name != "embed_out.weight"}
+    save_file(state, folder / "model.safetensors")
+    import_mlkv(folder, tmp_path / "out")
+    network, ids = load(tmp_path / "out").train(), tokens(2, 12)
+    network(ids, labels=ids).loss.backward()
+    assert network.get_submodule("gpt_neox.layers.0.attention.k_proj").weight.grad.abs().sum() > 0
