@@ -240,7 +240,7 @@ def test_existing_output(source):
     with pytest.raises(OutputError, match=r"exists already.*--overwrite"):
         compress(source, out)
     assert (out / "precious").exists()
-    with pytest.raises(OutputError, match="is not a folded model, so --overwrite does not replace it"):
+    with pytest.raises(OutputError, match="was not written by kvfold, so --overwrite does not replace it"):
         compress(source, out, overwrite=True)
     assert (out / "precious").exists()
     (out / "precious").unlink()
