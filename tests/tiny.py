@@ -74,6 +74,7 @@ MODELS |= {
     "olmo2_flat_norm": (tf.Olmo2Config, {"rms_norm_eps": 1e-6}),
     "granite_scale": (tf.GraniteConfig, {"attention_multiplier": 0.3}),
 }
+MIXED_WINDOWS = ("qwen3_norm_window", "gemma2_softcap", "gemma3_norm")
 FULL_ATTENTION = ("llama_mha", "llama_yarn", "qwen2_bias_tied")
 
 

@@ -134,6 +134,12 @@ class Architecture(ABC):
 CONTRACT = Architecture
 
 
+def split_interleaved(fused: Tensor, layer: AttentionLayer) -> list[Tensor]:
+    """q, k and v out of a weight or bias whose rows hold q, k and v of one head after the other."""
+    per_head = fused.unflatten(0, (layer.num_attention_heads, 3, layer.head_dim))
+    return [part.flatten(0, 1) for part in per_head.unbind(1)]
+
+
 def all_architectures() -> list[Architecture]:
     """Every family that kvfold knows."""
     return [architecture(name) for name in registry.names("architectures")]

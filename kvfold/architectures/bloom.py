@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvfold.architectures.base import Architecture
+from kvfold.architectures.base import Architecture, split_interleaved
 from kvfold.attention import AttentionLayer, AttentionWeights
 
 
@@ -45,13 +45,18 @@ class Bloom(Architecture):
         )
 
     def weights(self, read: Callable[[str], Tensor], layer: AttentionLayer) -> AttentionWeights:
-        def split(name: str) -> list[Tensor]:
-            per_head = read(name).unflatten(0, (layer.num_attention_heads, 3, layer.head_dim))
-            return [part.flatten(0, 1) for part in per_head.unbind(1)]
-
-        tensors = dict(zip(("q_proj", "k_proj", "v_proj"), split("query_key_value.weight"), strict=True))
-        tensors |= zip(("q_bias", "k_bias", "v_bias"), split("query_key_value.bias"), strict=True)
-        return AttentionWeights(o_proj=read("dense.weight"), o_bias=read("dense.bias"), **tensors)
+        q, k, v = split_interleaved(read("query_key_value.weight"), layer)
+        q_bias, k_bias, v_bias = split_interleaved(read("query_key_value.bias"), layer)
+        return AttentionWeights(
+            q_proj=q,
+            k_proj=k,
+            v_proj=v,
+            o_proj=read("dense.weight"),
+            q_bias=q_bias,
+            k_bias=k_bias,
+            v_bias=v_bias,
+            o_bias=read("dense.bias"),
+        )
 
     def watch(self, module: Any, observer: Callable[[Tensor, Tensor, Tensor], None]) -> Any:
         return module.query_key_value.register_forward_hook(lambda m, args, out: observer(*module._reshape(out)))

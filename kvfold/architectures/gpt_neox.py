@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvfold.architectures.base import Architecture
+from kvfold.architectures.base import Architecture, split_interleaved
 from kvfold.attention import AttentionLayer, AttentionWeights
 
 
@@ -40,13 +40,11 @@ class GPTNeoX(Architecture):
         )
 
     def weights(self, read: Callable[[str], Tensor], layer: AttentionLayer) -> AttentionWeights:
-        def split(name: str) -> list[Tensor]:
-            per_head = read(name).unflatten(0, (layer.num_attention_heads, 3, layer.head_dim))
-            return [part.flatten(0, 1) for part in per_head.unbind(1)]
-
-        tensors = dict(zip(("q_proj", "k_proj", "v_proj"), split("query_key_value.weight"), strict=True))
+        parts = split_interleaved(read("query_key_value.weight"), layer)
+        tensors = dict(zip(("q_proj", "k_proj", "v_proj"), parts, strict=True))
         if layer.qkv_bias:
-            tensors |= zip(("q_bias", "k_bias", "v_bias"), split("query_key_value.bias"), strict=True)
+            parts = split_interleaved(read("query_key_value.bias"), layer)
+            tensors |= zip(("q_bias", "k_bias", "v_bias"), parts, strict=True)
         if layer.o_bias:
             tensors["o_bias"] = read("dense.bias")
         return AttentionWeights(o_proj=read("dense.weight"), **tensors)

@@ -281,7 +281,7 @@ def apply_rotary(x_BNTH: Tensor, cos_BTr: Tensor, sin_BTr: Tensor) -> Tensor:
     rotary_dim = cos.shape[-1]
     turning, rest = x_BNTH[..., :rotary_dim], x_BNTH[..., rotary_dim:]
     first, second = turning.chunk(2, dim=-1)
-    turned = turning * cos + torch.cat((-second, first), dim=-1) * sin
+    turned = (turning * cos + torch.cat((-second, first), dim=-1) * sin).to(x_BNTH.dtype)  # some tables are float32
     return turned if not rest.shape[-1] else torch.cat((turned, rest), dim=-1)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import MODELS, load, logits, make_tiny, rotation, save_tiny, tokens
+from tiny import MIXED_WINDOWS, MODELS, load, logits, make_tiny, rotation, save_tiny, tokens
 from transformers import DynamicCache, GPTNeoXConfig
 
 import kvfold
@@ -93,9 +93,6 @@ def test_every_method_is_tried():
 @pytest.mark.parametrize("depth", LAYOUTS)
 def test_readers_read_earlier_owners_with_the_same_window(shared, model, depth):
     """The plan's own validation refuses anything else, so a fold that succeeds is a valid layout."""
-    windows = MODELS[model][1].get("layer_types")
-    if windows and depth["method"] in ("measured", "dissimilar"):  # runs of neighbours cannot keep the windows apart
-        depth = depth | ({"layout": "any"} if depth["method"] == "measured" else {})
     plan = shared(model, depth, {"method": "identity"}).plan
     owners = [layer for layer in range(3) if plan.owner(layer) == layer]
     assert len(owners) == (3 if depth["method"] == "identity" else 2)
@@ -105,7 +102,7 @@ def test_readers_read_earlier_owners_with_the_same_window(shared, model, depth):
 @every_sharing
 def test_cached_equals_uncached_equals_the_oracle(shared, model, depth, width):
     """Token by token = prefill + decode = no cache, with left padding; and the plain attention of reference.py."""
-    if depth.get("owners") == 1 and MODELS[model][1].get("layer_types"):
+    if depth.get("owners") == 1 and model in MIXED_WINDOWS:
         depth = depth | {"owners": 2}
     folded = shared(model, depth, width)
     network, ids = load(folded.out), tokens(3, 30)

@@ -73,7 +73,7 @@ def test_json_round_trip_and_unknown_fields():
         (lambda: plan(spec(num_v_heads=8)), "does not divide"),
         (lambda: plan(spec(head_dim=0)), "positive whole number"),
         (lambda: plan(spec(k_projection=False)), "need k_projection"),
-        (lambda: plan(spec(rope="none")), "'applied' or 'on_read'"),
+        (lambda: plan(spec(rope="late")), "'applied', 'on_read' or 'none'"),
         (lambda: plan(spec(readers_rotate=False)), "rope: on_read"),
         (lambda: plan(spec(k_bits=4)), "reserved"),
         (lambda: plan(spec(window=5)), "differs from the source"),
