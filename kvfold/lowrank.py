@@ -17,7 +17,7 @@ from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
 from kvfold.errors import RecipeError
 from kvfold.latents import Latents, Term, damages, solve
 from kvfold.plan import CacheSpec, divisors
-from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, as_reader, rope_of
+from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, as_reader, plain_spec
 
 LATENTS = ("layer", "group")
 
@@ -103,17 +103,12 @@ class LowRankWidth(WidthMethod):
         return damages(lambda i: self.value_term(group, i), len(group), shapes)
 
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
-        return CacheSpec(
-            num_kv_heads=keys.num_heads,
-            head_dim=keys.width,
-            num_v_heads=values.num_heads,
-            v_head_dim=values.width,
-            rope=rope_of(layer),
+        return dataclasses.replace(
+            plain_spec(layer, keys, values),
             k_projection=layer.rotary_dim > 0 or layer.qk_norm or keys.width > layer.head_dim,
             k_partial=0 < layer.rotary_dim < layer.head_dim and not layer.qk_norm,
             v_projection=values.width > layer.head_dim,
             output_bias=self.centres_values,
-            window=layer.window,
         )
 
     def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:

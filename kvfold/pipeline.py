@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 import warnings
@@ -68,6 +69,7 @@ def compress(
     statistics = material.statistics(axes.width.needs, axes.width.needs_cross, targets, axes.width.joint)
     clock.lap("calibrate")
 
+    @functools.lru_cache(maxsize=1)  # keys and values of a group are asked for one after the other
     def groups(owner: int) -> LayerGroup:
         return layer_group(source, targets, owner, statistics, axes.width)
 

@@ -118,17 +118,9 @@ class Architecture(ABC):
         names |= {f"{p}_norm": f"{p}_norm.weight" for p in "qk"} if layer.qk_norm else {}
         return AttentionWeights(**{field: read(name) for field, name in names.items()})
 
-    def stock_gqa(self, config: dict[str, Any], heads: int) -> tuple[Architecture, dict[str, Any]]:
-        """The family and config.json of the stock model with `heads` key/value heads in every layer."""
-        return self, config | {"num_key_value_heads": heads}
-
     def stock_attention(self, folded: FoldedWeights) -> dict[str, Tensor]:
         """The tensors of a stock attention module, by their names in it."""
         return folded.state_dict(folded.q_proj.dtype)
-
-    def stock_tensor(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """A tensor outside attention in the stock model with grouped queries."""
-        return {name: tensor}
 
 
 CONTRACT = Architecture

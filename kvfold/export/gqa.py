@@ -38,8 +38,8 @@ def export_gqa(folder: str | Path, out: str | Path, *, overwrite: bool = False) 
     arch = architecture(checkpoint.config["model_type"].removeprefix(MODEL_TYPE_PREFIX))
     heads = _uniform_heads(plan, arch)
     refuse_out(out, overwrite, keep=(checkpoint.path,))
-    target, config = arch.stock_gqa(_stock_config(checkpoint.config, arch), heads)
-    stock = empty_model(target, source_config(target, config))
+    config = _stock_config(checkpoint.config, arch, heads)
+    stock = empty_model(arch, source_config(arch, config))
     partial = partial_folder(out, f"export of {checkpoint.fingerprint()}")
     shards = _shards(checkpoint, arch, plan)
     weight_map: dict[str, str] = {}
@@ -104,9 +104,11 @@ def _nearest(plan: CachePlan) -> str:
     )
 
 
-def _stock_config(config: dict[str, Any], arch: Architecture) -> dict[str, Any]:
+def _stock_config(config: dict[str, Any], arch: Architecture, heads: int) -> dict[str, Any]:
     stock = {name: value for name, value in config.items() if name != CONFIG_KEY}
-    return stock | {"model_type": arch.model_type, "architectures": [arch.causal_lm]}
+    return stock | {
+        "model_type": arch.model_type, "architectures": [arch.causal_lm], "num_key_value_heads": heads,
+    }  # fmt: skip
 
 
 def _shards(checkpoint: Checkpoint, arch: Architecture, plan: CachePlan) -> dict[str, list[str]]:
@@ -124,13 +126,13 @@ def _shards(checkpoint: Checkpoint, arch: Architecture, plan: CachePlan) -> dict
 
 def _stock_tensors(checkpoint: Checkpoint, arch: Architecture, names: list[str], plan: CachePlan) -> dict[str, Tensor]:
     """The tensors of one shard under the stock class's names; attention is converted layer by layer."""
-    prefixes = {arch.attention_prefix(layer): layer for layer in range(plan.num_layers)}
+    prefixes = [arch.attention_prefix(layer) for layer in range(plan.num_layers)]
     tensors: dict[str, Tensor] = {}
     inside: dict[str, dict[str, Tensor]] = {}
     for name in names:
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
         if prefix is None:
-            tensors |= arch.stock_tensor(name, checkpoint.read(name))
+            tensors[name] = checkpoint.read(name)
         else:
             inside.setdefault(prefix, {})[name.removeprefix(prefix)] = checkpoint.read(name)
     for prefix, state in inside.items():

@@ -94,6 +94,18 @@ def rope_of(layer: AttentionLayer) -> str:
     return "applied" if layer.rotary_dim else "none"
 
 
+def plain_spec(layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
+    """A cache of these shapes with nothing beside it; methods replace the fields in which theirs differ."""
+    return CacheSpec(
+        num_kv_heads=keys.num_heads,
+        head_dim=keys.width,
+        num_v_heads=values.num_heads,
+        v_head_dim=values.width,
+        rope=rope_of(layer),
+        window=layer.window,
+    )
+
+
 def as_reader(folded: FoldedWeights) -> FoldedWeights:
     """Without what only the owner of a cache has: the way from hidden states to what is stored."""
     owners = ("k_proj", "v_proj", "k_bias", "v_bias", "k_norm", "k_a_proj", "k_u_proj", "k_u_bias")

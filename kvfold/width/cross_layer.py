@@ -14,7 +14,7 @@ from kvfold.errors import RecipeError
 from kvfold.latents import Term, damages, solve
 from kvfold.lowrank import value_metric
 from kvfold.plan import CacheSpec
-from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, rope_of
+from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, plain_spec
 
 METRICS = ("logit", "none")
 
@@ -56,16 +56,11 @@ class CrossLayer(WidthMethod):
         return [len(group) * damage for damage in damages(lambda i: term, 1, shapes)]
 
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
-        return CacheSpec(
-            num_kv_heads=keys.num_heads,
-            head_dim=keys.width,
-            num_v_heads=values.num_heads,
-            v_head_dim=values.width,
-            rope=rope_of(layer),
+        return dataclasses.replace(
+            plain_spec(layer, keys, values),
             joint=True,
             k_projection=True,
             v_projection=True,
-            window=layer.window,
         )
 
     def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from kvfold.attention import AttentionLayer, FoldedWeights
 from kvfold.plan import CacheSpec
-from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, as_reader, rope_of
+from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, as_reader, plain_spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,14 +26,7 @@ class Identity(WidthMethod):
     value_damage = key_damage
 
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
-        return CacheSpec(
-            num_kv_heads=keys.num_heads,
-            head_dim=keys.width,
-            num_v_heads=values.num_heads,
-            v_head_dim=values.width,
-            rope=rope_of(layer),
-            window=layer.window,
-        )
+        return plain_spec(layer, keys, values)
 
     def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
         for position in range(len(group)):

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
 from kvfold.errors import RecipeError
 from kvfold.plan import CacheSpec, divisors
-from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, as_reader, rope_of
+from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, as_reader, plain_spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,14 +44,9 @@ class MeanPool(WidthMethod):
         return _variance_shares(group, lambda weights: weights.v_proj, shapes)
 
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
-        return CacheSpec(
-            num_kv_heads=keys.num_heads,
-            head_dim=keys.width,
-            num_v_heads=values.num_heads,
-            v_head_dim=values.width,
-            rope=rope_of(layer),
+        return dataclasses.replace(
+            plain_spec(layer, keys, values),
             k_projection=layer.flat_norm and keys.num_heads < layer.num_kv_heads,
-            window=layer.window,
         )
 
     def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:

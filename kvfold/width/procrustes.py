@@ -14,7 +14,7 @@ from kvfold.errors import RecipeError
 from kvfold.latents import Term, solve
 from kvfold.lowrank import fuse_keys, lead_values_back, store_values, value_metric
 from kvfold.plan import CacheSpec, divisors
-from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, rope_of
+from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, plain_spec
 
 SWEEPS = 20
 """Of alternating alignment; it settles long before."""
@@ -75,14 +75,7 @@ class Procrustes(WidthMethod):
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
         if keys != values:  # one number of heads, as ordinary checkpoints have
             keys = values = min(keys, values)
-        return CacheSpec(
-            num_kv_heads=keys.num_heads,
-            head_dim=keys.width,
-            num_v_heads=values.num_heads,
-            v_head_dim=values.width,
-            rope=rope_of(layer),
-            window=layer.window,
-        )
+        return plain_spec(layer, keys, values)
 
     def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
         layer, order = group.owner, self._order(group, spec.num_kv_heads)
