@@ -11,13 +11,19 @@ from kvfold.bits.base import BitsMethod
 from kvfold.depth.base import DepthMethod, Sample, Targets
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.length.base import LengthMethod
-from kvfold.plan import CachePlan, CacheSpec, SourceLayer
+from kvfold.plan import ITEMSIZE, POSITION_BYTES, CachePlan, CacheSpec, SourceLayer
 from kvfold.width.base import LayerGroup, StoredShape, WidthMethod
 
 SIDES = ("keys", "values")
 
 Groups = Callable[[int], LayerGroup]
 """Owner's index -> the layers that use its cache, with what damage is computed from."""
+
+Curves = dict[tuple[int, str], list[tuple[StoredShape, float]]]
+"""(owner, side) -> its shapes with the damage of each, from few numbers to many."""
+
+Measure = Callable[[Curves], Curves]
+"""Expected damages -> measured ones, which can be compared between layers and sides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,18 +68,25 @@ def allocate(
     dtype: str,
     strategy: str,
     groups: Groups,
+    measure: Measure | None = None,
 ) -> CachePlan:
-    """The plan whose bytes are at most `kv_budget` of the source's. Raises BudgetError if no width is that small."""
+    """The plan whose bytes are at most `kv_budget` of the source's. Raises BudgetError if no width is that small.
+
+    `strategy`: uniform, greedy (by expected damage) or measured (by what `measure` makes of it).
+    """
     shapes = _all_shapes(axes, layers, targets)
     total = _source_numbers(layers)
-    numbers = None if kv_budget is None else kv_budget * total
+    beside = _numbers_beside(axes, layers, shapes, dtype)
+    numbers = None if kv_budget is None else kv_budget * total - beside
     if numbers is None or kv_budget is None:
         chosen = _without_budget(shapes, targets, axes)
     elif strategy == "uniform":
-        chosen = _uniform(shapes, layers, targets, kv_budget, axes.width.joint)
+        chosen = _trimmed(_uniform(shapes, layers, targets, kv_budget, axes.width.joint), shapes, numbers)
     else:
-        chosen = _greedy(shapes, numbers, axes.width, groups)
-    _check_budget(shapes, chosen, numbers, total)
+        curves = _curves(shapes, axes.width, groups)
+        assert strategy == "greedy" or measure is not None, "measured damage needs someone to measure it"
+        chosen = _greedy(curves if strategy == "greedy" or measure is None else measure(curves), numbers)
+    _check_budget(shapes, chosen, None if kv_budget is None else kv_budget * total, total, beside)
     caches: list[CacheSpec | None] = [None] * len(layers)
     for layer in _owners(layers, targets):
         spec = axes.width.spec(layer, chosen[layer.index, "keys"], chosen[layer.index, "values"])
@@ -126,7 +139,9 @@ def _shapes(width: WidthMethod, layer: AttentionLayer, layers: int, side: str) -
     return sorted(found, key=lambda shape: shape.numbers)
 
 
-def check_request(layers: Sequence[AttentionLayer], targets: Targets, axes: Axes, kv_budget: float | None) -> None:
+def check_request(
+    layers: Sequence[AttentionLayer], targets: Targets, axes: Axes, kv_budget: float | None, dtype: str
+) -> None:
     """Raise, before anything is calibrated, what `allocate` would raise: no budget where one is needed, one out of reach."""
     shapes = _all_shapes(axes, layers, targets)
     if kv_budget is None:
@@ -134,7 +149,7 @@ def check_request(layers: Sequence[AttentionLayer], targets: Targets, axes: Axes
         return
     smallest = {key: options[0] for key, options in shapes.items()}
     total = _source_numbers(layers)
-    _check_budget(shapes, smallest, kv_budget * total, total)
+    _check_budget(shapes, smallest, kv_budget * total, total, _numbers_beside(axes, layers, shapes, dtype))
 
 
 def _without_budget(shapes: Shapes, targets: Targets, axes: Axes) -> Choice:
@@ -165,16 +180,42 @@ def _uniform(
     return chosen
 
 
-def _greedy(shapes: Shapes, numbers: float, width: WidthMethod, groups: Groups) -> Choice:
+def _trimmed(chosen: Choice, shapes: Shapes, numbers: float) -> Choice:
+    """The largest sides of the last caches one size smaller, as often as the budget needs: what is stored beside keys and
+    values can make an equal share of all a little too much."""
+    chosen = dict(chosen)
+    while _numbers(chosen) > numbers * (1 + 1e-9):
+        smaller = {key: [s for s in shapes[key] if s.numbers < shape.numbers] for key, shape in chosen.items()}
+        reducible = [key for key in chosen if smaller[key]]
+        if not reducible:
+            break
+        key = max(reducible, key=lambda key: (chosen[key].numbers, key))
+        chosen[key] = smaller[key][-1]
+    return chosen
+
+
+def _numbers_beside(axes: Axes, layers: Sequence[AttentionLayer], shapes: Shapes, dtype: str) -> float:
+    """What is stored per token beside keys and values, as so many numbers."""
+    owners = {owner for owner, _ in shapes}
+    specs = [axes.width.spec(layers[i], shapes[i, "keys"][0], shapes[i, "values"][0]) for i in owners]
+    return POSITION_BYTES / ITEMSIZE[dtype] if any(spec.rope == "on_read" for spec in specs) else 0
+
+
+def _curves(shapes: Shapes, width: WidthMethod, groups: Groups) -> Curves:
+    curves = {}
+    for (owner, side), options in shapes.items():
+        damage = width.key_damage if side == "keys" else width.value_damage
+        curves[owner, side] = list(zip(options, damage(groups(owner), options), strict=True))
+    return curves
+
+
+def _greedy(curves: Curves, numbers: float) -> Choice:
     """Start from the smallest shapes and buy, step by step, where a stored number saves the most expected damage.
 
     Steps lie on the lower convex hull of each (numbers, damage) curve, so that gains fall and greedy is optimal but for
     the last step.
     """
-    hulls: dict[tuple[int, str], list[tuple[StoredShape, float]]] = {}
-    for (owner, side), options in shapes.items():
-        damage = width.key_damage if side == "keys" else width.value_damage
-        hulls[owner, side] = lower_hull(options, damage(groups(owner), options))
+    hulls = {key: lower_hull(points) for key, points in curves.items()}
     position = dict.fromkeys(hulls, 0)
     left = numbers * (1 + 1e-9) - sum(hull[0][0].numbers for hull in hulls.values())
     steps = [(-_gain(hull, 0), key) for key, hull in hulls.items() if len(hull) > 1]
@@ -197,22 +238,22 @@ def _gain(hull: Sequence[tuple[StoredShape, float]], at: int) -> float:
     return (damage - less) / (larger.numbers - shape.numbers)
 
 
-def lower_hull(shapes: Sequence[StoredShape], damages: Sequence[float]) -> list[tuple[StoredShape, float]]:
+def lower_hull(points: Sequence[tuple[StoredShape, float]]) -> list[tuple[StoredShape, float]]:
     """The points of a falling curve that no line between two others undercuts, from few numbers to many."""
     hull: list[tuple[StoredShape, float]] = []
-    for point in zip(shapes, damages, strict=True):
+    for point in points:
         while len(hull) > 1 and _gain([hull[-2], hull[-1]], 0) <= _gain([hull[-1], point], 0):
             hull.pop()
         hull.append(point)
     return hull
 
 
-def _check_budget(shapes: Shapes, chosen: Choice, numbers: float | None, total: int) -> None:
+def _check_budget(shapes: Shapes, chosen: Choice, numbers: float | None, total: int, beside: float) -> None:
     if numbers is None:
         return
-    reached = _numbers(chosen)
+    reached = _numbers(chosen) + beside
     if reached > numbers * (1 + 1e-9):
-        smallest = sum(options[0].numbers for options in shapes.values())
+        smallest = sum(options[0].numbers for options in shapes.values()) + beside
         raise BudgetError(
             f"kv_budget {numbers / total:.4g} is out of reach: the smallest cache of this method keeps"
             f" {smallest / total:.4g} of the bytes. Ask for at least that, or choose another preset."

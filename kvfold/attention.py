@@ -69,8 +69,9 @@ class FoldedWeights:
     k_norm and k_a_proj.
 
     k_proj gives the source's K heads where the plan has `k_projection`, else the C stored ones. k_a_proj [C, R, t*H] takes
-    the rotated keys of a group to what is stored; k_b_proj [C, t*H, R] leads back. Without rotation (`rope: none`) k_proj
-    [C*R, D] gives what is stored at once, and without `k_projection` q_proj [N*R, D] has absorbed the way back.
+    the rotated keys of a group to what is stored; k_b_proj [C, t*H, R] leads back, and k_b_bias [C, t*H] is added where the
+    plan has `k_offset`. Where neither rotation nor a norm comes before what is stored, k_proj [C*R, D] gives it at once;
+    without rotation (`rope: none`) and `k_projection` q_proj [N*R, D] has absorbed the way back.
     v_proj [U*V, D]; v_b_proj [U, t*H, V] leads back to the source's value heads, or is None where that is fused into o_proj.
     o_proj [D, N*V], or [D, N*H] beside a v_b_proj. v_a_proj [U, V, t*H] is only there in joint caches, where every layer of
     the group has all of these. With `k_partial` k_proj [K*r, D] and k_a_proj [C, R, t*r] are those of the r rotated numbers
@@ -93,6 +94,7 @@ class FoldedWeights:
     v_a_proj: Tensor | None = None
     k_u_proj: Tensor | None = None
     k_u_bias: Tensor | None = None
+    k_b_bias: Tensor | None = None
 
     def state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors under the parameter names of the runtime's module, in the checkpoint's dtype."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +14,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from kvfold.architectures.base import Architecture
+from kvfold.attention import AttentionLayer
 from kvfold.checkpoint import Checkpoint, read_json
 from kvfold.cross_moments import CrossMoments
+from kvfold.fold import read_layer
 from kvfold.linalg import Moment
 from kvfold.progress import track
-from kvfold.runtime.attention import apply_rotary
+from kvfold.seen import EFFECTS, VECTORS, Attended, Seen
 from kvfold.storage import make_folder, require_space, write_tensors, write_text
 from kvfold.streaming import StreamedModel
 
@@ -28,36 +30,11 @@ SECONDS_BETWEEN_SAVES = 60.0
 STATISTICS_VERSION = 2
 """To be raised when a statistic is computed differently, so that old ones on disk are not taken for new ones."""
 
+STATISTICS = frozenset({*VECTORS, *EFFECTS})
+"""What can be gathered of a layer; `seen.py` says what each is the moment of."""
+
 FINISHED = "statistics.json"
 HIDDEN = "hidden.safetensors"
-
-
-def _flat(x_BKTH: Tensor) -> Tensor:
-    return x_BKTH.transpose(1, 2).flatten(2).flatten(0, 1)
-
-
-def _per_kv_head(q_BNTH: Tensor, heads: int) -> Tensor:
-    """[B * G * T, K, H]: every query head of a key/value head is one more vector of it."""
-    return q_BNTH.unflatten(1, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 2)
-
-
-def _unrotated(k_BKTH: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """Keys before rotation. Rope scaling may also stretch cos and sin; that is undone as well."""
-    if cos is None or sin is None:
-        return k_BKTH
-    stretch = cos.square() + sin.square()
-    return apply_rotary(k_BKTH, cos / stretch, -sin / stretch)
-
-
-STATISTICS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]] = {
-    "keys": lambda q, k, v, cos, sin: _flat(k),
-    "keys_before_rotation": lambda q, k, v, cos, sin: _flat(_unrotated(k, cos, sin)),
-    "values": lambda q, k, v, cos, sin: _flat(v),
-    "queries": lambda q, k, v, cos, sin: _per_kv_head(q, k.shape[1]),
-}
-"""Statistic -> the vectors [tokens, K*H] whose moment it is, of rotated q [B, N, T, H], rotated k and v [B, K, T, H].
-
-`queries` are [vectors, K, H]: one moment per key/value head."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +94,7 @@ def calibrate(
         first, hidden_BTD = resumed or (0, hidden_BTD)
         saved = time.monotonic()
         for layer in track(model.layers[first:], "calibrating layers", len(model.layers) - first):
-            observer = _Observer(needs, cross, device)
+            observer = _Observer(needs, cross, device, layer, _output_metric(checkpoint, arch, layer, needs))
             cross.start(layer.index)
             model.advance(layer, hidden_BTD, observer)
             write_tensors(_layer_file(folder, layer.index), observer.moments(tokens_BT.numel()), {})
@@ -133,23 +110,43 @@ def calibrate(
 class _Observer:
     """Gathers the moments of one layer, batch by batch."""
 
-    def __init__(self, needs: frozenset[str], cross: CrossMoments, device: str) -> None:
+    def __init__(
+        self, needs: frozenset[str], cross: CrossMoments, device: str, layer: AttentionLayer, output_NHH: Tensor
+    ) -> None:
         self.needs, self.cross, self.device = needs, cross, device
+        self.layer, self.output_NHH = layer, output_NHH.to(device)
         self.own: dict[str, Moment] = {}
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
-        for name in sorted(self.needs | self.cross.needs):
-            vectors = STATISTICS[name](q, k, v, cos, sin)
+    def __call__(self, seen: Seen) -> None:
+        for name in sorted((self.needs | self.cross.needs) & set(VECTORS)):
+            vectors = VECTORS[name](seen)
             if name in self.needs:
-                self.own.setdefault(name, Moment.zeros(*vectors.shape[1:], device=self.device)).update(vectors)
+                self._update(name, vectors)
             if name in self.cross.needs:
                 self.cross.observe(name, vectors)
+        if effects := sorted(self.needs & set(EFFECTS)):
+            for sequence in seen.sequences():
+                attended = Attended(self.layer, sequence, self.output_NHH)
+                for name in effects:
+                    for vectors in EFFECTS[name](attended):
+                        self._update(name, vectors)
+
+    def _update(self, name: str, vectors: Tensor) -> None:
+        self.own.setdefault(name, Moment.zeros(*vectors.shape[1:], device=self.device)).update(vectors)
 
     def moments(self, tokens: int) -> dict[str, Tensor]:
         """The tensors of the layer's file."""
         tensors = {f"{name}.mean": moment.mean_F.cpu() for name, moment in self.own.items()}
         tensors |= {f"{name}.second": moment.second_FF.cpu() for name, moment in self.own.items()}
         return tensors | self.cross.moments(tokens)
+
+
+def _output_metric(checkpoint: Checkpoint, arch: Architecture, layer: AttentionLayer, needs: frozenset[str]) -> Tensor:
+    """W_O^n.T W_O^n of every query head [N, H, H], in float32; nothing where no statistic asks."""
+    if not needs & set(EFFECTS):
+        return torch.empty(0)
+    heads_DNH = read_layer(checkpoint, arch, layer).o_proj.unflatten(1, (layer.num_attention_heads, -1))
+    return torch.einsum("dnh,dni->nhi", heads_DNH, heads_DNH).float()
 
 
 def _key(checkpoint: Checkpoint, tokens_BT: Tensor) -> str:

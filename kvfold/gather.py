@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvfold import data
 from kvfold.attention import AttentionWeights
-from kvfold.calibrate import STATISTICS, Statistics, calibrate
+from kvfold.calibrate import Statistics, calibrate
 from kvfold.depth.base import Sample, Targets
 from kvfold.errors import DataError
 from kvfold.fold import read_layer
@@ -22,6 +22,7 @@ from kvfold.linalg import Moment
 from kvfold.loading import Source, load_weights, warn_if_too_long
 from kvfold.progress import track
 from kvfold.recipe import Recipe
+from kvfold.seen import VECTORS, Seen
 from kvfold.storage import make_folder, write_tensors
 from kvfold.streaming import StreamedModel
 from kvfold.width.base import LayerGroup, WidthMethod
@@ -102,9 +103,9 @@ class Material:
         )
 
 
-def _keep(parts: dict[str, list[Tensor]], *seen: Any) -> None:
+def _keep(parts: dict[str, list[Tensor]], seen: Seen) -> None:
     for name, kept in parts.items():
-        kept.append(STATISTICS[name](*seen).float().cpu())
+        kept.append(VECTORS[name](seen).float().cpu())
 
 
 def _pairs(targets: Targets, joint: bool) -> set[tuple[int, int]]:

@@ -17,7 +17,7 @@ from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
 from kvfold.errors import RecipeError
 from kvfold.latents import Latents, Term, damages, solve
 from kvfold.plan import CacheSpec, divisors
-from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, as_reader, plain_spec
+from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, as_reader, plain_spec, rope_of
 
 LATENTS = ("layer", "group")
 
@@ -34,6 +34,8 @@ class LowRankWidth(WidthMethod):
     kv_heads: keys and values take as many numbers as so many source heads; 0 leaves the choice to the budget.
     multiple: stored widths are multiples of this, as attention kernels want them.
     `centres_values`: the terms are about values without their mean, which becomes one output bias.
+    `centres_keys`: the terms are about keys without their mean, which is given back where keys are rebuilt on read. Keys that
+    are stored after rotation do without it: softmax ignores what is added to all scores of a query.
     """
 
     latent: str = "layer"
@@ -43,6 +45,7 @@ class LowRankWidth(WidthMethod):
     multiple: int = 8
 
     centres_values: ClassVar[bool] = False
+    centres_keys: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("latent", "v_latent"):
@@ -102,18 +105,25 @@ class LowRankWidth(WidthMethod):
     def value_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
         return damages(lambda i: self.value_term(group, i), len(group), shapes)
 
+    def stored_rope(self, layer: AttentionLayer) -> str:
+        """How keys are stored; `on_read` in methods that rebuild and rotate them when they are read."""
+        return rope_of(layer)
+
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
+        rope = self.stored_rope(layer)
         return dataclasses.replace(
             plain_spec(layer, keys, values),
+            rope=rope,
             k_projection=layer.rotary_dim > 0 or layer.qk_norm or keys.width > layer.head_dim,
-            k_partial=0 < layer.rotary_dim < layer.head_dim and not layer.qk_norm,
+            k_partial=rope == "applied" and 0 < layer.rotary_dim < layer.head_dim and not layer.qk_norm,
+            k_offset=rope == "on_read" and self.centres_keys,
             v_projection=values.width > layer.head_dim,
             output_bias=self.centres_values,
         )
 
     def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
         keys = solve(lambda i: self.key_term(group, i), len(group), spec.num_kv_heads, spec.head_dim)
-        values = solve(lambda i: self.value_term(group, i), len(group), spec.num_v_heads, spec.v_head_dim)
+        values = self.value_latents(group, spec)
         for position, layer in enumerate(group.layers):
             weights = group.weights(position)
             originals = {f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)}
@@ -121,25 +131,41 @@ class LowRankWidth(WidthMethod):
             folded = FoldedWeights(**originals | {"k_a_proj": keys.a_CRF, "k_b_proj": keys.back(position)})
             if not position:
                 folded = store_values(folded, values.a_CRF)
-            if spec.rope == "none":
+            if spec.k_offset:
+                folded = dataclasses.replace(folded, k_b_bias=_offset(group, position, keys))
+            if spec.rope == "none" or (spec.rope == "on_read" and not layer.qk_norm):
                 folded = fuse_keys(layer, folded, spec)
             if spec.k_partial and not position:
                 folded = fuse_unrotated(layer, folded)
             if self.centres_values:
-                folded = self._restore_mean(group, position, folded, values, back_UFV)
+                folded = restore_mean(folded, self.missing_values(group, position, values))
             folded = lead_values_back(layer, folded, back_UFV)
             yield as_reader(folded) if position else folded
 
-    def _restore_mean(
-        self, group: LayerGroup, position: int, folded: FoldedWeights, values: Latents, back_UFV: Tensor
-    ) -> FoldedWeights:
-        """Attention weights sum to one: what the latents say of the owner's mean is replaced by the layer's own mean."""
+    def value_latents(self, group: LayerGroup, spec: CacheSpec) -> Latents:
+        """A and B_i of values."""
+        return solve(lambda i: self.value_term(group, i), len(group), spec.num_v_heads, spec.v_head_dim)
+
+    def missing_values(self, group: LayerGroup, position: int, values: Latents) -> Tensor:
+        """[K, H]: the layer's own mean values, without what the latents say of the owner's."""
+        back_UFV = values.back(position)
         owner_UF = group.moments(0)["values"].mean_F.unflatten(0, (back_UFV.shape[0], -1))
         seen_F = torch.einsum("ufv,uvg,ug->uf", back_UFV, values.a_CRF, owner_UF).flatten()
-        missing_KH = (group.moments(position)["values"].mean_F - seen_F).unflatten(0, (group.owner.num_kv_heads, -1))
-        weights = folded.o_proj.unflatten(1, (group.owner.num_kv_heads, -1, group.owner.head_dim))
-        bias_D = torch.einsum("dkgh,kh->d", weights, missing_KH)
-        return dataclasses.replace(folded, o_bias=bias_D if folded.o_bias is None else folded.o_bias + bias_D)
+        return (group.moments(position)["values"].mean_F - seen_F).unflatten(0, (group.owner.num_kv_heads, -1))
+
+
+def restore_mean(folded: FoldedWeights, missing_KH: Tensor) -> FoldedWeights:
+    """Attention weights sum to one, so values that are always missing are one bias of the output."""
+    weights_DKGH = folded.o_proj.unflatten(1, (len(missing_KH), -1, missing_KH.shape[1]))
+    bias_D = torch.einsum("dkgh,kh->d", weights_DKGH, missing_KH)
+    return dataclasses.replace(folded, o_bias=bias_D if folded.o_bias is None else folded.o_bias + bias_D)
+
+
+def _offset(group: LayerGroup, position: int, keys: Latents) -> Tensor:
+    """[C, F/C]: the layer's mean key before rotation, without what the latents say of it."""
+    means = (group.moments(i)["keys_before_rotation"].mean_F.unflatten(0, (len(keys.a_CRF), -1)) for i in (position, 0))
+    own_CF, owner_CF = means
+    return own_CF - torch.einsum("cfr,crg,cg->cf", keys.back(position), keys.a_CRF, owner_CF)
 
 
 def fuse_keys(layer: AttentionLayer, folded: FoldedWeights, spec: CacheSpec) -> FoldedWeights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import time
 import warnings
@@ -11,16 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvfold.allocate import Axes, allocate, check_request, choose_layout
+from kvfold.allocate import Axes, Curves, Groups, allocate, check_request, choose_layout
 from kvfold.architectures.base import empty_model, source_config
 from kvfold.calibrate import Statistics
 from kvfold.card import write_card_text
 from kvfold.checkpoint import Checkpoint
+from kvfold.depth.base import Targets
 from kvfold.fold import fold, folded_config
 from kvfold.gather import Material, layer_group
 from kvfold.loading import Source, open_source, resolve_device
 from kvfold.output import copy_side_files, partial_folder, publish, refuse_out
 from kvfold.plan import CachePlan
+from kvfold.probe import measure_curves
 from kvfold.recipe import Recipe, make_recipe
 from kvfold.runtime.modeling import empty_folded_model
 from kvfold.storage import write_text
@@ -63,7 +66,7 @@ def compress(
     targets = choose_layout(
         source.layers, axes, kv_budget=recipe.kv_budget, sample=material.sample() if axes.depth.needs_sample else None
     )
-    check_request(source.layers, targets, axes, recipe.kv_budget)
+    check_request(source.layers, targets, axes, recipe.kv_budget, source.dtype)
     if recipe.keep_parameters:
         widened_size(source.arch, source.checkpoint.config, len(source.layers), 0)
     statistics = material.statistics(axes.width.needs, axes.width.needs_cross, targets, axes.width.joint)
@@ -81,6 +84,7 @@ def compress(
         dtype=source.dtype,
         strategy=recipe.allocate,
         groups=groups,
+        measure=functools.partial(_measure, recipe, material, statistics, targets, groups),
     )
     _warn_if_far_below(recipe, plan)
     clock.lap("allocate")
@@ -92,6 +96,24 @@ def compress(
     publish(partial, out, overwrite)
     clock.lap("fold")
     return Folded(Path(recipe.out), plan, clock.laps)
+
+
+def _measure(
+    recipe: Recipe, material: Material, statistics: Statistics | None, targets: Targets, groups: Groups, curves: Curves
+) -> Curves:
+    fields = recipe.to_dict()["width"]
+    key = hashlib.sha256(
+        f"{__version__} {statistics and statistics.folder.name} {fields} {targets}".encode()
+    ).hexdigest()
+    return measure_curves(
+        material.source,
+        recipe.method("width"),
+        curves,
+        groups,
+        tokens_BT=material.tokens(),
+        file=material.run_dir / f"probes-{key[:12]}.json",
+        device=material.device,
+    )
 
 
 def _identity(recipe: Recipe, checkpoint: Checkpoint, plan: CachePlan, statistics: Statistics | None) -> str:

@@ -58,6 +58,7 @@ class CacheSpec:
     `k_projection`: keys go through `k_a_proj` before they are stored, `k_b_proj` leads back to the source's heads.
     `k_partial`: of heads that are rotated in part, k_proj gives the rotated numbers alone, which pass `k_a_proj`; what the
     rest adds to the latents comes from `k_u_proj` at once.
+    `k_offset`: a fixed vector is added to keys that are rebuilt on read, before they are rotated.
     `v_projection`: the way back to the source's value heads is kept apart (`v_b_proj`) instead of being fused into `o_proj`.
     `output_bias`: the fold added a bias to `o_proj` that the source does not have.
     """
@@ -71,6 +72,7 @@ class CacheSpec:
     joint: bool = False
     k_projection: bool = False
     k_partial: bool = False
+    k_offset: bool = False
     v_projection: bool = False
     output_bias: bool = False
     k_bits: int | None = None
@@ -290,6 +292,10 @@ def _validate_cache(index: int, source: SourceLayer, spec: CacheSpec) -> None:
     if spec.k_partial and (spec.joint or spec.rope != "applied" or not spec.k_projection):
         raise PlanError(
             f"layer {index}: k_partial goes with k_projection and rope: applied, in caches of one layer's making."
+        )
+    if spec.k_offset and not (spec.rope == "on_read" and spec.k_projection):
+        raise PlanError(
+            f"layer {index}: k_offset goes with keys that are rebuilt on read (k_projection, rope: on_read)."
         )
     reserved = {"k_bits": None, "v_bits": None, "sinks": 0}
     for name, only in reserved.items():

@@ -11,7 +11,7 @@ class Preset:
     """A named recipe fragment and where it comes from."""
 
     about: str
-    fragment: dict[str, dict[str, Any]]
+    fragment: dict[str, Any]
 
 
 def _mlkv(owners: int, kv_heads: int) -> Preset:
@@ -42,6 +42,26 @@ PRESETS = {
     "procrustes": Preset(
         "heads aligned, then merged; the result is stock grouped-query attention (after arXiv 2412.20677)",
         {"width": {"method": "procrustes"}},
+    ),
+    "kq_svd": Preset(
+        "low rank of each head's scores (KQ-SVD, arXiv 2512.05916)",
+        {"width": {"method": "kq_svd", "latent": "group", "group_size": 1}},
+    ),
+    "palu": Preset(
+        "low rank of keys before rotation, in groups of four heads (Palu, arXiv 2407.21118)",
+        {"width": {"method": "palu", "latent": "group", "group_size": 4}},
+    ),
+    "eigen_attention": Preset(
+        "low rank of keys and queries together (Eigen Attention, arXiv 2408.05646)",
+        {"width": {"method": "eigen_attention", "v_latent": "layer"}},
+    ),
+    "fast": Preset(
+        "latents of rotated keys, which kernels read as they lie; widths by measured damage",
+        {"width": {"method": "attended"}, "allocate": "measured"},
+    ),
+    "small": Preset(
+        "latents of keys before rotation, rebuilt on read; widths by measured damage",
+        {"width": {"method": "attended", "rope": "on_read"}, "allocate": "measured"},
     ),
     "mlkv": Preset(
         "neighbouring layers share mean-pooled heads (arXiv 2406.09297)",

@@ -15,7 +15,7 @@ from kvfold import registry
 from kvfold.errors import RecipeError
 from kvfold.presets import PRESETS
 
-ALLOCATIONS = ("uniform", "greedy")
+ALLOCATIONS = ("uniform", "greedy", "measured")
 TYPES: dict[Any, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -58,7 +58,8 @@ class Recipe:
     model: folder or hub id; out: the folder to write; kv_budget: bytes kept / bytes of the original cache.
     keep_parameters: widen the MLPs by what attention saves, without changing their function (for uptraining, as in the MLKV
         paper).
-    allocate: `uniform` gives every layer the same share, `greedy` shares the budget by expected damage per byte.
+    allocate: `uniform` gives every layer the same share, `greedy` shares the budget by expected damage per byte, `measured`
+        by KL per byte, measured with one cache folded at a time (the whole model must fit into memory).
     Raises RecipeError on names, fields and values that do not exist or do not fit.
     """
 

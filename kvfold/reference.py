@@ -81,7 +81,7 @@ def stored(
     """What the owner of a cache stores of one sequence: key heads [T, R] and value heads [T, V]."""
     assert weights.k_proj is not None and weights.v_proj is not None, "a reader stores nothing"
     flat = _linear(hidden_TD, weights.k_proj, weights.k_bias)
-    width = spec.head_dim if spec.rope == "none" else layer.rotary_dim if spec.k_partial else layer.head_dim
+    width = spec.head_dim if weights.k_a_proj is None else layer.rotary_dim if spec.k_partial else layer.head_dim
     keys = normalised_heads(layer, flat, width, weights.k_norm)
     if spec.rope == "applied":
         keys = [rotate(k, cos_Tr, sin_Tr) for k in keys]
@@ -119,6 +119,8 @@ def folded_attention(
         k_SH = stored_keys[c]
         if weights.k_b_proj is not None:
             k_SH = k_SH @ weights.k_b_proj[c].split(H, dim=0)[kv % (K // spec.num_kv_heads)].T
+        if weights.k_b_bias is not None:
+            k_SH = k_SH + weights.k_b_bias[c].split(H)[kv % (K // spec.num_kv_heads)]
         if spec.rope == "on_read" and (spec.readers_rotate or not is_reader):
             k_SH = rotate(k_SH, cos_Tr, sin_Tr)
         head = _attend(layer, n, q_TH, k_SH, stored_values[u], seen_TS)

@@ -16,15 +16,15 @@ from kvfold.architectures.base import Architecture, empty_model, source_config
 from kvfold.attention import AttentionLayer
 from kvfold.checkpoint import Checkpoint
 from kvfold.runtime.attend import grouped_attention
+from kvfold.seen import Seen
 
 OBSERVED = "kvfold_observed"
 """Name under which attention that shows its queries, keys and values is registered with transformers."""
 
 TOKENS_PER_BATCH = 4096
 
-Observer = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], None]
-"""Called with q [B, N, T, H] and k [B, K, T, H] after rotation, v [B, K, T, H], cos and sin (None without rotation) of every
-batch of a layer."""
+Observer = Callable[[Seen], None]
+"""Called with what passes through attention, for every batch of a layer."""
 
 
 class StreamedModel:
@@ -81,7 +81,7 @@ class StreamedModel:
         cos, sin = call.get("position_embeddings") or (None, None)
 
         def observer(q: Tensor, k: Tensor, v: Tensor) -> None:
-            observe(q, k, v, cos, sin)
+            observe(Seen(q, k, v, cos, sin))
 
         hook = None
         if self.arch.attn_implementation:

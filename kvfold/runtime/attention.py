@@ -26,16 +26,17 @@ FEW_TOKENS = 16
 
 
 class GroupedLinear(nn.Module):
-    """One small matrix per group: [B, groups, T, in] -> [B, groups, T, out]. weight [groups, out, in].
+    """One small matrix per group: [B, groups, T, in] -> [B, groups, T, out]. weight [groups, out, in], bias [groups, out].
 
     `heads`: cut each matrix by its rows into those of its group's heads, for x [B, heads, T, ...].
     `transposed`: go from out to in.
     All use of the weight passes through here, so that hooks (device_map, offloading, adapters) see it.
     """
 
-    def __init__(self, groups: int, in_features: int, out_features: int, **options: Any) -> None:
+    def __init__(self, groups: int, in_features: int, out_features: int, *, bias: bool = False, **options: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(groups, out_features, in_features, **options))
+        self.bias = nn.Parameter(torch.empty(groups, out_features, **options)) if bias else None
 
     def extra_repr(self) -> str:
         groups, out_features, in_features = self.weight.shape
@@ -46,7 +47,8 @@ class GroupedLinear(nn.Module):
         # One product per group over all rows of the batch: a product that broadcasts the weight would copy it for each row.
         B, G, T, _ = x.shape
         rows = x.transpose(0, 1).reshape(G, B * T, -1)
-        return torch.bmm(rows, weight if transposed else weight.transpose(1, 2)).view(G, B, T, -1).transpose(0, 1)
+        out = torch.bmm(rows, weight if transposed else weight.transpose(1, 2)).view(G, B, T, -1).transpose(0, 1)
+        return out if self.bias is None or transposed else out + self.bias.view(G, 1, -1)
 
 
 class ForwardState:
@@ -105,11 +107,14 @@ class FoldedAttention(nn.Module):
         self.o_proj = nn.Linear(
             N * (H if spec.v_projection else V), D, bias=layer.o_bias or spec.output_bias, **options
         )
-        self.k_b_proj = GroupedLinear(C, R, K // C * H, **options) if spec.k_projection else None
+        self.k_b_proj = None
+        if spec.k_projection:
+            self.k_b_proj = GroupedLinear(C, R, K // C * H, bias=spec.k_offset, **options)
         self.v_b_proj = GroupedLinear(U, V, K // U * H, **options) if spec.v_projection else None
         self.q_norm, k_norm = norms
         if self.owner == layer.index:
-            apart = spec.k_projection and spec.rope != "none"  # something stands between k_proj and what is stored
+            between = spec.rope == "applied" or (spec.rope == "on_read" and layer.qk_norm)
+            apart = spec.k_projection and between  # something stands between k_proj and what is stored
             width = layer.rotary_dim if spec.k_partial else H  # numbers of each source head that k_proj gives
             self.k_proj = nn.Linear(D, K * width if apart else C * R, bias=layer.qkv_bias, **options)
             self.k_u_proj = nn.Linear(D, C * R, bias=layer.qkv_bias, **options) if spec.k_partial else None

@@ -61,6 +61,8 @@ class FoldedModel:
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, GroupedLinear):
             init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif not isinstance(module, FoldedAttention):  # the family's rule would look for the family's tensors in it
             super()._init_weights(module)  # type: ignore[misc]
 

@@ -51,7 +51,7 @@ class LayerGroup:
 class WidthMethod(ABC):
     """A way to store fewer numbers per token. Its dataclass fields are its hyper-parameters, by name in recipes.
 
-    `needs`: the statistics it reads, out of `calibrate.STATISTICS`; empty where weights are enough. `needs_cross`: those of
+    `needs`: the statistics it reads (`calibrate.STATISTICS`); empty where weights are enough. `needs_cross`: those of
     which it also reads the moment between a reader and the owner, or, if `joint`, between all layers of a group.
     """
 

@@ -23,12 +23,13 @@ from kvfold.testing import assert_close, relative_rms
 from kvfold.width.base import LayerGroup
 
 VARIANTS = {
+    "attended": [{}, {"rope": "on_read"}, {"latent": "group", "v_latent": "group"}],
     "logit": [{}, {"latent": "group"}, {"v_latent": "layer"}],
     "procrustes": [{}, {"grouping": "similar"}, {"merge": "align"}],
     "svd_a": [{}, {"latent": "group"}, {"v_latent": "layer"}],
     "svd_w": [{}, {"latent": "group"}, {"v_latent": "layer"}],
 }
-LOW_RANK = ("logit", "svd_a", "svd_w")
+LOW_RANK = ("attended", "eigen_attention", "kq_svd", "logit", "palu", "svd_a", "svd_w")
 METHODS = [
     pytest.param(method, fields, id="-".join([method, *fields.values()]))
     for method in registry.names("width")
@@ -36,6 +37,9 @@ METHODS = [
     for fields in VARIANTS.get(method, [{}])
 ]
 HALVING = [m for m in METHODS if m.values[0] != "identity"]
+
+ALSO_KEEPS_QUERIES = "eigen_attention"
+"""Its basis holds queries as well, so that it loses something of keys that alone would fit."""
 
 NOT_POSSIBLE = {("procrustes", "olmo2_flat_norm")}
 """A norm over all heads of a token leaves no ordinary grouped-query form; the method says so."""
@@ -56,17 +60,32 @@ every_halving_method = pytest.mark.parametrize(("model", "method", "fields"), pa
 halving_on_qwen2 = pytest.mark.parametrize(("method", "fields"), HALVING)
 
 
+def asked(model, method, fields, heads):
+    """As many numbers as `heads` of the source's have, as a budget; or as heads, where positions are stored beside them."""
+    if method in ("palu", "eigen_attention") or fields.get("rope") == "on_read":
+        return {"kv_budget": None}, fields | {"kv_heads": heads}
+    return {"kv_budget": heads / kv_heads(model)}, fields
+
+
+def kv_heads(model):
+    return MODELS[model][1].get("num_key_value_heads", 4)
+
+
 @every_method
-def test_full_budget_gives_the_original_logits(fold, tiny_dir, model, method, fields):
-    folded = fold(model, method, kv_budget=1.0, **fields)
-    assert folded.plan.kv_budget == 1
+def test_full_size_gives_the_original_logits(fold, tiny_dir, model, method, fields):
+    budget, fields = asked(model, method, fields, kv_heads(model))
+    folded = fold(model, method, **budget, **fields)
+    assert folded.plan.kv_bytes_per_token() == folded.plan.source_kv_bytes_per_token() + folded.plan.position_bytes
     assert_close(logits(load(folded.out), tokens()), logits(load(tiny_dir / model), tokens()), tolerance=1e-5)
 
 
-@every_halving_method
+@pytest.mark.parametrize(
+    ("model", "method", "fields"), pairs([m for m in HALVING if m.values[0] != ALSO_KEEPS_QUERIES])
+)
 def test_planted_rank_is_folded_without_loss(tmp_path, model, method, fields):
     """All heads are copies of one (scaled, where the method can tell): one head's worth of numbers holds everything."""
-    heads = MODELS[model][1].get("num_key_value_heads", 4)
+    heads = kv_heads(model)
+    budget, fields = asked(model, method, fields, 1)
     scales = (
         [1.0] * heads if method in ("mean_pool", "procrustes") else [1.0, -0.5, 2.0, 0.7, 1.3, -1.1, 0.4, 0.9][:heads]
     )
@@ -77,14 +96,15 @@ def test_planted_rank_is_folded_without_loss(tmp_path, model, method, fields):
             {
                 "model": str(source),
                 "out": str(tmp_path / "out"),
-                "kv_budget": 1 / heads,
+                **budget,
                 "width": {"method": method, **fields} | ({"multiple": 4} if method in LOW_RANK else {}),
                 "calibration": {"data": "self", "num_samples": 16, "seq_len": 64},
             }
         ),
         device="cpu",
     )
-    assert folded.plan.kv_budget == pytest.approx(1 / heads)
+    expected = folded.plan.source_kv_bytes_per_token() / heads + folded.plan.position_bytes
+    assert folded.plan.kv_bytes_per_token() == pytest.approx(expected)
     assert_close(logits(load(folded.out), tokens()), logits(original, tokens()), tolerance=1e-4)
 
 
@@ -93,9 +113,9 @@ def test_more_numbers_never_mean_more_expected_damage(tiny_dir, model, method, f
     source = open_source(tiny_dir / model)
     layer = source.layers[1]
     width = registry.load("width", method)(**fields)
-    moments = {}
+    moments, K, F = {}, layer.num_kv_heads, layer.num_kv_heads * layer.head_dim
     for name in width.needs:
-        size = (layer.num_kv_heads, layer.head_dim) if name == "queries" else (layer.num_kv_heads * layer.head_dim,)
+        size = (K, F // K) if name.startswith("queries") else (K, F) if name == "averaged_values" else (F,)
         moments[name] = Moment.zeros(*size)
         moments[name].update(torch.randn(500, *size).cumsum(-1))
     group = LayerGroup(
@@ -153,6 +173,7 @@ def test_real_bytes_are_planned_bytes(fold, model, method, fields):
     windows = [spec.window for spec in folded.plan.owned]
     kept = [230 if window is None else window - 1 for window in windows]
     live = sum(4 * 4 * s.numbers_per_token * n for s, n in zip(folded.plan.owned, kept, strict=True))
+    live += 4 * 230 * folded.plan.position_bytes
     assert cache.nbytes == live
     storages = {b.data.untyped_storage().data_ptr() for layer in cache.owned for b in (layer.k, layer.v)}
     assert len(storages) == 2 * len(cache.owned)

@@ -121,5 +121,5 @@ def test_group_shapes_are_the_papers_points():
 
 def test_the_hull_leaves_out_what_no_budget_would_choose():
     shapes = [StoredShape(1, n) for n in (1, 2, 3, 4)]
-    hull = lower_hull(shapes, [1.0, 0.9, 0.2, 0.0])
+    hull = lower_hull(list(zip(shapes, [1.0, 0.9, 0.2, 0.0], strict=True)))
     assert [s.width for s, _ in hull] == [1, 3, 4]

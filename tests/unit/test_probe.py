@@ -1,0 +1,67 @@
+"""Budgets shared by measured damage."""
+
+import json
+
+import pytest
+import torch
+from tiny import load, logits, make_tiny, save_tiny, tokens
+
+import kvfold
+from kvfold.probe import interpolate
+from kvfold.recipe import make_recipe
+
+
+def test_interpolation_goes_through_measured_points_and_never_rises():
+    damages = [1.0, 0.5, 0.25, 0.1, 0.01, 0.0]
+    kls = interpolate(damages, {1: 0.8, 3: 0.02})
+    assert kls[1] == pytest.approx(0.8) and kls[3] == pytest.approx(0.02) and kls[-1] == 0
+    assert kls == sorted(kls, reverse=True)
+    assert kls[0] == pytest.approx(1.6) and kls[4] == pytest.approx(0.002)  # beyond them in proportion
+    assert 0.02 < kls[2] < 0.8
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory):
+    """A model whose last layer adds next to nothing, folded by measured damage."""
+    root = tmp_path_factory.mktemp("probe")
+    model = make_tiny("llama_mha")
+    with torch.no_grad():
+        model.model.layers[2].self_attn.o_proj.weight.mul_(1e-3)
+    source = save_tiny(model, root / "source")
+    fields = {
+        "model": str(source),
+        "kv_budget": 0.5,
+        "width": {"method": "svd_a"},
+        "calibration": {"data": "self", "num_samples": 16, "seq_len": 32},
+    }
+
+    def run(name, **more):
+        return kvfold.compress(
+            make_recipe(fields | {"out": str(root / name)} | more), run_dir=root / "run", device="cpu"
+        )
+
+    return root, run
+
+
+def test_numbers_go_where_they_are_missed(folded):
+    root, run = folded
+    plan = run("measured", allocate="measured").plan
+    sizes = [spec.numbers_per_token for spec in plan.owned]
+    assert sizes[2] < min(sizes[:2]) and plan.kv_budget <= 0.5
+    original = logits(load(root / "source"), tokens())
+    measured, uniform = (
+        (logits(load(folder), tokens()) - original).square().mean()
+        for folder in (root / "measured", run("uniform").out)
+    )
+    assert measured < uniform
+
+
+def test_what_was_measured_serves_other_budgets(folded, monkeypatch):
+    root, run = folded
+    run("half", allocate="measured")
+    (file,) = (root / "run").glob("probes-*.json")
+    before = json.loads(file.read_text())
+    assert len(before) == 3 * 2 * 3  # the two smallest sizes fall together here
+    monkeypatch.setattr("kvfold.probe._Probe._kl", lambda *args: pytest.fail("measured again"))
+    run("quarter", allocate="measured", kv_budget=0.25)
+    assert json.loads(file.read_text()) == before
