@@ -20,8 +20,9 @@ class AttentionLayer:
 
     `window`: sliding window in tokens. `qk_norm`: queries and keys are normalised before rotation, per head or (`flat_norm`)
     all heads of a token at once; `norm_offset` is added to the norm's weight. `rotary_dim`: numbers of each head that
-    are rotated, 0 for none. `alibi`: scores get a bias by distance. `softcap`: scores are capped by tanh.
-    `output_dropout`: of the layer's output, which some families apply inside attention.
+    are rotated, 0 for none; `rotary_kind`: which of the family's rotations, if it has several. `alibi`: scores get a bias
+    by distance. `softcap`: scores are capped by tanh. `output_dropout`: of the layer's output, which some families apply
+    inside attention.
     """
 
     index: int
@@ -32,6 +33,7 @@ class AttentionLayer:
     scaling: float
     window: int | None = None
     rotary_dim: int
+    rotary_kind: str | None = None
     qk_norm: bool = False
     flat_norm: bool = False
     norm_offset: float = 0.0

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvfold.linalg import discarded_energy, eigh_descending, powers, top_eigenvectors
+from kvfold.linalg import block_powers, discarded_energy, eigh_descending, powers, times, top_eigenvectors
 
 TINY = torch.finfo(torch.float64).tiny
 RIDGE = 1e-4
@@ -57,9 +57,9 @@ def _solve_alone(term: Term, heads: int, width: int) -> Latents:
             basis = top_eigenvectors(second, width)
             pairs.append((basis.T, basis))
         else:
-            root, inverse = powers(blocks(term.metric_FF, heads)[position], 0.5, -0.5)
-            basis = top_eigenvectors(root @ second @ root, width)
-            pairs.append((basis.T @ root, inverse @ basis))
+            root, inverse = block_powers(blocks(term.metric_FF, heads)[position], 0.5, -0.5)
+            basis = top_eigenvectors(times(root, times(root, second).T), width)
+            pairs.append((times(root, basis).T, times(inverse, basis)))
     back_CFR = torch.stack([back for _, back in pairs])
     return Latents(torch.stack([a for a, _ in pairs]), lambda position: back_CFR)
 
@@ -124,6 +124,19 @@ def damages(terms: Terms, layers: int, shapes: Sequence[tuple[int, int]]) -> lis
     return [layers * max(float(1 - kept[heads][width] / total), 0.0) for heads, width in shapes]
 
 
+def part_of(term: Term, columns: Tensor) -> Term:
+    """The owner's term for some of its numbers."""
+    metric = None if term.metric_FF is None else term.metric_FF[columns][:, columns]
+    second = term.second_FF[columns][:, columns]
+    return Term(second, second, metric)
+
+
+def lost_energy(term: Term, width: int) -> float:
+    """What one latent of `width` numbers loses of the owner's term."""
+    kept = _kept(lambda position: term, 1, 1)
+    return float((_energy(term) - kept[width]).clamp_min(TINY))
+
+
 def _energy(term: Term) -> Tensor:
     return term.second_FF.trace() if term.metric_FF is None else (term.metric_FF * term.second_FF).sum()
 
@@ -135,8 +148,8 @@ def _kept(terms: Terms, layers: int, heads: int) -> Tensor:
         kept = torch.zeros(term.second_FF.shape[0] // heads + 1, dtype=torch.float64)
         for position, second in enumerate(blocks(term.second_FF, heads)):
             if term.metric_FF is not None:
-                (root,) = powers(blocks(term.metric_FF, heads)[position], 0.5)
-                second = root @ second @ root
+                (root,) = block_powers(blocks(term.metric_FF, heads)[position], 0.5)
+                second = times(root, times(root, second).T)
             kept += (1 - discarded_energy(second)) * second.trace()
         return kept
     energies = sum(part.eigen()[0] for part in _regress(terms, layers, heads))

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
 from kvfold.errors import RecipeError
-from kvfold.latents import Latents, Term, damages, solve
+from kvfold.grouping import GROUPINGS, best_order, head_columns, reordered
+from kvfold.latents import Latents, Term, damages, lost_energy, part_of, solve
 from kvfold.plan import CacheSpec, divisors
 from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, as_reader, plain_spec, rope_of
 
@@ -33,6 +34,8 @@ class LowRankWidth(WidthMethod):
         size, since bigger groups lose less.
     kv_heads: keys and values take as many numbers as so many source heads; 0 leaves the choice to the budget.
     multiple: stored widths are multiples of this, as attention kernels want them.
+    grouping: `neighbours`, or `similar`, which lets those heads share a latent that lose least together (heads are reordered;
+        where keys and values are grouped differently, keys decide).
     `centres_values`: the terms are about values without their mean, which becomes one output bias.
     `centres_keys`: the terms are about keys without their mean, which is given back where keys are rebuilt on read. Keys that
     are stored after rotation do without it: softmax ignores what is added to all scores of a query.
@@ -43,6 +46,7 @@ class LowRankWidth(WidthMethod):
     group_size: int = 0
     kv_heads: int = 0
     multiple: int = 8
+    grouping: str = "neighbours"
 
     centres_values: ClassVar[bool] = False
     centres_keys: ClassVar[bool] = False
@@ -51,6 +55,8 @@ class LowRankWidth(WidthMethod):
         for name in ("latent", "v_latent"):
             if getattr(self, name) not in LATENTS:
                 raise RecipeError(f"width.{name} = {getattr(self, name)!r}; choose 'layer' or 'group'.")
+        if self.grouping not in GROUPINGS:
+            raise RecipeError(f"width.grouping = {self.grouping!r}; choose 'neighbours' or 'similar'.")
         if self.multiple < 1 or self.group_size < 0 or self.kv_heads < 0:
             raise RecipeError("width.multiple must be at least 1, width.group_size and width.kv_heads at least 0.")
 
@@ -122,6 +128,8 @@ class LowRankWidth(WidthMethod):
         )
 
     def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
+        if self.grouping == "similar":
+            group = reordered(group, self._order(group, spec))
         keys = solve(lambda i: self.key_term(group, i), len(group), spec.num_kv_heads, spec.head_dim)
         values = self.value_latents(group, spec)
         for position, layer in enumerate(group.layers):
@@ -141,6 +149,19 @@ class LowRankWidth(WidthMethod):
                 folded = restore_mean(folded, self.missing_values(group, position, values))
             folded = lead_values_back(layer, folded, back_UFV)
             yield as_reader(folded) if position else folded
+
+    def _order(self, group: LayerGroup, spec: CacheSpec) -> list[int]:
+        """Key/value heads of the owner, group after group."""
+        K, C, U = group.owner.num_kv_heads, spec.num_kv_heads, spec.num_v_heads
+        grouped = C if 1 < C < K else U
+        sides = [(self.key_term(group, 0), spec.head_dim)] if grouped == C else []
+        sides += [(self.value_term(group, 0), spec.v_head_dim)] if grouped == U else []
+
+        def loss(members: tuple[int, ...]) -> float:
+            columns = head_columns(members, group.owner.head_dim)
+            return sum(lost_energy(part_of(term, columns), width) / lost_energy(term, 0) for term, width in sides)
+
+        return best_order(K, grouped, loss)
 
     def value_latents(self, group: LayerGroup, spec: CacheSpec) -> Latents:
         """A and B_i of values."""

@@ -12,7 +12,8 @@ class Gemma3Text(Architecture):
     causal_lm = "Gemma3ForCausalLM"
 
     def facts(self, module: Any, index: int) -> AttentionLayer:
-        return dataclasses.replace(super().facts(module, index), norm_offset=1.0)
+        kind = module.config.layer_types[index]
+        return dataclasses.replace(super().facts(module, index), norm_offset=1.0, rotary_kind=kind)
 
     def rotary_dim(self, module: Any) -> int:
         return module.head_dim  # rope_parameters are per kind of layer

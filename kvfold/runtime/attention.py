@@ -59,22 +59,27 @@ class ForwardState:
     threads and two forwards before one backward each see their own.
     """
 
-    def __init__(self, rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None) -> None:
+    def __init__(self, rotary: Callable[..., tuple[Tensor, Tensor]] | None = None) -> None:
         self.stored: dict[int, tuple[Tensor, Tensor]] = {}
         self.rotary = rotary
         self.past: dict[int, tuple[Tensor, Tensor] | None] = {}
-        self.tables: tuple[Tensor, Tensor] | None = None
+        self.positions_BS: Tensor | None = None
+        self.tables: dict[str | None, tuple[Tensor, Tensor]] = {}
 
-    def tables_of_all(self, hidden_BTD: Tensor, positions_BT: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, S, r] of every token that is or was seen, made once per forward."""
-        if self.tables is None:
+    def tables_of_all(
+        self, hidden_BTD: Tensor, positions_BT: Tensor | None, cache: Any, kind: str | None
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, S, r] of every token that is or was seen, made once per forward and kind of layer."""
+        if kind not in self.tables:
             if positions_BT is None or self.rotary is None or not hasattr(cache, "see"):
                 raise ValueError(
                     "keys that are rotated on read need the whole ...ForCausalLM model and kvfold's own cache: leave"
                     " past_key_values out, or pass kvfold.runtime.cache.FoldedCache(model.kv_plan)."
                 )
-            self.tables = self.rotary(hidden_BTD, cache.see(positions_BT, len(hidden_BTD)))
-        return self.tables
+            if self.positions_BS is None:
+                self.positions_BS = cache.see(positions_BT, len(hidden_BTD))
+            self.tables[kind] = self.rotary(hidden_BTD, self.positions_BS, *([] if kind is None else [kind]))
+        return self.tables[kind]
 
 
 CURRENT_STATE: ContextVar[ForwardState | None] = ContextVar("kvfold_state", default=None)
@@ -153,7 +158,10 @@ class FoldedAttention(nn.Module):
             if self.spec.readers_rotate or self.owner == self.layer_idx:
                 tables = position_embeddings
                 if cache is not None:
-                    tables = (state or ForwardState()).tables_of_all(hidden_states, kwargs.get("position_ids"), cache)
+                    state = state or ForwardState()
+                    tables = state.tables_of_all(
+                        hidden_states, kwargs.get("position_ids"), cache, self.layer.rotary_kind
+                    )
             out_BTNH, probs = self._attend_on_read(q, z, y, mask, tables)
         else:
             out_BTNH, probs = self._attend(q, z, y, mask, wants_probs=bool(kwargs.get("output_attentions")))

@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
+from kvfold.attention import AttentionLayer, FoldedWeights
 from kvfold.errors import RecipeError
+from kvfold.grouping import GROUPINGS, best_order, head_columns, reordered_weights
 from kvfold.latents import Term, solve
 from kvfold.lowrank import fuse_keys, lead_values_back, store_values, value_metric
 from kvfold.plan import CacheSpec, divisors
@@ -44,7 +45,7 @@ class Procrustes(WidthMethod):
     kv_heads: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (("merge", ("svd", "align")), ("grouping", ("neighbours", "similar"))):
+        for name, known in (("merge", ("svd", "align")), ("grouping", GROUPINGS)):
             if getattr(self, name) not in known:
                 raise RecipeError(f"width.{name} = {getattr(self, name)!r}; choose one of {', '.join(known)}.")
 
@@ -79,7 +80,7 @@ class Procrustes(WidthMethod):
 
     def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
         layer, order = group.owner, self._order(group, spec.num_kv_heads)
-        weights = _reorder(layer, group.weights(0), order)
+        weights = reordered_weights(layer, group.weights(0), order)
         keys, values = (self._pairs(group, order, spec.num_kv_heads, side) for side in ("keys", "values"))
         originals = {f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)}
         folded = FoldedWeights(
@@ -94,15 +95,7 @@ class Procrustes(WidthMethod):
         K = group.owner.num_kv_heads
         if self.grouping == "neighbours" or heads in (1, K):
             return list(range(K))
-        left, order, size = set(range(K)), [], K // heads
-        while left:
-            members = [min(left)]
-            while len(members) < size:
-                rest = sorted(left - set(members))
-                members.append(min(rest, key=lambda head: self._loss_of(group, [*members, head])))
-            left -= set(members)
-            order += members
-        return order
+        return best_order(K, heads, lambda members: self._loss_of(group, list(members)))
 
     def _loss_of(self, group: LayerGroup, members: list[int]) -> float:
         """Share of keys and values that merging these heads loses."""
@@ -179,8 +172,7 @@ class Procrustes(WidthMethod):
 
 def _objective(group: LayerGroup, members: list[int], side: str) -> tuple[Tensor, Tensor]:
     """Second moment and metric of these heads' keys or values, both [t*H, t*H]."""
-    H = group.owner.head_dim
-    index = torch.cat([torch.arange(head * H, (head + 1) * H) for head in members])
+    index = head_columns(members, group.owner.head_dim)
     second = group.moments(0)[side].second_FF[index][:, index]
     if side == "keys":
         return second, torch.block_diag(*(group.moments(0)["queries"].second_FF[head] for head in members))
@@ -223,17 +215,3 @@ def _align(second: Tensor, width: int) -> Pair:
             u, _, v = torch.linalg.svd(toward)
             turns[j] = u @ v if count > 1 else turns[j]
     return torch.cat(turns, dim=1) / count, torch.cat([turn.T for turn in turns])
-
-
-def _reorder(layer: AttentionLayer, weights: AttentionWeights, order: list[int]) -> AttentionWeights:
-    """Key/value heads in another order, each with its query heads."""
-    if order == list(range(layer.num_kv_heads)):
-        return weights
-    kv = torch.tensor(order)
-
-    def rows(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.unflatten(0, (layer.num_kv_heads, -1))[kv].flatten(0, 1)
-
-    names = ("q_proj", "k_proj", "v_proj", "q_bias", "k_bias", "v_bias")
-    o_proj = weights.o_proj.unflatten(1, (layer.num_kv_heads, -1))[:, kv].flatten(1)
-    return dataclasses.replace(weights, o_proj=o_proj, **{name: rows(getattr(weights, name)) for name in names})  # type: ignore[arg-type]

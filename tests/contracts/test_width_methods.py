@@ -23,7 +23,7 @@ from kvfold.testing import assert_close, relative_rms
 from kvfold.width.base import LayerGroup
 
 VARIANTS = {
-    "attended": [{}, {"rope": "on_read"}, {"latent": "group", "v_latent": "group"}],
+    "attended": [{}, {"rope": "on_read"}, {"latent": "group", "v_latent": "group", "grouping": "similar"}],
     "logit": [{}, {"latent": "group"}, {"v_latent": "layer"}],
     "procrustes": [{}, {"grouping": "similar"}, {"merge": "align"}],
     "svd_a": [{}, {"latent": "group"}, {"v_latent": "layer"}],

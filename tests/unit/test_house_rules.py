@@ -12,22 +12,10 @@ PACKAGE = Path(kvfold.__file__).parent
 ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 METHOD_FOLDERS = ("width", "depth", "bits", "length")
-MAY_IMPORT = {"attention", "averaging", "errors", "latents", "linalg", "lowrank", "plan"}
+MAY_IMPORT = {"attention", "averaging", "errors", "grouping", "latents", "linalg", "lowrank", "plan"}
 RUNTIME_NEVER = {
-    *(
-        "allocate",
-        "averaging",
-        "calibrate",
-        "fold",
-        "gather",
-        "heal",
-        "latents",
-        "lowrank",
-        "pipeline",
-        "probe",
-        "recipe",
-    ),
-    "streaming",
+    *("allocate", "averaging", "calibrate", "fold", "gather", "grouping", "heal", "latents", "lowrank", "pipeline"),
+    *("probe", "recipe", "streaming"),
     *METHOD_FOLDERS,
 }
 FORBIDDEN_NAMES = ("util", "helper", "manager", "handler", "factory", "common", "misc")
