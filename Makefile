@@ -7,10 +7,10 @@ WORKERS ?= 2
 VALID ?= $(error give VALID=FILE, a text to evaluate on)
 CALIBRATION ?= self
 SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
-MODEL := kvfold/models/books-6l
+MODEL ?= kvfold/models/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: demo test lint check results results-stock results-depth results-mlkv results-7b clean
+.PHONY: demo test lint check results results-width results-solve results-stock results-depth results-mlkv results-7b clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -33,6 +33,22 @@ results: $(VENV)/installed
 	cp runs/width/table.md results/width-books-6l-$(if $(filter self,$(CALIBRATION)),self,text).md
 	for dtype in float32 bfloat16; do $(BIN)/python benchmarks/decode_step.py $(MODEL) runs/width/svd_a-0.5 \
 	  runs/width/svd_a-width.latent=group-0.5 runs/width/gqa-0.5 --dtype $$dtype --markdown results/decode-step-$$dtype.md; done
+
+# Low-rank methods side by side at equal bytes, ours and the peers', on two held-out texts, for one model:
+# make results-width MODEL=folder VALID=books-valid.txt SHIFTED=wikitext2-valid.txt CALIBRATION=books-train.txt.xz [PALU_GROUP=3]
+# (the second text is of another kind than the calibration text: what it shows is domain shift), and the time of one solve.
+SHIFTED ?= $(error give SHIFTED=FILE, a second text to evaluate on)
+PALU_GROUP ?= 4
+WIDTH := --preset svd_a:width.latent=group --preset svd_a:width.v_latent=layer --preset kq_svd --preset eigen_attention \
+  --preset palu:width.group_size=$(PALU_GROUP) --preset palu:width.latent=layer,width.v_latent=layer,width.group_size=0 \
+  --preset fast:width.latent=group,width.v_latent=group --preset fast --preset small --preset small:allocate=uniform
+results-width: $(VENV)/installed
+	$(BIN)/kvfold compare $(MODEL) $(WIDTH) --kv-budget 1/2 --kv-budget 1/4 --kv-budget 1/8 --data $(CALIBRATION) \
+	  --num-samples 128 --seq-len 256 --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 16384 --out runs/peers-$(notdir $(MODEL))
+	cp runs/peers-$(notdir $(MODEL))/table.md results/peers-$(notdir $(MODEL)).md
+
+results-solve: $(VENV)/installed
+	$(BIN)/python benchmarks/solve_layer.py --json results/solve-layer.json
 
 # Heads merged into stock grouped-query attention: make results-stock VALID=books-valid.txt
 STOCK := --preset gqa --preset procrustes:width.merge=align --preset procrustes --preset procrustes:width.grouping=similar

@@ -19,6 +19,7 @@ from kvfold.checkpoint import Checkpoint, read_json
 from kvfold.cross_moments import CrossMoments
 from kvfold.fold import read_layer
 from kvfold.linalg import Moment
+from kvfold.movement import Halves
 from kvfold.progress import track
 from kvfold.seen import EFFECTS, VECTORS, Attended, Seen
 from kvfold.storage import make_folder, require_space, write_tensors, write_text
@@ -27,7 +28,7 @@ from kvfold.streaming import StreamedModel
 SECONDS_BETWEEN_SAVES = 60.0
 """How often the hidden states of all sequences are written, for an interrupted run to go on from."""
 
-STATISTICS_VERSION = 2
+STATISTICS_VERSION = 3
 """To be raised when a statistic is computed differently, so that old ones on disk are not taken for new ones."""
 
 STATISTICS = frozenset({*VECTORS, *EFFECTS})
@@ -39,10 +40,15 @@ HIDDEN = "hidden.safetensors"
 
 @dataclass(frozen=True)
 class Statistics:
-    """Moments of every layer, on disk in `folder`, read one layer at a time. `tokens` is how many went in."""
+    """Moments of every layer, on disk in `folder`, read one layer at a time. `tokens` is how many went in.
+
+    `moved`: how far the leading directions of the first, a middle and the last layer differ between the two halves of the
+    text (see `movement.py`).
+    """
 
     folder: Path
     tokens: int
+    moved: float = 0.0
 
     def layer(self, index: int, needs: Iterable[str]) -> dict[str, Moment]:
         moments = {}
@@ -79,7 +85,7 @@ def calibrate(
     cross = CrossMoments(frozenset(pairs), needs_cross)
     key, wanted = _key(checkpoint, tokens_BT), needs | cross.labels
     if (finished := _finished(run_dir, key, wanted)) is not None:
-        return Statistics(finished, tokens_BT.numel())
+        return Statistics(finished, tokens_BT.numel(), read_json(finished / FINISHED)["moved"])
     folder = run_dir / f"statistics-{key}-{_short('+'.join(sorted(wanted)))}"
     make_folder(folder)
     model = StreamedModel(checkpoint, arch, device)
@@ -94,25 +100,47 @@ def calibrate(
         first, hidden_BTD = resumed or (0, hidden_BTD)
         saved = time.monotonic()
         for layer in track(model.layers[first:], "calibrating layers", len(model.layers) - first):
-            observer = _Observer(needs, cross, device, layer, _output_metric(checkpoint, arch, layer, needs))
+            observer = _Observer(
+                needs, cross, device, layer, _output_metric(checkpoint, arch, layer, needs), len(tokens_BT)
+            )
             cross.start(layer.index)
             model.advance(layer, hidden_BTD, observer)
-            write_tensors(_layer_file(folder, layer.index), observer.moments(tokens_BT.numel()), {})
+            moved = observer.halves.moved(observer.own) if layer.index in _watched(len(model.layers)) else 0.0
+            write_tensors(_layer_file(folder, layer.index), observer.moments(tokens_BT.numel()), {"moved": repr(moved)})
             cross.forget_after(layer.index)
             if time.monotonic() - saved >= SECONDS_BETWEEN_SAVES:
                 _save_hidden(folder, layer.index + 1, hidden_BTD, cross)
                 saved = time.monotonic()
-    write_text(folder / FINISHED, json.dumps({"needs": sorted(wanted), "tokens": tokens_BT.numel()}))
+    moved = max(_moved(_layer_file(folder, index)) for index in _watched(len(model.layers)))
+    facts = {"needs": sorted(wanted), "tokens": tokens_BT.numel(), "moved": moved}
+    write_text(folder / FINISHED, json.dumps(facts))
     (folder / HIDDEN).unlink(missing_ok=True)
-    return Statistics(folder, tokens_BT.numel())
+    return Statistics(folder, tokens_BT.numel(), moved)
+
+
+def _watched(layers: int) -> set[int]:
+    """The layers whose movement stands for all."""
+    return {0, layers // 2, layers - 1}
+
+
+def _moved(file: Path) -> float:
+    with safe_open(file, framework="pt") as tensors:
+        return float(tensors.metadata()["moved"])
 
 
 class _Observer:
     """Gathers the moments of one layer, batch by batch."""
 
     def __init__(
-        self, needs: frozenset[str], cross: CrossMoments, device: str, layer: AttentionLayer, output_NHH: Tensor
+        self,
+        needs: frozenset[str],
+        cross: CrossMoments,
+        device: str,
+        layer: AttentionLayer,
+        output_NHH: Tensor,
+        sequences: int,
     ) -> None:
+        self.halves = Halves(sequences)
         self.needs, self.cross, self.device = needs, cross, device
         self.layer, self.output_NHH = layer, output_NHH.to(device)
         self.own: dict[str, Moment] = {}
@@ -130,6 +158,7 @@ class _Observer:
                 for name in effects:
                     for vectors in EFFECTS[name](attended):
                         self._update(name, vectors)
+        self.halves.take(len(seen.q), self.own)
 
     def _update(self, name: str, vectors: Tensor) -> None:
         self.own.setdefault(name, Moment.zeros(*vectors.shape[1:], device=self.device)).update(vectors)

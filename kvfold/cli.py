@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
-from kvfold.comparison import Comparison, compare
+from kvfold.comparison import compare
 from kvfold.demonstration import demo
 from kvfold.errors import KvfoldError
-from kvfold.evaluation import Evaluation, evaluate
+from kvfold.evaluation import evaluate
 from kvfold.export.gqa import export_gqa
 from kvfold.generation import generate
 from kvfold.import_mlkv import import_mlkv
 from kvfold.inspection import Inspection, inspect
 from kvfold.pipeline import compress
-from kvfold.plan import CachePlan
 from kvfold.presets import MLKV_PAPER, PRESETS
+from kvfold.printing import STDOUT, print_comparison, print_evaluation, print_json, print_plan
 from kvfold.progress import STDERR
 from kvfold.recipe import load_recipe, make_recipe, parse_budget
 from kvfold.registry import AXES
-from kvfold.report import COLUMNS, cells, markdown, render
-from kvfold.storage import write_text
 from kvfold.version import __version__
 
 app = typer.Typer(
@@ -37,16 +31,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-STDOUT = Console(width=None if sys.stdout.isatty() else 160)
-LEGIBLE = 24
-"""Characters below which a continuation is shown under the table instead of in it."""
 
 Model = Annotated[str, typer.Argument(help="Model folder, or model id on the hub.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[
     str, typer.Option(help="auto (float32 on the CPU, else the checkpoint's), float32, bfloat16, float16.")
 ]
-NumSamples = Annotated[int | None, typer.Option(help="Calibration sequences (default 128).", min=1, show_default=False)]
+NumSamples = Annotated[
+    int | None,
+    typer.Option(help="Calibration sequences (default: until more change little).", min=1, show_default=False),
+]
 SeqLen = Annotated[
     int | None,
     typer.Option(help="Tokens per sequence (default: the model's context, at most 2048).", min=2, show_default=False),
@@ -92,6 +86,10 @@ def compress_command(
     ] = None,
     num_samples: NumSamples = None,
     seq_len: SeqLen = None,
+    select: Annotated[
+        str | None,
+        typer.Option(help="Calibration sequences: random (default), or diverse ones out of more.", show_default=False),
+    ] = None,
     seed: Seed = None,
     keep_parameters: Annotated[
         bool,
@@ -107,7 +105,7 @@ def compress_command(
 ) -> None:
     """Fold a model: read it, calibrate, plan, and write a new folder with a smaller cache."""
     given = {"model": model, "out": out, "preset": preset, "kv_budget": kv_budget, "seed": seed}
-    calibration = {"data": data, "num_samples": num_samples, "seq_len": seq_len}
+    calibration = {"data": data, "num_samples": num_samples, "seq_len": seq_len, "select": select}
     tree = load_recipe(recipe) if recipe else {}
     if preset:  # a preset is a point on all axes: it replaces those of the recipe
         tree = {name: value for name, value in tree.items() if name not in AXES}
@@ -122,8 +120,8 @@ def compress_command(
     if not {"preset", *AXES} & set(tree) and not set_:
         raise typer.BadParameter(f"say how: one of {', '.join(PRESETS)}", param_hint="--preset")
     made = compress(make_recipe(tree, set_ or []), run_dir=run_dir, overwrite=overwrite, device=device)
-    _print_plan(made.plan, f"{made.out}")
-    _print_json(
+    print_plan(made.plan, f"{made.out}")
+    print_json(
         {
             "out": str(made.out),
             "kv_budget": made.plan.kv_budget,
@@ -152,8 +150,8 @@ def import_mlkv_command(
 ) -> None:
     """Make a kvfold folder of a checkpoint in the layout of the MLKV paper's public code."""
     plan = import_mlkv(model, out, as_trained=as_trained, allow_pickle=allow_pickle, overwrite=overwrite)
-    _print_plan(plan, f"{out}")
-    _print_json({"out": str(out), "kv_budget": plan.kv_budget, "kv_bytes_per_token": plan.kv_bytes_per_token()})
+    print_plan(plan, f"{out}")
+    print_json({"out": str(out), "kv_budget": plan.kv_budget, "kv_bytes_per_token": plan.kv_bytes_per_token()})
 
 
 @app.command("export")
@@ -167,17 +165,17 @@ def export_command(
     if format_ != "gqa":
         raise typer.BadParameter(f"{format_!r} is not a format; there is: gqa", param_hint="--format")
     heads = export_gqa(folder, out, overwrite=overwrite)
-    _print_json({"out": str(out), "format": format_, "num_key_value_heads": heads})
+    print_json({"out": str(out), "format": format_, "num_key_value_heads": heads})
 
 
 @app.command("inspect")
 def inspect_command(model: Model) -> None:
     """Show what a model's cache takes, layer by layer."""
     found: Inspection = inspect(model)
-    _print_plan(found.plan, model)
+    print_plan(found.plan, model)
     for runtime, obstacle in found.plan.servable_by().items():
         STDOUT.print(f"served by {runtime}: {'yes' if obstacle is None else f'no, {obstacle}'}")
-    _print_json(found.to_json())
+    print_json(found.to_json())
 
 
 @app.command("evaluate")
@@ -202,8 +200,8 @@ def evaluate_command(
     found = evaluate(
         model, against=against, data_file=data, max_tokens=max_tokens, seq_len=seq_len or 0, dtype=dtype, device=device
     )
-    _print_evaluation(found)
-    _print_json(found.to_json())
+    print_evaluation(found)
+    print_json(found.to_json())
 
 
 @app.command("generate")
@@ -230,7 +228,7 @@ def generate_command(
     )
     STDOUT.print(prompt, style="bold", end="", markup=False, highlight=False)
     STDOUT.print(made.text, markup=False, highlight=False)
-    _print_json(vars(made))
+    print_json(vars(made))
 
 
 @app.command("compare")
@@ -242,8 +240,8 @@ def compare_command(
     kv_budget: Annotated[list[str], typer.Option(help="0.5 or 1/2; repeatable.", show_default=False)],
     data: Annotated[str, typer.Option(help="Calibration text, as in compress.")] = "self",
     eval_data: Annotated[
-        Path | None,
-        typer.Option(help="Text file to evaluate on (default: text that the model samples).", show_default=False),
+        list[Path] | None,
+        typer.Option(help="Text to evaluate on (default: the model samples it); repeatable.", show_default=False),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for models, table and report.")] = Path("comparison"),
     num_samples: NumSamples = None,
@@ -260,13 +258,13 @@ def compare_command(
         budgets=[parse_budget(b) for b in kv_budget],
         calibration=_given({"data": data, "num_samples": num_samples, "seq_len": seq_len}),
         out=out,
-        eval_file=eval_data,
+        eval_files=eval_data or (),
         max_tokens=max_tokens,
         prompt=prompt,
         seed=seed,
         device=device,
     )
-    _print_comparison(found, out)
+    print_comparison(found, out)
 
 
 @app.command("demo")
@@ -275,13 +273,13 @@ def demo_command(
     device: Device = "auto",
 ) -> None:
     """Fold the packaged model with several presets and budgets; write a report. Takes a minute or two."""
-    _print_comparison(demo(out, device=device), out)
+    print_comparison(demo(out, device=device), out)
 
 
 @app.command("version")
 def version_command() -> None:
     """Show the version."""
-    _print_json({"version": __version__})
+    print_json({"version": __version__})
 
 
 def main() -> None:
@@ -302,96 +300,6 @@ def _show_warning(message: Any, category: type, *_: Any, **__: Any) -> None:
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _print_json(values: dict[str, Any]) -> None:
-    # not through rich, which would wrap the line at the width of the terminal
-    print(json.dumps(values), flush=True)
-
-
-def _print_plan(plan: CachePlan, title: str) -> None:
-    table = Table(title=title, title_justify="left")
-    for column in ("layers", "keys", "values", "window", "bytes per token", "of the original"):
-        table.add_column(column, justify="left" if column == "layers" else "right")
-    for layers, line in _plan_lines(plan):
-        table.add_row(layers, *line)
-    STDOUT.print(table)
-    STDOUT.print(
-        f"{plan.kv_bytes_per_token():,} bytes per token ({plan.dtype}), {plan.kv_budget:.4g} of the original's"
-        f" {plan.source_kv_bytes_per_token():,}; 32,768 tokens take {plan.kv_bytes(32_768) / 1e6:,.1f} MB instead of"
-        f" {plan.source_kv_bytes(32_768) / 1e6:,.1f} MB."
-    )
-
-
-def _plan_lines(plan: CachePlan) -> list[tuple[str, list[str]]]:
-    """One line per run of equal layers."""
-    lines: list[tuple[list[int], list[str]]] = []
-    for index, spec in enumerate(plan.caches):
-        if spec is None:
-            line = [f"reads layer {plan.owner(index)}", "", "", "0", "0"]
-        else:
-            size, source = spec.numbers_per_token, plan.source[index].numbers_per_token
-            line = [
-                f"{spec.num_kv_heads} x {spec.head_dim}",
-                f"{spec.num_v_heads} x {spec.v_head_dim}",
-                f"{spec.window or ''}",
-                f"{size * plan.itemsize():,}",
-                f"{size / source:.4g}",
-            ]
-        if lines and lines[-1][1] == line:
-            lines[-1][0].append(index)
-        else:
-            lines.append(([index], line))
-    return [(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}", line) for run, line in lines]
-
-
-def _print_evaluation(found: Evaluation) -> None:
-    table = Table()
-    for column in ("", "original", "folded"):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_row("bytes per token", f"{found.base_kv_bytes_per_token:,}", f"{found.kv_bytes_per_token:,}")
-    table.add_row("loss (nats per token)", f"{found.base_loss:.4f}", f"{found.loss:.4f}")
-    table.add_row("perplexity", f"{found.base_perplexity:.3f}", f"{found.perplexity:.3f}")
-    STDOUT.print(table)
-    STDOUT.print(
-        f"loss change {found.loss_change:+.4f} ± {found.loss_change_stderr:.4f}, KL {found.kl:.5f} nats per token, top-1"
-        f" agreement {found.top1_agreement:.2%}, {found.tokens:,} tokens"
-    )
-
-
-def _print_comparison(found: Comparison, out: Path) -> None:
-    report = out / "report.html"
-    write_text(report, render(found))
-    write_text(out / "table.md", markdown(found))
-    continued = [("original", found.continuation)] + [(row.preset, row.continuation or row.note) for row in found.rows]
-    lines = [["original", "1.000", *[""] * (len(COLUMNS) - 2)]] + [cells(row) for row in found.rows]
-    lines = [[cell.partition(" ±")[0] for cell in line] for line in lines]
-    table = Table(box=SIMPLE_HEAD, title=f"{found.model}, calibrated on {found.calibration}", title_justify="left")
-    left = STDOUT.width - 2
-    for column, cells_below in zip(COLUMNS, zip(*lines, strict=True), strict=True):
-        width = max(map(len, [*cells_below, *column.split()]))  # headers wrap at words, numbers never
-        table.add_column(column, justify="left" if column == "preset" else "right", width=width)
-        left -= width + 3
-    wide = left >= LEGIBLE
-    if wide:
-        table.add_column("continuation", width=left - 3, no_wrap=True, overflow="ellipsis")
-    for line, (_, text) in zip(lines, continued, strict=True):
-        table.add_row(*line, *([_one_line(text)] if wide else []))
-    STDOUT.print(table)
-    STDOUT.print(f"evaluated on {found.evaluated_on}; prompt: {found.prompt!r}; report: {report}", highlight=False)
-    if not wide:
-        for name, text in continued:
-            STDOUT.print(f"{name}: {_one_line(text)}", no_wrap=True, overflow="ellipsis", markup=False, highlight=False)
-    _print_json({"model": found.model, "report": str(report), "rows": [_json_row(row) for row in found.rows]})
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _json_row(row: Any) -> dict[str, Any]:
-    found = {"preset": row.preset, "asked_budget": row.asked_budget}
-    return found | (row.evaluation.to_json() if row.evaluation else {"note": row.note})
 
 
 if __name__ == "__main__":

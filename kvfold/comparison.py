@@ -33,7 +33,7 @@ EVALUATION_SEED_OFFSET = 1_000_003
 
 @dataclass(frozen=True)
 class Row:
-    """One preset at one budget. `evaluation` is None where no width of the method is that small."""
+    """One preset at one budget. `evaluation` is None where no width of the method is that small. `further`: other texts."""
 
     preset: str
     asked_budget: float
@@ -41,6 +41,7 @@ class Row:
     kv_bytes_at_32k: int | None
     continuation: str | None
     note: str = ""
+    further: tuple[Evaluation, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Comparison:
     model: str
     calibration: str
     evaluated_on: str
+    also_on: list[str]
     prompt: str
     continuation: str
     rows: list[Row]
@@ -66,7 +68,7 @@ def compare(
     budgets: Sequence[float],
     calibration: dict[str, Any],
     out: str | Path,
-    eval_file: str | Path | None = None,
+    eval_files: Sequence[str | Path] = (),
     max_tokens: int = 8192,
     prompt: str = "The",
     seed: int = 0,
@@ -75,8 +77,8 @@ def compare(
     """Fold `model` with every preset at every budget and measure each on the same text.
 
     On the CPU models run in float32, on a GPU in the checkpoint's dtype. A preset is `NAME` or
-    `NAME:AXIS.FIELD=VALUE,...`. `eval_file` None evaluates on text that the model samples (with another seed than its
-    calibration). Folded models are written under `out` and kept; so is `comparison.json`.
+    `NAME:AXIS.FIELD=VALUE,...`. Without `eval_files` models are evaluated on text that the original samples (with another
+    seed than its calibration). Folded models are written under `out` and kept; so is `comparison.json`.
     """
     out, device = Path(out), resolve_device(device)
     source = open_source(model)
@@ -85,14 +87,17 @@ def compare(
     cases = [(p, b, _recipe(fields, p, b, out)) for b in sorted(budgets, reverse=True) for p in presets]
     energy = _energies(first, source, out / "run", device)
     seq_len = first.calibration.seq_len or source.seq_len
-    windows_WT = _windows(source, eval_file, seq_len, max_tokens, seed, out / "run", device)
-    bench = _Bench(source, windows_WT, prompt, device, out)
+    files: list[str | Path | None] = [*eval_files] or [None]
+    texts = [_windows(source, file, seq_len, max_tokens, seed, out / "run", device) for file in files]
+    bench = _Bench(source, texts, prompt, device, out)
     rows = [bench.run(*case) for case in cases]
     text = Path(str(first.calibration.data)).name
+    names = [Path(file).name for file in eval_files] or ["text sampled by the model"]
     result = Comparison(
         model=source.checkpoint.path.resolve().name if Path(model).is_dir() else str(model),
-        calibration=f"{text} ({first.calibration.num_samples} x {seq_len} tokens, seed {seed})",
-        evaluated_on=f"{Path(eval_file).name if eval_file else 'text sampled by the model'}, {windows_WT.numel()} tokens",
+        calibration=f"{text} ({first.calibration.num_samples or 'as many as needed'} x {seq_len} tokens, seed {seed})",
+        evaluated_on=f"{names[0]}, {texts[0].numel()} tokens",
+        also_on=names[1:],
         prompt=prompt,
         continuation=bench.continue_prompt(bench.base),
         rows=rows,
@@ -107,7 +112,7 @@ class _Bench:
     """The original model, loaded once, and what every folded model is measured on."""
 
     source: Source
-    windows_WT: Tensor
+    texts: list[Tensor]
     prompt: str
     device: str
     out: Path
@@ -126,8 +131,9 @@ class _Bench:
         except BudgetError as error:
             return Row(preset, budget, None, None, None, str(error))
         model = load_weights(folded.out, self.dtype, self.device)
-        evaluation = evaluate_models(model, self.base, self.windows_WT, folded.plan)
-        return Row(preset, budget, evaluation, folded.plan.kv_bytes(CONTEXT), self.continue_prompt(model))
+        evaluation, *further = (evaluate_models(model, self.base, text, folded.plan) for text in self.texts)
+        kv_bytes, text = folded.plan.kv_bytes(CONTEXT), self.continue_prompt(model)
+        return Row(preset, budget, evaluation, kv_bytes, text, further=tuple(further))
 
     def continue_prompt(self, model: Any) -> str:
         return continue_prompt(model, self.tokenizer, self.prompt, NEW_TOKENS, do_sample=False)[0]

@@ -94,6 +94,24 @@ def first_windows(tokenizer: Any, path: str | Path, *, seq_len: int, max_tokens:
     return torch.tensor(ids[: count * seq_len]).view(count, seq_len)
 
 
+def most_diverse(tokens_PT: Tensor, num_samples: int) -> Tensor:
+    """Of P sequences those whose words differ most: each next one is the farthest from all that were taken.
+
+    A sequence is the vector of its token counts, rare tokens weighing more (tf-idf), of length one.
+    """
+    counts_PV = torch.zeros(len(tokens_PT), int(tokens_PT.max()) + 1).scatter_add_(
+        1, tokens_PT, torch.ones(tokens_PT.shape)
+    )
+    rarity_V = torch.log(len(tokens_PT) / (counts_PV > 0).sum(0).clamp_min(1))
+    vectors_PV = torch.nn.functional.normalize(counts_PV.sqrt() * rarity_V)
+    taken, nearest_P = [0], vectors_PV @ vectors_PV[0]
+    while len(taken) < min(num_samples, len(tokens_PT)):
+        nearest_P[taken] = float("inf")
+        taken.append(int(nearest_P.argmin()))
+        nearest_P = torch.maximum(nearest_P, vectors_PV @ vectors_PV[taken[-1]])
+    return tokens_PT[sorted(taken)]
+
+
 @torch.no_grad()
 def sample_from_model(model: Any, *, num_samples: int, seq_len: int, seed: int) -> Tensor:
     """[num_samples, seq_len] tokens that the model itself draws (temperature 1) after its begin-of-text token."""

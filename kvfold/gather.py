@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,17 @@ SAMPLE_TOKENS = 4096
 """Of the calibration tokens, so many show their keys and values to a depth method."""
 
 
-@dataclass(frozen=True)
+FEWEST, MOST = 32, 512
+"""Calibration sequences where the recipe leaves their number open."""
+
+SETTLED = 0.05
+"""Movement between the two halves of the text below which more of it changes little (docs/log.md)."""
+
+POOL = 8
+"""`select: diverse` chooses among so many times the sequences that are wanted."""
+
+
+@dataclass
 class Material:
     """The calibration text of one recipe, and what is made of it when a method asks."""
 
@@ -39,6 +50,9 @@ class Material:
     source: Source
     run_dir: Path
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        self.num_samples = self.recipe.calibration.num_samples or FEWEST
 
     def statistics(
         self,
@@ -50,16 +64,27 @@ class Material:
         """Moments of all layers, calibrated now or reused; None if none are needed."""
         if not needs:
             return None
-        return calibrate(
-            self.source.checkpoint,
-            self.source.arch,
-            self.tokens(),
-            needs=needs,
-            run_dir=self.run_dir,
-            pairs=_pairs(targets, joint),
-            needs_cross=needs_cross,
-            device=self.device,
-        )
+        while True:
+            statistics = calibrate(
+                self.source.checkpoint,
+                self.source.arch,
+                tokens_BT := self.tokens(),
+                needs=needs,
+                run_dir=self.run_dir,
+                pairs=_pairs(targets, joint),
+                needs_cross=needs_cross,
+                device=self.device,
+            )
+            if self.recipe.calibration.num_samples or statistics.moved <= SETTLED:
+                return statistics
+            if self.num_samples == MOST or len(tokens_BT) < self.num_samples:
+                warnings.warn(
+                    f"after {len(tokens_BT)} sequences the leading directions of the two halves of the calibration text still"
+                    f" differ by {statistics.moved:.0%} of what they leave out; give more text, or longer sequences"
+                    " (--seq-len)."
+                )
+                return statistics
+            self.num_samples *= 2
 
     @torch.no_grad()
     def sample(self) -> Sample:
@@ -86,13 +111,20 @@ class Material:
                 " own)."
             )
         size: dict[str, Any] = {
-            "num_samples": calibration.num_samples,
+            "num_samples": self.num_samples * (POOL if calibration.select == "diverse" else 1),
             "seq_len": calibration.seq_len or self.source.seq_len,
             "seed": self.recipe.seed,
         }
         warn_if_too_long(size["seq_len"], self.source.checkpoint.config)
         if calibration.data == "self":
-            return self_sampled(self.source, self.run_dir, device=self.device, **size)
+            tokens_BT = self_sampled(self.source, self.run_dir, device=self.device, **size)
+        else:
+            tokens_BT = self._text(size)
+        return data.most_diverse(tokens_BT, self.num_samples) if calibration.select == "diverse" else tokens_BT
+
+    def _text(self, size: dict[str, Any]) -> Tensor:
+        calibration = self.recipe.calibration
+        assert calibration.data is not None, "tokens() asks for a text first"
         return data.sequences(
             data.load_tokenizer(self.source.checkpoint.path),
             calibration.data,

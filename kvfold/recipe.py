@@ -16,6 +16,7 @@ from kvfold.errors import RecipeError
 from kvfold.presets import PRESETS
 
 ALLOCATIONS = ("uniform", "greedy", "measured")
+SELECTIONS = ("random", "diverse")
 TYPES: dict[Any, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -33,22 +34,27 @@ class Calibration:
 
     data: a .txt, .jsonl or .parquet file (also .xz and .gz), a data set name on the hub, or `self` (the model samples
         its own text). None where the method reads weights only.
-    num_samples, seq_len: sequences, and tokens per sequence (0 takes the model's context length, at most 2,048).
+    num_samples, seq_len: sequences (0: as many as it takes until the leading directions stop moving, 32 to 512), and tokens
+        per sequence (0 takes the model's context length, at most 2,048).
+    select: `random` places of the text, or `diverse`: of eight times as many those whose words differ most.
     config, split, text_field: of a data set.
     """
 
     data: str | None = None
-    num_samples: int = 128
+    num_samples: int = 0
     seq_len: int = 0
+    select: str = "random"
     config: str | None = None
     split: str = "train"
     text_field: str = "text"
 
     def __post_init__(self) -> None:
-        if self.num_samples < 1 or self.seq_len < 0:
+        if self.num_samples < 0 or self.seq_len < 0:
             raise RecipeError(
-                f"calibration.num_samples is {self.num_samples} and seq_len {self.seq_len}; they must be at least 1 and 0."
+                f"calibration.num_samples is {self.num_samples} and seq_len {self.seq_len}; neither can be below 0."
             )
+        if self.select not in SELECTIONS:
+            raise RecipeError(registry.unknown("selection of calibration text", self.select, SELECTIONS))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvfold.comparison import Comparison, Row
+from kvfold.evaluation import Evaluation
 from kvfold.version import __version__
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def render(comparison: Comparison) -> str:
         model=html.escape(comparison.model),
         calibration=html.escape(comparison.calibration),
         evaluated_on=html.escape(comparison.evaluated_on),
-        table=_table(comparison.rows),
+        table=_table(comparison),
         budget_plot=budget_plot(comparison),
         energy_plot=energy_plot(comparison),
         prompt=html.escape(comparison.prompt),
@@ -63,20 +64,30 @@ def render(comparison: Comparison) -> str:
     )
 
 
-def cells(row: Row) -> list[str]:
+def column_names(comparison: Comparison) -> list[str]:
+    """Those of the table of numbers."""
+    return [*COLUMNS, *(f"{what} on {name}" for name in comparison.also_on for what in ("loss change", "KL"))]
+
+
+def cells(row: Row, columns: list[str]) -> list[str]:
     """One row of the table of numbers, the same for the terminal, the page and the README."""
     e = row.evaluation
     if e is None or row.kv_bytes_at_32k is None:
-        return [row.preset, f"{row.asked_budget:.3f}", "out of reach", *[""] * 4]
+        return [row.preset, f"{row.asked_budget:.3f}", "out of reach", *[""] * (len(columns) - 3)]
     return [
         row.preset,
         f"{e.kv_budget:.3f}",
         f"{e.kv_bytes_per_token:,}",
         f"{row.kv_bytes_at_32k / 1e6:.1f}",
-        f"{e.loss_change:+.4f} ± {e.loss_change_stderr:.4f}",
+        _change(e),
         f"{e.kl:.4f}",
         f"{e.top1_agreement:.1%}",
+        *(cell for other in row.further for cell in (_change(other), f"{other.kl:.4f}")),
     ]
+
+
+def _change(e: Evaluation) -> str:
+    return f"{e.loss_change:+.4f} ± {e.loss_change_stderr:.4f}"
 
 
 COLUMNS = ("preset", "kv_budget", "bytes per token", "MB at 32k tokens", "loss change", "KL", "top-1 agreement")
@@ -138,9 +149,11 @@ def _svg(draw: Callable[[list[Any]], None], panels: int, size: tuple[float, floa
     return text[text.index("<svg") :]
 
 
-def _table(rows: list[Row]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells(row)) + "</tr>" for row in rows)
+def _table(comparison: Comparison) -> str:
+    columns = column_names(comparison)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in cells(row, columns)) for row in comparison.rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
@@ -160,7 +173,8 @@ def _continuations(comparison: Comparison) -> str:
 
 def markdown(comparison: Comparison) -> str:
     """The table of numbers for a README, with a line that says on what it was measured."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in comparison.rows]
+    columns = column_names(comparison)
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cells(row, columns)) + " |" for row in comparison.rows]
     caption = f"`{comparison.model}`, calibrated on {comparison.calibration}, evaluated on {comparison.evaluated_on}."
     return "\n".join([caption, "", *lines]) + "\n"

@@ -88,7 +88,8 @@ class StreamedModel:
             hook = self.arch.watch(getattr(module, self.arch.attention), observer)
         else:
             call = call | {"kvfold_observer": observer}
-        rows = max(TOKENS_PER_BATCH // hidden_BTD.shape[1], 1)
+        # two batches at least: how far moments still move is seen between the halves of the text
+        rows = max(min(TOKENS_PER_BATCH // hidden_BTD.shape[1], -(-len(hidden_BTD) // 2)), 1)
         for part in hidden_BTD.split(rows):
             out = module(part.to(self.device), **self.arch.for_rows(call, len(part)))
             part.copy_(out[0] if isinstance(out, tuple) else out)

@@ -62,7 +62,8 @@ def test_compress_says_what_it_made(journey):
     assert made["svd_a"]["base_kv_bytes_per_token"] == 2 * made["svd_a"]["kv_bytes_per_token"] == 6 * 6 * 32 * 2 * 2
     recipe = yaml.safe_load((root / "svd_a_group" / "recipe.yaml").read_text())
     assert recipe["width"] == {
-        "method": "svd_a", "latent": "group", "v_latent": "group", "group_size": 0, "kv_heads": 0, "multiple": 8,
+        "method": "svd_a", "latent": "group", "v_latent": "group", "group_size": 0,
+            "grouping": "neighbours", "kv_heads": 0, "multiple": 8,
     }  # fmt: skip
     card = (root / "svd_a" / "README.md").read_text()
     assert "| per token | 4,608 | 2,304 | 0.5000 |" in card and "from_pretrained" in card

@@ -15,7 +15,7 @@ BASE = {"model": "m", "out": "o"}
 def test_every_preset_makes_a_recipe_that_round_trips_with_all_defaults(preset, tmp_path):
     recipe = make_recipe(BASE | {"preset": preset, "kv_budget": "1/4"})
     written = yaml.safe_load(recipe.to_yaml())
-    assert written["kv_budget"] == 0.25 and written["calibration"]["num_samples"] == 128
+    assert written["kv_budget"] == 0.25 and written["calibration"]["num_samples"] == 0
     (tmp_path / "r.yaml").write_text(recipe.to_yaml())
     assert make_recipe(load_recipe(tmp_path / "r.yaml")).to_dict() == recipe.to_dict()
 
@@ -46,7 +46,8 @@ def test_another_method_drops_the_presets_fields():
         ({"kv_budget": 1.5}, [], "above 0 and at most 1"),
         ({"kv_budget": "half"}, [], "is not a number"),
         ({"calibration": {"num_sample": 3}}, [], "Did you mean 'num_samples'"),
-        ({"calibration": {"num_samples": 0}}, [], "at least 1"),
+        ({"calibration": {"num_samples": -1}}, [], "below 0"),
+        ({"calibration": {"select": "divers"}}, [], "Did you mean 'diverse'"),
         ({"allocate": "greed"}, [], "Did you mean 'greedy'"),
         ({"out": None}, [], "lacks out"),
     ],

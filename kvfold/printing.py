@@ -1,0 +1,117 @@
+"""What the command line prints: tables for people, one JSON line last for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from kvfold.comparison import Comparison
+from kvfold.evaluation import Evaluation
+from kvfold.plan import CachePlan
+from kvfold.report import cells, column_names, markdown, render
+from kvfold.storage import write_text
+
+STDOUT = Console(width=None if sys.stdout.isatty() else 160)
+LEGIBLE = 24
+"""Characters below which a continuation is shown under the table instead of in it."""
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """One line for programs."""
+    # not through rich, which would wrap the line at the width of the terminal
+    print(json.dumps(values), flush=True)
+
+
+def print_plan(plan: CachePlan, title: str) -> None:
+    """What every layer stores, and what it adds up to."""
+    table = Table(title=title, title_justify="left")
+    for column in ("layers", "keys", "values", "window", "bytes per token", "of the original"):
+        table.add_column(column, justify="left" if column == "layers" else "right")
+    for layers, line in _plan_lines(plan):
+        table.add_row(layers, *line)
+    STDOUT.print(table)
+    STDOUT.print(
+        f"{plan.kv_bytes_per_token():,} bytes per token ({plan.dtype}), {plan.kv_budget:.4g} of the original's"
+        f" {plan.source_kv_bytes_per_token():,}; 32,768 tokens take {plan.kv_bytes(32_768) / 1e6:,.1f} MB instead of"
+        f" {plan.source_kv_bytes(32_768) / 1e6:,.1f} MB."
+    )
+
+
+def _plan_lines(plan: CachePlan) -> list[tuple[str, list[str]]]:
+    """One line per run of equal layers."""
+    lines: list[tuple[list[int], list[str]]] = []
+    for index, spec in enumerate(plan.caches):
+        if spec is None:
+            line = [f"reads layer {plan.owner(index)}", "", "", "0", "0"]
+        else:
+            size, source = spec.numbers_per_token, plan.source[index].numbers_per_token
+            line = [
+                f"{spec.num_kv_heads} x {spec.head_dim}",
+                f"{spec.num_v_heads} x {spec.v_head_dim}",
+                f"{spec.window or ''}",
+                f"{size * plan.itemsize():,}",
+                f"{size / source:.4g}",
+            ]
+        if lines and lines[-1][1] == line:
+            lines[-1][0].append(index)
+        else:
+            lines.append(([index], line))
+    return [(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}", line) for run, line in lines]
+
+
+def print_evaluation(found: Evaluation) -> None:
+    """Original and folded side by side."""
+    table = Table()
+    for column in ("", "original", "folded"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("bytes per token", f"{found.base_kv_bytes_per_token:,}", f"{found.kv_bytes_per_token:,}")
+    table.add_row("loss (nats per token)", f"{found.base_loss:.4f}", f"{found.loss:.4f}")
+    table.add_row("perplexity", f"{found.base_perplexity:.3f}", f"{found.perplexity:.3f}")
+    STDOUT.print(table)
+    STDOUT.print(
+        f"loss change {found.loss_change:+.4f} ± {found.loss_change_stderr:.4f}, KL {found.kl:.5f} nats per token, top-1"
+        f" agreement {found.top1_agreement:.2%}, {found.tokens:,} tokens"
+    )
+
+
+def print_comparison(found: Comparison, out: Path) -> None:
+    """The table, with continuations where the terminal is wide enough; table and report are also written to `out`."""
+    report = out / "report.html"
+    write_text(report, render(found))
+    write_text(out / "table.md", markdown(found))
+    continued = [("original", found.continuation)] + [(row.preset, row.continuation or row.note) for row in found.rows]
+    columns = column_names(found)
+    lines = [["original", "1.000", *[""] * (len(columns) - 2)]] + [cells(row, columns) for row in found.rows]
+    lines = [[cell.partition(" ±")[0] for cell in line] for line in lines]
+    table = Table(box=SIMPLE_HEAD, title=f"{found.model}, calibrated on {found.calibration}", title_justify="left")
+    left = STDOUT.width - 2
+    for column, cells_below in zip(columns, zip(*lines, strict=True), strict=True):
+        width = max(map(len, [*cells_below, *column.split()]))  # headers wrap at words, numbers never
+        table.add_column(column, justify="left" if column == "preset" else "right", width=width)
+        left -= width + 3
+    wide = left >= LEGIBLE
+    if wide:
+        table.add_column("continuation", width=left - 3, no_wrap=True, overflow="ellipsis")
+    for line, (_, text) in zip(lines, continued, strict=True):
+        table.add_row(*line, *([_one_line(text)] if wide else []))
+    STDOUT.print(table)
+    STDOUT.print(f"evaluated on {found.evaluated_on}; prompt: {found.prompt!r}; report: {report}", highlight=False)
+    if not wide:
+        for name, text in continued:
+            STDOUT.print(f"{name}: {_one_line(text)}", no_wrap=True, overflow="ellipsis", markup=False, highlight=False)
+    print_json({"model": found.model, "report": str(report), "rows": [_json_row(row) for row in found.rows]})
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _json_row(row: Any) -> dict[str, Any]:
+    found = {"preset": row.preset, "asked_budget": row.asked_budget}
+    return found | (row.evaluation.to_json() if row.evaluation else {"note": row.note})
