@@ -77,7 +77,9 @@ class FoldedWeights:
     v_proj [U*V, D]; v_b_proj [U, t*H, V] leads back to the source's value heads, or is None where that is fused into o_proj.
     o_proj [D, N*V], or [D, N*H] beside a v_b_proj. v_a_proj [U, V, t*H] is only there in joint caches, where every layer of
     the group has all of these. With `k_partial` k_proj [K*r, D] and k_a_proj [C, R, t*r] are those of the r rotated numbers
-    of each head, and k_u_proj [C*R, D] is what the others add.
+    of each head, and k_u_proj [C*R, D] is what the others add. With `hidden` h the four ways (k_a, k_b, v_a, v_b) also have a
+    network each: up_proj [C, h, in] with a bias [C, h], GELU, down_proj [C, out, h]; k_proj and v_proj then give the source's
+    heads.
     """
 
     q_proj: Tensor
@@ -97,6 +99,18 @@ class FoldedWeights:
     k_u_proj: Tensor | None = None
     k_u_bias: Tensor | None = None
     k_b_bias: Tensor | None = None
+    k_a_up_proj: Tensor | None = None
+    k_a_up_bias: Tensor | None = None
+    k_a_down_proj: Tensor | None = None
+    k_b_up_proj: Tensor | None = None
+    k_b_up_bias: Tensor | None = None
+    k_b_down_proj: Tensor | None = None
+    v_a_up_proj: Tensor | None = None
+    v_a_up_bias: Tensor | None = None
+    v_a_down_proj: Tensor | None = None
+    v_b_up_proj: Tensor | None = None
+    v_b_up_bias: Tensor | None = None
+    v_b_down_proj: Tensor | None = None
 
     def state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors under the parameter names of the runtime's module, in the checkpoint's dtype."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ from kvfold.seen import VECTORS, Seen
 from kvfold.storage import make_folder, write_tensors
 from kvfold.streaming import StreamedModel
 from kvfold.width.base import LayerGroup, WidthMethod
+
+TRAINING_TOKENS = 16_384
+"""So many show their vectors to a width method that is trained."""
 
 SAMPLE_TOKENS = 4096
 """Of the calibration tokens, so many show their keys and values to a depth method."""
@@ -87,16 +90,15 @@ class Material:
             self.num_samples *= 2
 
     @torch.no_grad()
-    def sample(self) -> Sample:
-        """Keys (after rotation) and values of the first SAMPLE_TOKENS calibration tokens, in every layer."""
+    def sample(self, names: Iterable[str] = ("keys", "values"), tokens: int = SAMPLE_TOKENS) -> Sample:
+        """The vectors of these statistics for the first `tokens` calibration tokens, in every layer."""
         tokens_BT = self.tokens()
-        tokens_BT = tokens_BT[: max(SAMPLE_TOKENS // tokens_BT.shape[1], 1)]
+        tokens_BT = tokens_BT[: max(tokens // tokens_BT.shape[1], 1)]
         model = StreamedModel(self.source.checkpoint, self.source.arch, self.device)
         hidden_BTD = model.embed(tokens_BT)
         vectors: list[dict[str, Tensor]] = []
         for layer in track(model.layers, "sampling layers", len(model.layers)):
-            parts: dict[str, list[Tensor]] = {"keys": [], "values": []}
-
+            parts: dict[str, list[Tensor]] = {name: [] for name in sorted(names)}
             model.advance(layer, hidden_BTD, functools.partial(_keep, parts))
             vectors.append({name: torch.cat(kept) for name, kept in parts.items()})
         return vectors.__getitem__
@@ -163,7 +165,12 @@ def self_sampled(source: Source, run_dir: Path, *, num_samples: int, seq_len: in
 
 
 def layer_group(
-    source: Source, targets: Targets, owner: int, statistics: Statistics | None, method: WidthMethod
+    source: Source,
+    targets: Targets,
+    owner: int,
+    statistics: Statistics | None,
+    method: WidthMethod,
+    sample: Sample | None = None,
 ) -> LayerGroup:
     """The layers that use the cache of `owner`, with what `method` may read of them."""
     layers = [source.layers[i] for i, target in enumerate(targets) if owner in (i, target)]
@@ -183,4 +190,7 @@ def layer_group(
         assert statistics is not None, "moments between layers come from calibration"
         return statistics.cross(layers[position].index, layers[other].index, method.needs_cross)
 
-    return LayerGroup(layers=tuple(layers), weights=weights, moments=moments, cross=cross)
+    def vectors(position: int) -> Mapping[str, Tensor]:
+        return sample(layers[position].index) if sample else {}
+
+    return LayerGroup(layers=tuple(layers), weights=weights, moments=moments, cross=cross, vectors=vectors)

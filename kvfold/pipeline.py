@@ -19,7 +19,7 @@ from kvfold.card import write_card_text
 from kvfold.checkpoint import Checkpoint
 from kvfold.depth.base import Targets
 from kvfold.fold import fold, folded_config
-from kvfold.gather import Material, layer_group
+from kvfold.gather import TRAINING_TOKENS, Material, layer_group
 from kvfold.loading import Source, open_source, resolve_device
 from kvfold.output import copy_side_files, partial_folder, publish, refuse_out
 from kvfold.plan import CachePlan
@@ -70,11 +70,13 @@ def compress(
     if recipe.keep_parameters:
         widened_size(source.arch, source.checkpoint.config, len(source.layers), 0)
     statistics = material.statistics(axes.width.needs, axes.width.needs_cross, targets, axes.width.joint)
+    wanted = axes.width.needs_vectors
+    vectors = material.sample(wanted, TRAINING_TOKENS) if wanted else None
     clock.lap("calibrate")
 
     @functools.lru_cache(maxsize=1)  # keys and values of a group are asked for one after the other
     def groups(owner: int) -> LayerGroup:
-        return layer_group(source, targets, owner, statistics, axes.width)
+        return layer_group(source, targets, owner, statistics, axes.width, vectors)
 
     plan = allocate(
         source.layers,

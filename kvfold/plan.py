@@ -59,6 +59,8 @@ class CacheSpec:
     `k_partial`: of heads that are rotated in part, k_proj gives the rotated numbers alone, which pass `k_a_proj`; what the
     rest adds to the latents comes from `k_u_proj` at once.
     `k_offset`: a fixed vector is added to keys that are rebuilt on read, before they are rotated.
+    `hidden`: width of the hidden layer of small networks that are added to the linear ways in and back, of keys and values;
+    both are then rebuilt on read. 0 for none.
     `v_projection`: the way back to the source's value heads is kept apart (`v_b_proj`) instead of being fused into `o_proj`.
     `output_bias`: the fold added a bias to `o_proj` that the source does not have.
     """
@@ -73,6 +75,7 @@ class CacheSpec:
     k_projection: bool = False
     k_partial: bool = False
     k_offset: bool = False
+    hidden: int = 0
     v_projection: bool = False
     output_bias: bool = False
     k_bits: int | None = None
@@ -292,6 +295,11 @@ def _validate_cache(index: int, source: SourceLayer, spec: CacheSpec) -> None:
     if spec.k_partial and (spec.joint or spec.rope != "applied" or not spec.k_projection):
         raise PlanError(
             f"layer {index}: k_partial goes with k_projection and rope: applied, in caches of one layer's making."
+        )
+    if spec.hidden and not (spec.rope != "applied" and spec.k_projection and spec.v_projection and not spec.joint):
+        raise PlanError(
+            f"layer {index}: hidden = {spec.hidden} goes with k_projection, v_projection and keys before rotation, in caches"
+            " of one layer's making."
         )
     if spec.k_offset and not (spec.rope == "on_read" and spec.k_projection):
         raise PlanError(

@@ -55,6 +55,9 @@ PRESETS = {
         "low rank of keys and queries together (Eigen Attention, arXiv 2408.05646)",
         {"width": {"method": "eigen_attention", "v_latent": "layer"}},
     ),
+    "autoencoder": Preset(
+        "small networks beside the latents, trained on calibration text", {"width": {"method": "autoencoder"}}
+    ),
     "fast": Preset(
         "latents of rotated keys, which kernels read as they lie; widths by measured damage",
         {"width": {"method": "attended"}, "allocate": "measured"},

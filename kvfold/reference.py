@@ -86,7 +86,13 @@ def stored(
     if spec.rope == "applied":
         keys = [rotate(k, cos_Tr, sin_Tr) for k in keys]
     values = _linear(hidden_TD, weights.v_proj, weights.v_bias).split(spec.v_head_dim, dim=1)
+    if spec.hidden:
+        heads = _linear(hidden_TD, weights.v_proj, weights.v_bias).split(layer.head_dim, dim=1)
+        values = _grouped(spec.num_v_heads, list(heads), weights.v_a_proj)
+        values = _with_networks(weights, "v_a", list(heads), values)
     latents = _stored_keys(spec, weights, keys)
+    if spec.hidden:
+        latents = _with_networks(weights, "k_a", keys, latents)
     if weights.k_u_proj is not None:
         others = _linear(hidden_TD, weights.k_u_proj, weights.k_u_bias).split(spec.head_dim, dim=1)
         latents = [rotated + other for rotated, other in zip(latents, others, strict=True)]
@@ -119,10 +125,18 @@ def folded_attention(
         k_SH = stored_keys[c]
         if weights.k_b_proj is not None:
             k_SH = k_SH @ weights.k_b_proj[c].split(H, dim=0)[kv % (K // spec.num_kv_heads)].T
+        if spec.hidden:
+            k_SH = k_SH + _network(weights, "k_b", c, stored_keys[c]).split(H, dim=1)[kv % (K // spec.num_kv_heads)]
         if weights.k_b_bias is not None:
             k_SH = k_SH + weights.k_b_bias[c].split(H)[kv % (K // spec.num_kv_heads)]
         if spec.rope == "on_read" and (spec.readers_rotate or not is_reader):
             k_SH = rotate(k_SH, cos_Tr, sin_Tr)
+        if spec.hidden:
+            assert weights.v_b_proj is not None, "networks stand beside linear ways"
+            whole = stored_values[u] @ weights.v_b_proj[u].T + _network(weights, "v_b", u, stored_values[u])
+            v_SH = whole.split(H, dim=1)[kv % (K // spec.num_v_heads)]
+            heads.append(_attend(layer, n, q_TH, k_SH, v_SH, seen_TS))
+            continue
         head = _attend(layer, n, q_TH, k_SH, stored_values[u], seen_TS)
         if weights.v_b_proj is not None:
             head = head @ weights.v_b_proj[u].split(H, dim=0)[kv % (K // spec.num_v_heads)].T
@@ -163,11 +177,26 @@ def joint_attention(
 
 
 def _stored_keys(spec: CacheSpec, weights: FoldedWeights, keys: list[Tensor]) -> list[Tensor]:
-    if weights.k_a_proj is None:
-        return keys
-    t = len(keys) // spec.num_kv_heads
-    groups = [torch.cat(keys[c * t : (c + 1) * t], dim=1) for c in range(spec.num_kv_heads)]
-    return [kappa @ weights.k_a_proj[c].T for c, kappa in enumerate(groups)]
+    return keys if weights.k_a_proj is None else _grouped(spec.num_kv_heads, keys, weights.k_a_proj)
+
+
+def _grouped(groups: int, heads: list[Tensor], a_CRF: Tensor | None) -> list[Tensor]:
+    """Latents of neighbouring heads."""
+    assert a_CRF is not None, "there is a way to the latents"
+    t = len(heads) // groups
+    return [torch.cat(heads[c * t : (c + 1) * t], dim=1) @ a_CRF[c].T for c in range(groups)]
+
+
+def _with_networks(weights: FoldedWeights, way: str, heads: list[Tensor], latents: list[Tensor]) -> list[Tensor]:
+    t = len(heads) // len(latents)
+    groups = [torch.cat(heads[c * t : (c + 1) * t], dim=1) for c in range(len(latents))]
+    return [latent + _network(weights, way, c, x) for c, (latent, x) in enumerate(zip(latents, groups, strict=True))]
+
+
+def _network(weights: FoldedWeights, way: str, group: int, x_TF: Tensor) -> Tensor:
+    up, bias, down = (getattr(weights, f"{way}_{part}")[group] for part in ("up_proj", "up_bias", "down_proj"))
+    inner = x_TF @ up.T + bias
+    return inner * (1 + torch.erf(inner / math.sqrt(2))) / 2 @ down.T
 
 
 def alibi_slope(head: int, heads: int) -> float:

@@ -15,6 +15,9 @@ from torch import Tensor
 CHUNK = 1024
 """Tokens whose keys are rebuilt at a time."""
 
+Piece = Callable[[int, int], Tensor]
+"""(start, end) -> the heads of these tokens, [B, heads, end - start, width]."""
+
 
 def grouped_attention(
     q_BNTR: Tensor,
@@ -74,28 +77,28 @@ def _decode_by_mm(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor |
 
 
 def chunked_attention(
-    q_BNTH: Tensor, keys: Callable[[int, int], Tensor], y_BUSV: Tensor, mask: Tensor | None, *, scale: float
+    q_BNTH: Tensor, keys: Piece, values: Piece, tokens: int, mask: Tensor | None, *, scale: float
 ) -> Tensor:
-    """Few query tokens over keys that are made piece by piece: keys(start, end) -> [B, K, end - start, H].
+    """Few query tokens over `tokens` keys and values that are made piece by piece.
 
     Running maximum and sum, as in flash attention: equal to `grouped_attention` over all keys at once, but for rounding.
     """
     B, N, T, _ = q_BNTH.shape
-    U, S, V = y_BUSV.shape[1:]
+    S = tokens
     largest = q_BNTH.new_full((B, N, T, 1), float("-inf"), dtype=torch.float32)
-    total, out = torch.zeros_like(largest), largest.new_zeros(B, N, T, V)
+    total = out = torch.zeros_like(largest)
     mask = _additive(mask, T, S, q_BNTH)
     for start in range(0, S, CHUNK):
         end = min(start + CHUNK, S)
-        k_BKsH = keys(start, end)
-        K = k_BKsH.shape[1]
+        k_BKsH, y_BUsV = keys(start, end), values(start, end)
+        K, U = k_BKsH.shape[1], y_BUsV.shape[1]
         queries = (q_BNTH * scale).reshape(B, K, N // K * T, -1)
         scores = (queries @ k_BKsH.transpose(2, 3)).view(B, N, T, end - start).float()
         scores = scores if mask is None else scores + mask[..., start:end]
         highest = torch.maximum(largest, scores.amax(-1, keepdim=True))
         shrink, weights = (largest - highest).exp(), (scores - highest).exp()
-        part = weights.to(y_BUSV.dtype).reshape(B, U, N // U * T, -1) @ y_BUSV[:, :, start:end]
-        out = out * shrink + part.view(B, N, T, V)
+        part = weights.to(y_BUsV.dtype).reshape(B, U, N // U * T, -1) @ y_BUsV
+        out = out * shrink + part.view(B, N, T, -1)
         total, largest = total * shrink + weights.sum(-1, keepdim=True), highest
     return (out / total).to(q_BNTH.dtype).transpose(1, 2)
 

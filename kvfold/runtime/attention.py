@@ -118,14 +118,22 @@ class FoldedAttention(nn.Module):
         self.v_b_proj = GroupedLinear(U, V, K // U * H, **options) if spec.v_projection else None
         self.q_norm, k_norm = norms
         if self.owner == layer.index:
-            between = spec.rope == "applied" or (spec.rope == "on_read" and layer.qk_norm)
+            between = spec.rope == "applied" or (spec.rope == "on_read" and layer.qk_norm) or spec.hidden > 0
             apart = spec.k_projection and between  # something stands between k_proj and what is stored
             width = layer.rotary_dim if spec.k_partial else H  # numbers of each source head that k_proj gives
             self.k_proj = nn.Linear(D, K * width if apart else C * R, bias=layer.qkv_bias, **options)
             self.k_u_proj = nn.Linear(D, C * R, bias=layer.qkv_bias, **options) if spec.k_partial else None
-            self.v_proj = nn.Linear(D, U * V, bias=layer.qkv_bias, **options)
+            self.v_proj = nn.Linear(D, K * H if spec.hidden else U * V, bias=layer.qkv_bias, **options)
+            self.v_a_proj = GroupedLinear(U, K // U * H, V, **options) if spec.hidden else None
             self.k_a_proj = GroupedLinear(C, K // C * width, R, **options) if apart else None
             self.k_norm = k_norm
+        if spec.hidden:
+            for way, groups, width in (("k", C, R), ("v", U, V)):
+                full = K // groups * H
+                for part, inner, outer in (("a", full, width), ("b", width, full)):
+                    up = GroupedLinear(groups, inner, spec.hidden, bias=True, **options)
+                    setattr(self, f"{way}_{part}_up_proj", up)
+                    setattr(self, f"{way}_{part}_down_proj", GroupedLinear(groups, spec.hidden, outer, **options))
 
     def extra_repr(self) -> str:
         s = self.spec
@@ -153,9 +161,9 @@ class FoldedAttention(nn.Module):
         mask = with_alibi(attention_mask, alibi, self.layer.num_attention_heads)
         q = self._queries(hidden_states, position_embeddings)
         z, y = self._keys_values(hidden_states, position_embeddings, cache, state)
-        if self.spec.rope == "on_read":
+        if self.spec.rope == "on_read" or self.spec.hidden:
             tables = None
-            if self.spec.readers_rotate or self.owner == self.layer_idx:
+            if self.spec.rope == "on_read" and (self.spec.readers_rotate or self.owner == self.layer_idx):
                 tables = position_embeddings
                 if cache is not None:
                     state = state or ForwardState()
@@ -208,10 +216,12 @@ class FoldedAttention(nn.Module):
         z = self._heads(self.k_proj(hidden_BTD), heads, self.k_norm)
         if self.spec.rope == "applied" and rotary is not None:
             z = apply_rotary(z, *rotary)
-        y = self.v_proj(hidden_BTD).unflatten(-1, (-1, self.spec.v_head_dim)).transpose(1, 2)
+        if self.v_a_proj is None:
+            y = self.v_proj(hidden_BTD).unflatten(-1, (-1, self.spec.v_head_dim)).transpose(1, 2)
+        else:
+            y = self._way("v_a", self.v_proj(hidden_BTD).unflatten(-1, (self.spec.num_v_heads, -1)).transpose(1, 2))
         if self.k_a_proj is not None:
-            kappa = z.unflatten(1, (self.spec.num_kv_heads, -1)).transpose(2, 3).flatten(3)
-            z = self.k_a_proj(kappa)
+            z = self._way("k_a", z.unflatten(1, (self.spec.num_kv_heads, -1)).transpose(2, 3).flatten(3))
         if self.k_u_proj is not None:
             z = z + self._heads(self.k_u_proj(hidden_BTD), self.spec.num_kv_heads, None)
         return z, y
@@ -232,7 +242,7 @@ class FoldedAttention(nn.Module):
         if z.shape[1::2] == y.shape[1::2] and z.shape[3] <= self.layer.head_dim:
             out = prefill_attention(self._absorb(q), z, y, mask, scale=self.scaling, dropout=dropout)
             return self._lead_values_back(out), None
-        keys, values = self._rebuild(z, self.k_b_proj), self._rebuild(y, self.v_b_proj)
+        keys, values = self._rebuild(z, "k_b"), self._rebuild(y, "v_b")
         return prefill_attention(q, keys, values, mask, scale=self.scaling, dropout=dropout), None
 
     def _eager(self, wants_probs: bool = False) -> bool:
@@ -251,19 +261,24 @@ class FoldedAttention(nn.Module):
             tables = tables[0][:, -S:], tables[1][:, -S:]
 
         def keys(start: int, end: int) -> Tensor:
-            part = self._rebuild(z[:, :, start:end], self.k_b_proj)
+            part = self._rebuild(z[:, :, start:end], "k_b")
             return part if tables is None else apply_rotary(part, *(table[:, start:end] for table in tables))
 
+        def values(start: int, end: int) -> Tensor:
+            part = y[:, :, start:end]
+            return self._rebuild(part, "v_b") if self.spec.hidden else part
+
         dropout = self.layer.attention_dropout if self.training else 0.0
+        lead_back = (lambda out: out) if self.spec.hidden else self._lead_values_back
         if self._eager():
             out, probs = grouped_attention(
-                q, keys(0, S), y, mask, scale=self.scaling, dropout=dropout, softcap=self.layer.softcap
+                q, keys(0, S), values(0, S), mask, scale=self.scaling, dropout=dropout, softcap=self.layer.softcap
             )
-            return self._lead_values_back(out), probs
+            return lead_back(out), probs
         if q.shape[2] <= FEW_TOKENS and not dropout:
-            return self._lead_values_back(chunked_attention(q, keys, y, mask, scale=self.scaling)), None
-        values = self._rebuild(y, self.v_b_proj)
-        return prefill_attention(q, keys(0, S), values, mask, scale=self.scaling, dropout=dropout), None
+            return lead_back(chunked_attention(q, keys, values, S, mask, scale=self.scaling)), None
+        rebuilt = self._rebuild(y, "v_b")
+        return prefill_attention(q, keys(0, S), rebuilt, mask, scale=self.scaling, dropout=dropout), None
 
     def _absorb(self, q_BNTH: Tensor) -> Tensor:
         """Queries [B, N, T, H] -> [B, N, T, R], so that they meet the stored keys directly."""
@@ -273,11 +288,19 @@ class FoldedAttention(nn.Module):
         per_kv_head = q_BNTH.reshape(B, self.layer.num_kv_heads, -1, H)
         return self.k_b_proj(per_kv_head, heads=self.layer.num_kv_heads, transposed=True).reshape(B, N, T, -1)
 
-    def _rebuild(self, z_BCSR: Tensor, back: GroupedLinear | None) -> Tensor:
+    def _rebuild(self, z_BCSR: Tensor, way: str) -> Tensor:
         """Stored heads [B, C, S, R] -> the source's heads [B, K, S, H]; unchanged where there is no way back."""
-        if back is None:
+        if getattr(self, f"{way}_proj") is None:
             return z_BCSR
-        return back(z_BCSR).unflatten(3, (-1, self.layer.head_dim)).transpose(2, 3).flatten(1, 2)
+        return self._way(way, z_BCSR).unflatten(3, (-1, self.layer.head_dim)).transpose(2, 3).flatten(1, 2)
+
+    def _way(self, way: str, x: Tensor) -> Tensor:
+        """In ("k_a", "v_a") or back ("k_b", "v_b"): a linear map of each group, and a network where the plan has one."""
+        out = getattr(self, f"{way}_proj")(x)
+        if self.spec.hidden:
+            inner = nn.functional.gelu(getattr(self, f"{way}_up_proj")(x))
+            out = out + getattr(self, f"{way}_down_proj")(inner)
+        return out
 
     def _lead_values_back(self, out_BTNV: Tensor) -> Tensor:
         """Averaged latents [B, T, N, V] -> averaged values of the source's heads [B, T, N, H], if o_proj expects those."""

@@ -32,12 +32,14 @@ class LayerGroup:
 
     Everything large is read when it is asked for, by position in the group. weights(i): float64. moments(i): statistic ->
     moment of layer i. cross(i, j=0): statistic -> E[x_i x_j^T] [F, F] for j <= i, of which j = 0 is the owner.
+    vectors(i): statistic -> some of the calibration vectors themselves [T, F].
     """
 
     layers: tuple[AttentionLayer, ...]
     weights: Callable[[int], AttentionWeights]
     moments: Callable[[int], Mapping[str, Moment]]
     cross: Callable[..., Mapping[str, Tensor]]
+    vectors: Callable[[int], Mapping[str, Tensor]] = lambda position: {}
 
     @property
     def owner(self) -> AttentionLayer:
@@ -53,10 +55,12 @@ class WidthMethod(ABC):
 
     `needs`: the statistics it reads (`calibrate.STATISTICS`); empty where weights are enough. `needs_cross`: those of
     which it also reads the moment between a reader and the owner, or, if `joint`, between all layers of a group.
+    `needs_vectors`: those of which it wants to see vectors.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     needs_cross: ClassVar[frozenset[str]] = frozenset()
+    needs_vectors: ClassVar[frozenset[str]] = frozenset()
     joint: ClassVar[bool] = False
 
     @abstractmethod

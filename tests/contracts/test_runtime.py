@@ -31,13 +31,13 @@ SHAPES = [  # key heads, width, value heads, width, key projection, value projec
 ]
 
 
-def folded_layer(shape, bias, rope="applied", implementation="sdpa", seed=0):
+def folded_layer(shape, bias, rope="applied", implementation="sdpa", seed=0, **fields):
     """A random folded attention module of a qwen3 layer and its oracle weights in float64."""
     C, R, U, V, k_projection, v_projection = shape
     spec = CacheSpec(
         rope=rope,
         num_kv_heads=C, head_dim=R, num_v_heads=U, v_head_dim=V,
-        k_projection=k_projection, v_projection=v_projection, output_bias=bias,
+        k_projection=k_projection, v_projection=v_projection, output_bias=bias, **fields,
     )  # fmt: skip
     arch, model = architecture("qwen3"), make_tiny("qwen3_norm_window", use_sliding_window=False, layer_types=None)
     facts, old = arch.describe(model)[0], arch.modules(model)[0]
@@ -57,8 +57,19 @@ def folded_layer(shape, bias, rope="applied", implementation="sdpa", seed=0):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_module_equals_the_oracle(shape, bias, rope, implementation, monkeypatch):
+    _compare_with_the_oracle(monkeypatch, shape, bias, rope, implementation)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("fields", [{"k_offset": True}, {"k_offset": True, "hidden": 12}], ids=["offset", "networks"])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[-1]], ids=str)
+def test_what_is_rebuilt_on_read_equals_the_oracle(shape, fields, implementation, monkeypatch):
+    _compare_with_the_oracle(monkeypatch, shape, True, "on_read", implementation, **fields)
+
+
+def _compare_with_the_oracle(monkeypatch, shape, bias, rope, implementation, **fields):
     monkeypatch.setattr("kvfold.runtime.attend.CHUNK", 8)
-    module, facts, spec, weights, rotary = folded_layer(shape, bias, rope, implementation)
+    module, facts, spec, weights, rotary = folded_layer(shape, bias, rope, implementation, **fields)
     hidden = torch.randn(2, 21, facts.hidden_size)
     cos, sin = rotary(hidden, torch.arange(21)[None])
     seen = reference.causal(21)
@@ -128,7 +139,9 @@ def test_fast_attention_equals_grouped_attention(dtype, heads, padded, monkeypat
     monkeypatch.setattr("kvfold.runtime.attend.CHUNK", 4)
     for few in (1, 5):
         masks = mask[:, :, -few:] if padded else None
-        out = chunked_attention(half[0][:, :, -few:], lambda a, b: half[1][:, :, a:b], half[2], masks, scale=0.25)
+        out = chunked_attention(
+            half[0][:, :, -few:], lambda a, b: half[1][:, :, a:b], lambda a, b: half[2][:, :, a:b], 9, masks, scale=0.25
+        )
         assert_close(out, expected[:, -few:], tolerance=tolerance)
 
 
