@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/models/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: demo test lint check results results-width results-solve results-stock results-depth results-mlkv results-7b clean
+.PHONY: demo test lint check results results-width results-ablation results-autoencoder results-solve results-stock results-depth results-mlkv results-7b clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -46,6 +46,24 @@ results-width: $(VENV)/installed
 	$(BIN)/kvfold compare $(MODEL) $(WIDTH) --kv-budget 1/2 --kv-budget 1/4 --kv-budget 1/8 --data $(CALIBRATION) \
 	  --num-samples 128 --seq-len 256 --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 16384 --out runs/peers-$(notdir $(MODEL))
 	cp runs/peers-$(notdir $(MODEL))/table.md results/peers-$(notdir $(MODEL)).md
+
+# The shape of Tables 4 and 5 of arXiv 2406.07056 on our models: initialisation; calibration size in sequences, and which
+# sequences: make results-ablation MODEL=... VALID=... SHIFTED=... CALIBRATION=...
+SIZES := 2 4 8 16 32 64 128
+ABLATION := --preset gqa --preset svd_w --preset svd_a $(foreach n,$(SIZES),--preset svd_a:calibration.num_samples=$(n)) \
+  $(foreach n,$(SIZES),--preset small:allocate=uniform,calibration.num_samples=$(n)) \
+  $(foreach n,4 16,--preset small:allocate=uniform,calibration.num_samples=$(n),calibration.select=diverse)
+results-ablation: $(VENV)/installed
+	$(BIN)/kvfold compare $(MODEL) $(ABLATION) --kv-budget 1/2 --kv-budget 1/4 --data $(CALIBRATION) --num-samples 128 \
+	  --seq-len 256 --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 16384 --out runs/ablation-$(notdir $(MODEL))
+	cp runs/ablation-$(notdir $(MODEL))/table.md results/ablation-$(notdir $(MODEL)).md
+
+AUTOENCODER := --preset small:allocate=uniform --preset autoencoder:width.steps=0 --preset autoencoder:width.hidden=32 \
+  --preset autoencoder:width.hidden=64 --preset autoencoder:width.hidden=192,width.steps=1500
+results-autoencoder: $(VENV)/installed
+	$(BIN)/kvfold compare $(MODEL) $(AUTOENCODER) --kv-budget 1/4 --kv-budget 1/8 --data $(CALIBRATION) --num-samples 128 \
+	  --seq-len 256 --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 16384 --out runs/autoencoder-$(notdir $(MODEL))
+	cp runs/autoencoder-$(notdir $(MODEL))/table.md results/autoencoder-$(notdir $(MODEL)).md
 
 results-solve: $(VENV)/installed
 	$(BIN)/python benchmarks/solve_layer.py --json results/solve-layer.json
