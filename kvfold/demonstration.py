@@ -7,8 +7,8 @@ from pathlib import Path
 from kvfold.comparison import Comparison, compare
 
 MODEL = Path(__file__).parent / "models" / "books-6l"
-PRESETS = ("gqa", "svd_w", "svd_a:width.latent=group", "svd_a")
-BUDGETS = (1 / 2, 1 / 3, 1 / 6)
+PRESETS = ("gqa", "svd_w", "svd_a", "fast", "small")
+BUDGETS = (1 / 2, 1 / 4, 1 / 8)
 CALIBRATION = {"data": "self", "num_samples": 64, "seq_len": 256}
 PROMPT = "The old man looked at the sea and"
 

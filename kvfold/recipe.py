@@ -92,6 +92,11 @@ class Recipe:
             raise RecipeError(registry.unknown("allocation", self.allocate, ALLOCATIONS))
         for axis in registry.AXES:
             self.method(axis)
+        if self.allocate == "measured" and self.method("width").joint:
+            raise RecipeError(
+                f"allocate = 'measured' cannot measure {self.width['method']}, which sees the tokens of a step exactly; choose"
+                " uniform or greedy."
+            )
 
     def method(self, axis: str) -> Any:
         """The method of an axis, built from its name and fields."""

@@ -45,6 +45,7 @@ def test_another_method_drops_the_presets_fields():
         ({"kv_buget": 0.5}, [], "Did you mean 'kv_budget'"),
         ({"kv_budget": 1.5}, [], "above 0 and at most 1"),
         ({"kv_budget": "half"}, [], "is not a number"),
+        ({"preset": "xkv", "allocate": "measured"}, [], "cannot measure cross_layer"),
         ({"calibration": {"num_sample": 3}}, [], "Did you mean 'num_samples'"),
         ({"calibration": {"num_samples": -1}}, [], "below 0"),
         ({"calibration": {"select": "divers"}}, [], "Did you mean 'diverse'"),
