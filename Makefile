@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/models/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: demo test lint check results results-width results-ablation results-autoencoder results-solve results-stock results-depth results-mlkv results-7b clean
+.PHONY: demo test lint check results results-width results-ablation results-autoencoder results-on-read results-solve results-stock results-depth results-mlkv results-7b clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -64,6 +64,17 @@ results-autoencoder: $(VENV)/installed
 	$(BIN)/kvfold compare $(MODEL) $(AUTOENCODER) --kv-budget 1/4 --kv-budget 1/8 --data $(CALIBRATION) --num-samples 128 \
 	  --seq-len 256 --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 16384 --out runs/autoencoder-$(notdir $(MODEL))
 	cp runs/autoencoder-$(notdir $(MODEL))/table.md results/autoencoder-$(notdir $(MODEL)).md
+
+# A decode step of two layers of Llama-2-7B's shape at a quarter: latents that queries meet as they lie, and keys rebuilt on
+# read, from one latent per layer and from one per four heads: make results-on-read SCRATCH=/with/10GB
+ON_READ = $(BIN)/python benchmarks/fold_llama2_7b.py --folder $(SCRATCH) --layers 2 --keep --kv-budget 0.25 \
+  --set allocate=uniform --set calibration.data=self --set calibration.num_samples=2 --set calibration.seq_len=64
+results-on-read: $(VENV)/installed
+	$(ON_READ) --preset fast
+	$(ON_READ) --preset small
+	$(ON_READ) --preset small --name folded-small-groups-of-4 --set width.latent=group --set width.group_size=4
+	$(BIN)/python benchmarks/decode_step.py $(SCRATCH)/llama2-7b-2-layers $(SCRATCH)/folded-fast $(SCRATCH)/folded-small \
+	  $(SCRATCH)/folded-small-groups-of-4 --dtype bfloat16 --steps 10 --markdown results/decode-step-on-read.md
 
 results-solve: $(VENV)/installed
 	$(BIN)/python benchmarks/solve_layer.py --json results/solve-layer.json

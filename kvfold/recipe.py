@@ -94,8 +94,8 @@ class Recipe:
             self.method(axis)
         if self.allocate == "measured" and self.method("width").joint:
             raise RecipeError(
-                f"allocate = 'measured' cannot measure {self.width['method']}, which sees the tokens of a step exactly; choose"
-                " uniform or greedy."
+                f"allocate = 'measured' cannot measure {self.width['method']}, which sees the tokens of a step exactly;"
+                " choose uniform or greedy."
             )
 
     def method(self, axis: str) -> Any:
