@@ -41,6 +41,11 @@ def print_plan(plan: CachePlan, title: str) -> None:
         f" {plan.source_kv_bytes_per_token():,}; 32,768 tokens take {plan.kv_bytes(32_768) / 1e6:,.1f} MB instead of"
         f" {plan.source_kv_bytes(32_768) / 1e6:,.1f} MB."
     )
+    if plan.position_bytes:
+        STDOUT.print(
+            "Keys are stored before rotation; every step rotates (and rebuilds) what it reads."
+            f" {plan.position_bytes} bytes per token are the tokens' positions."
+        )
 
 
 def _plan_lines(plan: CachePlan) -> list[tuple[str, list[str]]]:
