@@ -28,7 +28,7 @@ from kvfold.streaming import StreamedModel
 SECONDS_BETWEEN_SAVES = 60.0
 """How often the hidden states of all sequences are written, for an interrupted run to go on from."""
 
-STATISTICS_VERSION = 3
+STATISTICS_VERSION = 4
 """To be raised when a statistic is computed differently, so that old ones on disk are not taken for new ones."""
 
 STATISTICS = frozenset({*VECTORS, *EFFECTS})

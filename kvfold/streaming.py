@@ -80,8 +80,9 @@ class StreamedModel:
         call = self.calls[layer.index]
         cos, sin = call.get("position_embeddings") or (None, None)
 
-        def observer(q: Tensor, k: Tensor, v: Tensor) -> None:
-            observe(Seen(q, k, v, cos, sin))
+        def observer(q: Tensor, k: Tensor, v: Tensor, scaling: float = layer.scaling) -> None:
+            # some families scale queries before attention and not in it
+            observe(Seen(q if scaling == layer.scaling else q * (scaling / layer.scaling), k, v, cos, sin))
 
         hook = None
         if self.arch.attn_implementation:
@@ -118,11 +119,11 @@ def _observed_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    kvfold_observer: Callable[[Tensor, Tensor, Tensor], None],
+    kvfold_observer: Callable[[Tensor, Tensor, Tensor, float], None],
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    kvfold_observer(query, key, value)
+    kvfold_observer(query, key, value, scaling)
     if softcap is not None:  # which torch's fused kernel would ignore
         return grouped_attention(query, key, value, attention_mask, scale=scaling, softcap=softcap)[0], None
     kwargs |= {"attention_mask": attention_mask, "scaling": scaling}
