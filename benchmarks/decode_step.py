@@ -28,8 +28,8 @@ WARM_UP = 3
 def main() -> None:
     """Run and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("folded", nargs="+")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("folded", nargs="+", type=Path)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--dtype", default="float32")
@@ -67,6 +67,8 @@ def fill(cache: Any, plan: CachePlan, batch: int, context: int, dtype: torch.dty
         z = torch.randn(batch, spec.num_kv_heads, context, spec.head_dim, dtype=dtype, device=device)
         y = torch.randn(batch, spec.num_v_heads, context, spec.v_head_dim, dtype=dtype, device=device)
         cache.update(z, y, index)
+    if plan.position_bytes:
+        cache.see(torch.arange(context, device=device)[None], batch)
 
 
 @torch.inference_mode()
@@ -87,7 +89,7 @@ def race(contestants: dict[str, tuple[Any, Any]], batch: int, steps: int, device
 
 def report(seconds: dict[str, list[float]], options: argparse.Namespace, device: str) -> None:
     """Table and JSON."""
-    medians = {name.rstrip("/").rpartition("/")[2]: statistics.median(times) for name, times in seconds.items()}
+    medians = {str(name).rstrip("/").rpartition("/")[2]: statistics.median(times) for name, times in seconds.items()}
     first = next(iter(medians.values()))
     settings = {name: getattr(options, name) for name in ("batch", "context", "dtype", "threads", "steps")}
     lines = [f"One decode step on the {device}: " + ", ".join(f"{n} {v}" for n, v in settings.items()) + ".", ""]
