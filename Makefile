@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/models/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: demo test lint check results results-width results-ablation results-autoencoder results-on-read results-solve results-stock results-depth results-mlkv results-7b clean
+.PHONY: demo test lint check results results-width results-one-side results-ablation results-autoencoder results-on-read results-solve results-stock results-depth results-mlkv results-7b clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -36,7 +36,8 @@ results: $(VENV)/installed
 
 # Low-rank methods side by side at equal bytes, ours and the peers', on two held-out texts, for one model:
 # make results-width MODEL=folder VALID=books-valid.txt SHIFTED=wikitext2-valid.txt CALIBRATION=books-train.txt.xz [PALU_GROUP=3]
-# (the second text is of another kind than the calibration text: what it shows is domain shift), and the time of one solve.
+# (the second text is of another kind than the calibration text: what it shows is domain shift). The ratios of all models that
+# were compared so are made anew.
 SHIFTED ?= $(error give SHIFTED=FILE, a second text to evaluate on)
 PALU_GROUP ?= 4
 WIDTH := --preset svd_a:width.latent=group --preset svd_a:width.v_latent=layer --preset kq_svd --preset eigen_attention \
@@ -46,6 +47,12 @@ results-width: $(VENV)/installed
 	$(BIN)/kvfold compare $(MODEL) $(WIDTH) --kv-budget 1/2 --kv-budget 1/4 --kv-budget 1/8 --data $(CALIBRATION) \
 	  --num-samples 128 --seq-len 256 --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 16384 --out runs/peers-$(notdir $(MODEL))
 	cp runs/peers-$(notdir $(MODEL))/table.md results/peers-$(notdir $(MODEL)).md
+	$(BIN)/python benchmarks/width_ratios.py
+
+# Keys alone and values alone: make results-one-side MODEL=... VALID=... CALIBRATION=...
+results-one-side: $(VENV)/installed
+	$(BIN)/python benchmarks/one_side.py $(MODEL) --data $(CALIBRATION) --valid $(VALID) \
+	  --markdown results/one-side-$(notdir $(MODEL)).md
 
 # The shape of Tables 4 and 5 of arXiv 2406.07056 on our models: initialisation; calibration size in sequences, and which
 # sequences: make results-ablation MODEL=... VALID=... SHIFTED=... CALIBRATION=...
@@ -74,7 +81,7 @@ results-on-read: $(VENV)/installed
 	$(ON_READ) --preset small
 	$(ON_READ) --preset small --name folded-small-groups-of-4 --set width.latent=group --set width.group_size=4
 	$(BIN)/python benchmarks/decode_step.py $(SCRATCH)/llama2-7b-2-layers $(SCRATCH)/folded-fast $(SCRATCH)/folded-small \
-	  $(SCRATCH)/folded-small-groups-of-4 --dtype bfloat16 --steps 10 --markdown results/decode-step-on-read.md
+	  $(SCRATCH)/folded-small-groups-of-4 --dtype bfloat16 --steps 4 --markdown results/decode-step-on-read.md
 
 results-solve: $(VENV)/installed
 	$(BIN)/python benchmarks/solve_layer.py --json results/solve-layer.json

@@ -34,16 +34,6 @@ def solve_averaged(moments_KFF: Tensor, metric_FF: Tensor, heads: int, width: in
     return Latents(torch.stack([part.a_VF for part in parts]), lambda position: back_UFV)
 
 
-def lost(moments_KFF: Tensor, metric_FF: Tensor, latents: Latents) -> Tensor:
-    """The loss above, summed over all groups."""
-    heads = len(latents.a_CRF)
-    total = torch.zeros((), dtype=torch.float64)
-    for u, (moments_tFF, metric_tFF) in enumerate(_groups(moments_KFF, metric_FF, heads)):
-        group = _Group(moments_tFF, metric_tFF, latents.a_CRF[u])
-        total += group.lost(latents.back(0)[u].unflatten(0, (group.heads, -1)))
-    return total
-
-
 def _groups(moments_KFF: Tensor, metric_FF: Tensor, heads: int) -> list[tuple[Tensor, Tensor]]:
     """Per stored head: Y_k [t, tH, tH] and M_k [t, H, H] of its source heads."""
     K, F = len(moments_KFF), len(metric_FF)
@@ -99,14 +89,6 @@ class _Group:
             conditioned = left_VV @ rest @ right_FF
             energy, last = (rest * conditioned).sum(), energy
             direction = conditioned + energy / last * direction
-
-    def lost(self, back_tHV: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64)
-        for k, back_HV in enumerate(back_tHV):
-            select_HF = torch.eye(len(self.moments_tFF[k])).to(back_HV).unflatten(0, (self.heads, -1))[k]
-            error = select_HF - back_HV @ self.a_VF
-            total += (self.metric_tHH[k] * (error @ self.moments_tFF[k] @ error.T)).sum()
-        return total
 
 
 def _inverse(gram: Tensor) -> Tensor:

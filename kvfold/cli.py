@@ -272,7 +272,7 @@ def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for models, table and report.")] = Path("demo"),
     device: Device = "auto",
 ) -> None:
-    """Fold the packaged model with several presets and budgets; write a report. Takes a minute or two."""
+    """Fold the packaged model with several presets and budgets; write a report. Takes a few minutes."""
     print_comparison(demo(out, device=device), out)
 
 

@@ -56,6 +56,7 @@ class Material:
 
     def __post_init__(self) -> None:
         self.num_samples = self.recipe.calibration.num_samples or FEWEST
+        self.drawn: dict[int, Tensor] = {}
 
     def statistics(
         self,
@@ -105,6 +106,11 @@ class Material:
 
     def tokens(self) -> Tensor:
         """[num_samples, seq_len] calibration tokens. Raises DataError where the recipe names no text."""
+        if self.num_samples not in self.drawn:  # reading and tokenising a large text takes longer than using it
+            self.drawn[self.num_samples] = self._draw()
+        return self.drawn[self.num_samples]
+
+    def _draw(self) -> Tensor:
         calibration = self.recipe.calibration
         if calibration.data is None:
             names = " + ".join(getattr(self.recipe, axis)["method"] for axis in ("depth", "width"))
@@ -126,7 +132,7 @@ class Material:
 
     def _text(self, size: dict[str, Any]) -> Tensor:
         calibration = self.recipe.calibration
-        assert calibration.data is not None, "tokens() asks for a text first"
+        assert calibration.data is not None, "_draw asks for a text first"
         return data.sequences(
             data.load_tokenizer(self.source.checkpoint.path),
             calibration.data,

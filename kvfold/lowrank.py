@@ -39,6 +39,8 @@ class LowRankWidth(WidthMethod):
     `centres_values`: the terms are about values without their mean, which becomes one output bias.
     `centres_keys`: the terms are about keys without their mean, which is given back where keys are rebuilt on read. Keys that
     are stored after rotation do without it: softmax ignores what is added to all scores of a query.
+    `rebuilds_on_read`: keys are stored before rotation; every step rebuilds and rotates what it reads.
+    `spans_layers`: the terms know layers that read another one's cache.
     """
 
     latent: str = "layer"
@@ -50,6 +52,8 @@ class LowRankWidth(WidthMethod):
 
     centres_values: ClassVar[bool] = False
     centres_keys: ClassVar[bool] = False
+    rebuilds_on_read: ClassVar[bool] = False
+    spans_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("latent", "v_latent"):
@@ -69,12 +73,17 @@ class LowRankWidth(WidthMethod):
         """The same for values."""
 
     def key_shapes(self, layer: AttentionLayer, layers: int = 1) -> list[StoredShape]:
-        return self._shapes_of(layer, self.latent)
+        return self._shapes_of(layer, layers, self.latent)
 
     def value_shapes(self, layer: AttentionLayer, layers: int = 1) -> list[StoredShape]:
-        return self._shapes_of(layer, self.v_latent)
+        return self._shapes_of(layer, layers, self.v_latent)
 
-    def _shapes_of(self, layer: AttentionLayer, latent: str) -> list[StoredShape]:
+    def _shapes_of(self, layer: AttentionLayer, layers: int, latent: str) -> list[StoredShape]:
+        if layers > 1 and not self.spans_layers:
+            method = type(self).__module__.rpartition(".")[2]
+            raise RecipeError(
+                f"width method {method!r} does not span layers; use logit or mean_pool with a depth method."
+            )
         if not self.kv_heads:
             return self._shapes(layer, latent)
         if layer.num_kv_heads < self.kv_heads or (latent == "group" and layer.num_kv_heads % self.kv_heads):
@@ -111,12 +120,8 @@ class LowRankWidth(WidthMethod):
     def value_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
         return damages(lambda i: self.value_term(group, i), len(group), shapes)
 
-    def stored_rope(self, layer: AttentionLayer) -> str:
-        """How keys are stored; `on_read` in methods that rebuild and rotate them when they are read."""
-        return rope_of(layer)
-
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
-        rope = self.stored_rope(layer)
+        rope = "on_read" if self.rebuilds_on_read and layer.rotary_dim else rope_of(layer)
         return dataclasses.replace(
             plain_spec(layer, keys, values),
             rope=rope,

@@ -8,13 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvfold.attention import AttentionLayer
 from kvfold.averaging import solve_averaged
 from kvfold.errors import RecipeError
 from kvfold.latents import Latents, Term
 from kvfold.lowrank import LowRankWidth, value_metric
 from kvfold.plan import CacheSpec
-from kvfold.width.base import LayerGroup, StoredShape
+from kvfold.width.base import LayerGroup
 
 ROPES = ("applied", "on_read")
 
@@ -34,6 +33,7 @@ class Attended(LowRankWidth):
     needs_cross: ClassVar[frozenset[str]] = frozenset()
     centres_values: ClassVar[bool] = True
     centres_keys: ClassVar[bool] = True
+    spans_layers: ClassVar[bool] = False
 
     v_latent: str = "layer"
     rope: str = "applied"
@@ -48,30 +48,22 @@ class Attended(LowRankWidth):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        keys = (
-            {"keys", "queries_that_matter"} if self.rope == "applied" else {"keys_before_rotation", "queries_at_keys"}
-        )
-        return frozenset(keys | {"averaged_values"})
+        return frozenset({*self._key_statistics, "averaged_values"})
 
-    def stored_rope(self, layer: AttentionLayer) -> str:
-        return self.rope if layer.rotary_dim else "none"
+    @property
+    def _key_statistics(self) -> tuple[str, str]:
+        """Keys as they are stored, and the queries that meet them."""
+        return ("keys_before_rotation", "queries_at_keys") if self.rebuilds_on_read else ("keys", "queries_that_matter")
 
-    def key_shapes(self, layer: AttentionLayer, layers: int = 1) -> list[StoredShape]:
-        if layers > 1:
-            raise RecipeError(
-                "width method 'attended' does not span layers; use logit or mean_pool with a depth method."
-            )
-        return super().key_shapes(layer, layers)
+    @property
+    def rebuilds_on_read(self) -> bool:  # type: ignore[override]
+        return self.rope == "on_read"
 
     def key_term(self, group: LayerGroup, position: int) -> Term:
-        moments = group.moments(0)
-        if self.rope == "on_read":
-            keys, queries = moments["keys_before_rotation"], moments["queries_at_keys"]
-        else:
-            keys, queries = moments["keys"], moments["queries_that_matter"]
-        capped = (
-            group.owner.softcap is not None and self.stored_rope(group.owner) != "on_read"
-        )  # capped scores notice a constant
+        keys, queries = (group.moments(0)[name] for name in self._key_statistics)
+        # scores that are capped notice a constant, unless keys get their mean back
+        returned = self.rebuilds_on_read and group.owner.rotary_dim > 0
+        capped = group.owner.softcap is not None and not returned
         second = keys.second_FF if capped else keys.covariance_FF
         return Term(second, second, torch.block_diag(*queries.second_FF))
 

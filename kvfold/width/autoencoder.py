@@ -35,6 +35,8 @@ class Autoencoder(LowRankWidth):
     needs_vectors: ClassVar[frozenset[str]] = frozenset({"keys_before_rotation", "values"})
     centres_values: ClassVar[bool] = True
     centres_keys: ClassVar[bool] = True
+    rebuilds_on_read: ClassVar[bool] = True
+    spans_layers: ClassVar[bool] = False
 
     v_latent: str = "layer"
     hidden: int = 64
@@ -46,16 +48,6 @@ class Autoencoder(LowRankWidth):
             raise RecipeError("width.hidden must be at least 1, width.steps at least 0.")
         if self.grouping != "neighbours":
             raise RecipeError("width method 'autoencoder' groups neighbours only.")
-
-    def stored_rope(self, layer: AttentionLayer) -> str:
-        return "on_read" if layer.rotary_dim else "none"
-
-    def key_shapes(self, layer: AttentionLayer, layers: int = 1) -> list[StoredShape]:
-        if layers > 1:
-            raise RecipeError(
-                "width method 'autoencoder' does not span layers; use logit or mean_pool with a depth method."
-            )
-        return super().key_shapes(layer, layers)
 
     def key_term(self, group: LayerGroup, position: int) -> Term:
         keys = group.moments(0)["keys_before_rotation"].covariance_FF

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 
-from kvfold.attention import AttentionLayer
 from kvfold.latents import Term
 from kvfold.lowrank import LowRankWidth
 from kvfold.width.base import LayerGroup
@@ -23,9 +22,7 @@ class EigenAttention(LowRankWidth):
 
     needs: ClassVar[frozenset[str]] = frozenset({"keys_before_rotation", "queries_before_rotation", "values"})
     needs_cross: ClassVar[frozenset[str]] = frozenset({"keys_before_rotation", "values"})
-
-    def stored_rope(self, layer: AttentionLayer) -> str:
-        return "on_read" if layer.rotary_dim else "none"
+    rebuilds_on_read: ClassVar[bool] = True
 
     def key_term(self, group: LayerGroup, position: int) -> Term:
         moments = group.moments(position)

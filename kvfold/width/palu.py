@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from kvfold.attention import AttentionLayer
 from kvfold.latents import Term
 from kvfold.lowrank import LowRankWidth
 from kvfold.width.base import LayerGroup
@@ -22,9 +21,7 @@ class Palu(LowRankWidth):
 
     needs: ClassVar[frozenset[str]] = frozenset({"keys_before_rotation", "values"})
     needs_cross: ClassVar[frozenset[str]] = frozenset({"keys_before_rotation", "values"})
-
-    def stored_rope(self, layer: AttentionLayer) -> str:
-        return "on_read" if layer.rotary_dim else "none"
+    rebuilds_on_read: ClassVar[bool] = True
 
     def key_term(self, group: LayerGroup, position: int) -> Term:
         keys = group.moments(position)["keys_before_rotation"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvfold.averaging import lost, solve_averaged
+from kvfold.averaging import solve_averaged
 from kvfold.linalg import powers
 from kvfold.testing import assert_close
 
@@ -19,6 +19,19 @@ def problem():
     moments = (x @ turn).transpose(1, 2) @ (x @ turn) / 200
     w = torch.randn(HEADS, 9, HEAD_DIM, dtype=torch.float64, generator=generator)
     return moments, torch.block_diag(*(w.transpose(1, 2) @ w))
+
+
+def lost(moments, metric, latents):
+    """sum_k tr M_k (S_k - B_k A) Y_k (S_k - B_k A)^T over all groups."""
+    heads = len(latents.a_CRF)
+    t, size, total = HEADS // heads, F // heads, torch.zeros((), dtype=torch.float64)
+    for k in range(HEADS):
+        u = k // t
+        group, own = slice(u * size, (u + 1) * size), slice(k * HEAD_DIM, (k + 1) * HEAD_DIM)
+        inside = slice(k % t * HEAD_DIM, (k % t + 1) * HEAD_DIM)
+        error = torch.eye(size, dtype=torch.float64)[inside] - latents.back(0)[u][inside] @ latents.a_CRF[u]
+        total += (metric[own, own] * (error @ moments[k][group, group] @ error.T)).sum()
+    return total
 
 
 @pytest.mark.parametrize("heads", [1, 2])
