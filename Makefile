@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/models/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: demo test lint check results results-width results-one-side results-ablation results-autoencoder results-on-read results-solve results-stock results-depth results-mlkv results-7b clean
+.PHONY: demo test lint check results results-frontier results-width results-one-side results-ablation results-autoencoder results-on-read results-solve results-stock results-depth results-mlkv results-7b clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -33,6 +33,19 @@ results: $(VENV)/installed
 	cp runs/width/table.md results/width-books-6l-$(if $(filter self,$(CALIBRATION)),self,text).md
 	for dtype in float32 bfloat16; do $(BIN)/python benchmarks/decode_step.py $(MODEL) runs/width/svd_a-0.5 \
 	  runs/width/svd_a-width.latent=group-0.5 runs/width/gqa-0.5 --dtype $$dtype --markdown results/decode-step-$$dtype.md; done
+
+# Everything from 1/2 to 1/32 of the bytes, ours and the peers', for one model; then the table and plots over all models that
+# were compared so: make results-frontier MODEL=folder VALID=books-valid.txt SHIFTED=wikitext2-valid.txt CALIBRATION=books-train.txt.xz
+FIXED := int8:kv_budget=null fp8:kv_budget=null int4:kv_budget=null int4_rotated:kv_budget=null kivi:bits.k_bits=4,bits.v_bits=4,kv_budget=null \
+  int3:kv_budget=null kivi:kv_budget=null int2:kv_budget=null
+PALU_LAYER := palu:width.latent=layer,width.v_latent=layer,width.group_size=0
+FRONTIER := $(FIXED) svd_a:width.v_latent=layer $(PALU_LAYER),bits.method=integer fast small auto auto:prefer=speed \
+  auto:allocate=uniform auto:allocate=uniform,bits.method=integer
+results-frontier: $(VENV)/installed
+	$(BIN)/kvfold compare $(MODEL) $(addprefix --preset ,$(FRONTIER)) $(addprefix --kv-budget ,1/2 1/4 1/8 1/16 1/32) \
+	  --data $(CALIBRATION) --num-samples 128 --seq-len 256 --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 16384 \
+	  --out runs/frontier-$(notdir $(MODEL))
+	$(BIN)/python benchmarks/frontier.py
 
 # Low-rank methods side by side at equal bytes, ours and the peers', on two held-out texts, for one model:
 # make results-width MODEL=folder VALID=books-valid.txt SHIFTED=wikitext2-valid.txt CALIBRATION=books-train.txt.xz [PALU_GROUP=3]

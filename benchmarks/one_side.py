@@ -19,11 +19,11 @@ from kvfold.evaluation import Evaluation, evaluate_models
 from kvfold.fold import fold, folded_config
 from kvfold.gather import Material, layer_group
 from kvfold.loading import Source, load_weights, open_source
+from kvfold.number_format import StoredShape
 from kvfold.output import copy_side_files
 from kvfold.plan import CachePlan
 from kvfold.recipe import make_recipe
 from kvfold.storage import make_folder
-from kvfold.width.base import StoredShape
 
 METHODS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "keys": [

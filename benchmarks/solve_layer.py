@@ -18,7 +18,8 @@ import torch
 from kvfold import registry
 from kvfold.attention import AttentionLayer, AttentionWeights
 from kvfold.linalg import Moment
-from kvfold.width.base import LayerGroup, StoredShape
+from kvfold.number_format import StoredShape
+from kvfold.width.base import LayerGroup
 
 HEADS, HEAD_DIM = 32, 128
 

@@ -1,29 +1,40 @@
-"""One byte budget -> CachePlan: which shape each layer's keys and values get."""
+"""One byte budget -> CachePlan: which shape and how many bits each layer's keys and values get."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from kvfold.attention import AttentionLayer
 from kvfold.bits.base import BitsMethod
 from kvfold.depth.base import DepthMethod, Sample, Targets
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.length.base import LengthMethod
+from kvfold.number_format import StoredShape
 from kvfold.plan import ITEMSIZE, POSITION_BYTES, CachePlan, CacheSpec, SourceLayer
-from kvfold.width.base import LayerGroup, StoredShape, WidthMethod
+from kvfold.width.base import LayerGroup, WidthMethod
 
 SIDES = ("keys", "values")
+SLACK = 1 + 1e-9
+SMALLEST_BUDGET = 1 / 256
+"""Where the search for the smallest cache begins."""
+BISECTIONS = 9
+"""Of ln 256: the result is within 1.1 % of the bytes that would do."""
 
 Groups = Callable[[int], LayerGroup]
 """Owner's index -> the layers that use its cache, with what damage is computed from."""
 
-Curves = dict[tuple[int, str], list[tuple[StoredShape, float]]]
-"""(owner, side) -> its shapes with the damage of each, from few numbers to many."""
+Key = tuple[int, str]
+"""Owner of a cache, and a side of it."""
 
-Measure = Callable[[Curves], Curves]
-"""Expected damages -> measured ones, which can be compared between layers and sides."""
+Curve = list[tuple[StoredShape, float]]
+"""What a side can store with the damage of each, from few bytes to many."""
+
+Curves = dict[Key, Curve]
+Choice = dict[Key, StoredShape]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,67 +47,154 @@ class Axes:
     length: LengthMethod
 
 
-def choose_layout(
-    layers: Sequence[AttentionLayer], axes: Axes, *, kv_budget: float | None, sample: Sample | None
-) -> Targets:
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """`keep_layers`: layers that store every number as it is. `min_width`: the least share of a layer's numbers to store."""
+
+    keep_layers: tuple[int, ...] = ()
+    min_width: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for: who owns a cache, by which methods, in which dtype, within which limits."""
+
+    layers: Sequence[AttentionLayer]
+    targets: Targets
+    axes: Axes
+    dtype: str
+    limits: Limits = Limits()
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    @cached_property
+    def owners(self) -> list[AttentionLayer]:
+        return [layer for layer, target in zip(self.layers, self.targets, strict=True) if target is None]
+
+    @cached_property
+    def source_bytes(self) -> int:
+        """Per token, of the original cache."""
+        return self.itemsize * sum(source_layer(layer).numbers_per_token for layer in self.layers)
+
+    @cached_property
+    def options(self) -> dict[Key, list[StoredShape]]:
+        """What each side can store, from few bytes to many; of methods that go by the spectrum with the fewest bits."""
+        return {(layer.index, side): self._options(layer, side) for layer in self.owners for side in SIDES}
+
+    def _options(self, layer: AttentionLayer, side: str) -> list[StoredShape]:
+        shapes = self.shapes(layer, side)
+        if layer.index not in self.limits.keep_layers:
+            shapes = self.axes.bits.stored(layer, side, self.allowed(layer, shapes))
+        return sorted(shapes, key=self.cost)
+
+    def shapes(self, layer: AttentionLayer, side: str) -> list[StoredShape]:
+        """Those of the width method; of a layer that is kept only the one that loses nothing."""
+        width = self.axes.width
+        found = (width.key_shapes if side == "keys" else width.value_shapes)(layer, 1 + self.targets.count(layer.index))
+        shapes = sorted(found, key=lambda shape: shape.numbers)
+        return shapes[-1:] if layer.index in self.limits.keep_layers else shapes
+
+    def allowed(self, layer: AttentionLayer, shapes: Sequence[StoredShape]) -> list[StoredShape]:
+        least = self.limits.min_width * layer.num_kv_heads * layer.head_dim
+        return [shape for shape in shapes if shape.numbers >= least / SLACK] or list(shapes[-1:])
+
+    def cost(self, shape: StoredShape) -> float:
+        """Bytes per token."""
+        return shape.bytes_per_token(self.itemsize)
+
+    def total(self, chosen: Mapping[Key, StoredShape]) -> float:
+        return sum(map(self.cost, chosen.values()))
+
+    @cached_property
+    def bytes_beside(self) -> int:
+        """What is stored per token beside keys and values."""
+        specs = [self.spec(layer, {key: shapes[0] for key, shapes in self.options.items()}) for layer in self.owners]
+        return POSITION_BYTES if any(spec.rope == "on_read" for spec in specs) else 0
+
+    def spec(self, layer: AttentionLayer, chosen: Mapping[Key, StoredShape]) -> CacheSpec:
+        spec = self.axes.width.spec(layer, chosen[layer.index, "keys"], chosen[layer.index, "values"])
+        return self.axes.length.apply(layer, spec)
+
+    def plan(self, chosen: Mapping[Key, StoredShape]) -> CachePlan:
+        caches: list[CacheSpec | None] = [None] * len(self.layers)
+        for layer in self.owners:
+            caches[layer.index] = self.spec(layer, chosen)
+        return CachePlan(
+            dtype=self.dtype,
+            source=tuple(source_layer(layer) for layer in self.layers),
+            caches=tuple(caches),
+            kv_sharing_target_layer=self.targets,
+        )
+
+
+def choose_layout(request: Request, *, kv_budget: float | None, sample: Sample | None) -> Targets:
     """Who reads whose cache: of the depth method's layouts the first that uses most of the budget.
 
     Raises RecipeError where a choice is left and no budget says how to make it.
     """
-    layouts = axes.depth.layouts(layers, sample)
+    layouts = request.axes.depth.layouts(request.layers, sample)
     if len(layouts) > 1 and kv_budget is None:
         raise RecipeError(
             "say how many layers keep a cache (--owners 6, for example) or how much to keep (--kv-budget)."
         )
     if len(layouts) == 1 or kv_budget is None:
         return layouts[0]
-    numbers = kv_budget * _source_numbers(layers)
-    reached = [
-        _numbers(_uniform(_all_shapes(axes, layers, targets), layers, targets, kv_budget, axes.width.joint))
-        for targets in layouts
+    budget = kv_budget * request.source_bytes * SLACK
+    requests = [
+        Request(layers=request.layers, targets=t, axes=request.axes, dtype=request.dtype, limits=request.limits)
+        for t in layouts
     ]
-    fitting = [number if number <= numbers * (1 + 1e-9) else -number for number in reached]
+    reached = [asked.total(_uniform(asked, asked.options, kv_budget)) for asked in requests]
+    fitting = [number if number <= budget else -number for number in reached]
     return layouts[fitting.index(max(fitting))]
 
 
-def allocate(
-    layers: Sequence[AttentionLayer],
-    targets: Targets,
-    axes: Axes,
-    *,
-    kv_budget: float | None,
-    dtype: str,
-    strategy: str,
-    groups: Groups,
-    measure: Measure | None = None,
-) -> CachePlan:
-    """The plan whose bytes are at most `kv_budget` of the source's. Raises BudgetError if no width is that small.
+def allocate(request: Request, *, kv_budget: float | None, strategy: str, curves: Callable[[], Curves]) -> CachePlan:
+    """The plan whose bytes are at most `kv_budget` of the source's. Raises BudgetError if nothing is that small.
 
-    `strategy`: uniform, greedy (by expected damage) or measured (by what `measure` makes of it).
+    `strategy`: uniform gives every side the same share, anything else shares by the damage that `curves` says.
     """
-    shapes = _all_shapes(axes, layers, targets)
-    total = _source_numbers(layers)
-    beside = _numbers_beside(axes, layers, shapes, dtype)
-    numbers = None if kv_budget is None else kv_budget * total - beside
-    if numbers is None or kv_budget is None:
-        chosen = _without_budget(shapes, targets, axes)
-    elif strategy == "uniform":
-        chosen = _trimmed(_uniform(shapes, layers, targets, kv_budget, axes.width.joint), shapes, numbers)
+    if kv_budget is None:
+        return request.plan(_without_budget(request))
+    budget = kv_budget * request.source_bytes - request.bytes_beside
+    if strategy == "uniform":
+        options = request.options
+        if request.axes.bits.by_spectrum:
+            options = {key: [shape for shape, _ in points] for key, points in curves().items()}
+        chosen = _trimmed(request, _uniform(request, options, kv_budget), options, budget)
     else:
-        curves = _curves(shapes, axes.width, groups)
-        assert strategy == "greedy" or measure is not None, "measured damage needs someone to measure it"
-        chosen = _greedy(curves if strategy == "greedy" or measure is None else measure(curves), numbers)
-    _check_budget(shapes, chosen, None if kv_budget is None else kv_budget * total, total, beside)
-    caches: list[CacheSpec | None] = [None] * len(layers)
-    for layer in _owners(layers, targets):
-        spec = axes.width.spec(layer, chosen[layer.index, "keys"], chosen[layer.index, "values"])
-        caches[layer.index] = axes.length.apply(layer, axes.bits.apply(layer, spec))
-    return CachePlan(
-        dtype=dtype,
-        source=tuple(source_layer(layer) for layer in layers),
-        caches=tuple(caches),
-        kv_sharing_target_layer=targets,
-    )
+        found = curves()
+        chosen = spent(request, found, cheapest(request, found, budget), budget)
+    _check_budget(request, chosen, kv_budget)
+    return request.plan(chosen)
+
+
+def smallest_under(target_kl: float, plan: Callable[[float], CachePlan], kl: Callable[[CachePlan], float]) -> CachePlan:
+    """The smallest of the plans by budget whose KL is at most `target_kl`, by bisection of the budget's logarithm.
+
+    Raises BudgetError where even the whole budget does not reach that.
+    """
+    best = plan(1.0)
+    if (reached := kl(best)) > target_kl:
+        raise BudgetError(
+            f"target_kl {target_kl:.3g} is out of reach: all bytes of the original still leave a KL of {reached:.3g}."
+            " Ask for that much, or choose another preset."
+        )
+    low, high = math.log(SMALLEST_BUDGET), math.log(best.kv_budget)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        try:
+            tried = plan(math.exp(middle))
+        except BudgetError:
+            low = middle
+            continue
+        if kl(tried) <= target_kl:
+            best, high = tried, min(middle, math.log(tried.kv_budget))
+        else:
+            low = middle
+    return best
 
 
 def source_layer(layer: AttentionLayer) -> SourceLayer:
@@ -109,152 +207,145 @@ def source_layer(layer: AttentionLayer) -> SourceLayer:
     )
 
 
-Shapes = dict[tuple[int, str], list[StoredShape]]
-Choice = dict[tuple[int, str], StoredShape]
-
-
-def _owners(layers: Sequence[AttentionLayer], targets: Targets) -> list[AttentionLayer]:
-    return [layer for layer, target in zip(layers, targets, strict=True) if target is None]
-
-
-def _source_numbers(layers: Sequence[AttentionLayer]) -> int:
-    return sum(source_layer(layer).numbers_per_token for layer in layers)
-
-
-def _numbers(chosen: Choice) -> int:
-    return sum(shape.numbers for shape in chosen.values())
-
-
-def _all_shapes(axes: Axes, layers: Sequence[AttentionLayer], targets: Targets) -> Shapes:
-    owners = _owners(layers, targets)
-    return {
-        (layer.index, side): _shapes(axes.width, layer, 1 + targets.count(layer.index), side)
-        for layer in owners
-        for side in SIDES
-    }
-
-
-def _shapes(width: WidthMethod, layer: AttentionLayer, layers: int, side: str) -> list[StoredShape]:
-    found = (width.key_shapes if side == "keys" else width.value_shapes)(layer, layers)
-    return sorted(found, key=lambda shape: shape.numbers)
-
-
-def check_request(
-    layers: Sequence[AttentionLayer], targets: Targets, axes: Axes, kv_budget: float | None, dtype: str
-) -> None:
-    """Raise, before anything is calibrated, what `allocate` would raise: no budget where one is needed, one out of reach."""
-    shapes = _all_shapes(axes, layers, targets)
+def check_request(request: Request, kv_budget: float | None) -> None:
+    """Raise, before anything is calibrated, what `allocate` would raise: no budget where one is needed, one out of reach,
+    layers that are not there."""
+    if unknown := sorted(set(request.limits.keep_layers) - {layer.index for layer in request.owners}):
+        raise RecipeError(
+            f"keep_layers names {unknown}; layers that own a cache are 0 to {len(request.layers) - 1}"
+            + (", without those that read another one's." if len(request.owners) < len(request.layers) else ".")
+        )
     if kv_budget is None:
-        _without_budget(shapes, targets, axes)
-        return
-    smallest = {key: options[0] for key, options in shapes.items()}
-    total = _source_numbers(layers)
-    _check_budget(shapes, smallest, kv_budget * total, total, _numbers_beside(axes, layers, shapes, dtype))
+        _without_budget(request)
+    else:
+        _check_budget(request, {key: options[0] for key, options in request.options.items()}, kv_budget)
 
 
-def _without_budget(shapes: Shapes, targets: Targets, axes: Axes) -> Choice:
+def _without_budget(request: Request) -> Choice:
     """The only choice; or, since sharing already makes the cache smaller, what is shared stays as wide as it was."""
-    if any(target is not None for target in targets) and not axes.width.joint:
-        return {key: options[-1] for key, options in shapes.items()}
-    return _only_choice(shapes)
-
-
-def _only_choice(shapes: Shapes) -> Choice:
-    if any(len(options) > 1 for options in shapes.values()):
+    options, shares = request.options, any(target is not None for target in request.targets)
+    if request.axes.bits.by_spectrum or (
+        any(len(shapes) > 1 for shapes in options.values()) and (not shares or request.axes.width.joint)
+    ):
         raise RecipeError("this method can store several sizes; say how much to keep: --kv-budget 0.5, for example.")
-    return {key: options[0] for key, options in shapes.items()}
+    return {key: shapes[-1] for key, shapes in options.items()}
 
 
-def _uniform(
-    shapes: Shapes, layers: Sequence[AttentionLayer], targets: Targets, kv_budget: float, joint: bool
-) -> Choice:
+def _uniform(request: Request, options: Mapping[Key, Sequence[StoredShape]], kv_budget: float) -> Choice:
     """Every cache and side gets the same share of its owner's original size, or (joint) of that of all that fill it."""
-    filled = {layer.index: 1 + joint * targets.count(layer.index) for layer in _owners(layers, targets)}
-    owned = sum(filled[i] * source_layer(layers[i]).numbers_per_token for i in filled)
-    share = kv_budget * _source_numbers(layers) / owned
+    joint, targets = request.axes.width.joint, request.targets
+    filled = {layer.index: 1 + joint * targets.count(layer.index) for layer in request.owners}
+    sides = {i: request.itemsize * source_layer(request.layers[i]).numbers_per_token / 2 for i in filled}
+    share = kv_budget * request.source_bytes / sum(2 * filled[i] * sides[i] for i in filled)
     chosen = {}
-    for key, options in shapes.items():
-        owner = layers[key[0]]
-        limit = share * filled[owner.index] * owner.num_kv_heads * owner.head_dim * (1 + 1e-9)
-        chosen[key] = max((s for s in options if s.numbers <= limit), key=lambda s: s.numbers, default=options[0])
+    for key, shapes in options.items():
+        limit = share * filled[key[0]] * sides[key[0]] * SLACK
+        chosen[key] = max((s for s in shapes if request.cost(s) <= limit), key=request.cost, default=shapes[0])
     return chosen
 
 
-def _trimmed(chosen: Choice, shapes: Shapes, numbers: float) -> Choice:
+def _trimmed(request: Request, chosen: Choice, options: Mapping[Key, Sequence[StoredShape]], budget: float) -> Choice:
     """The largest sides of the last caches one size smaller, as often as the budget needs: what is stored beside keys and
     values can make an equal share of all a little too much."""
-    chosen = dict(chosen)
-    while _numbers(chosen) > numbers * (1 + 1e-9):
-        smaller = {key: [s for s in shapes[key] if s.numbers < shape.numbers] for key, shape in chosen.items()}
+    chosen, cost = dict(chosen), request.cost
+    while request.total(chosen) > budget * SLACK:
+        smaller = {key: [s for s in options[key] if cost(s) < cost(shape)] for key, shape in chosen.items()}
         reducible = [key for key in chosen if smaller[key]]
         if not reducible:
             break
-        key = max(reducible, key=lambda key: (chosen[key].numbers, key))
+        key = max(reducible, key=lambda key: (cost(chosen[key]), key))
         chosen[key] = smaller[key][-1]
     return chosen
 
 
-def _numbers_beside(axes: Axes, layers: Sequence[AttentionLayer], shapes: Shapes, dtype: str) -> float:
-    """What is stored per token beside keys and values, as so many numbers."""
-    owners = {owner for owner, _ in shapes}
-    specs = [axes.width.spec(layers[i], shapes[i, "keys"][0], shapes[i, "values"][0]) for i in owners]
-    return POSITION_BYTES / ITEMSIZE[dtype] if any(spec.rope == "on_read" for spec in specs) else 0
+def expected_curves(request: Request, groups: Groups) -> Curves:
+    """Of every side."""
+    return {key: expected_curve(request, groups, *key) for key in request.options}
 
 
-def _curves(shapes: Shapes, width: WidthMethod, groups: Groups) -> Curves:
-    curves = {}
-    for (owner, side), options in shapes.items():
+def expected_curve(request: Request, groups: Groups, owner: int, side: str, noise: float = 1.0) -> Curve:
+    """What one side can store, from few bytes to many, with the damage that its method expects. noise: what errors of
+    quantization cost, where those of leaving numbers out cost 1."""
+    width, bits, options = request.axes.width, request.axes.bits, request.options[owner, side]
+    layer = request.layers[owner]
+    if not bits.by_spectrum or owner in request.limits.keep_layers:
         damage = width.key_damage if side == "keys" else width.value_damage
-        curves[owner, side] = list(zip(options, damage(groups(owner), options), strict=True))
-    return curves
+        return list(zip(options, damage(groups(owner), options), strict=True))
+    shapes = request.shapes(layer, side)
+    spectrum = width.key_spectrum if side == "keys" else width.value_spectrum
+    points = bits.curve(shapes, spectrum(groups(owner), shapes[-1].num_heads), noise)
+    allowed = request.allowed(layer, [shape for shape, _ in points])
+    return [point for point in points if point[0] in allowed]
 
 
-def _greedy(curves: Curves, numbers: float) -> Choice:
-    """Start from the smallest shapes and buy, step by step, where a stored number saves the most expected damage.
+def cheapest(request: Request, curves: Curves, budget: float) -> Choice:
+    """Start from the smallest shapes and buy, step by step, where a stored byte saves the most damage.
 
-    Steps lie on the lower convex hull of each (numbers, damage) curve, so that gains fall and greedy is optimal but for
+    Steps lie on the lower convex hull of each (bytes, damage) curve, so that gains fall and greedy is optimal but for
     the last step.
     """
-    hulls = {key: lower_hull(points) for key, points in curves.items()}
+    hulls = {key: lower_hull(points, request.cost) for key, points in curves.items()}
     position = dict.fromkeys(hulls, 0)
-    left = numbers * (1 + 1e-9) - sum(hull[0][0].numbers for hull in hulls.values())
-    steps = [(-_gain(hull, 0), key) for key, hull in hulls.items() if len(hull) > 1]
+    left = budget * SLACK - sum(request.cost(hull[0][0]) for hull in hulls.values())
+    steps = [(-_gain(hull[0], hull[1], request.cost), key) for key, hull in hulls.items() if len(hull) > 1]
     heapq.heapify(steps)
     while steps:
         _, key = heapq.heappop(steps)
         hull, at = hulls[key], position[key]
-        price = hull[at + 1][0].numbers - hull[at][0].numbers
+        price = request.cost(hull[at + 1][0]) - request.cost(hull[at][0])
         if price > left:
             continue
         left -= price
         position[key] = at + 1
         if at + 2 < len(hull):
-            heapq.heappush(steps, (-_gain(hull, at + 1), key))
+            heapq.heappush(steps, (-_gain(hull[at + 1], hull[at + 2], request.cost), key))
     return {key: hull[position[key]][0] for key, hull in hulls.items()}
 
 
-def _gain(hull: Sequence[tuple[StoredShape, float]], at: int) -> float:
-    (shape, damage), (larger, less) = hull[at], hull[at + 1]
-    return (damage - less) / (larger.numbers - shape.numbers)
+def spent(request: Request, curves: Curves, chosen: Choice, budget: float) -> Choice:
+    """What is left of the budget buys the best steps that still fit, of all points and not only those of the hulls."""
+    chosen = dict(chosen)
+    damage = {key: dict(points) for key, points in curves.items()}
+    while True:
+        left = budget * SLACK - request.total(chosen)
+        gains = {
+            (key, shape): damage[key][chosen[key]] - lost
+            for key, points in curves.items()
+            for shape, lost in points
+            if request.cost(shape) - request.cost(chosen[key]) <= left
+        }
+        (key, shape), gain = max(gains.items(), key=lambda item: item[1])
+        if gain <= 0:
+            return chosen
+        chosen[key] = shape
 
 
-def lower_hull(points: Sequence[tuple[StoredShape, float]]) -> list[tuple[StoredShape, float]]:
-    """The points of a falling curve that no line between two others undercuts, from few numbers to many."""
-    hull: list[tuple[StoredShape, float]] = []
+Cost = Callable[[StoredShape], float]
+
+
+def _gain(point: tuple[StoredShape, float], larger: tuple[StoredShape, float], cost: Cost) -> float:
+    return (point[1] - larger[1]) / (cost(larger[0]) - cost(point[0]))
+
+
+def lower_hull(points: Sequence[tuple[StoredShape, float]], cost: Cost) -> Curve:
+    """The points of a falling curve that no line between two others undercuts, from few bytes to many."""
+    hull: Curve = []
     for point in points:
-        while len(hull) > 1 and _gain([hull[-2], hull[-1]], 0) <= _gain([hull[-1], point], 0):
+        if hull and cost(point[0]) <= cost(hull[-1][0]) * SLACK:
+            if point[1] >= hull[-1][1]:
+                continue
+            hull.pop()
+        while len(hull) > 1 and _gain(hull[-2], hull[-1], cost) <= _gain(hull[-1], point, cost):
             hull.pop()
         hull.append(point)
     return hull
 
 
-def _check_budget(shapes: Shapes, chosen: Choice, numbers: float | None, total: int, beside: float) -> None:
-    if numbers is None:
-        return
-    reached = _numbers(chosen) + beside
-    if reached > numbers * (1 + 1e-9):
-        smallest = sum(options[0].numbers for options in shapes.values()) + beside
+def _check_budget(request: Request, chosen: Choice, kv_budget: float) -> None:
+    total = request.source_bytes
+    if request.total(chosen) + request.bytes_beside > kv_budget * total * SLACK:
+        smallest = request.total({key: options[0] for key, options in request.options.items()}) + request.bytes_beside
         raise BudgetError(
-            f"kv_budget {numbers / total:.4g} is out of reach: the smallest cache of this method keeps"
+            f"kv_budget {kv_budget:.4g} is out of reach: the smallest cache of this method keeps"
             f" {smallest / total:.4g} of the bytes. Ask for at least that, or choose another preset."
         )

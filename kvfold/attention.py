@@ -79,7 +79,7 @@ class FoldedWeights:
     the group has all of these. With `k_partial` k_proj [K*r, D] and k_a_proj [C, R, t*r] are those of the r rotated numbers
     of each head, and k_u_proj [C*R, D] is what the others add. With `hidden` h the four ways (k_a, k_b, v_a, v_b) also have a
     network each: up_proj [C, h, in] with a bias [C, h], GELU, down_proj [C, out, h]; k_proj and v_proj then give the source's
-    heads.
+    heads. With `stored_bias` v_proj has a bias, and so has k_a_proj (k_a_bias [C, R]) or, where there is none, k_proj.
     """
 
     q_proj: Tensor
@@ -99,6 +99,7 @@ class FoldedWeights:
     k_u_proj: Tensor | None = None
     k_u_bias: Tensor | None = None
     k_b_bias: Tensor | None = None
+    k_a_bias: Tensor | None = None
     k_a_up_proj: Tensor | None = None
     k_a_up_bias: Tensor | None = None
     k_a_down_proj: Tensor | None = None

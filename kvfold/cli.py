@@ -50,61 +50,93 @@ PRESET_HELP = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.it
 PRESET_HELP += f"; {', '.join(MLKV_PAPER)}: the configurations of arXiv 2406.09297 for 12 layers of 12 heads"
 
 
+OptionalModel = Annotated[str | None, typer.Argument(help="Model folder, or model id on the hub.", show_default=False)]
+PresetName = Annotated[str | None, typer.Option(help=PRESET_HELP, show_default="auto")]
+KvBudget = Annotated[
+    str | None, typer.Option(help="Bytes kept / bytes of the original cache: 0.25 or 1/4.", show_default=False)
+]
+TargetKl = Annotated[
+    float | None,
+    typer.Option(
+        help="Instead of a budget: the smallest cache that loses at most so much (nats per token).",
+        show_default=False,
+    ),
+]
+Prefer = Annotated[
+    str | None,
+    typer.Option(help="size: keys rebuilt on read; speed: keys read as they lie (auto).", show_default=False),
+]
+KeepLayers = Annotated[
+    str | None, typer.Option(help="Layers that store every number as it is: 0,1,31.", show_default=False)
+]
+MinWidth = Annotated[
+    float | None,
+    typer.Option(help="The least share of a layer's numbers to store.", min=0, max=1, show_default=False),
+]
+Owners = Annotated[
+    int | None,
+    typer.Option(
+        help="Layers that keep a cache (mlkv, cla, shared); the others read theirs.", min=1, show_default=False
+    ),
+]
+KvHeads = Annotated[
+    int | None, typer.Option(help="Key/value heads per cache, or as many numbers.", min=1, show_default=False)
+]
+CalibrationData = Annotated[
+    str | None,
+    typer.Option(help="Calibration text: .txt, .jsonl, .parquet, a data set name, or self.", show_default=False),
+]
+Out = Annotated[str | None, typer.Option(help="Folder to write.", show_default=False)]
+RecipeFile = Annotated[Path | None, typer.Option(help="YAML recipe; options given here win.", show_default=False)]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="AXIS.FIELD=VALUE, any field of any method; wins over all else; repeatable.",
+        show_default=False,
+    ),
+]
+Select = Annotated[
+    str | None,
+    typer.Option(help="Calibration sequences: random (default), or diverse ones out of more.", show_default=False),
+]
+KeepParameters = Annotated[
+    bool,
+    typer.Option("--keep-parameters", help="Widen the MLPs by what attention saves; their function stays the same."),
+]
+RunDir = Annotated[
+    Path | None, typer.Option(help="Where statistics are kept for reuse (default OUT.run).", show_default=False)
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+
+
 @app.command("compress")
 def compress_command(
-    model: Annotated[
-        str | None, typer.Argument(help="Model folder, or model id on the hub.", show_default=False)
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help=PRESET_HELP, show_default=False)] = None,
-    kv_budget: Annotated[
-        str | None, typer.Option(help="Bytes kept / bytes of the original cache: 0.25 or 1/4.", show_default=False)
-    ] = None,
-    owners: Annotated[
-        int | None,
-        typer.Option(
-            help="Layers that keep a cache (mlkv, cla, shared); the others read theirs.", min=1, show_default=False
-        ),
-    ] = None,
-    kv_heads: Annotated[
-        int | None, typer.Option(help="Key/value heads per cache, or as many numbers.", min=1, show_default=False)
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Calibration text: .txt, .jsonl, .parquet, a data set name, or self.", show_default=False),
-    ] = None,
-    out: Annotated[str | None, typer.Option(help="Folder to write.", show_default=False)] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="YAML recipe; options given here win.", show_default=False)
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="AXIS.FIELD=VALUE, any field of any method; wins over all else; repeatable.",
-            show_default=False,
-        ),
-    ] = None,
+    model: OptionalModel = None,
+    preset: PresetName = None,
+    kv_budget: KvBudget = None,
+    target_kl: TargetKl = None,
+    prefer: Prefer = None,
+    keep_layers: KeepLayers = None,
+    min_width: MinWidth = None,
+    owners: Owners = None,
+    kv_heads: KvHeads = None,
+    data: CalibrationData = None,
+    out: Out = None,
+    recipe: RecipeFile = None,
+    set_: Sets = None,
     num_samples: NumSamples = None,
     seq_len: SeqLen = None,
-    select: Annotated[
-        str | None,
-        typer.Option(help="Calibration sequences: random (default), or diverse ones out of more.", show_default=False),
-    ] = None,
+    select: Select = None,
     seed: Seed = None,
-    keep_parameters: Annotated[
-        bool,
-        typer.Option(
-            "--keep-parameters", help="Widen the MLPs by what attention saves; their function stays the same."
-        ),
-    ] = False,
-    run_dir: Annotated[
-        Path | None, typer.Option(help="Where statistics are kept for reuse (default OUT.run).", show_default=False)
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    keep_parameters: KeepParameters = False,
+    run_dir: RunDir = None,
+    overwrite: Overwrite = False,
     device: Device = "auto",
 ) -> None:
     """Fold a model: read it, calibrate, plan, and write a new folder with a smaller cache."""
-    given = {"model": model, "out": out, "preset": preset, "kv_budget": kv_budget, "seed": seed}
+    given: dict[str, Any] = {"model": model, "out": out, "preset": preset, "kv_budget": kv_budget, "seed": seed}
+    given |= {"target_kl": target_kl, "prefer": prefer, "min_width": min_width, "keep_layers": _numbers(keep_layers)}
     calibration = {"data": data, "num_samples": num_samples, "seq_len": seq_len, "select": select}
     tree = load_recipe(recipe) if recipe else {}
     if preset:  # a preset is a point on all axes: it replaces those of the recipe
@@ -118,7 +150,7 @@ def compress_command(
         if given_fields := _given(fields):
             tree[axis] = (tree.get(axis) or {}) | given_fields
     if not {"preset", *AXES} & set(tree) and not set_:
-        raise typer.BadParameter(f"say how: one of {', '.join(PRESETS)}", param_hint="--preset")
+        tree["preset"] = "auto"
     made = compress(make_recipe(tree, set_ or []), run_dir=run_dir, overwrite=overwrite, device=device)
     print_plan(made.plan, f"{made.out}")
     print_json(
@@ -296,6 +328,15 @@ def main() -> None:
 def _show_warning(message: Any, category: type, *_: Any, **__: Any) -> None:
     STDERR.print("[yellow]warning:[/] ", end="")
     STDERR.print(str(message), markup=False, highlight=False)
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(number) for number in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not a list of numbers, such as 0,1", param_hint="--keep-layers"
+        ) from None
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

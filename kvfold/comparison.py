@@ -33,7 +33,8 @@ EVALUATION_SEED_OFFSET = 1_000_003
 
 @dataclass(frozen=True)
 class Row:
-    """One preset at one budget. `evaluation` is None where no width of the method is that small. `further`: other texts."""
+    """One preset at one budget. `evaluation` is None where nothing of the method is that small. `further`: other texts.
+    `plan`: as in config.json."""
 
     preset: str
     asked_budget: float
@@ -42,6 +43,7 @@ class Row:
     continuation: str | None
     note: str = ""
     further: tuple[Evaluation, ...] = ()
+    plan: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def compare(
     source = open_source(model)
     fields = {"model": str(model), "calibration": calibration, "seed": seed}
     first = make_recipe(fields | {"out": str(out / "unused")})
-    cases = [(p, b, _recipe(fields, p, b, out)) for b in sorted(budgets, reverse=True) for p in presets]
+    cases = _cases(fields, presets, budgets, out)
     energy = _energies(first, source, out / "run", device)
     seq_len = first.calibration.seq_len or source.seq_len
     files: list[str | Path | None] = [*eval_files] or [None]
@@ -133,10 +135,25 @@ class _Bench:
         model = load_weights(folded.out, self.dtype, self.device)
         evaluation, *further = (evaluate_models(model, self.base, text, folded.plan) for text in self.texts)
         kv_bytes, text = folded.plan.kv_bytes(CONTEXT), self.continue_prompt(model)
-        return Row(preset, budget, evaluation, kv_bytes, text, further=tuple(further))
+        plan = folded.plan.to_dict()
+        return Row(preset, budget, evaluation, kv_bytes, text, further=tuple(further), plan=plan)
 
     def continue_prompt(self, model: Any) -> str:
         return continue_prompt(model, self.tokenizer, self.prompt, NEW_TOKENS, do_sample=False)[0]
+
+
+def _cases(
+    fields: dict[str, Any], presets: Sequence[str], budgets: Sequence[float], out: Path
+) -> list[tuple[str, float, Recipe]]:
+    """Every preset at every budget; one that takes no budget (kv_budget=null) once."""
+    cases = {}
+    for budget in sorted(budgets, reverse=True):
+        for preset in presets:
+            recipe = _recipe(fields, preset, budget, out)
+            same = dataclasses.replace(recipe, out="")
+            if same.to_yaml() not in cases:
+                cases[same.to_yaml()] = (re.sub("[:,]kv_budget=null", "", preset), budget, recipe)
+    return list(cases.values())
 
 
 def _recipe(fields: dict[str, Any], preset: str, budget: float, out: Path) -> Recipe:

@@ -115,10 +115,10 @@ def evaluate_models(model: Any, base: Any, windows_WT: Tensor, plan: CachePlan) 
 def _folded_logits(model: Any, windows_WT: Tensor, plan: CachePlan) -> Iterator[tuple[Tensor, Tensor]]:
     """Every window with its logits [T, vocabulary].
 
-    Where the tokens of one step are seen exactly and only past ones through the cache, a window in one step would show
-    nothing of what decoding loses: then its tokens come one by one, many windows at once.
+    Where the last tokens are seen exactly and only earlier ones as the cache has them, a window in one step would not show
+    what decoding loses: then its tokens come one by one, many windows at once.
     """
-    if not plan.joint:
+    if not plan.depends_on_steps:
         for window in track(windows_WT, "evaluating", len(windows_WT)):
             yield window, model(window[None].to(model.device), use_cache=False).logits[0]
         return

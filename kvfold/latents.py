@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvfold.linalg import block_powers, discarded_energy, eigh_descending, powers, times, top_eigenvectors
+from kvfold.number_format import StoredShape
 
 TINY = torch.finfo(torch.float64).tiny
 RIDGE = 1e-4
@@ -36,10 +37,12 @@ Terms = Callable[[int], Term]
 
 
 class Latents(NamedTuple):
-    """a_CRF: A of every group of heads. back(i): B_i of every group of heads, [C, F/C, R]."""
+    """a_CRF: A of every group of heads. back(i): B_i of every group of heads, [C, F/C, R]. centre_CR: what is subtracted
+    before latents are stored."""
 
     a_CRF: Tensor
     back: Callable[[int], Tensor]
+    centre_CR: Tensor | None = None
 
 
 def solve(terms: Terms, layers: int, heads: int, width: int) -> Latents:
@@ -117,11 +120,17 @@ class _Block:
         return cross_FF @ self.lead_FR
 
 
-def damages(terms: Terms, layers: int, shapes: Sequence[tuple[int, int]]) -> list[float]:
+def damages(terms: Terms, layers: int, shapes: Sequence[StoredShape]) -> list[float]:
     """Per (heads, width): the share of the terms' energy that is lost, times the number of layers."""
     total = sum(_energy(terms(position)) for position in range(layers)).clamp_min(TINY)  # type: ignore[union-attr]
-    kept = {heads: _kept(terms, layers, heads) for heads in {heads for heads, _ in shapes}}
-    return [layers * max(float(1 - kept[heads][width] / total), 0.0) for heads, width in shapes]
+    kept = {heads: _kept(terms, layers, heads) for heads in {shape.num_heads for shape in shapes}}
+    return [layers * max(float(1 - kept[shape.num_heads][shape.width] / total), 0.0) for shape in shapes]
+
+
+def spectrum(terms: Terms, layers: int, heads: int) -> list[float]:
+    """What every number of `heads` latents saves, in the units of `damages`, summed over the heads."""
+    total = sum(_energy(terms(position)) for position in range(layers)).clamp_min(TINY)  # type: ignore[union-attr]
+    return [max(layers * float(saved), 0.0) for saved in _kept(terms, layers, heads).diff() / total]
 
 
 def part_of(term: Term, columns: Tensor) -> Term:

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from kvfold.arrange import arranged, centred
 from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
 from kvfold.errors import RecipeError
 from kvfold.grouping import GROUPINGS, best_order, head_columns, reordered
-from kvfold.latents import Latents, Term, damages, lost_energy, part_of, solve
+from kvfold.latents import Latents, Term, damages, lost_energy, part_of, solve, spectrum
+from kvfold.number_format import StoredShape
 from kvfold.plan import CacheSpec, divisors
-from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, as_reader, plain_spec, rope_of
+from kvfold.width.base import LayerGroup, WidthMethod, as_reader, method_name, plain_spec, rope_of
 
 LATENTS = ("layer", "group")
 
@@ -80,9 +82,8 @@ class LowRankWidth(WidthMethod):
 
     def _shapes_of(self, layer: AttentionLayer, layers: int, latent: str) -> list[StoredShape]:
         if layers > 1 and not self.spans_layers:
-            method = type(self).__module__.rpartition(".")[2]
             raise RecipeError(
-                f"width method {method!r} does not span layers; use logit or mean_pool with a depth method."
+                f"width method {method_name(self)!r} does not span layers; use logit or mean_pool with a depth method."
             )
         if not self.kv_heads:
             return self._shapes(layer, latent)
@@ -120,23 +121,35 @@ class LowRankWidth(WidthMethod):
     def value_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
         return damages(lambda i: self.value_term(group, i), len(group), shapes)
 
+    def key_spectrum(self, group: LayerGroup, heads: int) -> list[float]:
+        return spectrum(lambda i: self.key_term(group, i), len(group), heads)
+
+    def value_spectrum(self, group: LayerGroup, heads: int) -> list[float]:
+        return spectrum(lambda i: self.value_term(group, i), len(group), heads)
+
+    @property
+    def stored_statistics(self) -> tuple[str, str]:
+        """The statistics that keys and values are latents of."""
+        return ("keys_before_rotation" if self.rebuilds_on_read else "keys", "values")
+
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
         rope = "on_read" if self.rebuilds_on_read and layer.rotary_dim else rope_of(layer)
+        centred = (keys.form or values.form) is not None and {*self.stored_statistics} <= self.needs
         return dataclasses.replace(
             plain_spec(layer, keys, values),
             rope=rope,
             k_projection=layer.rotary_dim > 0 or layer.qk_norm or keys.width > layer.head_dim,
             k_partial=rope == "applied" and 0 < layer.rotary_dim < layer.head_dim and not layer.qk_norm,
-            k_offset=rope == "on_read" and self.centres_keys,
+            k_offset=rope == "on_read" and (self.centres_keys or centred),
             v_projection=values.width > layer.head_dim,
-            output_bias=self.centres_values,
+            output_bias=self.centres_values or centred,
+            stored_bias=centred,
         )
 
     def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
         if self.grouping == "similar":
             group = reordered(group, self._order(group, spec))
-        keys = solve(lambda i: self.key_term(group, i), len(group), spec.num_kv_heads, spec.head_dim)
-        values = self.value_latents(group, spec)
+        keys, values = self._stored_latents(group, spec)
         for position, layer in enumerate(group.layers):
             weights = group.weights(position)
             originals = {f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)}
@@ -145,15 +158,63 @@ class LowRankWidth(WidthMethod):
             if not position:
                 folded = store_values(folded, values.a_CRF)
             if spec.k_offset:
-                folded = dataclasses.replace(folded, k_b_bias=_offset(group, position, keys))
+                folded = dataclasses.replace(folded, k_b_bias=self._offset(group, position, keys))
             if spec.rope == "none" or (spec.rope == "on_read" and not layer.qk_norm):
                 folded = fuse_keys(layer, folded, spec)
             if spec.k_partial and not position:
                 folded = fuse_unrotated(layer, folded)
-            if self.centres_values:
-                folded = restore_mean(folded, self.missing_values(group, position, values))
+            if spec.stored_bias and not position:
+                folded = subtract_centres(folded, keys, values)
+            if spec.output_bias:
+                folded = restore_mean(folded, self._missing(group, position, values))
             folded = lead_values_back(layer, folded, back_UFV)
             yield as_reader(folded) if position else folded
+
+    def _stored_latents(self, group: LayerGroup, spec: CacheSpec) -> tuple[Latents, Latents]:
+        """Of keys and values, arranged and centred where they are quantized."""
+        keys = solve(lambda i: self.key_term(group, i), len(group), spec.num_kv_heads, spec.head_dim)
+        values = self.value_latents(group, spec)
+        if spec.k_bits is not None:
+            covariance_FF = self._covariance(group, 0, self.key_term)
+            keys = arranged(keys, lambda i: self.key_term(group, i), len(group), covariance_FF, spec.k_bits)
+        if spec.v_bits is not None:
+            covariance_FF = self._covariance(group, 1, self.value_term)
+            values = arranged(values, lambda i: self.value_term(group, i), len(group), covariance_FF, spec.v_bits)
+        if not spec.stored_bias:
+            return keys, values
+        k_mean_F, v_mean_F = (group.moments(0)[name].mean_F for name in self.stored_statistics)
+        if group.owner.softcap is not None and spec.rope != "on_read":  # capped scores notice a constant
+            k_mean_F = torch.zeros_like(k_mean_F)
+        return centred(keys, k_mean_F), centred(values, v_mean_F)
+
+    def _covariance(self, group: LayerGroup, side: int, term: Callable[[LayerGroup, int], Term]) -> Tensor:
+        """What quantization sees vary; of a method without statistics what it takes for that."""
+        moment = group.moments(0).get(self.stored_statistics[side])
+        return term(group, 0).second_FF if moment is None else moment.covariance_FF
+
+    def _offset(self, group: LayerGroup, position: int, keys: Latents) -> Tensor:
+        """[C, F/C]: what is added to rebuilt keys: what was subtracted from the latents, and the layer's mean key without
+        what the latents say of it."""
+        back_CFR = keys.back(position)
+        offset_CF = back_CFR.new_zeros(back_CFR.shape[:2])
+        if keys.centre_CR is not None:
+            offset_CF = torch.einsum("cfr,cr->cf", back_CFR, keys.centre_CR)
+        if not self.centres_keys:
+            return offset_CF
+        own_CF, owner_CF = (
+            group.moments(i)["keys_before_rotation"].mean_F.unflatten(0, (len(back_CFR), -1)) for i in (position, 0)
+        )
+        return offset_CF + own_CF - torch.einsum("cfr,crg,cg->cf", back_CFR, keys.a_CRF, owner_CF)
+
+    def _missing(self, group: LayerGroup, position: int, values: Latents) -> Tensor:
+        """[K, H]: what averaged values lack."""
+        missing_KH = torch.zeros(group.owner.num_kv_heads, group.owner.head_dim, dtype=torch.float64)
+        if self.centres_values:
+            missing_KH = self.missing_values(group, position, values)
+        if values.centre_CR is None:
+            return missing_KH
+        subtracted_UF = torch.einsum("ufv,uv->uf", values.back(position), values.centre_CR)
+        return missing_KH + subtracted_UF.reshape(missing_KH.shape)
 
     def _order(self, group: LayerGroup, spec: CacheSpec) -> list[int]:
         """Key/value heads of the owner, group after group."""
@@ -187,11 +248,19 @@ def restore_mean(folded: FoldedWeights, missing_KH: Tensor) -> FoldedWeights:
     return dataclasses.replace(folded, o_bias=bias_D if folded.o_bias is None else folded.o_bias + bias_D)
 
 
-def _offset(group: LayerGroup, position: int, keys: Latents) -> Tensor:
-    """[C, F/C]: the layer's mean key before rotation, without what the latents say of it."""
-    means = (group.moments(i)["keys_before_rotation"].mean_F.unflatten(0, (len(keys.a_CRF), -1)) for i in (position, 0))
-    own_CF, owner_CF = means
-    return own_CF - torch.einsum("cfr,crg,cg->cf", keys.back(position), keys.a_CRF, owner_CF)
+def subtract_centres(folded: FoldedWeights, keys: Latents, values: Latents) -> FoldedWeights:
+    """Stored numbers are quantized around their mean; biases take it out where they are made."""
+    assert keys.centre_CR is not None and values.centre_CR is not None, "both sides are centred"
+    changes: dict[str, Tensor] = {"v_bias": _less(folded.v_bias, values.centre_CR.flatten())}
+    if folded.k_a_proj is not None:
+        changes["k_a_bias"] = -keys.centre_CR
+    else:
+        changes["k_bias"] = _less(folded.k_bias, keys.centre_CR.flatten())
+    return dataclasses.replace(folded, **changes)
+
+
+def _less(bias: Tensor | None, centre: Tensor) -> Tensor:
+    return -centre if bias is None else bias - centre
 
 
 def fuse_keys(layer: AttentionLayer, folded: FoldedWeights, spec: CacheSpec) -> FoldedWeights:

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvfold.allocate import Axes, Curves, Groups, allocate, check_request, choose_layout
+from kvfold.allocate import (
+    Axes,
+    Curves,
+    Groups,
+    Limits,
+    Request,
+    allocate,
+    check_request,
+    choose_layout,
+    expected_curves,
+    smallest_under,
+)
 from kvfold.architectures.base import empty_model, source_config
 from kvfold.calibrate import Statistics
 from kvfold.card import write_card_text
 from kvfold.checkpoint import Checkpoint
-from kvfold.depth.base import Targets
 from kvfold.fold import fold, folded_config
 from kvfold.gather import TRAINING_TOKENS, Material, layer_group
 from kvfold.loading import Source, open_source, resolve_device
 from kvfold.output import copy_side_files, partial_folder, publish, refuse_out
 from kvfold.plan import CachePlan
-from kvfold.probe import measure_curves
+from kvfold.probe import Probe
 from kvfold.recipe import Recipe, make_recipe
 from kvfold.runtime.modeling import empty_folded_model
 from kvfold.storage import write_text
@@ -62,11 +73,15 @@ def compress(
     clock = _Clock()
     source = open_source(recipe.model)
     axes = Axes(**{axis: recipe.method(axis) for axis in ("depth", "width", "bits", "length")})
+    limits = Limits(keep_layers=recipe.keep_layers, min_width=recipe.min_width)
     material = Material(recipe, source, run_dir, resolve_device(device))
-    targets = choose_layout(
-        source.layers, axes, kv_budget=recipe.kv_budget, sample=material.sample() if axes.depth.needs_sample else None
+    asked = Request(
+        layers=source.layers, targets=(None,) * len(source.layers), axes=axes, dtype=source.dtype, limits=limits
     )
-    check_request(source.layers, targets, axes, recipe.kv_budget, source.dtype)
+    sample = material.sample() if axes.depth.needs_sample else None
+    targets = choose_layout(asked, kv_budget=recipe.kv_budget, sample=sample)
+    request = dataclasses.replace(asked, targets=targets)
+    check_request(request, 1.0 if recipe.target_kl else recipe.kv_budget)
     if recipe.keep_parameters:
         widened_size(source.arch, source.checkpoint.config, len(source.layers), 0)
     statistics = material.statistics(axes.width.needs, axes.width.needs_cross, targets, axes.width.joint)
@@ -78,16 +93,7 @@ def compress(
     def groups(owner: int) -> LayerGroup:
         return layer_group(source, targets, owner, statistics, axes.width, vectors)
 
-    plan = allocate(
-        source.layers,
-        targets,
-        axes,
-        kv_budget=recipe.kv_budget,
-        dtype=source.dtype,
-        strategy=recipe.allocate,
-        groups=groups,
-        measure=functools.partial(_measure, recipe, material, statistics, targets, groups),
-    )
+    plan = _plan(recipe, request, groups, lambda: _probe(recipe, material, statistics, request, groups))
     _warn_if_far_below(recipe, plan)
     clock.lap("allocate")
     partial = partial_folder(out, _identity(recipe, source.checkpoint, plan, statistics))
@@ -100,17 +106,32 @@ def compress(
     return Folded(Path(recipe.out), plan, clock.laps)
 
 
-def _measure(
-    recipe: Recipe, material: Material, statistics: Statistics | None, targets: Targets, groups: Groups, curves: Curves
-) -> Curves:
+def _plan(recipe: Recipe, request: Request, groups: Groups, probe: Callable[[], Probe]) -> CachePlan:
+    """By bytes, or the smallest that stays under the KL that the recipe names."""
+    probe = functools.cache(probe)
+
+    @functools.cache
+    def curves() -> Curves:
+        return probe().curves() if recipe.allocate == "measured" else expected_curves(request, groups)
+
+    def plan(kv_budget: float | None) -> CachePlan:
+        return allocate(request, kv_budget=kv_budget, strategy=recipe.allocate, curves=curves)
+
+    if recipe.target_kl is None:
+        return plan(recipe.kv_budget)
+    return smallest_under(recipe.target_kl, plan, lambda made: probe().kl_of(made))
+
+
+def _probe(
+    recipe: Recipe, material: Material, statistics: Statistics | None, request: Request, groups: Groups
+) -> Probe:
     fields = recipe.to_dict()["width"]
     key = hashlib.sha256(
-        f"{__version__} {statistics and statistics.folder.name} {fields} {targets}".encode()
+        f"{__version__} {statistics and statistics.folder.name} {fields} {request.targets}".encode()
     ).hexdigest()
-    return measure_curves(
+    return Probe(
         material.source,
-        recipe.method("width"),
-        curves,
+        request,
         groups,
         tokens_BT=material.tokens(),
         file=material.run_dir / f"probes-{key[:12]}.json",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvfold.errors import PlanError
+from kvfold.number_format import NumberFormat, StoredShape, tokens_at_once
 
 FORMAT_VERSION = 1
 CONFIG_KEY = "kv_compression_config"
@@ -63,6 +65,9 @@ class CacheSpec:
     both are then rebuilt on read. 0 for none.
     `v_projection`: the way back to the source's value heads is kept apart (`v_b_proj`) instead of being fused into `o_proj`.
     `output_bias`: the fold added a bias to `o_proj` that the source does not have.
+    `k_bits`, `v_bits`: how stored numbers are quantized; None keeps them in the checkpoint's dtype.
+    `stored_bias`: what makes stored keys and values has a bias that the source does not have (numbers are quantized around
+    their mean).
     """
 
     num_kv_heads: int
@@ -78,14 +83,37 @@ class CacheSpec:
     hidden: int = 0
     v_projection: bool = False
     output_bias: bool = False
-    k_bits: int | None = None
-    v_bits: int | None = None
+    k_bits: NumberFormat | None = None
+    v_bits: NumberFormat | None = None
+    stored_bias: bool = False
     window: int | None = None
     sinks: int = 0
 
     @property
     def numbers_per_token(self) -> int:
         return self.num_kv_heads * self.head_dim + self.num_v_heads * self.v_head_dim
+
+    @property
+    def sides(self) -> tuple[StoredShape, StoredShape]:
+        """Keys and values."""
+        return (
+            StoredShape(self.num_kv_heads, self.head_dim, self.k_bits),
+            StoredShape(self.num_v_heads, self.v_head_dim, self.v_bits),
+        )
+
+    @property
+    def widest(self) -> int:
+        """Numbers per token of the larger side."""
+        return max(side.numbers for side in self.sides)
+
+    def bytes_per_token(self, itemsize: int) -> float:
+        """Stored for one token, scales included; what several tokens share is shared out."""
+        return sum(side.bytes_per_token(itemsize) for side in self.sides)
+
+    def bytes_allocated(self, context_len: int, itemsize: int) -> int:
+        """Of the storage that `context_len` tokens need."""
+        tokens = self.tokens_allocated(context_len)
+        return sum(side.bytes_allocated(tokens, itemsize) for side in self.sides)
 
     def tokens_allocated(self, context_len: int) -> int:
         """Tokens for which a cache has room after `context_len` tokens: whole blocks, at most a window and a block more."""
@@ -144,7 +172,8 @@ class CachePlan:
 
     def kv_bytes_per_token(self, dtype: str | None = None) -> int:
         """Bytes stored for one more token of one sequence, over all layers (inside every window)."""
-        return self.itemsize(dtype) * sum(spec.numbers_per_token for spec in self.owned) + self.position_bytes
+        itemsize = self.itemsize(dtype)
+        return math.ceil(sum(spec.bytes_per_token(itemsize) for spec in self.owned)) + self.position_bytes
 
     @property
     def position_bytes(self) -> int:
@@ -157,8 +186,9 @@ class CachePlan:
 
     def kv_bytes(self, context_len: int, *, batch_size: int = 1, dtype: str | None = None) -> int:
         """Bytes allocated for `batch_size` sequences of `context_len` tokens, unfilled blocks and windows included."""
-        numbers = sum(spec.numbers_per_token * spec.tokens_allocated(context_len) for spec in self.owned)
-        return batch_size * (self.itemsize(dtype) * numbers + self.position_bytes * round_up(context_len))
+        itemsize = self.itemsize(dtype)
+        stored = sum(spec.bytes_allocated(context_len, itemsize) for spec in self.owned)
+        return batch_size * (stored + self.position_bytes * round_up(context_len))
 
     def source_kv_bytes(self, context_len: int, *, batch_size: int = 1, dtype: str | None = None) -> int:
         """Bytes that the original model's DynamicCache holds after `context_len` tokens."""
@@ -167,15 +197,32 @@ class CachePlan:
 
     @property
     def joint(self) -> bool:
-        """Whether some cache shows past tokens through latents and those of the running step exactly, so that the result
-        depends on the steps in which tokens came."""
+        """Whether some cache shows past tokens through latents and those of the running step exactly."""
         return any(spec.joint for spec in self.owned)
+
+    @property
+    def depends_on_steps(self) -> bool:
+        """Whether the result depends on the steps in which tokens came: some caches show the last tokens exactly."""
+        return self.joint or any(
+            side.form is not None and side.form.block > 1 for spec in self.owned for side in spec.sides
+        )
+
+    def kv_workspace_bytes(self, *, batch_size: int = 1, dtype: str | None = None) -> int:
+        """The most that one decode step turns back into numbers at once: a piece of one layer's packed keys and values."""
+        sizes = [
+            tokens_at_once(batch_size * max(spec.widest, source.numbers_per_token // 2))
+            * sum(side.numbers for side in spec.sides if side.form is not None)
+            for spec, source in zip(self.caches, self.source, strict=True)
+            if spec is not None
+        ]
+        return batch_size * self.itemsize(dtype) * max(sizes)
 
     def kv_read_bytes(self, context_len: int, *, dtype: str | None = None) -> int:
         """Bytes of cache read by one decode step of one sequence; a shared cache is read by each of its readers."""
         specs = [self.cache_of(layer) for layer in range(self.num_layers)]
-        numbers = sum(spec.numbers_per_token * spec.tokens_read(context_len) for spec in specs)
-        return self.itemsize(dtype) * numbers + self.position_bytes * context_len
+        itemsize = self.itemsize(dtype)
+        read = sum(spec.bytes_per_token(itemsize) * spec.tokens_read(context_len) for spec in specs)
+        return math.ceil(read) + self.position_bytes * context_len
 
     def itemsize(self, dtype: str | None = None) -> int:
         return ITEMSIZE[dtype or self.dtype]
@@ -234,7 +281,10 @@ def source_plan(source: Sequence[SourceLayer], dtype: str) -> CachePlan:
 
 def _build(cls: Any, data: Mapping[str, Any], where: str) -> Any:
     _check_fields(data, cls, where)
-    return cls(**data)
+    formats = {name: data[name] for name in ("k_bits", "v_bits") if isinstance(data.get(name), Mapping)}
+    for name, value in formats.items():
+        _check_fields(value, NumberFormat, f"{where}.{name}")
+    return cls(**{**data, **{name: NumberFormat(**value) for name, value in formats.items()}})
 
 
 def _check_fields(data: Mapping[str, Any], cls: Any, where: str) -> None:
@@ -305,15 +355,28 @@ def _validate_cache(index: int, source: SourceLayer, spec: CacheSpec) -> None:
         raise PlanError(
             f"layer {index}: k_offset goes with keys that are rebuilt on read (k_projection, rope: on_read)."
         )
-    reserved = {"k_bits": None, "v_bits": None, "sinks": 0}
-    for name, only in reserved.items():
-        if getattr(spec, name) != only:
-            raise PlanError(
-                f"layer {index}: {name} = {getattr(spec, name)!r} is reserved; format version {FORMAT_VERSION}"
-                f" defines {name} = {only!r} only."
-            )
+    if spec.sinks:
+        raise PlanError(
+            f"layer {index}: sinks = {spec.sinks!r} is reserved; format version {FORMAT_VERSION} defines sinks = 0 only."
+        )
+    for name, (_, width, form) in zip(("k_bits", "v_bits"), spec.sides, strict=True):
+        if form is not None:
+            _validate_format(f"layer {index}: {name}", spec, width, form)
     if spec.window != source.window:
         raise PlanError(f"layer {index}: window {spec.window} differs from the source's {source.window}.")
+
+
+def _validate_format(where: str, spec: CacheSpec, width: int, form: Any) -> None:
+    if not isinstance(form, NumberFormat):
+        raise PlanError(f"{where} = {form!r} is not a description of tiers and scales (docs/format.md).")
+    if form.width != width:
+        raise PlanError(f"{where} describes {form.width} numbers, but stored heads have {width}.")
+    if spec.joint:
+        raise PlanError(f"{where}: caches that several layers fill together are not quantized.")
+    if form.block > 1 and (spec.window is not None or CACHE_BLOCK % form.block):
+        raise PlanError(
+            f"{where}: scales per channel need a cache without a sliding window, and blocks that divide {CACHE_BLOCK} tokens."
+        )
 
 
 def _validate_target(plan: CachePlan, index: int, target: int) -> None:

@@ -33,7 +33,24 @@ MLKV_PAPER = {
 }
 """The nine configurations of arXiv 2406.09297, named by their number of key/value heads in 12 layers of 12."""
 
+
+def _plain(bits: int) -> Preset:
+    about = f"the cache as it is in {bits} bits, one scale per token and head"
+    return Preset(
+        about, {"width": {"method": "identity"}, "bits": {"method": "integer", "k_bits": bits, "v_bits": bits}}
+    )
+
+
 PRESETS = {
+    "auto": Preset(
+        "low rank and few bits, shared out over layers, keys and values by measured damage (the default)",
+        {
+            "width": {"method": "attended", "rope": "on_read"},
+            "bits": {"method": "mixed"},
+            "allocate": "measured",
+            "calibration": {"data": "self"},
+        },
+    ),
     "identity": Preset("the cache as it is, under kvfold's runtime (a control)", {"width": {"method": "identity"}}),
     "gqa": Preset("mean-pooled key/value heads (arXiv 2305.13245)", {"width": {"method": "mean_pool"}}),
     "mqa": Preset("one mean-pooled key/value head per layer", {"width": {"method": "mean_pool", "kv_heads": 1}}),
@@ -65,6 +82,16 @@ PRESETS = {
     "small": Preset(
         "latents of keys before rotation, rebuilt on read; widths by measured damage",
         {"width": {"method": "attended", "rope": "on_read"}, "allocate": "measured"},
+    ),
+    **{f"int{bits}": _plain(bits) for bits in (8, 4, 3, 2)},
+    "int4_rotated": Preset(
+        "int4 with every head turned by an orthogonal matrix (after QuaRot, arXiv 2404.00456)",
+        {"width": {"method": "orthogonal"}, "bits": {"method": "integer"}},
+    ),
+    "fp8": Preset("the cache as it is in float8 e4m3", {"width": {"method": "identity"}, "bits": {"method": "fp8"}}),
+    "kivi": Preset(
+        "2 bits, keys per channel and values per token (after KIVI, arXiv 2402.02750)",
+        {"width": {"method": "identity"}, "bits": {"method": "kivi"}},
     ),
     "mlkv": Preset(
         "neighbouring layers share mean-pooled heads (arXiv 2406.09297)",

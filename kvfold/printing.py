@@ -12,12 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from kvfold.comparison import Comparison
+from kvfold.drawing import bar, described
 from kvfold.evaluation import Evaluation
 from kvfold.plan import CachePlan
-from kvfold.report import cells, column_names, markdown, render
+from kvfold.report import budget_plot, cells, column_names, markdown, render
 from kvfold.storage import write_text
 
 STDOUT = Console(width=None if sys.stdout.isatty() else 160)
+SVG = '<?xml version="1.0" encoding="utf-8"?>\n'
 LEGIBLE = 24
 """Characters below which a continuation is shown under the table instead of in it."""
 
@@ -31,8 +33,9 @@ def print_json(values: dict[str, Any]) -> None:
 def print_plan(plan: CachePlan, title: str) -> None:
     """What every layer stores, and what it adds up to."""
     table = Table(title=title, title_justify="left")
-    for column in ("layers", "keys", "values", "window", "bytes per token", "of the original"):
-        table.add_column(column, justify="left" if column == "layers" else "right")
+    for column in ("layers", "keys", "", "values", "", "window", "bytes per token", "of the original"):
+        left = column in ("layers", "keys", "values", "")
+        table.add_column(column, justify="left" if left else "right", no_wrap=not column)
     for layers, line in _plan_lines(plan):
         table.add_row(layers, *line)
     STDOUT.print(table)
@@ -41,6 +44,12 @@ def print_plan(plan: CachePlan, title: str) -> None:
         f" {plan.source_kv_bytes_per_token():,}; 32,768 tokens take {plan.kv_bytes(32_768) / 1e6:,.1f} MB instead of"
         f" {plan.source_kv_bytes(32_768) / 1e6:,.1f} MB."
     )
+    if any(side.form for spec in plan.owned for side in spec.sides):
+        STDOUT.print(
+            "heads x width: numbers x bits. █ 7 bits and more, ▓ 5 and 6, ▒ 3 and 4, ░ 1 and 2, · not stored. A decode step"
+            f" turns {plan.kv_workspace_bytes() / 1e6:,.2f} MB per sequence back into numbers at a time.",
+            highlight=False,
+        )
     if plan.position_bytes:
         STDOUT.print(
             "Keys are stored before rotation; every step rotates (and rebuilds) what it reads."
@@ -53,15 +62,16 @@ def _plan_lines(plan: CachePlan) -> list[tuple[str, list[str]]]:
     lines: list[tuple[list[int], list[str]]] = []
     for index, spec in enumerate(plan.caches):
         if spec is None:
-            line = [f"reads layer {plan.owner(index)}", "", "", "0", "0"]
+            line = [f"reads layer {plan.owner(index)}", "", "", "", "", "0", "0"]
         else:
-            size, source = spec.numbers_per_token, plan.source[index].numbers_per_token
+            size, source = spec.bytes_per_token(plan.itemsize()), plan.source[index].numbers_per_token
+            drawn = [(described(side), bar(side, source // 2, plan.itemsize())) for side in spec.sides]
             line = [
-                f"{spec.num_kv_heads} x {spec.head_dim}",
-                f"{spec.num_v_heads} x {spec.v_head_dim}",
+                *drawn[0],
+                *drawn[1],
                 f"{spec.window or ''}",
-                f"{size * plan.itemsize():,}",
-                f"{size / source:.4g}",
+                f"{size:,g}",
+                f"{size / source / plan.itemsize():.4g}",
             ]
         if lines and lines[-1][1] == line:
             lines[-1][0].append(index)
@@ -90,6 +100,7 @@ def print_comparison(found: Comparison, out: Path) -> None:
     report = out / "report.html"
     write_text(report, render(found))
     write_text(out / "table.md", markdown(found))
+    write_text(out / "frontier.svg", SVG + budget_plot(found))
     continued = [("original", found.continuation)] + [(row.preset, row.continuation or row.note) for row in found.rows]
     columns = column_names(found)
     lines = [["original", "1.000", *[""] * (len(columns) - 2)]] + [cells(row, columns) for row in found.rows]
@@ -119,4 +130,6 @@ def _one_line(text: str) -> str:
 
 def _json_row(row: Any) -> dict[str, Any]:
     found = {"preset": row.preset, "asked_budget": row.asked_budget}
-    return found | (row.evaluation.to_json() if row.evaluation else {"note": row.note})
+    if not row.evaluation:
+        return found | {"note": row.note}
+    return found | row.evaluation.to_json() | {"further": [other.to_json() for other in row.further]}

@@ -6,9 +6,10 @@ Expected damages are comparable within a layer and a side, not between them. A f
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,56 +18,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvfold.allocate import Curves, Groups
+from kvfold.allocate import Curve, Curves, Groups, Request, expected_curve
 from kvfold.checkpoint import read_json
 from kvfold.loading import Source, default_dtype, load_weights
+from kvfold.number_format import NumberFormat, StoredShape
+from kvfold.plan import CachePlan, CacheSpec
 from kvfold.progress import track
+from kvfold.quantize import roundtrip
 from kvfold.runtime.attention import CURRENT_STATE, FoldedAttention, ForwardState
 from kvfold.storage import make_folder, write_text
-from kvfold.width.base import StoredShape, WidthMethod
 
 PROBE_TOKENS = 4096
 """Calibration tokens on which KL is measured."""
 TOKENS_PER_BATCH = 2048
-SIZES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""Where it is measured, as shares of the numbers that lose nothing."""
+SIZES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+"""Where it is measured, as shares of the bytes of a side."""
+NOISE_BITS = 3
+"""Of the measurement that compares quantization with leaving numbers out."""
+MOST_NOISE = 16.0
+"""Their ratio is not trusted further than this."""
 LEAST = 1e-12
 """KL below which nothing can be measured."""
 
 
-def measure_curves(
-    source: Source, width: WidthMethod, curves: Curves, groups: Groups, *, tokens_BT: Tensor, file: Path, device: str
-) -> Curves:
-    """Curves of (shape, KL) in place of `curves` of (shape, expected damage), which give the form between measured points.
-
-    Needs the whole model in memory, in the dtype that evaluation uses. What was measured is kept in `file`: it serves other
-    budgets, and the same run after an interruption.
-    """
-    make_folder(file.parent)
-    rows = max(PROBE_TOKENS // tokens_BT.shape[1], 1)
-    probe = _Probe(source, width, groups, tokens_BT[:rows], device, read_json(file) if file.exists() else {})
-    measured = {}
-    for key, points in track(curves.items(), "probing", len(curves)):
-        measured[key] = probe.curve(*key, points)
-        write_text(file, json.dumps(probe.known))
-    return measured
-
-
-class _Probe:
-    """The original model, in which one cache at a time is folded. `known`: what was measured already."""
+class Probe:
+    """The original model, in which some caches are folded. What was measured is kept in `file`: it serves other budgets, and
+    the same run after an interruption. Needs the whole model in memory, in the dtype that evaluation uses."""
 
     def __init__(
-        self,
-        source: Source,
-        width: WidthMethod,
-        groups: Groups,
-        tokens_BT: Tensor,
-        device: str,
-        known: dict[str, float],
+        self, source: Source, request: Request, groups: Groups, *, tokens_BT: Tensor, file: Path, device: str
     ) -> None:
-        self.source, self.width, self.groups, self.device, self.known = source, width, groups, device, known
+        self.source, self.request, self.groups, self.device = source, request, groups, device
+        self.width = request.axes.width
+        tokens_BT = tokens_BT[: max(PROBE_TOKENS // tokens_BT.shape[1], 1)]
         self.batches = tokens_BT.split(max(TOKENS_PER_BATCH // tokens_BT.shape[1], 1))
         self.tokens = tokens_BT.numel()
+        make_folder(file.parent)
+        self.file = file
+        self.known: dict[str, float] = read_json(file) if file.exists() else {}
+
+    def curves(self) -> Curves:
+        """What every side can store, with the KL of storing it so while all others are as they were."""
+        keys = list(self.request.options)
+        return {key: self._curve(*key) for key in track(keys, "probing", len(keys))}
+
+    def kl_of(self, plan: CachePlan) -> float:
+        """KL of a whole plan, in nats per token."""
+        label = hashlib.sha256(json.dumps(plan.to_dict()).encode()).hexdigest()
+        return self._known(label, {i: spec for i, spec in enumerate(plan.caches) if spec is not None})
 
     @functools.cached_property
     def model(self) -> Any:
@@ -77,36 +76,55 @@ class _Probe:
         """Log-probabilities of every batch."""
         return [self._log_probs(batch) for batch in self.batches]
 
-    def curve(
-        self, owner: int, side: str, points: Sequence[tuple[StoredShape, float]]
-    ) -> list[tuple[StoredShape, float]]:
-        """KL of every point: measured at SIZES, elsewhere by the expected damage, as power laws between measured points."""
-        full = points[-1][0].numbers
-        wanted = {min(range(len(points)), key=lambda i: abs(points[i][0].numbers - share * full)) for share in SIZES}
-        measured = {}
-        for i in sorted(wanted - {len(points) - 1}):  # the last loses nothing
-            label = f"{owner} {side} {points[i][0].num_heads}x{points[i][0].width}"
-            if label not in self.known:
-                self.known[label] = self._kl(owner, side, points[i][0])
-            measured[i] = self.known[label]
+    def _curve(self, owner: int, side: str) -> Curve:
+        """KL is measured at SIZES; elsewhere expected damage gives the form, as power laws between measured points."""
+        noise = 1.0
+        if self.request.axes.bits.by_spectrum and owner not in self.request.limits.keep_layers:
+            noise = self._noise(owner, side)
+        points = expected_curve(self.request, self.groups, owner, side, noise)
+        full = self.request.cost(self.request.shapes(self.request.layers[owner], side)[-1])
+        costs = [self.request.cost(shape) for shape, _ in points]
+        wanted = {min(range(len(points)), key=lambda i: abs(math.log(costs[i] / (share * full)))) for share in SIZES}
+        measured = {i: self._side(owner, side, points[i][0]) for i in sorted(wanted) if points[i][1] > LEAST}
         kls = interpolate([damage for _, damage in points], measured)
         return [(shape, kl) for (shape, _), kl in zip(points, kls, strict=True)]
 
+    def _noise(self, owner: int, side: str) -> float:
+        """KL per expected damage of quantization, over that of leaving numbers out, at about the same damage."""
+        group, shapes = self.groups(owner), self.request.shapes(self.request.layers[owner], side)
+        form = NumberFormat(tiers=((shapes[-1].width, NOISE_BITS),))
+        numbers = torch.randn(1, 1, 256, shapes[-1].width, generator=torch.Generator().manual_seed(0))
+        lost = float((roundtrip(numbers, form) - numbers).square().mean())
+        damages = (self.width.key_damage if side == "keys" else self.width.value_damage)(group, shapes)
+        damage, shape = min(
+            zip(damages, shapes, strict=True), key=lambda point: abs(math.log(max(point[0], LEAST) / lost))
+        )
+        if damage <= LEAST:  # numbers without rank: there is nothing to leave out
+            return 1.0
+        noisy = self._side(owner, side, shapes[-1]._replace(form=form)) / lost
+        return min(max(noisy / (self._side(owner, side, shape) / damage), 1 / MOST_NOISE), MOST_NOISE)
+
+    def _side(self, owner: int, side: str, shape: StoredShape) -> float:
+        """KL of storing one side so."""
+        layer, other = self.request.layers[owner], "values" if side == "keys" else "keys"
+        chosen = {(owner, side): shape, (owner, other): self.request.shapes(layer, other)[-1]}
+        tiers = "" if shape.form is None else f" {shape.form.scales} {shape.form.tiers} {shape.form.group_size}"
+        label = f"{owner} {side} {shape.num_heads}x{shape.width}{tiers}"
+        return self._known(label, {owner: self.request.spec(layer, chosen)})
+
+    def _known(self, label: str, specs: Mapping[int, CacheSpec]) -> float:
+        if label not in self.known:
+            self.known[label] = self._kl(specs)
+            write_text(self.file, json.dumps(self.known))
+        return self.known[label]
+
     @torch.no_grad()
-    def _kl(self, owner: int, side: str, shape: StoredShape) -> float:
-        before, group = self.original, self.groups(owner)  # `original` is made while the model is still itself
-        other = (self.width.value_shapes if side == "keys" else self.width.key_shapes)(group.owner, len(group))[-1]
-        keys, values = (shape, other) if side == "keys" else (other, shape)
-        spec = self.width.spec(group.owner, keys, values)
-        stock = {layer.index: self.source.arch.modules(self.model)[layer.index] for layer in group.layers}
-        for layer, folded in zip(group.layers, self.width.fold(group, spec), strict=True):
-            old = stock[layer.index]
-            weight = next(old.parameters())
-            options = {"device": weight.device, "dtype": weight.dtype}
-            new = FoldedAttention(self.model.config, layer, spec, self.source.arch.norms(old), owner, **options)
-            new.load_state_dict(folded.state_dict(weight.dtype))
-            self._put(layer.index, new.eval())
+    def _kl(self, specs: Mapping[int, CacheSpec]) -> float:
+        before = self.original  # made while the model is still itself
+        stock = dict(enumerate(self.source.arch.modules(self.model)))
         try:
+            for owner, spec in specs.items():
+                self._fold(owner, spec, stock)
             after = [self._log_probs(batch) for batch in self.batches]
         finally:
             for index, module in stock.items():
@@ -114,6 +132,16 @@ class _Probe:
         pairs = zip(before, after, strict=True)
         kl = sum(F.kl_div(now, then, log_target=True, reduction="sum").item() for then, now in pairs)
         return max(kl / self.tokens, LEAST)
+
+    def _fold(self, owner: int, spec: CacheSpec, stock: Mapping[int, nn.Module]) -> None:
+        group = self.groups(owner)
+        for layer, folded in zip(group.layers, self.width.fold(group, spec), strict=True):
+            old = stock[layer.index]
+            weight = next(old.parameters())
+            options = {"device": weight.device, "dtype": weight.dtype}
+            new = FoldedAttention(self.model.config, layer, spec, self.source.arch.norms(old), owner, **options)
+            new.load_state_dict(folded.state_dict(weight.dtype))
+            self._put(layer.index, new.eval())
 
     def _log_probs(self, tokens_BT: Tensor) -> Tensor:
         token = CURRENT_STATE.set(ForwardState())  # readers find what owners wrote
@@ -133,7 +161,7 @@ class _Probe:
 def interpolate(damages: Sequence[float], measured: dict[int, float]) -> list[float]:
     """KL at every damage, from the KL at some: log KL is piecewise linear in log damage, and goes on in proportion beyond.
 
-    It never rises with more numbers, and the last point loses nothing.
+    It never rises with more bytes, and what is expected to lose nothing loses nothing.
     """
     if not measured:
         return list(damages)
@@ -141,5 +169,5 @@ def interpolate(damages: Sequence[float], measured: dict[int, float]) -> list[fl
     at = sorted(measured, reverse=True)  # from little damage to much
     x, y = logs[at], np.maximum.accumulate([math.log(measured[i]) for i in at])
     kls = np.exp(np.interp(logs, x, y) + np.clip(logs - x[-1], 0, None) + np.clip(logs - x[0], None, 0))
-    kls[-1] = 0.0
+    kls[np.asarray(damages) <= LEAST] = 0.0
     return np.minimum.accumulate(kls).tolist()

@@ -17,6 +17,8 @@ from kvfold.presets import PRESETS
 
 ALLOCATIONS = ("uniform", "greedy", "measured")
 SELECTIONS = ("random", "diverse")
+PREFERENCES = {"size": "on_read", "speed": "applied"}
+"""What to prefer -> how attended stores keys."""
 TYPES: dict[Any, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -64,6 +66,9 @@ class Recipe:
     model: folder or hub id; out: the folder to write; kv_budget: bytes kept / bytes of the original cache.
     keep_parameters: widen the MLPs by what attention saves, without changing their function (for uptraining, as in the MLKV
         paper).
+    target_kl: instead of kv_budget, the most that the model may lose (nats per token, measured on calibration text).
+    keep_layers: layers that store every number as it is. min_width: the least share of a layer's numbers to store.
+    prefer: `size` or `speed`, for width method attended: keys rebuilt on read, or read as they lie.
     allocate: `uniform` gives every layer the same share, `greedy` shares the budget by expected damage per byte, `measured`
         by KL per byte, measured with one cache folded at a time (the whole model must fit into memory).
     Raises RecipeError on names, fields and values that do not exist or do not fit.
@@ -73,6 +78,10 @@ class Recipe:
     out: str
     preset: str | None = None
     kv_budget: float | None = None
+    target_kl: float | None = None
+    prefer: str | None = None
+    keep_layers: tuple[int, ...] = ()
+    min_width: float = 0.0
     allocate: str = "uniform"
     keep_parameters: bool = False
     seed: int = 0
@@ -88,10 +97,24 @@ class Recipe:
                 f"kv_budget is {self.kv_budget}; it is bytes kept / bytes of the original cache, above 0 and at most 1"
                 " (0.25 means four times smaller)."
             )
+        if self.target_kl is not None and (self.target_kl <= 0 or self.kv_budget is not None):
+            raise RecipeError(
+                f"target_kl is {self.target_kl} and kv_budget {self.kv_budget}; give one of them, above 0: either how much to"
+                " lose or how much to keep."
+            )
+        if not 0 <= self.min_width <= 1:
+            raise RecipeError(f"min_width is {self.min_width}; it is a share of a layer's numbers, 0 to 1.")
+        if any(isinstance(i, bool) or not isinstance(i, int) for i in self.keep_layers):
+            raise RecipeError(f"keep_layers = {self.keep_layers!r} is not a list of layer numbers, such as [0, 1].")
+        object.__setattr__(self, "keep_layers", tuple(self.keep_layers))
         if self.allocate not in ALLOCATIONS:
             raise RecipeError(registry.unknown("allocation", self.allocate, ALLOCATIONS))
         for axis in registry.AXES:
             self.method(axis)
+        if self.bits["method"] != "identity" and self.method("width").joint:
+            raise RecipeError(
+                f"width method {self.width['method']!r} fills caches that are not quantized; leave bits out."
+            )
         if self.allocate == "measured" and self.method("width").joint:
             raise RecipeError(
                 f"allocate = 'measured' cannot measure {self.width['method']}, which sees the tokens of a step exactly;"
@@ -117,6 +140,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data with every default written out."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        data["keep_layers"] = list(self.keep_layers)
         for axis in registry.AXES:
             data[axis] = {"method": data[axis]["method"]} | dataclasses.asdict(self.method(axis))
         return data | {"calibration": dataclasses.asdict(self.calibration)}
@@ -143,8 +167,18 @@ def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
     for axis in registry.AXES:
         if axis in tree:
             tree[axis] = {"method": "identity"} | tree[axis]
+    if tree.get("prefer") is not None:
+        _prefer(tree)
     tree["calibration"] = _build(Calibration, tree.get("calibration", {}), "calibration field")
     return _build(Recipe, tree, "recipe field")
+
+
+def _prefer(tree: dict[str, Any]) -> None:
+    if tree["prefer"] not in PREFERENCES:
+        raise RecipeError(registry.unknown("preference", tree["prefer"], PREFERENCES))
+    if tree.get("width", {}).get("method") != "attended":
+        raise RecipeError("prefer goes with width method attended (presets auto, fast and small).")
+    tree["width"] = tree["width"] | {"rope": PREFERENCES[tree["prefer"]]}
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:

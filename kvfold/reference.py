@@ -6,11 +6,13 @@ Slow and obvious on purpose. Tests compare every runtime with it. It never build
 from __future__ import annotations
 
 import math
+import struct
 
 import torch
 from torch import Tensor
 
 from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
+from kvfold.number_format import NumberFormat, packed_bytes
 from kvfold.plan import CacheSpec
 
 NORM_EPS = 1e-6
@@ -91,6 +93,8 @@ def stored(
         values = _grouped(spec.num_v_heads, list(heads), weights.v_a_proj)
         values = _with_networks(weights, "v_a", list(heads), values)
     latents = _stored_keys(spec, weights, keys)
+    if weights.k_a_bias is not None:
+        latents = [latent + bias for latent, bias in zip(latents, weights.k_a_bias, strict=True)]
     if spec.hidden:
         latents = _with_networks(weights, "k_a", keys, latents)
     if weights.k_u_proj is not None:
@@ -197,6 +201,66 @@ def _network(weights: FoldedWeights, way: str, group: int, x_TF: Tensor) -> Tens
     up, bias, down = (getattr(weights, f"{way}_{part}")[group] for part in ("up_proj", "up_bias", "down_proj"))
     inner = x_TF @ up.T + bias
     return inner * (1 + torch.erf(inner / math.sqrt(2))) / 2 @ down.T
+
+
+def decoded(rows_SX: Tensor, form: NumberFormat) -> Tensor:
+    """Stored bytes of one head as numbers [tokens, width], one number at a time (docs/format.md)."""
+    rows = [list(row) for row in rows_SX.tolist()]
+    if form.scales == "channel":
+        return torch.tensor([numbers for row in rows for numbers in _decoded_block(row, form)], dtype=torch.float64)
+    return torch.tensor([_decoded_token(row, form) for row in rows], dtype=torch.float64)
+
+
+def _decoded_token(row: list[int], form: NumberFormat) -> list[float]:
+    if form.scales == "float8":
+        return [_float8(byte) for byte in row]
+    scales, at = row[: form.row_bytes - form.code_bytes], form.row_bytes - form.code_bytes
+    numbers: list[float] = []
+    for count, bits in form.tiers:
+        codes, at = _codes(row, at, count, bits), at + packed_bytes(count, bits)
+        if form.scales == "exponent":
+            scale = 2 ** ((scales.pop(0) - 128) / 8)
+            numbers += [(code + 0.5 - 2 ** (bits - 1)) * scale for code in codes]
+            continue
+        size = form.group_size or count
+        for start in range(0, count, size):
+            low, step = _float16(scales[:2]), _float16(scales[2:4])
+            scales = scales[4:]
+            numbers += [low + code * step for code in codes[start : start + size]]
+    return numbers
+
+
+def _decoded_block(row: list[int], form: NumberFormat) -> list[list[float]]:
+    ((width, bits),) = form.tiers
+    tokens = []
+    for token in range(form.block):
+        codes = _codes(row, 4 * width + token * form.row_bytes, width, bits)
+        ranges = [row[4 * i : 4 * i + 4] for i in range(width)]
+        tokens.append([_float16(r[:2]) + c * _float16(r[2:]) for c, r in zip(codes, ranges, strict=True)])
+    return tokens
+
+
+def _codes(row: list[int], start: int, count: int, bits: int) -> list[int]:
+    """Every code is cut into planes of 8, 4, 2 or 1 bits; number j of a plane of m bytes is in byte j mod m, from bit
+    (j div m) * part on."""
+    codes = [0] * count
+    for part in (part for part in (8, 4, 2, 1) if bits & part):
+        size = -(-count * part // 8)
+        for j in range(count):
+            piece = row[start + j % size] >> part * (j // size) & 2**part - 1
+            codes[j] = codes[j] << part | piece
+        start += size
+    return codes
+
+
+def _float16(pair: list[int]) -> float:
+    return struct.unpack("<e", bytes(pair))[0]
+
+
+def _float8(byte: int) -> float:
+    """e4m3: a sign, four bits of exponent with bias 7, three of mantissa."""
+    sign, exponent, mantissa = -1 if byte & 128 else 1, byte >> 3 & 15, byte & 7
+    return sign * (2**-6 * mantissa / 8 if not exponent else 2.0 ** (exponent - 7) * (1 + mantissa / 8))
 
 
 def alibi_slope(head: int, heads: int) -> float:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import html
-import io
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvfold.comparison import Comparison, Row
+from kvfold.drawing import frontier_plot, plan_plot, svg
 from kvfold.evaluation import Evaluation
+from kvfold.plan import CachePlan
 from kvfold.version import __version__
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ those of the checkpoint's dtype. Nothing was trained after folding.</p>
 {table}
 <h2>Budget against KL</h2>
 {budget_plot}
+<h2>What every layer stores</h2>
+{plans}
 <h2>Where the energy of keys and values lies</h2>
 <p>Share of the squared norm of keys and values that the leading directions of a layer hold, over all heads of the layer. A
 steep curve means that few numbers suffice. One line per layer.</p>
@@ -41,6 +43,9 @@ steep curve means that few numbers suffice. One line per layer.</p>
 <p>kvfold {version}</p>
 </body></html>
 """
+
+LEAST = 1e-8
+"""KL below which a logarithmic plot shows nothing."""
 
 TITLES = {
     "keys_before_rotation": "keys before rotation",
@@ -57,6 +62,7 @@ def render(comparison: Comparison) -> str:
         evaluated_on=html.escape(comparison.evaluated_on),
         table=_table(comparison),
         budget_plot=budget_plot(comparison),
+        plans=_plans(comparison),
         energy_plot=energy_plot(comparison),
         prompt=html.escape(comparison.prompt),
         continuations=_continuations(comparison),
@@ -94,22 +100,12 @@ COLUMNS = ("preset", "kv_budget", "bytes per token", "MB at 32k tokens", "loss c
 
 
 def budget_plot(comparison: Comparison) -> str:
-    """KL over bytes kept, one line per preset."""
-
-    def draw(axes: list[Axes]) -> None:
-        for preset in dict.fromkeys(row.preset for row in comparison.rows):
-            points = sorted(
-                (row.evaluation.kv_budget, row.evaluation.kl)
-                for row in comparison.rows
-                if row.preset == preset and row.evaluation is not None
-            )
-            if points:
-                axes[0].plot(*zip(*points, strict=True), marker="o", label=preset)
-        axes[0].set(xlabel="bytes kept / bytes of the original cache", ylabel="KL (nats per token)", yscale="log")
-        axes[0].grid(alpha=0.3)
-        axes[0].legend(frameon=False)
-
-    return _svg(draw, panels=1, size=(7.5, 4.2))
+    """KL over bytes kept, one line per preset; of those that have one size one mark."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in comparison.rows:
+        if row.evaluation is not None:
+            points.setdefault(row.preset, []).append((row.evaluation.kv_budget, max(row.evaluation.kl, LEAST)))
+    return frontier_plot(list(points.items()))
 
 
 def energy_plot(comparison: Comparison) -> str:
@@ -131,22 +127,17 @@ def energy_plot(comparison: Comparison) -> str:
         axes[0].set_ylabel("share of energy")
         axes[-1].legend(frameon=False, loc="lower right")
 
-    return _svg(draw, panels=len(TITLES), size=(11, 3.6))
+    return svg(draw, panels=len(TITLES), size=(11, 3.6))
 
 
-def _svg(draw: Callable[[list[Any]], None], panels: int, size: tuple[float, float]) -> str:
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    with rc_context({"svg.hashsalt": "kvfold", "font.size": 10}):  # the same input gives the same bytes
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasSVG(figure)
-        draw(list(figure.subplots(1, panels, squeeze=False)[0]))
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+def _plans(comparison: Comparison) -> str:
+    """A picture of every plan in which layers differ."""
+    parts = []
+    for row in comparison.rows:
+        plan = row.plan and CachePlan.from_dict(row.plan)
+        if plan and len(set(plan.caches)) > 1:
+            parts.append(f"<h3>{html.escape(row.preset)} at {plan.kv_budget:.4g}</h3>{plan_plot(plan)}")
+    return "\n".join(parts) or "<p>Every layer stores the same.</p>"
 
 
 def _table(comparison: Comparison) -> str:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 from kvfold.attention import AttentionLayer
 from kvfold.bits.base import BitsMethod
-from kvfold.plan import CacheSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity(BitsMethod):
     """No change."""
 
-    def apply(self, layer: AttentionLayer, spec: CacheSpec) -> CacheSpec:
-        return spec
+    def form(self, layer: AttentionLayer, side: str, width: int) -> None:
+        return None

@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 1024
-"""Tokens whose keys are rebuilt at a time."""
+from kvfold.number_format import tokens_at_once
+from kvfold.quantize import Scaled
 
-Piece = Callable[[int, int], Tensor]
-"""(start, end) -> the heads of these tokens, [B, heads, end - start, width]."""
+Operand = Tensor | list[Scaled]
+"""Heads of some tokens [B, heads, tokens, width], or their tiers: a number is (code + 1/2) times its token's scale."""
+
+Piece = Callable[[int, int], Operand]
+"""(start, end) -> the heads of these tokens."""
 
 
 def grouped_attention(
@@ -77,30 +80,63 @@ def _decode_by_mm(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor |
 
 
 def chunked_attention(
-    q_BNTH: Tensor, keys: Piece, values: Piece, tokens: int, mask: Tensor | None, *, scale: float
+    q_BNTH: Tensor,
+    keys: Piece,
+    values: Piece,
+    tokens: int,
+    mask: Tensor | None,
+    *,
+    numbers: int,
+    scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Few query tokens over `tokens` keys and values that are made piece by piece.
+    """Query tokens over `tokens` keys and values made piece by piece. numbers: the most of a side, per token and row.
 
     Running maximum and sum, as in flash attention: equal to `grouped_attention` over all keys at once, but for rounding.
     """
     B, N, T, _ = q_BNTH.shape
-    S = tokens
-    largest = q_BNTH.new_full((B, N, T, 1), float("-inf"), dtype=torch.float32)
+    largest = q_BNTH.new_full((B, N, T, 1), float("-inf"), dtype=_exact(q_BNTH))
     total = out = torch.zeros_like(largest)
-    mask = _additive(mask, T, S, q_BNTH)
-    for start in range(0, S, CHUNK):
-        end = min(start + CHUNK, S)
-        k_BKsH, y_BUsV = keys(start, end), values(start, end)
-        K, U = k_BKsH.shape[1], y_BUsV.shape[1]
-        queries = (q_BNTH * scale).reshape(B, K, N // K * T, -1)
-        scores = (queries @ k_BKsH.transpose(2, 3)).view(B, N, T, end - start).float()
+    mask, step = _additive(mask, T, tokens, q_BNTH), tokens_at_once(B * numbers)
+    for start in range(0, tokens, step):
+        end = min(start + step, tokens)
+        scores = _scores(q_BNTH * scale, keys(start, end))
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
         scores = scores if mask is None else scores + mask[..., start:end]
         highest = torch.maximum(largest, scores.amax(-1, keepdim=True))
         shrink, weights = (largest - highest).exp(), (scores - highest).exp()
-        part = weights.to(y_BUsV.dtype).reshape(B, U, N // U * T, -1) @ y_BUsV
-        out = out * shrink + part.view(B, N, T, -1)
+        out = out * shrink + _weighted(weights, values(start, end), q_BNTH.dtype)
         total, largest = total * shrink + weights.sum(-1, keepdim=True), highest
     return (out / total).to(q_BNTH.dtype).transpose(1, 2)
+
+
+def _scores(q_BNTH: Tensor, keys: Operand) -> Tensor:
+    """q . k [B, N, T, s], in float32 at least."""
+    B, N, T, _ = q_BNTH.shape
+    if isinstance(keys, Tensor):
+        rows = q_BNTH.reshape(B, keys.shape[1], -1, keys.shape[3])
+        return (rows @ keys.transpose(2, 3)).reshape(B, N, T, -1).to(_exact(q_BNTH))
+    C, total, at = keys[0].codes.shape[1], torch.zeros((), dtype=_exact(q_BNTH), device=q_BNTH.device), 0
+    for codes, scale in keys:
+        rows = q_BNTH[..., at : at + codes.shape[3]].reshape(B, C, N // C * T, -1)
+        at += codes.shape[3]
+        half = rows.sum(-1, keepdim=True, dtype=total.dtype) / 2
+        total = total + ((rows @ codes.transpose(2, 3)).to(total.dtype) + half) * scale.transpose(2, 3)
+    return total.reshape(B, N, T, -1)
+
+
+def _weighted(weights_BNTs: Tensor, values: Operand, dtype: torch.dtype) -> Tensor:
+    """sum_s w_s v_s [B, N, T, V], in float32 at least; products are taken in `dtype`."""
+    B, N, T, s = weights_BNTs.shape
+    if isinstance(values, Tensor):
+        rows = weights_BNTs.reshape(B, values.shape[1], -1, s)
+        return (rows.to(dtype) @ values).to(weights_BNTs.dtype).reshape(B, N, T, -1)
+    rows, parts = weights_BNTs.reshape(B, values[0].codes.shape[1], -1, s), []
+    for codes, scale in values:
+        scaled = rows * scale.transpose(2, 3)
+        half = scaled.sum(-1, keepdim=True) / 2
+        parts.append((scaled.to(dtype) @ codes).to(weights_BNTs.dtype) + half)
+    return torch.cat(parts, dim=-1).reshape(B, N, T, -1)
 
 
 def _additive(mask: Tensor | None, T: int, S: int, like: Tensor) -> Tensor | None:
@@ -110,7 +146,7 @@ def _additive(mask: Tensor | None, T: int, S: int, like: Tensor) -> Tensor | Non
     if mask is None or mask.dtype != torch.bool:
         return mask
     lowest = torch.finfo(like.dtype).min
-    return torch.zeros(mask.shape, dtype=torch.float32, device=like.device).masked_fill(~mask, lowest)
+    return torch.zeros(mask.shape, dtype=_exact(like), device=like.device).masked_fill(~mask, lowest)
 
 
 def with_alibi(mask: Tensor | None, alibi: Tensor | None, heads: int) -> Tensor | None:
@@ -157,4 +193,9 @@ def softmax(scores_BNTS: Tensor, mask: Tensor | None) -> Tensor:
         scores_BNTS = scores_BNTS.masked_fill(~mask, torch.finfo(scores_BNTS.dtype).min)
     elif mask is not None:
         scores_BNTS = scores_BNTS + mask
-    return scores_BNTS.softmax(dim=-1, dtype=torch.float32).to(scores_BNTS.dtype)
+    return scores_BNTS.softmax(dim=-1, dtype=_exact(scores_BNTS)).to(scores_BNTS.dtype)
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    """At least float32."""
+    return torch.promote_types(x.dtype, torch.float32)

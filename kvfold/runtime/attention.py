@@ -13,13 +13,16 @@ from transformers import PretrainedConfig
 
 from kvfold.attention import AttentionLayer
 from kvfold.plan import CacheSpec
+from kvfold.quantize import roundtrip
 from kvfold.runtime.attend import (
+    Operand,
     chunked_attention,
     decode_attention,
     grouped_attention,
     prefill_attention,
     with_alibi,
 )
+from kvfold.runtime.buffers import PackedTokens, Stored, read, read_all, read_for_product
 
 FEW_TOKENS = 16
 """A step of at most so many tokens (speculative decoding, short chunks) is bound by the cache's bytes, like one of one."""
@@ -60,9 +63,9 @@ class ForwardState:
     """
 
     def __init__(self, rotary: Callable[..., tuple[Tensor, Tensor]] | None = None) -> None:
-        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
+        self.stored: dict[int, tuple[Stored, Stored]] = {}
         self.rotary = rotary
-        self.past: dict[int, tuple[Tensor, Tensor] | None] = {}
+        self.past: dict[int, tuple[Stored, Stored] | None] = {}
         self.positions_BS: Tensor | None = None
         self.tables: dict[str | None, tuple[Tensor, Tensor]] = {}
 
@@ -121,11 +124,15 @@ class FoldedAttention(nn.Module):
             between = spec.rope == "applied" or (spec.rope == "on_read" and layer.qk_norm) or spec.hidden > 0
             apart = spec.k_projection and between  # something stands between k_proj and what is stored
             width = layer.rotary_dim if spec.k_partial else H  # numbers of each source head that k_proj gives
-            self.k_proj = nn.Linear(D, K * width if apart else C * R, bias=layer.qkv_bias, **options)
+            centred = spec.stored_bias
+            makes_keys = (K * width, layer.qkv_bias) if apart else (C * R, layer.qkv_bias or centred)
+            self.k_proj = nn.Linear(D, makes_keys[0], bias=makes_keys[1], **options)
             self.k_u_proj = nn.Linear(D, C * R, bias=layer.qkv_bias, **options) if spec.k_partial else None
-            self.v_proj = nn.Linear(D, K * H if spec.hidden else U * V, bias=layer.qkv_bias, **options)
+            self.v_proj = nn.Linear(
+                D, K * H if spec.hidden else U * V, bias=layer.qkv_bias or (centred and not spec.hidden), **options
+            )
             self.v_a_proj = GroupedLinear(U, K // U * H, V, **options) if spec.hidden else None
-            self.k_a_proj = GroupedLinear(C, K // C * width, R, **options) if apart else None
+            self.k_a_proj = GroupedLinear(C, K // C * width, R, bias=centred, **options) if apart else None
             self.k_norm = k_norm
         if spec.hidden:
             for way, groups, width in (("k", C, R), ("v", U, V)):
@@ -138,7 +145,8 @@ class FoldedAttention(nn.Module):
     def extra_repr(self) -> str:
         s = self.spec
         whose = "" if self.owner == self.layer_idx else f" of layer {self.owner}"
-        return f"keys {s.num_kv_heads} x {s.head_dim}, values {s.num_v_heads} x {s.v_head_dim}{whose}"
+        bits = "".join(f", {side} {f.tiers}" for side, f in (("keys", s.k_bits), ("values", s.v_bits)) if f)
+        return f"keys {s.num_kv_heads} x {s.head_dim}, values {s.num_v_heads} x {s.v_head_dim}{bits}{whose}"
 
     def forward(
         self,
@@ -194,7 +202,7 @@ class FoldedAttention(nn.Module):
 
     def _keys_values(
         self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Any, state: ForwardState | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Stored, Stored]:
         """All tokens that the T queries may see: z [B, C, S, R], y [B, U, S, V]."""
         if self.owner != self.layer_idx:
             if state is None or self.owner not in state.stored:
@@ -204,6 +212,8 @@ class FoldedAttention(nn.Module):
                 )
             return tuple(x.to(hidden_BTD.device) for x in state.stored[self.owner])  # type: ignore[return-value]
         z, y = self._new_keys_values(hidden_BTD, rotary)
+        if not hasattr(cache, "owned"):  # without kvfold's own cache numbers lose what it would lose
+            z, y = roundtrip(z, self.spec.k_bits), roundtrip(y, self.spec.v_bits)
         if cache is not None:
             z, y = cache.update(z, y, self.layer_idx)
         if state is not None:
@@ -227,11 +237,15 @@ class FoldedAttention(nn.Module):
         return z, y
 
     def _attend(
-        self, q: Tensor, z: Tensor, y: Tensor, mask: Tensor | None, *, wants_probs: bool = False
+        self, q: Tensor, z: Stored, y: Stored, mask: Tensor | None, *, wants_probs: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Decoding is bound by the bytes of the cache, so queries are absorbed and stored numbers are read as they lie. A
         prompt is bound by arithmetic: unless the stored heads suit the fused kernel, they are rebuilt for this one call."""
         dropout = self.layer.attention_dropout if self.training else 0.0
+        packed = isinstance(z, PackedTokens) or isinstance(y, PackedTokens)
+        if packed and q.shape[2] <= max(FEW_TOKENS, z.shape[2] - 1) and not (wants_probs or dropout):
+            return self._attend_packed(q, z, y, mask), None
+        z, y = read_all(z), read_all(y)
         if self._eager(wants_probs) or (1 < q.shape[2] <= FEW_TOKENS and not dropout):
             out, probs = grouped_attention(
                 self._absorb(q), z, y, mask, scale=self.scaling, dropout=dropout, softcap=self.layer.softcap
@@ -245,6 +259,20 @@ class FoldedAttention(nn.Module):
         keys, values = self._rebuild(z, "k_b"), self._rebuild(y, "v_b")
         return prefill_attention(q, keys, values, mask, scale=self.scaling, dropout=dropout), None
 
+    def _attend_packed(self, q: Tensor, z: Stored, y: Stored, mask: Tensor | None) -> Tensor:
+        """Over a cache of which only a piece at a time is turned back into numbers."""
+        out = chunked_attention(
+            self._absorb(q),
+            functools.partial(read_for_product, z),
+            functools.partial(read_for_product, y),
+            z.shape[2],
+            mask,
+            numbers=self._numbers_at_a_time,
+            scale=self.scaling,
+            softcap=self.layer.softcap,
+        )
+        return self._lead_values_back(out)
+
     def _eager(self, wants_probs: bool = False) -> bool:
         """The fused kernels return no probabilities and cap no scores. A family with alibi only knows eager, and means by it
         that masks are numbers to add, which they take as well."""
@@ -252,7 +280,7 @@ class FoldedAttention(nn.Module):
         return asked or wants_probs or self.layer.softcap is not None
 
     def _attend_on_read(
-        self, q: Tensor, z: Tensor, y: Tensor, mask: Tensor | None, tables: tuple[Tensor, Tensor] | None
+        self, q: Tensor, z: Stored, y: Stored, mask: Tensor | None, tables: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor | None]:
         """Keys are rebuilt and rotated for this call: all at once for a prompt, piece by piece for few tokens, so that the
         keys of a long cache never exist at once. `tables`: cos and sin of all tokens, None for keys that stay unrotated."""
@@ -261,24 +289,32 @@ class FoldedAttention(nn.Module):
             tables = tables[0][:, -S:], tables[1][:, -S:]
 
         def keys(start: int, end: int) -> Tensor:
-            part = self._rebuild(z[:, :, start:end], "k_b")
+            part = self._rebuild(read(z, start, end), "k_b")
             return part if tables is None else apply_rotary(part, *(table[:, start:end] for table in tables))
 
-        def values(start: int, end: int) -> Tensor:
-            part = y[:, :, start:end]
-            return self._rebuild(part, "v_b") if self.spec.hidden else part
+        def values(start: int, end: int) -> Operand:
+            return self._rebuild(read(y, start, end), "v_b") if self.spec.hidden else read_for_product(y, start, end)
 
         dropout = self.layer.attention_dropout if self.training else 0.0
         lead_back = (lambda out: out) if self.spec.hidden else self._lead_values_back
-        if self._eager():
+        packed = isinstance(z, PackedTokens) or isinstance(y, PackedTokens)
+        few = q.shape[2] <= (max(FEW_TOKENS, S - 1) if packed else FEW_TOKENS)
+        if self._eager() and not (packed and few):
+            exact = self._rebuild(read_all(y), "v_b") if self.spec.hidden else read_all(y)
             out, probs = grouped_attention(
-                q, keys(0, S), values(0, S), mask, scale=self.scaling, dropout=dropout, softcap=self.layer.softcap
+                q, keys(0, S), exact, mask, scale=self.scaling, dropout=dropout, softcap=self.layer.softcap
             )
             return lead_back(out), probs
-        if q.shape[2] <= FEW_TOKENS and not dropout:
-            return lead_back(chunked_attention(q, keys, values, S, mask, scale=self.scaling)), None
-        rebuilt = self._rebuild(y, "v_b")
+        if few and not dropout:
+            sizes: dict[str, Any] = {"numbers": self._numbers_at_a_time, "scale": self.scaling}
+            return lead_back(chunked_attention(q, keys, values, S, mask, softcap=self.layer.softcap, **sizes)), None
+        rebuilt = self._rebuild(read_all(y), "v_b")
         return prefill_attention(q, keys(0, S), rebuilt, mask, scale=self.scaling, dropout=dropout), None
+
+    @property
+    def _numbers_at_a_time(self) -> int:
+        """Of one side of one token, stored or rebuilt."""
+        return max(self.spec.widest, self.layer.num_kv_heads * self.layer.head_dim)
 
     def _absorb(self, q_BNTH: Tensor) -> Tensor:
         """Queries [B, N, T, H] -> [B, N, T, R], so that they meet the stored keys directly."""

@@ -10,73 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvfold.errors import PlanError
 from kvfold.plan import CachePlan, CacheSpec, round_up
-
-
-class GrowingBuffer:
-    """A tensor [B, heads, capacity, width] of which the tokens start:end are live. Growing never touches the live ones."""
-
-    def __init__(self) -> None:
-        self.data: Tensor | None = None
-        self.start = 0
-        self.end = 0
-
-    def append(self, new_BCTR: Tensor, capacity: int) -> None:
-        """Write T new tokens behind the live ones, in a storage of at least `capacity` tokens."""
-        tokens = new_BCTR.shape[2]
-        if self.data is None:
-            self.data = new_BCTR.new_empty(*new_BCTR.shape[:2], 0, new_BCTR.shape[3])
-        if max(capacity, self.end + tokens) > self.data.shape[2]:
-            self._make_room(tokens, capacity)
-        if torch.is_grad_enabled() and new_BCTR.requires_grad:
-            self._append_differentiably(new_BCTR)
-        else:
-            self.data[:, :, self.end : self.end + tokens] = new_BCTR
-        self.end += tokens
-
-    def view(self) -> Tensor:
-        """The live tokens [B, heads, end - start, width], without a copy."""
-        assert self.data is not None, "nothing was stored yet"
-        return self.data[:, :, self.start : self.end]
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, in this order. The usual beam step that changes nothing copies nothing."""
-        if self.data is None:
-            return
-        identity = torch.arange(self.data.shape[0], device=rows.device)
-        if rows.shape != identity.shape or not torch.equal(rows, identity):
-            self.data = self.data.index_select(0, rows.to(self.data.device))
-
-    def repeat(self, repeats: int) -> None:
-        if self.data is not None:
-            self.data = self.data.repeat_interleave(repeats, dim=0)
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.data is None else self.view().numel() * self.data.element_size()
-
-    @property
-    def nbytes_allocated(self) -> int:
-        return 0 if self.data is None else self.data.untyped_storage().nbytes()
-
-    def _make_room(self, tokens: int, capacity: int) -> None:
-        assert self.data is not None
-        live = self.view()
-        count = live.shape[2]
-        room = max(capacity, round_up(count + tokens))
-        if room <= self.data.shape[2]:  # a window slid far enough: back to the front of the same storage
-            self.data[:, :, :count] = live.clone()
-        else:
-            B, C, _, R = self.data.shape
-            grown = self.data.new_empty(B, C, room, R)
-            grown[:, :, :count] = live
-            self.data = grown
-        self.start, self.end = 0, count
-
-    def _append_differentiably(self, new_BCTR: Tensor) -> None:
-        # Writing in place would invalidate what an earlier forward saved for its backward pass.
-        assert self.data is not None
-        unused = self.data[:, :, self.end + new_BCTR.shape[2] :].detach()
-        self.data = torch.cat([self.data[:, :, : self.end], new_BCTR, unused], dim=2)
+from kvfold.runtime.buffers import Buffer, GrowingBuffer, Stored, buffer
 
 
 class GrowingLayer(CacheLayerMixin):
@@ -91,50 +25,34 @@ class GrowingLayer(CacheLayerMixin):
         self.is_sliding = spec.window is not None
         self.record_past = False
         self.length = 0
-        self.k, self.v = GrowingBuffer(), GrowingBuffer()
+        self.k: Buffer = buffer(spec.k_bits)
+        self.v: Buffer = buffer(spec.v_bits)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Stored, Stored]:
         """Store z [B, C, T, R] and y [B, U, T, V]; return all tokens that the T queries may see."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         self.length += key_states.shape[2]
-        if self.spec.window is not None and not self.record_past:
-            return self._update_window(key_states, value_states, self.spec.window)
-        capacity = self.spec.tokens_allocated(self.length)
+        window, capacity = self.spec.window, self.spec.tokens_allocated(self.length)
+        if window is not None and not self.record_past:
+            return self.k.slide(key_states, capacity, window), self.v.slide(value_states, capacity, window)
         self.k.append(key_states, capacity)
         self.v.append(value_states, capacity)
-        if self.spec.window is None:
-            return self.k.view(), self.v.view()
-        visible = self.spec.window - 1 + key_states.shape[2]
-        return self.k.view()[:, :, -visible:], self.v.view()[:, :, -visible:]
+        return self._last(None if window is None else window - 1 + key_states.shape[2])
 
-    def live(self) -> tuple[Tensor, Tensor] | None:
+    def live(self) -> tuple[Stored, Stored] | None:
         """What is stored now, z [B, C, S, R] and y [B, U, S, V]; None if nothing is."""
         if not self.length:
             return None
-        visible = slice(None) if self.spec.window is None else slice(-min(self.length, self.spec.window - 1), None)
-        return self.k.view()[:, :, visible], self.v.view()[:, :, visible]
+        return self._last(None if self.spec.window is None else min(self.length, self.spec.window - 1))
 
-    def _update_window(self, key_states: Tensor, value_states: Tensor, window: int) -> tuple[Tensor, Tensor]:
-        """Beyond the window only its last tokens are kept; a long prompt passes through without ever being stored whole."""
-        full = []
-        capacity = self.spec.tokens_allocated(self.length)
-        for buffer, new in ((self.k, key_states), (self.v, value_states)):
-            if new.shape[2] == 1 or self.length <= window:
-                buffer.append(new, capacity)
-                full.append(buffer.view())
-            else:
-                seen = new if buffer.data is None else torch.cat([buffer.view(), new], dim=2)
-                full.append(seen)
-                buffer.start = buffer.end = 0  # the tokens that stay are written again, from `seen`
-                buffer.append(seen[:, :, seen.shape[2] - window + 1 :], capacity)
-            buffer.start = max(buffer.start, buffer.end - window + 1)
-        return full[0], full[1]
+    def _last(self, tokens: int | None) -> tuple[Stored, Stored]:
+        return self.k.view(tokens), self.v.view(tokens)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -164,20 +82,18 @@ class GrowingLayer(CacheLayerMixin):
                 " would come back into sight. Call activate_past_recording() before generating."
             )
         self.length -= n
-        for buffer in (self.k, self.v):
-            buffer.end -= n
-            if self.spec.window is not None:
-                buffer.start = max(buffer.start, buffer.end - self.spec.window + 1)
+        for side in (self.k, self.v):
+            side.forget(n, self.spec.window)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        for buffer in (self.k, self.v):
-            buffer.select(beam_idx)
+        for side in (self.k, self.v):
+            side.select(beam_idx)
 
     batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        for buffer in (self.k, self.v):
-            buffer.repeat(repeats)
+        for side in (self.k, self.v):
+            side.repeat(repeats)
 
     def reset(self) -> None:
         self.__init__(self.spec)  # type: ignore[misc]
@@ -256,7 +172,7 @@ class FoldedCache(Cache):
         assert self.positions is not None, "this plan does not rotate on read"
         new = positions_BT.expand(rows, -1).to(torch.int32)[:, None, :, None]
         self.positions.append(new, round_up(self.positions.end + new.shape[2]))
-        return self.positions.view()[:, 0, :, 0].long()
+        return self.positions.tensor()[:, 0, :, 0].long()
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         super().crop(*args, **kwargs)

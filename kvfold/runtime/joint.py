@@ -12,6 +12,7 @@ from kvfold.attention import AttentionLayer
 from kvfold.plan import CacheSpec
 from kvfold.runtime.attend import grouped_attention, prefill_attention, softmax, with_alibi
 from kvfold.runtime.attention import CURRENT_STATE, FoldedAttention, ForwardState, GroupedLinear, apply_rotary
+from kvfold.runtime.buffers import Stored, read_all
 
 
 class JointAttention(FoldedAttention):
@@ -76,9 +77,10 @@ class JointAttention(FoldedAttention):
         return self._output(out, residual), probs
 
     def _attend(
-        self, q: Tensor, z: Tensor, y: Tensor, mask: Tensor | None, *, wants_probs: bool = False
+        self, q: Tensor, z: Stored, y: Stored, mask: Tensor | None, *, wants_probs: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Over exact keys and values alone."""
+        z, y = read_all(z), read_all(y)
         dropout = self.layer.attention_dropout if self.training else 0.0
         if self._eager(wants_probs):
             return grouped_attention(q, z, y, mask, scale=self.scaling, dropout=dropout, softcap=self.layer.softcap)
@@ -98,10 +100,11 @@ class JointAttention(FoldedAttention):
             state.past[self.owner] = cache.layers[self.owner].live()
         z, y = _latent(k, self.k_a_proj), _latent(v, self.v_a_proj)
         if self.owner in state.stored:
-            z_before, y_before = state.stored[self.owner]
+            z_before, y_before = map(read_all, state.stored[self.owner])
             z, y = z + z_before.to(z.device), y + y_before.to(y.device)
         state.stored[self.owner] = (z, y)
-        return state.past[self.owner]
+        past = state.past[self.owner]
+        return past and (read_all(past[0]), read_all(past[1]))
 
     def _attend_past(
         self, q: Tensor, k: Tensor, v: Tensor, z: Tensor, y: Tensor, mask: Tensor | None

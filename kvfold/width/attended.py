@@ -48,7 +48,7 @@ class Attended(LowRankWidth):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({*self._key_statistics, "averaged_values"})
+        return frozenset({*self._key_statistics, "values", "averaged_values"})
 
     @property
     def _key_statistics(self) -> tuple[str, str]:

@@ -14,8 +14,9 @@ from kvfold.errors import RecipeError
 from kvfold.latents import Latents, Term, solve
 from kvfold.linalg import Moment, block_powers, times
 from kvfold.lowrank import LowRankWidth, restore_mean, value_metric
+from kvfold.number_format import StoredShape
 from kvfold.plan import CacheSpec
-from kvfold.width.base import LayerGroup, StoredShape
+from kvfold.width.base import LayerGroup
 
 BATCH = 512
 RATE = 2e-3
@@ -59,7 +60,8 @@ class Autoencoder(LowRankWidth):
 
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
         spec = super().spec(layer, keys, values)
-        return dataclasses.replace(spec, k_projection=True, v_projection=True, hidden=self.hidden)
+        # the networks know the latents as they are
+        return dataclasses.replace(spec, k_projection=True, v_projection=True, hidden=self.hidden, stored_bias=False)
 
     def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
         weights, moments = group.weights(0), group.moments(0)

@@ -6,24 +6,15 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from torch import Tensor
 
 from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
+from kvfold.errors import RecipeError
 from kvfold.linalg import Moment
+from kvfold.number_format import StoredShape
 from kvfold.plan import CacheSpec
-
-
-class StoredShape(NamedTuple):
-    """One side (keys or values) of one cache: heads, and numbers per head."""
-
-    num_heads: int
-    width: int
-
-    @property
-    def numbers(self) -> int:
-        return self.num_heads * self.width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +72,18 @@ class WidthMethod(ABC):
     def value_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
         """The same for values."""
 
+    def key_spectrum(self, group: LayerGroup, heads: int) -> Sequence[float]:
+        """Expected damage that each number of `heads` latents saves, from the first on: what `key_damage` falls by. Raises
+        RecipeError where a method's stored numbers have no such order."""
+        raise RecipeError(
+            f"width method {method_name(self)!r} stores numbers of equal rank; choose a low-rank one, such as attended, or"
+            " bits that are the same for all."
+        )
+
+    def value_spectrum(self, group: LayerGroup, heads: int) -> Sequence[float]:
+        """The same for values."""
+        return self.key_spectrum(group, heads)
+
     @abstractmethod
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
         """The cache that `layer` owns, with the chosen shapes."""
@@ -91,6 +94,11 @@ class WidthMethod(ABC):
 
 
 CONTRACT = WidthMethod
+
+
+def method_name(method: WidthMethod) -> str:
+    """Its name in recipes: that of its file."""
+    return type(method).__module__.rpartition(".")[2]
 
 
 def rope_of(layer: AttentionLayer) -> str:
@@ -105,6 +113,8 @@ def plain_spec(layer: AttentionLayer, keys: StoredShape, values: StoredShape) ->
         head_dim=keys.width,
         num_v_heads=values.num_heads,
         v_head_dim=values.width,
+        k_bits=keys.form,
+        v_bits=values.form,
         rope=rope_of(layer),
         window=layer.window,
     )
@@ -112,5 +122,5 @@ def plain_spec(layer: AttentionLayer, keys: StoredShape, values: StoredShape) ->
 
 def as_reader(folded: FoldedWeights) -> FoldedWeights:
     """Without what only the owner of a cache has: the way from hidden states to what is stored."""
-    owners = ("k_proj", "v_proj", "k_bias", "v_bias", "k_norm", "k_a_proj", "k_u_proj", "k_u_bias")
+    owners = ("k_proj", "v_proj", "k_bias", "v_bias", "k_norm", "k_a_proj", "k_a_bias", "k_u_proj", "k_u_bias")
     return dataclasses.replace(folded, **dict.fromkeys(owners))  # type: ignore[arg-type]

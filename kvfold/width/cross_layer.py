@@ -13,8 +13,9 @@ from kvfold.attention import AttentionLayer, FoldedWeights
 from kvfold.errors import RecipeError
 from kvfold.latents import Term, damages, solve
 from kvfold.lowrank import value_metric
+from kvfold.number_format import StoredShape
 from kvfold.plan import CacheSpec
-from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, plain_spec
+from kvfold.width.base import LayerGroup, WidthMethod, plain_spec
 
 METRICS = ("logit", "none")
 

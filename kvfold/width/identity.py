@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from kvfold.attention import AttentionLayer, FoldedWeights
+from kvfold.number_format import StoredShape
 from kvfold.plan import CacheSpec
-from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, as_reader, plain_spec
+from kvfold.width.base import LayerGroup, WidthMethod, as_reader, plain_spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

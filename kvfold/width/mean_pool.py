@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
 from kvfold.errors import RecipeError
+from kvfold.number_format import StoredShape
 from kvfold.plan import CacheSpec, divisors
-from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, as_reader, plain_spec
+from kvfold.width.base import LayerGroup, WidthMethod, as_reader, plain_spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

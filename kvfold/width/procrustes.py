@@ -14,8 +14,9 @@ from kvfold.errors import RecipeError
 from kvfold.grouping import GROUPINGS, best_order, head_columns, reordered_weights
 from kvfold.latents import Term, solve
 from kvfold.lowrank import fuse_keys, lead_values_back, store_values, value_metric
+from kvfold.number_format import StoredShape
 from kvfold.plan import CacheSpec, divisors
-from kvfold.width.base import LayerGroup, StoredShape, WidthMethod, plain_spec
+from kvfold.width.base import LayerGroup, WidthMethod, plain_spec
 
 SWEEPS = 20
 """Of alternating alignment; it settles long before."""

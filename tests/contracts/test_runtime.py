@@ -68,7 +68,8 @@ def test_what_is_rebuilt_on_read_equals_the_oracle(shape, fields, implementation
 
 
 def _compare_with_the_oracle(monkeypatch, shape, bias, rope, implementation, **fields):
-    monkeypatch.setattr("kvfold.runtime.attend.CHUNK", 8)
+    monkeypatch.setattr("kvfold.number_format.NUMBERS_AT_ONCE", 1)
+    monkeypatch.setattr("kvfold.number_format.FEWEST_TOKENS", 8)
     module, facts, spec, weights, rotary = folded_layer(shape, bias, rope, implementation, **fields)
     hidden = torch.randn(2, 21, facts.hidden_size)
     cos, sin = rotary(hidden, torch.arange(21)[None])
@@ -136,11 +137,18 @@ def test_fast_attention_equals_grouped_attention(dtype, heads, padded, monkeypat
     )
     last = decode_attention(half[0][:, :, -1:], *half[1:], mask[:, :, -1:] if padded else None, scale=0.25)
     assert_close(last, expected[:, -1:], tolerance=tolerance)
-    monkeypatch.setattr("kvfold.runtime.attend.CHUNK", 4)
+    monkeypatch.setattr("kvfold.number_format.NUMBERS_AT_ONCE", 1)
+    monkeypatch.setattr("kvfold.number_format.FEWEST_TOKENS", 4)
     for few in (1, 5):
         masks = mask[:, :, -few:] if padded else None
         out = chunked_attention(
-            half[0][:, :, -few:], lambda a, b: half[1][:, :, a:b], lambda a, b: half[2][:, :, a:b], 9, masks, scale=0.25
+            half[0][:, :, -few:],
+            lambda a, b: half[1][:, :, a:b],
+            lambda a, b: half[2][:, :, a:b],
+            9,
+            masks,
+            numbers=1,
+            scale=0.25,
         )
         assert_close(out, expected[:, -few:], tolerance=tolerance)
 

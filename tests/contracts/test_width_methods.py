@@ -37,7 +37,9 @@ METHODS = [
     if not registry.load("width", method).joint  # steps see their own tokens exactly: tests/contracts/test_joint.py
     for fields in VARIANTS.get(method, [{}])
 ]
-HALVING = [m for m in METHODS if m.values[0] != "identity"]
+WHOLE = ("identity", "orthogonal")
+"""They store every number."""
+HALVING = [m for m in METHODS if m.values[0] not in WHOLE]
 
 ALSO_KEEPS_QUERIES = "eigen_attention"
 """Its basis holds queries as well, so that it loses something of keys that alone would fit."""
@@ -161,7 +163,7 @@ def test_budget_is_kept(tiny_dir, tmp_path, model, method, fields, allocate):
 @every_method
 def test_real_bytes_are_planned_bytes(fold, model, method, fields):
     """After prefill and after 100 decoded tokens, batch 4: storage allocated == plan, and nothing is stored twice."""
-    folded = fold(model, method, kv_budget=1.0 if method == "identity" else 0.5, **fields)
+    folded = fold(model, method, kv_budget=1.0 if method in WHOLE else 0.5, **fields)
     network = load(folded.out)
     cache = FoldedCache(folded.plan)
     ids = tokens(4, 230)
@@ -183,7 +185,7 @@ def test_real_bytes_are_planned_bytes(fold, model, method, fields):
 @every_method
 def test_cached_equals_uncached(fold, model, method, fields):
     """Token by token = prefill + decode = chunks = no cache, with left padding, batch > 1 and after a crop."""
-    folded = fold(model, method, kv_budget=1.0 if method == "identity" else 0.5, **fields)
+    folded = fold(model, method, kv_budget=1.0 if method in WHOLE else 0.5, **fields)
     network, ids = load(folded.out), tokens(3, 30)
     mask = torch.ones_like(ids)
     mask[0, :7] = mask[2, :2] = 0

@@ -6,14 +6,15 @@ import itertools
 import pytest
 import torch
 
-from kvfold.allocate import Axes, allocate, lower_hull
+from kvfold.allocate import Axes, Request, allocate, check_request, expected_curves, lower_hull
 from kvfold.attention import AttentionLayer
 from kvfold.bits.identity import Identity as Bits
 from kvfold.depth.identity import Identity as Depth
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.length.identity import Identity as Length
 from kvfold.linalg import Moment
-from kvfold.width.base import LayerGroup, StoredShape
+from kvfold.number_format import StoredShape
+from kvfold.width.base import LayerGroup
 from kvfold.width.mean_pool import MeanPool
 from kvfold.width.svd_a import SvdA
 
@@ -32,6 +33,12 @@ def layer(index, kv_heads=4, head_dim=4):
 
 def axes(width):
     return Axes(depth=Depth(), width=width, bits=Bits(), length=Length())
+
+
+def plan(layers, width, *, kv_budget, strategy, **fields):
+    request = Request(layers=layers, targets=(None,) * len(layers), axes=axes(width), dtype="float32", **fields)
+    check_request(request, kv_budget)
+    return allocate(request, kv_budget=kv_budget, strategy=strategy, curves=lambda: expected_curves(request, decaying))
 
 
 def decaying(index):
@@ -54,24 +61,13 @@ def share(plan):
 
 def test_uniform_gives_every_layer_the_same_share():
     width = SvdA(multiple=2, v_latent="layer")
-    plan = allocate(
-        [layer(0), layer(1)],
-        (None, None),
-        axes(width),
-        kv_budget=0.5,
-        dtype="float32",
-        strategy="uniform",
-        groups=decaying,
-    )
-    assert share(plan) == [(8, 8), (8, 8)]
+    assert share(plan([layer(0), layer(1)], width, kv_budget=0.5, strategy="uniform")) == [(8, 8), (8, 8)]
 
 
 def test_greedy_is_the_best_of_all_choices():
     """Against brute force over every choice of widths within the budget."""
     layers, width = [layer(0), layer(1)], SvdA(multiple=4, v_latent="layer")
-    plan = allocate(
-        layers, (None, None), axes(width), kv_budget=0.5, dtype="float32", strategy="greedy", groups=decaying
-    )
+    made = plan(layers, width, kv_budget=0.5, strategy="greedy")
     curves = []
     for index in (0, 1):
         shapes = width.key_shapes(layers[index])
@@ -79,7 +75,7 @@ def test_greedy_is_the_best_of_all_choices():
         curves.append(width.value_damage(decaying(index), shapes))
     choices = [c for c in itertools.product(range(4), repeat=4) if sum(4 * (i + 1) for i in c) <= 32]
     best = min(sum(curve[i] for curve, i in zip(curves, c, strict=True)) for c in choices)
-    widths = [n for pair in share(plan) for n in pair]
+    widths = [n for pair in share(made) for n in pair]
     assert sum(widths) <= 32 and widths[0] > widths[3]
     assert sum(curve[n // 4 - 1] for curve, n in zip(curves, widths, strict=True)) == pytest.approx(best)
 
@@ -87,30 +83,19 @@ def test_greedy_is_the_best_of_all_choices():
 @pytest.mark.parametrize("strategy", ["uniform", "greedy"])
 def test_a_budget_out_of_reach_names_the_smallest(strategy):
     with pytest.raises(BudgetError, match=r"0\.1 is out of reach: .* keeps 0\.125"):
-        width = SvdA(multiple=2, v_latent="layer")
-        allocate([layer(0)], (None,), axes(width), kv_budget=0.1, dtype="float32", strategy=strategy, groups=decaying)
+        plan([layer(0)], SvdA(multiple=2, v_latent="layer"), kv_budget=0.1, strategy=strategy)
 
 
 def test_heads_that_do_not_divide():
     with pytest.raises(
         RecipeError, match=r"does not divide the 4 key/value heads of layer 0; choose one of \[1, 2, 4\]"
     ):
-        allocate(
-            [layer(0)],
-            (None,),
-            axes(MeanPool(kv_heads=3)),
-            kv_budget=None,
-            dtype="float32",
-            strategy="uniform",
-            groups=decaying,
-        )
+        plan([layer(0)], MeanPool(kv_heads=3), kv_budget=None, strategy="uniform")
 
 
 def test_a_method_with_several_sizes_needs_a_budget():
     with pytest.raises(RecipeError, match="--kv-budget"):
-        allocate(
-            [layer(0)], (None,), axes(MeanPool()), kv_budget=None, dtype="float32", strategy="uniform", groups=decaying
-        )
+        plan([layer(0)], MeanPool(), kv_budget=None, strategy="uniform")
 
 
 def test_group_shapes_are_the_papers_points():
@@ -121,5 +106,5 @@ def test_group_shapes_are_the_papers_points():
 
 def test_the_hull_leaves_out_what_no_budget_would_choose():
     shapes = [StoredShape(1, n) for n in (1, 2, 3, 4)]
-    hull = lower_hull(list(zip(shapes, [1.0, 0.9, 0.2, 0.0], strict=True)))
+    hull = lower_hull(list(zip(shapes, [1.0, 0.9, 0.2, 0.0], strict=True)), lambda shape: shape.numbers)
     assert [s.width for s, _ in hull] == [1, 3, 4]

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from kvfold.errors import PlanError
+from kvfold.number_format import NumberFormat
 from kvfold.plan import CachePlan, CacheSpec, SourceLayer, source_plan
 
 SOURCE = SourceLayer(num_attention_heads=8, num_kv_heads=4, head_dim=16)
@@ -75,7 +76,14 @@ def test_json_round_trip_and_unknown_fields():
         (lambda: plan(spec(k_projection=False)), "need k_projection"),
         (lambda: plan(spec(rope="late")), "'applied', 'on_read' or 'none'"),
         (lambda: plan(spec(readers_rotate=False)), "rope: on_read"),
-        (lambda: plan(spec(k_bits=4)), "reserved"),
+        (lambda: plan(spec(sinks=4)), "reserved"),
+        (lambda: plan(spec(k_bits=4)), "not a description"),
+        (lambda: plan(spec(k_bits=NumberFormat(tiers=((5, 4),)))), "describes 5 numbers"),
+        (lambda: NumberFormat(tiers=((8, 9),)), "not .numbers, bits."),
+        (lambda: NumberFormat(tiers=((8, 4),), scales="linear"), "not one of"),
+        (lambda: NumberFormat(tiers=((8, 4),), scales="float8"), "8 bits each"),
+        (lambda: NumberFormat(tiers=((8, 4),), scales="channel"), "block of tokens"),
+        (lambda: NumberFormat(tiers=((8, 4),), scales="affine", group_size=3), "divides every tier"),
         (lambda: plan(spec(window=5)), "differs from the source"),
         (lambda: plan(spec(), dtype="int3"), "dtype 'int3'"),
         (lambda: plan(), "one entry per layer"),

@@ -62,6 +62,6 @@ def test_what_was_measured_serves_other_budgets(folded, monkeypatch):
     (file,) = (root / "run").glob("probes-*.json")
     before = json.loads(file.read_text())
     assert len(before) == 3 * 2 * 3  # the two smallest sizes fall together here
-    monkeypatch.setattr("kvfold.probe._Probe._kl", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr("kvfold.probe.Probe._kl", lambda *args: pytest.fail("measured again"))
     run("quarter", allocate="measured", kv_budget=0.25)
     assert json.loads(file.read_text()) == before

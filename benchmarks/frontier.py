@@ -1,0 +1,124 @@
+"""The frontier of bytes and quality over all models that `make results-frontier` compared: one table, and a plot per model.
+
+    python benchmarks/frontier.py [RUNS]
+
+At every budget `auto` stands beside the best of the others that take at most as many bytes. Every point of another method is
+checked for one of `auto` with at most its bytes and at most its KL.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvfold.drawing import frontier_plot
+from kvfold.printing import SVG
+
+OURS = ("auto",)
+RESULTS = Path("results")
+LEAST = 1e-8
+
+
+@dataclass(frozen=True)
+class Point:
+    """One preset at one size, on one text."""
+
+    preset: str
+    asked: float
+    kept: float
+    kl: float
+    loss_change: float
+
+    @property
+    def perplexity_change(self) -> float:
+        """In percent."""
+        return 100 * math.expm1(self.loss_change)
+
+
+def main() -> None:
+    """Write results/frontier.md, results/frontier-ablation.md, and per model a table and a plot."""
+    runs = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
+    lines, ablation, seen, beaten = [], [], 0, []
+    for file in sorted(runs.glob("frontier-*/comparison.json")):
+        comparison = json.loads(file.read_text())
+        for index, text in enumerate([comparison["evaluated_on"].partition(".")[0], *comparison["also_on"]]):
+            points = read(comparison, index)
+            where = f"{comparison['model']} | {text.removesuffix('.txt')}"
+            lines += [f"| {where} | {line}" for line in beside(points)]
+            ablation += [f"| {where} | {line}" for line in shared(points)]
+            for point in points:
+                if not point.preset.startswith("auto"):
+                    seen += 1
+                    if not any(dominates(ours, point) for ours in points if ours.preset in OURS):
+                        beaten.append(f"{where}: {point.preset} at {point.kept:.4f} has KL {point.kl:.2e}")
+        first = read(comparison, 0)
+        curves = {p.preset: [(q.kept, max(q.kl, LEAST)) for q in first if q.preset == p.preset] for p in first}
+        plot = frontier_plot(list(curves.items()), f"{comparison['model']}, books it never saw, no training")
+        (RESULTS / f"{file.parent.name}.svg").write_text(SVG + plot)
+        (RESULTS / f"{file.parent.name}.md").write_text((file.parent / "table.md").read_text())
+    write(
+        "frontier.md", "KL auto | perplexity auto | best of the others within as many bytes | its KL | auto / it", lines
+    )
+    write("frontier-ablation.md", "KL, shared out | KL, equal shares | equal shares, 4 bits", ablation)
+    print(
+        f"{seen} points of other methods; without an auto point of at most its bytes and KL: {len(beaten)}",
+        *beaten,
+        sep="\n",
+    )
+    print(json.dumps({"points": seen, "not_dominated": beaten}))
+
+
+def read(comparison: dict[str, Any], index: int) -> list[Point]:
+    """The points of a comparison on its text number `index`."""
+    found = []
+    for row in comparison["rows"]:
+        evaluations = [row["evaluation"], *row["further"]] if row["evaluation"] else []
+        if evaluations:
+            e = evaluations[index]
+            change = e["loss"] - e["base_loss"]
+            found.append(Point(row["preset"], row["asked_budget"], e["kv_budget"], e["kl"], change))
+    return found
+
+
+def dominates(ours: Point, other: Point) -> bool:
+    """At most as many bytes, at most as much lost."""
+    return ours.kept <= other.kept and ours.kl <= other.kl
+
+
+def beside(points: list[Point]) -> list[str]:
+    """`auto` at every budget, and the best of the others that takes at most as many bytes."""
+    lines = []
+    for ours in (p for p in points if p.preset == "auto"):
+        others = [p for p in points if not p.preset.startswith("auto") and p.kept <= ours.asked * (1 + 1e-9)]
+        best = min(others, key=lambda p: p.kl, default=None)
+        line = f"1/{1 / ours.asked:.0f} | {ours.kl:.5f} | {ours.perplexity_change:+.2f} %"
+        if best is None:
+            lines.append(f"{line} | none is that small | | |")
+        else:
+            lines.append(f"{line} | {best.preset} ({best.kept:.3f}) | {best.kl:.4f} | {ours.kl / best.kl:.3f} |")
+    return lines
+
+
+def shared(points: list[Point]) -> list[str]:
+    """What the allocator adds: `auto` against equal shares of the bytes, and against equal bits too."""
+    named = {(p.preset, p.asked): p.kl for p in points}
+    names = ("auto", "auto:allocate=uniform", "auto:allocate=uniform,bits.method=integer")
+    lines = []
+    for asked in sorted({p.asked for p in points if p.preset == "auto"}, reverse=True):
+        kls = [named.get((name, asked)) for name in names]
+        lines.append(f"1/{1 / asked:.0f} | " + " | ".join("-" if kl is None else f"{kl:.5f}" for kl in kls) + " |")
+    return lines
+
+
+def write(name: str, columns: str, lines: list[str]) -> None:
+    """A markdown table."""
+    head = f"| model | text | kv_budget | {columns} |"
+    (RESULTS / name).write_text("\n".join([head, "|---" * (head.count("|") - 1) + "|", *lines]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

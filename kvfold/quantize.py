@@ -1,0 +1,195 @@
+"""Numbers <-> packed bytes, as a NumberFormat says. One row of bytes per token and head: its scales, then its codes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvfold.number_format import AFFINE_BYTES, NumberFormat, packed_bytes, planes
+
+STEPS_PER_OCTAVE = 8
+"""Of exponents: neighbouring scales differ by 9 %, so that rounding a scale costs at most 0.5 % of the error."""
+BIAS = 128
+TRIED = {1: 16, 2: 12, 3: 8, 4: 8, 5: 8, 6: 6, 7: 4, 8: 2}
+"""Scales that are tried per tier, from the one that clips nothing down: few bits are better spent on the many small numbers
+than on the largest one."""
+
+
+def pack(x_BCTR: Tensor, form: NumberFormat) -> Tensor:
+    """Numbers [B, C, T, R] -> rows [B, C, T, row_bytes] of uint8; with scales per channel T is whole blocks and the result
+    [B, C, T / block, block_bytes]."""
+    x = x_BCTR.detach()
+    x = x.float() if x.dtype.itemsize < 4 else x  # codes of half-precision arithmetic would be off by one
+    if form.scales == "float8":
+        return x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    if form.scales == "channel":
+        return _pack_blocks(x, form)
+    parts = [_quantize(part, bits, form) for part, (_, bits) in zip(_tiers(x, form), form.tiers, strict=True)]
+    codes = [_pack_codes(code, bits) for (_, code), (_, bits) in zip(parts, form.tiers, strict=True)]
+    return torch.cat([scale for scale, _ in parts] + codes, dim=-1)
+
+
+def unpack(rows_BCSX: Tensor, form: NumberFormat, dtype: torch.dtype) -> Tensor:
+    """The inverse of `pack`, but for what quantization lost: [B, C, S, R]."""
+    if form.scales == "float8":
+        return rows_BCSX.view(torch.float8_e4m3fn).to(dtype)
+    if form.scales == "channel":
+        return _unpack_blocks(rows_BCSX, form, dtype)
+    if form.scales == "exponent":
+        parts = [(codes + 0.5) * scale.to(dtype) for codes, scale in unpack_scaled(rows_BCSX, form, dtype)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    scales, *codes = _cut(rows_BCSX, form)
+    parts, at = [], 0
+    for code, (numbers, bits) in zip(codes, form.tiers, strict=True):
+        width = AFFINE_BYTES * (numbers // (form.group_size or numbers))
+        parts.append(_affine(_unpack_codes(code, bits, numbers), scales[..., at : at + width], dtype))
+        at += width
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+class Scaled(NamedTuple):
+    """Numbers of one tier, (codes + 1/2) * scale: codes [B, C, S, n] in the dtype that was asked for, scale [B, C, S, 1]."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+def unpack_scaled(rows_BCSX: Tensor, form: NumberFormat, dtype: torch.dtype) -> list[Scaled]:
+    """Tiers of an `exponent` format without their scales multiplied in: a product with many queries can take them later."""
+    exponents, *codes = _cut(rows_BCSX, form)
+    scales = torch.exp2((exponents.to(torch.float32) - BIAS) / STEPS_PER_OCTAVE).unsqueeze(-1).unbind(-2)
+    return [
+        Scaled(_unpack_codes(code, bits, numbers).sub_(2 ** (bits - 1)).view(torch.int8).to(dtype), scale)
+        for code, scale, (numbers, bits) in zip(codes, scales, form.tiers, strict=True)
+    ]
+
+
+def _cut(rows: Tensor, form: NumberFormat) -> list[Tensor]:
+    """Scales, and the codes of every tier, each without gaps in memory."""
+    sizes = [form.row_bytes - form.code_bytes, *(packed_bytes(*tier) for tier in form.tiers)]
+    return [part.contiguous() for part in rows.split(sizes, dim=-1)]
+
+
+def roundtrip(x_BCTR: Tensor, form: NumberFormat | None) -> Tensor:
+    """What a cache would give back. Gradients pass as if nothing was lost (straight through)."""
+    if form is None:
+        return x_BCTR
+    whole = x_BCTR.shape[2] // form.block * form.block  # tokens of a block that is not full stay exact
+    if not whole:
+        return x_BCTR
+    stored = x_BCTR[:, :, :whole]
+    seen = torch.cat([unpack(pack(stored, form), form, x_BCTR.dtype), x_BCTR[:, :, whole:].detach()], dim=2)
+    return x_BCTR + (seen - x_BCTR).detach() if x_BCTR.requires_grad else seen
+
+
+def _tiers(x: Tensor, form: NumberFormat) -> tuple[Tensor, ...]:
+    return x.split([numbers for numbers, _ in form.tiers], dim=-1)
+
+
+def _quantize(x: Tensor, bits: int, form: NumberFormat) -> tuple[Tensor, Tensor]:
+    """Scales as bytes and codes as uint8, of one tier."""
+    if form.scales == "affine":
+        return _quantize_affine(x, bits, form.group_size)
+    exponent = _best_exponent(x, bits)
+    half = 2 ** (bits - 1)
+    code = (x / torch.exp2(exponent / STEPS_PER_OCTAVE)).floor().clamp(-half, half - 1) + half
+    return (exponent + BIAS).to(torch.uint8), code.to(torch.uint8)
+
+
+def _best_exponent(x: Tensor, bits: int) -> Tensor:
+    """Of the scales worth trying the one with the least squared error, [..., 1]."""
+    half = 2 ** (bits - 1)
+    floor = torch.finfo(torch.float32).tiny
+    largest = x.abs().amax(-1, keepdim=True).clamp_min(floor) / (half - 0.5)
+    exponent = (largest.log2() * STEPS_PER_OCTAVE).ceil().clamp(-BIAS, BIAS - 1)
+    best, least = exponent, None
+    for lower in range(TRIED[bits] if TRIED[bits] > 1 else 0):
+        tried = (exponent - lower).clamp_min(-BIAS)
+        scale = torch.exp2(tried / STEPS_PER_OCTAVE)
+        seen = ((x / scale).floor().clamp(-half, half - 1) + 0.5) * scale
+        error = (seen - x).square().sum(-1, keepdim=True)
+        if least is None:
+            least = error
+            continue
+        best = torch.where(error < least, tried, best)
+        least = torch.minimum(error, least)
+    return best
+
+
+def _quantize_affine(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    groups = x.unflatten(-1, (-1, group_size or x.shape[-1]))
+    scales, low, scale = _range(groups, bits, -1)
+    codes = ((groups - low) / scale).round().clamp(0, 2**bits - 1)
+    return scales.flatten(-3).view(torch.uint8), codes.flatten(-2).to(torch.uint8)
+
+
+def _range(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """float16 (low, scale) [..., 2] over `dim`, and both in the dtype of x as they will be read."""
+    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    scale = ((high - low) / (2**bits - 1)).clamp_min(torch.finfo(torch.float16).smallest_normal)
+    stored = torch.stack([low, scale], dim=-1).to(torch.float16)
+    return stored, stored[..., 0].to(x.dtype), stored[..., 1].to(x.dtype)
+
+
+def _affine(code: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    low, scale = scales.view(torch.float16).unflatten(-1, (-1, 1, 2)).to(dtype).unbind(-1)
+    return (code.to(dtype).unflatten(-1, (low.shape[-2], -1)) * scale + low).flatten(-2)
+
+
+def _pack_blocks(x_BCTR: Tensor, form: NumberFormat) -> Tensor:
+    ((_, bits),) = form.tiers
+    x_BCntR = x_BCTR.unflatten(2, (-1, form.block))
+    scales, low, scale = _range(x_BCntR, bits, 3)
+    codes = ((x_BCntR - low) / scale).round().clamp(0, 2**bits - 1).to(torch.uint8)
+    return torch.cat([scales.flatten(3).view(torch.uint8), _pack_codes(codes, bits).flatten(3)], dim=-1)
+
+
+def _unpack_blocks(rows_BCnX: Tensor, form: NumberFormat, dtype: torch.dtype) -> Tensor:
+    ((width, bits),) = form.tiers
+    scales, codes = rows_BCnX.split([4 * width, form.block * form.row_bytes], dim=-1)
+    low, scale = scales.contiguous().view(torch.float16).unflatten(-1, (1, width, 2)).to(dtype).unbind(-1)
+    code = _unpack_codes(codes.unflatten(-1, (form.block, -1)), bits, width).to(dtype)
+    return (code * scale + low).flatten(2, 3)
+
+
+def _pack_codes(code: Tensor, bits: int) -> Tensor:
+    """Codes [..., n] -> bytes. Of every plane the byte j holds the codes j, j + m, j + 2m, ... with m bytes per plane."""
+    rows, shift = [], bits
+    for part in planes(bits):
+        shift -= part
+        plane = code >> shift & 2**part - 1
+        per_byte = 8 // part
+        plane = torch.nn.functional.pad(plane, (0, -plane.shape[-1] % per_byte)).unflatten(-1, (per_byte, -1))
+        packed = plane[..., 0, :]
+        for i in range(1, per_byte):
+            packed = packed | plane[..., i, :] << part * i
+        rows.append(packed)
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
+
+
+def _unpack_codes(rows: Tensor, bits: int, numbers: int) -> Tensor:
+    """The inverse: [..., numbers] of uint8, in new memory."""
+    code, at, shift = None, 0, bits
+    for part in planes(bits):
+        size, shift = packed_bytes(numbers, part), shift - part
+        plane = _plane(rows[..., at : at + size], part)[..., :numbers]
+        plane = plane if not shift else plane << shift
+        code, at = plane if code is None else code.bitwise_or_(plane), at + size
+    assert code is not None, "every code has a plane"
+    return code
+
+
+def _plane(rows: Tensor, part: int) -> Tensor:
+    """Pieces of `part` bits, written where they belong: temporaries and a copy would take longer than all else."""
+    if part == 8:
+        return rows.clone()
+    size = rows.shape[-1]
+    plane = rows.new_empty(*rows.shape[:-1], 8 // part * size)
+    for i in range(8 // part):
+        target = plane[..., i * size : (i + 1) * size]
+        torch.bitwise_right_shift(rows, part * i, out=target)
+        if i < 8 // part - 1:
+            target.bitwise_and_(2**part - 1)
+    return plane
