@@ -12,7 +12,7 @@ SCALES = ("exponent", "affine", "channel", "float8")
 AFFINE_BYTES = 4
 """A scale and a smallest number, float16 each."""
 
-NUMBERS_AT_ONCE = 2**20
+NUMBERS_AT_ONCE = 2**21
 """Numbers of one side that a decode step unpacks or rebuilds at a time: they stay in a CPU's cache, and storage for them is
 reused from piece to piece."""
 FEWEST_TOKENS = 32

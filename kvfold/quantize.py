@@ -12,6 +12,8 @@ from kvfold.number_format import AFFINE_BYTES, NumberFormat, packed_bytes, plane
 STEPS_PER_OCTAVE = 8
 """Of exponents: neighbouring scales differ by 9 %, so that rounding a scale costs at most 0.5 % of the error."""
 BIAS = 128
+TRIED_AT_ONCE = 2**22
+"""Numbers times scales."""
 TRIED = {1: 16, 2: 12, 3: 8, 4: 8, 5: 8, 6: 6, 7: 4, 8: 2}
 """Scales that are tried per tier, from the one that clips nothing down: few bits are better spent on the many small numbers
 than on the largest one."""
@@ -34,7 +36,7 @@ def pack(x_BCTR: Tensor, form: NumberFormat) -> Tensor:
 def unpack(rows_BCSX: Tensor, form: NumberFormat, dtype: torch.dtype) -> Tensor:
     """The inverse of `pack`, but for what quantization lost: [B, C, S, R]."""
     if form.scales == "float8":
-        return rows_BCSX.view(torch.float8_e4m3fn).to(dtype)
+        return _float8(rows_BCSX, dtype)
     if form.scales == "channel":
         return _unpack_blocks(rows_BCSX, form, dtype)
     if form.scales == "exponent":
@@ -100,22 +102,21 @@ def _quantize(x: Tensor, bits: int, form: NumberFormat) -> tuple[Tensor, Tensor]
 
 def _best_exponent(x: Tensor, bits: int) -> Tensor:
     """Of the scales worth trying the one with the least squared error, [..., 1]."""
-    half = 2 ** (bits - 1)
-    floor = torch.finfo(torch.float32).tiny
-    largest = x.abs().amax(-1, keepdim=True).clamp_min(floor) / (half - 0.5)
+    half, tiny = 2 ** (bits - 1), torch.finfo(torch.float32).tiny
+    largest = x.abs().amax(-1, keepdim=True).clamp_min(tiny) / (half - 0.5)
     exponent = (largest.log2() * STEPS_PER_OCTAVE).ceil().clamp(-BIAS, BIAS - 1)
-    best, least = exponent, None
-    for lower in range(TRIED[bits] if TRIED[bits] > 1 else 0):
-        tried = (exponent - lower).clamp_min(-BIAS)
-        scale = torch.exp2(tried / STEPS_PER_OCTAVE)
-        seen = ((x / scale).floor().clamp(-half, half - 1) + 0.5) * scale
-        error = (seen - x).square().sum(-1, keepdim=True)
-        if least is None:
-            least = error
-            continue
-        best = torch.where(error < least, tried, best)
-        least = torch.minimum(error, least)
-    return best
+    tried = (exponent - torch.arange(TRIED[bits], device=x.device)).clamp_min(-BIAS)
+    tokens = max(TRIED_AT_ONCE // (x[:, :, :1].numel() * TRIED[bits]), 1)
+    parts = zip(x.split(tokens, 2), tried.split(tokens, 2), strict=True)
+    best = torch.cat([_errors(part, exponents, half).argmin(-1, keepdim=True) for part, exponents in parts], dim=2)
+    return tried.gather(-1, best)
+
+
+def _errors(x: Tensor, exponents: Tensor, half: int) -> Tensor:
+    """Squared error of every scale, [..., number of scales]."""
+    scale, x = torch.exp2(exponents / STEPS_PER_OCTAVE).unsqueeze(-1), x.unsqueeze(-2)
+    codes = (x / scale).floor_().clamp_(-half, half - 1).add_(0.5)
+    return codes.mul_(scale).sub_(x).square_().sum(-1)
 
 
 def _quantize_affine(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
@@ -131,6 +132,14 @@ def _range(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     scale = ((high - low) / (2**bits - 1)).clamp_min(torch.finfo(torch.float16).smallest_normal)
     stored = torch.stack([low, scale], dim=-1).to(torch.float16)
     return stored, stored[..., 0].to(x.dtype), stored[..., 1].to(x.dtype)
+
+
+def _float8(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sign, exponent and mantissa moved to where float16 has them, whose exponents are eight larger: several times faster on
+    a CPU than torch's own conversion."""
+    bits = rows.to(torch.int16)
+    sign = (bits & 0x80) << 8
+    return bits.bitwise_and_(0x7F).bitwise_left_shift_(7).bitwise_or_(sign).view(torch.float16).to(dtype).mul_(256)
 
 
 def _affine(code: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -155,16 +164,16 @@ def _unpack_blocks(rows_BCnX: Tensor, form: NumberFormat, dtype: torch.dtype) ->
 
 
 def _pack_codes(code: Tensor, bits: int) -> Tensor:
-    """Codes [..., n] -> bytes. Of every plane the byte j holds the codes j, j + m, j + 2m, ... with m bytes per plane."""
+    """Codes [..., n] -> bytes. A byte of a plane of p bits holds 8 / p neighbouring codes, the first in its lowest bits."""
     rows, shift = [], bits
     for part in planes(bits):
         shift -= part
         plane = code >> shift & 2**part - 1
         per_byte = 8 // part
-        plane = torch.nn.functional.pad(plane, (0, -plane.shape[-1] % per_byte)).unflatten(-1, (per_byte, -1))
-        packed = plane[..., 0, :]
+        plane = torch.nn.functional.pad(plane, (0, -plane.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
+        packed = plane[..., 0]
         for i in range(1, per_byte):
-            packed = packed | plane[..., i, :] << part * i
+            packed = packed | plane[..., i] << part * i
         rows.append(packed)
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
 
@@ -174,22 +183,30 @@ def _unpack_codes(rows: Tensor, bits: int, numbers: int) -> Tensor:
     code, at, shift = None, 0, bits
     for part in planes(bits):
         size, shift = packed_bytes(numbers, part), shift - part
-        plane = _plane(rows[..., at : at + size], part)[..., :numbers]
+        plane = _plane(rows[..., at : at + size].contiguous(), part)[..., :numbers]
         plane = plane if not shift else plane << shift
         code, at = plane if code is None else code.bitwise_or_(plane), at + size
     assert code is not None, "every code has a plane"
     return code
 
 
+SPREAD: dict[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
+    4: (torch.int16, ((4, 0x0F0F),)),
+    2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
+    1: (torch.int64, ((28, 0x0000000F0000000F), (14, 0x0003000300030003), (7, 0x0101010101010101))),
+}
+"""Bits of a part -> an integer of as many bytes as a byte has parts, and how a byte's bits move apart in it: x becomes
+(x | x << shift) & mask."""
+
+
 def _plane(rows: Tensor, part: int) -> Tensor:
-    """Pieces of `part` bits, written where they belong: temporaries and a copy would take longer than all else."""
+    """Every part of a byte as a byte, by whole-array operations on neighbouring memory: slices of a few numbers would take
+    longer than all else."""
     if part == 8:
         return rows.clone()
-    size = rows.shape[-1]
-    plane = rows.new_empty(*rows.shape[:-1], 8 // part * size)
-    for i in range(8 // part):
-        target = plane[..., i * size : (i + 1) * size]
-        torch.bitwise_right_shift(rows, part * i, out=target)
-        if i < 8 // part - 1:
-            target.bitwise_and_(2**part - 1)
-    return plane
+    dtype, moves = SPREAD[part]
+    spread = rows.to(dtype)
+    for shift, mask in moves:
+        spread |= spread << shift
+        spread &= mask
+    return spread.view(torch.uint8)

@@ -241,15 +241,15 @@ def _decoded_block(row: list[int], form: NumberFormat) -> list[list[float]]:
 
 
 def _codes(row: list[int], start: int, count: int, bits: int) -> list[int]:
-    """Every code is cut into planes of 8, 4, 2 or 1 bits; number j of a plane of m bytes is in byte j mod m, from bit
-    (j div m) * part on."""
+    """Every code is cut into planes of 8, 4, 2 or 1 bits, of which a byte holds 8 / part neighbouring ones, the first in its
+    lowest bits."""
     codes = [0] * count
     for part in (part for part in (8, 4, 2, 1) if bits & part):
-        size = -(-count * part // 8)
+        per_byte = 8 // part
         for j in range(count):
-            piece = row[start + j % size] >> part * (j // size) & 2**part - 1
+            piece = row[start + j // per_byte] >> part * (j % per_byte) & 2**part - 1
             codes[j] = codes[j] << part | piece
-        start += size
+        start += -(-count // per_byte)
     return codes
 
 
