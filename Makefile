@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/models/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: demo test lint check results results-frontier results-width results-one-side results-ablation results-autoencoder results-on-read results-solve results-stock results-depth results-mlkv results-7b clean
+.PHONY: demo test lint check results results-frontier results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-solve results-stock results-depth results-mlkv results-7b clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -46,6 +46,17 @@ results-frontier: $(VENV)/installed
 	  --data $(CALIBRATION) --num-samples 128 --seq-len 256 --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 16384 \
 	  --out runs/frontier-$(notdir $(MODEL))
 	$(BIN)/python benchmarks/frontier.py
+
+# A decode step with packed caches, of two layers of Llama-2-7B's shape and of the packaged model: make results-bits SCRATCH=/with/10GB
+PACKED := identity int8 int4 fp8
+results-bits: $(VENV)/installed
+	for preset in $(PACKED); do \
+	  $(BIN)/python benchmarks/fold_llama2_7b.py --folder $(SCRATCH) --layers 2 --keep --preset $$preset --kv-budget 1 && \
+	  $(BIN)/kvfold compress $(MODEL) --preset $$preset --out runs/bits/$$preset --overwrite || exit 1; done
+	$(BIN)/python benchmarks/decode_step.py $(SCRATCH)/llama2-7b-2-layers $(PACKED:%=$(SCRATCH)/folded-%) \
+	  --dtype bfloat16 --context 4096 --steps 10 --markdown results/decode-step-bits.md
+	$(BIN)/python benchmarks/decode_step.py $(MODEL) $(PACKED:%=runs/bits/%) \
+	  --dtype bfloat16 --context 4096 --steps 40 --markdown results/decode-step-bits-$(notdir $(MODEL)).md
 
 # Low-rank methods side by side at equal bytes, ours and the peers', on two held-out texts, for one model:
 # make results-width MODEL=folder VALID=books-valid.txt SHIFTED=wikitext2-valid.txt CALIBRATION=books-train.txt.xz [PALU_GROUP=3]

@@ -314,9 +314,9 @@ def spent(request: Request, curves: Curves, chosen: Choice, budget: float) -> Ch
             for shape, lost in points
             if request.cost(shape) - request.cost(chosen[key]) <= left
         }
-        (key, shape), gain = max(gains.items(), key=lambda item: item[1])
-        if gain <= 0:
+        if not gains or max(gains.values()) <= 0:
             return chosen
+        key, shape = max(gains, key=lambda step: gains[step])
         chosen[key] = shape
 
 

@@ -149,8 +149,6 @@ def compress_command(
     ):
         if given_fields := _given(fields):
             tree[axis] = (tree.get(axis) or {}) | given_fields
-    if not {"preset", *AXES} & set(tree) and not set_:
-        tree["preset"] = "auto"
     made = compress(make_recipe(tree, set_ or []), run_dir=run_dir, overwrite=overwrite, device=device)
     print_plan(made.plan, f"{made.out}")
     print_json(

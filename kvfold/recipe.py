@@ -16,6 +16,8 @@ from kvfold.errors import RecipeError
 from kvfold.presets import PRESETS
 
 ALLOCATIONS = ("uniform", "greedy", "measured")
+DEFAULT = "auto"
+"""Preset of who names none."""
 SELECTIONS = ("random", "diverse")
 PREFERENCES = {"size": "on_read", "speed": "applied"}
 """What to prefer -> how attended stores keys."""
@@ -152,10 +154,13 @@ class Recipe:
 def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
     """A recipe from plain data (of YAML or of the command line) with its preset filled in and `a.b=value` applied last.
 
-    Fields in `data` win over the preset's.
+    Fields in `data` win over the preset's. Where neither a preset nor a method of any axis is named, the preset is DEFAULT.
     """
     tree: dict[str, Any] = {}
-    if preset := data.get("preset"):
+    sets = list(sets)
+    named = {*data, *(assignment.partition(".")[0] for assignment in sets)}
+    if preset := data.get("preset") or (None if named & {*registry.AXES} else DEFAULT):
+        data = {**data, "preset": preset}
         if preset not in PRESETS:
             raise RecipeError(registry.unknown("preset", preset, PRESETS))
         _merge(tree, PRESETS[preset].fragment)

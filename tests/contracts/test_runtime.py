@@ -14,7 +14,9 @@ from kvfold import reference
 from kvfold.architectures.base import architecture, source_config
 from kvfold.attention import FoldedWeights
 from kvfold.loading import load_plan
+from kvfold.number_format import NumberFormat
 from kvfold.plan import CacheSpec
+from kvfold.quantize import pack
 from kvfold.runtime.attend import chunked_attention, decode_attention, grouped_attention, prefill_attention
 from kvfold.runtime.attention import ForwardState, attention_class
 from kvfold.runtime.cache import FoldedCache
@@ -67,17 +69,31 @@ def test_what_is_rebuilt_on_read_equals_the_oracle(shape, fields, implementation
     _compare_with_the_oracle(monkeypatch, shape, True, "on_read", implementation, **fields)
 
 
-def _compare_with_the_oracle(monkeypatch, shape, bias, rope, implementation, **fields):
+@pytest.mark.parametrize("rope", ["applied", "on_read"])
+@pytest.mark.parametrize("scales", ["exponent", "affine", "float8"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_quantized_latents_equal_the_oracle(shape, scales, rope, monkeypatch):
+    """In float64, so that both round to the same codes; the oracle reads the stored bytes bit by bit."""
+    _, R, _, V, k_projection, _ = shape
+    bits = (5, 3) if scales != "float8" else (8, 8)
+    k_bits, v_bits = (_format(width, b, scales) for width, b in zip((R, V), bits, strict=True))
+    fields = {"k_bits": k_bits, "v_bits": v_bits, "stored_bias": True, "k_offset": rope == "on_read" and k_projection}
+    _compare_with_the_oracle(monkeypatch, shape, True, rope, "sdpa", dtype=torch.float64, **fields)
+
+
+def _compare_with_the_oracle(monkeypatch, shape, bias, rope, implementation, dtype=torch.float32, **fields):
     monkeypatch.setattr("kvfold.number_format.NUMBERS_AT_ONCE", 1)
     monkeypatch.setattr("kvfold.number_format.FEWEST_TOKENS", 8)
     module, facts, spec, weights, rotary = folded_layer(shape, bias, rope, implementation, **fields)
-    hidden = torch.randn(2, 21, facts.hidden_size)
+    module, hidden = module.to(dtype), torch.randn(2, 21, facts.hidden_size, dtype=dtype)
     cos, sin = rotary(hidden, torch.arange(21)[None])
     seen = reference.causal(21)
     expected = []
     for row in hidden.double():
         inputs = (facts, spec, weights, row, cos[0].double(), sin[0].double())
-        expected.append(reference.folded_attention(*inputs, seen, reference.stored(*inputs)))
+        latents = zip(reference.stored(*inputs), (spec.k_bits, spec.v_bits), strict=True)
+        seen_again = tuple([_stored_and_read(head, form) for head in heads] for heads, form in latents)
+        expected.append(reference.folded_attention(*inputs, seen, seen_again))
     expected = torch.stack(expected)
     with torch.no_grad():
         assert_close(module(hidden, position_embeddings=(cos, sin))[0], expected, name="prefill")
@@ -88,6 +104,15 @@ def _compare_with_the_oracle(monkeypatch, shape, bias, rope, implementation, **f
             options |= {"position_embeddings": rotation, "past_key_values": cache}
             out.append(module(hidden[:, i : i + 1], **options)[0])
     assert_close(torch.cat(out, 1), expected, name="decode")
+
+
+def _format(width, bits, scales):
+    tiers = ((8, 6), (width - 8, bits)) if scales == "exponent" and width > 8 else ((width, bits),)
+    return NumberFormat(tiers=tiers, scales=scales)
+
+
+def _stored_and_read(head_TR, form):
+    return head_TR if form is None else reference.decoded(pack(head_TR[None, None], form)[0, 0], form)
 
 
 def _one_layer_plan(spec):

@@ -3,12 +3,23 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
-from kvfold.allocate import Axes, Request, allocate, check_request, expected_curves, lower_hull
+from kvfold.allocate import (
+    Axes,
+    Limits,
+    Request,
+    allocate,
+    check_request,
+    expected_curves,
+    lower_hull,
+    smallest_under,
+)
 from kvfold.attention import AttentionLayer
 from kvfold.bits.identity import Identity as Bits
+from kvfold.bits.mixed import NOISE, SIZES, Mixed
 from kvfold.depth.identity import Identity as Depth
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.length.identity import Identity as Length
@@ -31,12 +42,12 @@ def layer(index, kv_heads=4, head_dim=4):
     )
 
 
-def axes(width):
-    return Axes(depth=Depth(), width=width, bits=Bits(), length=Length())
+def axes(width, bits=None):
+    return Axes(depth=Depth(), width=width, bits=bits or Bits(), length=Length())
 
 
-def plan(layers, width, *, kv_budget, strategy, **fields):
-    request = Request(layers=layers, targets=(None,) * len(layers), axes=axes(width), dtype="float32", **fields)
+def plan(layers, width, *, kv_budget, strategy, bits=None, **fields):
+    request = Request(layers=layers, targets=(None,) * len(layers), axes=axes(width, bits), dtype="float32", **fields)
     check_request(request, kv_budget)
     return allocate(request, kv_budget=kv_budget, strategy=strategy, curves=lambda: expected_curves(request, decaying))
 
@@ -108,3 +119,77 @@ def test_the_hull_leaves_out_what_no_budget_would_choose():
     shapes = [StoredShape(1, n) for n in (1, 2, 3, 4)]
     hull = lower_hull(list(zip(shapes, [1.0, 0.9, 0.2, 0.0], strict=True)), lambda shape: shape.numbers)
     assert [s.width for s, _ in hull] == [1, 3, 4]
+
+
+def test_mixed_bits_use_the_budget_and_lead():
+    """Leading numbers get more bits; deeper layers, which lose energy faster, get fewer bytes; nothing is left over."""
+    made = plan(
+        [layer(0), layer(1)],
+        SvdA(multiple=2, v_latent="layer"),
+        kv_budget=0.2,
+        strategy="greedy",
+        bits=Mixed(multiple=2),
+    )
+    assert 0.17 < made.kv_budget <= 0.2
+    for spec in made.owned:
+        for side in spec.sides:
+            bits = [b for _, b in side.form.tiers]
+            assert bits == sorted(bits, reverse=True) and side.form.width == side.width
+    first, second = (spec.bytes_per_token(4) for spec in made.owned)
+    assert first > second
+
+
+def test_mixed_bits_are_the_best_of_all_tiers():
+    """Against brute force: at the price at which it was found no other choice of tiers has less damage + price * bits."""
+    spectrum = [2.0**-i for i in range(8)]
+    method = Mixed(multiple=2, tiers=2)
+    curve = method.curve([StoredShape(1, 8)], spectrum, 1.0)
+    options = []
+    for ends in itertools.combinations_with_replacement(range(0, 9, 2), 2):
+        for bits in itertools.product(range(1, 9), repeat=2):
+            tiers = [(end - start, b) for start, end, b in zip((0, ends[0]), ends, bits, strict=True) if end > start]
+            energies = [sum(spectrum[start:end]) for start, end in zip((0, ends[0]), ends, strict=True) if end > start]
+            noise = sum(e * np.interp(n, SIZES, NOISE[b]) for (n, b), e in zip(tiers, energies, strict=True))
+            options.append((sum(n * b + 8 for n, b in tiers), noise + sum(spectrum[ends[1] :])))
+    for shape, damage in curve:
+        spent = sum(n * b + 8 for n, b in shape.form.tiers)
+        assert not [bits for bits, lost in options if bits <= spent and lost < damage - 1e-9], shape
+
+
+def test_noise_that_costs_more_buys_more_bits_and_fewer_numbers():
+    spectrum = [2.0 ** (-i / 8) for i in range(64)]
+    cheap, dear = (dict(Mixed().curve([StoredShape(1, 64)], spectrum, noise)) for noise in (0.2, 5.0))
+    near = [min(points, key=lambda shape: abs(shape.bytes_per_token(2) - 20)) for points in (cheap, dear)]
+    assert near[0].width > near[1].width and near[0].form.mean_bits < near[1].form.mean_bits
+
+
+def test_layers_that_are_kept_and_least_widths():
+    layers, width = [layer(0), layer(1), layer(2)], SvdA(multiple=2, v_latent="layer")
+    kept = plan(
+        layers, width, kv_budget=0.5, strategy="greedy", bits=Mixed(multiple=2), limits=Limits(keep_layers=(1,))
+    )
+    assert kept.caches[1].k_bits is None and kept.caches[1].numbers_per_token == 32
+    assert kept.caches[0].k_bits is not None and kept.kv_budget <= 0.5
+    wide = plan(layers, width, kv_budget=0.15, strategy="greedy", bits=Mixed(multiple=2), limits=Limits(min_width=0.75))
+    assert min(side.numbers for spec in wide.owned for side in spec.sides) >= 12
+    with pytest.raises(RecipeError, match=r"keep_layers names \[7\]; layers that own a cache are 0 to 2"):
+        plan(layers, width, kv_budget=0.5, strategy="greedy", limits=Limits(keep_layers=(7,)))
+    with pytest.raises(BudgetError, match="out of reach"):
+        plan(layers, width, kv_budget=0.3, strategy="greedy", limits=Limits(keep_layers=(0, 1)))
+
+
+def test_the_smallest_cache_under_a_kl():
+    layers, width = [layer(0), layer(1)], SvdA(multiple=2, v_latent="layer")
+
+    def at(budget):
+        return plan(layers, width, kv_budget=budget, strategy="greedy", bits=Mixed(multiple=2))
+
+    found = smallest_under(0.01, at, lambda made: 0.001 / made.kv_budget)
+    assert 0.001 / found.kv_budget <= 0.01 and found.kv_budget < 0.12
+    with pytest.raises(BudgetError, match="target_kl 1e-06 is out of reach"):
+        smallest_under(1e-6, at, lambda made: 0.001 / made.kv_budget)
+
+
+def test_methods_without_an_order_of_numbers_take_equal_bits_only():
+    with pytest.raises(RecipeError, match="stores numbers of equal rank"):
+        plan([layer(0)], MeanPool(kv_heads=2), kv_budget=0.5, strategy="greedy", bits=Mixed())

@@ -7,6 +7,7 @@ import torch
 from tiny import load, logits, make_tiny, save_tiny, tokens
 
 import kvfold
+from kvfold.evaluation import evaluate_models
 from kvfold.probe import interpolate
 from kvfold.recipe import make_recipe
 
@@ -65,3 +66,17 @@ def test_what_was_measured_serves_other_budgets(folded, monkeypatch):
     monkeypatch.setattr("kvfold.probe.Probe._kl", lambda *args: pytest.fail("measured again"))
     run("quarter", allocate="measured", kv_budget=0.25)
     assert json.loads(file.read_text()) == before
+
+
+def test_bits_are_shared_out_by_what_was_measured(folded):
+    """The layer that adds next to nothing gets next to nothing; a plan under a KL keeps its promise on the probe's text."""
+    root, run = folded
+    fields = {"width": {"method": "attended", "multiple": 4}, "bits": {"method": "mixed"}, "allocate": "measured"}
+    plan = run("auto", kv_budget=0.1, **fields).plan
+    sizes = [spec.bytes_per_token(4) for spec in plan.owned]
+    assert sizes[2] < min(sizes[:2]) / 2 and 0.08 < plan.kv_budget <= 0.1
+    strict, loose = (run(f"kl{kl}", kv_budget=None, target_kl=kl, **fields).plan.kv_budget for kl in (0.001, 0.05))
+    assert loose < strict < 1
+    original = load(root / "source")
+    for kl in (0.001, 0.05):
+        assert evaluate_models(load(root / f"kl{kl}"), original, tokens(8, 32), plan).kl < 3 * kl

@@ -51,6 +51,17 @@ def test_another_method_drops_the_presets_fields():
         ({"calibration": {"select": "divers"}}, [], "Did you mean 'diverse'"),
         ({"allocate": "greed"}, [], "Did you mean 'greedy'"),
         ({"out": None}, [], "lacks out"),
+        ({"kv_budget": 0.5, "target_kl": 0.1}, [], "give one of them"),
+        ({"target_kl": 0}, [], "above 0"),
+        ({"preset": "auto", "prefer": "sped"}, [], "Did you mean 'speed'"),
+        ({"preset": "svd_a", "prefer": "speed"}, [], "goes with width method attended"),
+        ({"min_width": 2.0}, [], "0 to 1"),
+        ({"keep_layers": ["0"]}, [], "not a list of layer numbers"),
+        ({"preset": "xkv"}, ["bits.method=integer"], "not quantized"),
+        ({"preset": "int4"}, ["bits.k_bits=9"], "choose one of"),
+        ({"preset": "int4"}, ["bits.group_size=16"], "goes with bits.scales=affine"),
+        ({"preset": "kivi"}, ["bits.block=48"], "divides 256"),
+        ({"preset": "auto"}, ["bits.least=5", "bits.most=4"], "bits.least = 5"),
     ],
 )
 def test_mistakes_are_named(data, sets, message):
@@ -64,6 +75,13 @@ def test_unreadable_recipes(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(RecipeError, match="holds no recipe"):
         load_recipe(tmp_path / "list.yaml")
+
+
+def test_a_preference_is_how_keys_are_stored():
+    assert make_recipe(BASE | {"preset": "auto"}).width["rope"] == "on_read"
+    assert make_recipe(BASE | {"preset": "auto", "prefer": "speed"}).width["rope"] == "applied"
+    assert make_recipe(BASE | {"preset": "auto"}).calibration.data == "self"
+    assert make_recipe(BASE | {"preset": "auto", "keep_layers": [0, 1]}).keep_layers == (0, 1)
 
 
 def test_budgets():

@@ -1,0 +1,54 @@
+"""What a new user meets first: `kvfold compress MODEL --kv-budget 1/8 --out DIR`, and what stands beside it."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from kvfold.cli import app
+from kvfold.demonstration import MODEL
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.strip().splitlines()[-1]), result.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With expected instead of measured damage, which would take a minute."""
+    root = tmp_path_factory.mktemp("default")
+    quick = ["--set", "allocate=greedy", "--num-samples", 8, "--seq-len", 128, "--run-dir", root / "run"]
+    run("compress", MODEL, "--kv-budget", "1/8", *quick, "--out", root / "eighth")
+    return root / "eighth"
+
+
+def test_the_default_is_auto_and_keeps_the_budget(folder):
+    found, shown = run("inspect", folder)
+    assert 0.12 < found["kv_budget"] <= 0.125
+    assert "▓" in shown and "░" in shown and "numbers x bits" in shown and "back into numbers" in shown
+    assert "method: mixed" in (folder / "recipe.yaml").read_text()
+
+
+def test_an_eighth_of_the_bytes_still_writes_english(folder):
+    made, _ = run("generate", folder, "--prompt", "The old man", "--max-new-tokens", 16)
+    plain, _ = run("generate", MODEL, "--prompt", "The old man", "--max-new-tokens", 16)
+    assert made["new_tokens"] == 16 and made["cache_bytes"] < plain["cache_bytes"] / 8
+
+
+def test_fixed_sizes_are_compared_once_and_plans_are_drawn(folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("It was a dark night, and the old man went out to look at the sea. " * 60)
+    found, _ = run(
+        "compare", MODEL, "--preset", "int8:kv_budget=null", "--preset", "kivi:kv_budget=null",
+        "--preset", "auto:allocate=greedy", "--kv-budget", "1/2", "--kv-budget", "1/8", "--num-samples", 4, "--seq-len", 128,
+        "--max-tokens", 512, "--eval-data", text, "--out", tmp_path / "out",
+    )  # fmt: skip
+    rows = {(row["preset"], row["asked_budget"]): row for row in found["rows"]}
+    assert [row["preset"] for row in found["rows"]] == ["int8", "kivi", "auto:allocate=greedy", "auto:allocate=greedy"]
+    assert rows["int8", 0.5]["kl"] < rows["kivi", 0.5]["kl"]
+    assert rows["auto:allocate=greedy", 0.125]["kl"] < rows["kivi", 0.5]["kl"]
+    assert (tmp_path / "out" / "frontier.svg").read_text().startswith("<?xml")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<svg") == 4 and "What every layer stores" in page
