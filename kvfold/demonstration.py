@@ -7,8 +7,8 @@ from pathlib import Path
 from kvfold.comparison import Comparison, compare
 
 MODEL = Path(__file__).parent / "models" / "books-6l"
-PRESETS = ("gqa", "svd_w", "svd_a", "fast", "small")
-BUDGETS = (1 / 2, 1 / 4, 1 / 8)
+PRESETS = ("int8:kv_budget=null", "int4:kv_budget=null", "gqa", "svd_a", "small", "auto")
+BUDGETS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 CALIBRATION = {"data": "self", "num_samples": 64, "seq_len": 256}
 PROMPT = "The old man looked at the sea and"
 
