@@ -18,7 +18,7 @@ tags: [kvfold, kv-cache]
 # {name}
 
 `{model}` with a smaller KV cache, folded by [kvfold](https://pypi.org/project/kvfold/): preset `{preset}`, width method
-`{width}`, {kv_budget:.4g} of the original bytes.
+`{width}`, bits method `{bits}`, {kv_budget:.4g} of the original bytes.
 
 ## Bytes of cache ({dtype})
 
@@ -68,6 +68,7 @@ def write_card_text(recipe: Recipe, plan: CachePlan, *, version: str, parameters
         out=recipe.out,
         preset=recipe.preset or "(none)",
         width=recipe.width["method"],
+        bits=recipe.bits["method"],
         dtype=plan.dtype,
         kv_budget=plan.kv_budget,
         source_bytes=plan.source_kv_bytes_per_token(),

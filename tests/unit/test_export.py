@@ -64,6 +64,10 @@ def test_obstacles_are_named_with_the_nearest_plan(fold, tiny_dir, tmp_path):
     kvfold.compress(shared | {"depth": {"owners": 2}, "width": {"kv_heads": 4}}, device="cpu")
     with pytest.raises(PlanError, match="shares its cache with layers"):
         export_gqa(tmp_path / "shared", tmp_path / "out")
+    quantized = tmp_path / "int4"
+    kvfold.compress({"model": str(tiny_dir / "llama_mha"), "out": str(quantized), "preset": "int4"}, device="cpu")
+    with pytest.raises(PlanError, match="stores its numbers in few bits"):
+        export_gqa(quantized, tmp_path / "out")
     with pytest.raises(CheckpointError, match="is not a folded model"):
         export_gqa(tiny_dir / "llama_mha", tmp_path / "out")
     assert not (tmp_path / "out").exists()
