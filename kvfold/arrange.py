@@ -3,8 +3,10 @@
 Any invertible T may stand between A and B: z = T A kappa, B T^-1. Let C be the covariance of A kappa, and G the cost of an
 error of a latent, sum_i B_i^T M_i B_i. In the basis E^T G^(1/2), E the eigenvectors of G^(1/2) C G^(1/2), numbers are
 uncorrelated and an error costs the same in each; their variances say how many bits each deserves (reverse water-filling).
-Within a tier, which shares its bits and its scale, numbers are brought to equal variance and turned by a random orthogonal
-matrix, so that no number is an outlier. All of it is absorbed by A and B.
+Within a tier, which shares its bits and its scale, a random orthogonal matrix turns them, so that no number is an outlier.
+Before, numbers are divided by the fourth root of their variance: undivided, small ones drown in the error that all share;
+brought to equal variance, the error of large ones grows, though the sum stays the same. Half way measured best
+(docs/log.md). All of it is absorbed by A and B.
 """
 
 from __future__ import annotations
@@ -13,8 +15,12 @@ import torch
 from torch import Tensor
 
 from kvfold.latents import Latents, Terms, blocks
-from kvfold.linalg import RELATIVE_FLOOR, eigh_descending, powers
+from kvfold.linalg import eigh_descending, powers
 from kvfold.number_format import NumberFormat
+
+LEAST_VARIANCE = 1e-4
+"""Of the largest: numbers that vary less are divided as if they varied so much. Larger ratios would be lost where weights are
+stored in bfloat16."""
 
 
 def arranged(latents: Latents, terms: Terms, layers: int, covariance_FF: Tensor, form: NumberFormat) -> Latents:
@@ -55,7 +61,9 @@ def _turn(covariance_RR: Tensor, cost_RR: Tensor, form: NumberFormat) -> tuple[T
     """T and its inverse."""
     root, inverse = powers(cost_RR, 0.5, -0.5)
     variances, vectors = eigh_descending(root @ covariance_RR @ root)
-    sizes = variances.clamp_min(RELATIVE_FLOOR * variances[0].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+    largest = variances[0].clamp_min(torch.finfo(torch.float64).tiny)
+    roots = (variances / largest).clamp_min(LEAST_VARIANCE) ** 0.25
+    sizes = roots * largest.sqrt()
     turn = torch.block_diag(*(_orthogonal(numbers) for numbers, _ in form.tiers)).to(root)
     return turn @ (vectors / sizes).T @ root, inverse @ (vectors * sizes) @ turn.T
 

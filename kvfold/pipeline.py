@@ -34,7 +34,7 @@ from kvfold.gather import TRAINING_TOKENS, Material, layer_group
 from kvfold.loading import Source, open_source, resolve_device
 from kvfold.output import copy_side_files, partial_folder, publish, refuse_out
 from kvfold.plan import CachePlan
-from kvfold.probe import Probe
+from kvfold.probe import PROBE_VERSION, Probe
 from kvfold.recipe import Recipe, make_recipe
 from kvfold.runtime.modeling import empty_folded_model
 from kvfold.storage import write_text
@@ -125,18 +125,19 @@ def _plan(recipe: Recipe, request: Request, groups: Groups, probe: Callable[[], 
 def _probe(
     recipe: Recipe, material: Material, statistics: Statistics | None, request: Request, groups: Groups
 ) -> Probe:
-    fields = recipe.to_dict()["width"]
-    key = hashlib.sha256(
-        f"{__version__} {statistics and statistics.folder.name} {fields} {request.targets}".encode()
-    ).hexdigest()
-    return Probe(
-        material.source,
-        request,
-        groups,
-        tokens_BT=material.tokens(),
-        file=material.run_dir / f"probes-{key[:12]}.json",
-        device=material.device,
-    )
+    tokens_BT, checkpoint = material.tokens(), material.source.checkpoint
+    facts = {
+        "version": PROBE_VERSION,
+        "model": checkpoint.fingerprint(),
+        "tokens": hashlib.sha256(tokens_BT.numpy().tobytes()).hexdigest(),
+        "statistics": statistics and statistics.folder.name,
+        "width": recipe.to_dict()["width"],
+        "targets": request.targets,
+        "device": material.device.partition(":")[0],
+    }
+    key = hashlib.sha256(f"{facts}".encode()).hexdigest()
+    file = material.run_dir / f"probes-{key[:12]}.json"
+    return Probe(material.source, request, groups, tokens_BT=tokens_BT, file=file, device=material.device)
 
 
 def _identity(recipe: Recipe, checkpoint: Checkpoint, plan: CachePlan, statistics: Statistics | None) -> str:

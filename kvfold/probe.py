@@ -5,6 +5,7 @@ Expected damages are comparable within a layer and a side, not between them. A f
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -27,6 +28,9 @@ from kvfold.progress import track
 from kvfold.quantize import roundtrip
 from kvfold.runtime.attention import CURRENT_STATE, FoldedAttention, ForwardState
 from kvfold.storage import make_folder, write_text
+
+PROBE_VERSION = 2
+"""To be raised when something is measured differently, so that what is on disk is not taken for it."""
 
 PROBE_TOKENS = 4096
 """Calibration tokens on which KL is measured."""
@@ -108,8 +112,8 @@ class Probe:
         """KL of storing one side so."""
         layer, other = self.request.layers[owner], "values" if side == "keys" else "keys"
         chosen = {(owner, side): shape, (owner, other): self.request.shapes(layer, other)[-1]}
-        tiers = "" if shape.form is None else f" {shape.form.scales} {shape.form.tiers} {shape.form.group_size}"
-        label = f"{owner} {side} {shape.num_heads}x{shape.width}{tiers}"
+        form = "" if shape.form is None else f" {dataclasses.astuple(shape.form)}"
+        label = f"{owner} {side} {shape.num_heads}x{shape.width}{form}"
         return self._known(label, {owner: self.request.spec(layer, chosen)})
 
     def _known(self, label: str, specs: Mapping[int, CacheSpec]) -> float:
@@ -140,7 +144,8 @@ class Probe:
             weight = next(old.parameters())
             options = {"device": weight.device, "dtype": weight.dtype}
             new = FoldedAttention(self.model.config, layer, spec, self.source.arch.norms(old), owner, **options)
-            new.load_state_dict(folded.state_dict(weight.dtype))
+            stored = folded.state_dict(getattr(torch, self.source.dtype))  # what is rounded there is lost here too
+            new.load_state_dict({name: tensor.to(weight.dtype) for name, tensor in stored.items()})
             self._put(layer.index, new.eval())
 
     def _log_probs(self, tokens_BT: Tensor) -> Tensor:
