@@ -82,12 +82,13 @@ def main() -> None:
 def read(comparison: dict[str, Any], index: int) -> list[Point]:
     """The points of a comparison on its text number `index`."""
     found, names = [], [row["preset"] for row in comparison["rows"]]
+    several = len({row["asked_budget"] for row in comparison["rows"]} - {None}) > 1
     for row in comparison["rows"]:
         evaluations = [row["evaluation"], *row["further"]] if row["evaluation"] else []
         if evaluations:
             e = evaluations[index]
             change = e["loss"] - e["base_loss"]
-            asked = row["asked_budget"] if names.count(row["preset"]) > 1 else None
+            asked = None if several and names.count(row["preset"]) == 1 else row["asked_budget"]
             name = NAMES.get(row["preset"], row["preset"])
             found.append(Point(name, asked, e["kv_budget"], e["kl"], change))
     return found

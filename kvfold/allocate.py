@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from kvfold.attention import AttentionLayer
-from kvfold.bits.base import BitsMethod
+from kvfold.bits.base import BitsMethod, noise_share
 from kvfold.depth.base import DepthMethod, Sample, Targets
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.length.base import LengthMethod
@@ -179,8 +179,8 @@ def smallest_under(target_kl: float, plan: Callable[[float], CachePlan], kl: Cal
     best = plan(1.0)
     if (reached := kl(best)) > target_kl:
         raise BudgetError(
-            f"target_kl {target_kl:.3g} is out of reach: all bytes of the original still leave a KL of {reached:.3g}."
-            " Ask for that much, or choose another preset."
+            f"target_kl {target_kl:.3g} is out of reach: the most that this method stores ({best.kv_budget:.3g} of the bytes)"
+            f" still leaves a KL of {reached:.3g}. Ask for that much, or choose another preset."
         )
     low, high = math.log(SMALLEST_BUDGET), math.log(best.kv_budget)
     for _ in range(BISECTIONS):
@@ -270,7 +270,8 @@ def expected_curve(request: Request, groups: Groups, owner: int, side: str, nois
     layer = request.layers[owner]
     if not bits.by_spectrum or owner in request.limits.keep_layers:
         damage = width.key_damage if side == "keys" else width.value_damage
-        return list(zip(options, damage(groups(owner), options), strict=True))
+        left_out = zip(options, damage(groups(owner), options), strict=True)
+        return [(shape, lost + max(1 - lost, 0) * noise_share(shape.form)) for shape, lost in left_out]
     shapes = request.shapes(layer, side)
     spectrum = width.key_spectrum if side == "keys" else width.value_spectrum
     points = bits.curve(shapes, spectrum(groups(owner), shapes[-1].num_heads), noise)

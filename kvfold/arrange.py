@@ -38,10 +38,8 @@ def arranged(latents: Latents, terms: Terms, layers: int, covariance_FF: Tensor,
     )
 
 
-def centred(latents: Latents, mean_F: Tensor | None) -> Latents:
+def centred(latents: Latents, mean_F: Tensor) -> Latents:
     """Latents that are stored without their mean."""
-    if mean_F is None:
-        return latents
     return latents._replace(
         centre_CR=torch.einsum("crf,cf->cr", latents.a_CRF, mean_F.unflatten(0, (len(latents.a_CRF), -1)))
     )

@@ -33,11 +33,11 @@ EVALUATION_SEED_OFFSET = 1_000_003
 
 @dataclass(frozen=True)
 class Row:
-    """One preset at one budget. `evaluation` is None where nothing of the method is that small. `further`: other texts.
-    `plan`: as in config.json."""
+    """One preset at one budget (None: it takes none). `evaluation` is None where nothing of the method is that small.
+    `further`: other texts. `plan`: as in config.json."""
 
     preset: str
-    asked_budget: float
+    asked_budget: float | None
     evaluation: Evaluation | None
     kv_bytes_at_32k: int | None
     continuation: str | None
@@ -125,7 +125,7 @@ class _Bench:
         self.base = load_weights(path, self.dtype, self.device)
         self.tokenizer = load_tokenizer(path)
 
-    def run(self, preset: str, budget: float, recipe: Recipe) -> Row:
+    def run(self, preset: str, budget: float | None, recipe: Recipe) -> Row:
         try:
             with warnings.catch_warnings():  # the table states the budget that was reached
                 warnings.simplefilter("ignore")
@@ -144,7 +144,7 @@ class _Bench:
 
 def _cases(
     fields: dict[str, Any], presets: Sequence[str], budgets: Sequence[float], out: Path
-) -> list[tuple[str, float, Recipe]]:
+) -> list[tuple[str, float | None, Recipe]]:
     """Every preset at every budget; one that takes no budget (kv_budget=null) once."""
     cases = {}
     for budget in sorted(budgets, reverse=True):
@@ -152,7 +152,7 @@ def _cases(
             recipe = _recipe(fields, preset, budget, out)
             same = dataclasses.replace(recipe, out="")
             if same.to_yaml() not in cases:
-                cases[same.to_yaml()] = (re.sub("[:,]kv_budget=null", "", preset), budget, recipe)
+                cases[same.to_yaml()] = (re.sub("[:,]kv_budget=null", "", preset), recipe.kv_budget, recipe)
     return list(cases.values())
 
 

@@ -92,7 +92,9 @@ def svg(draw: Callable[[list[Any]], None], panels: int, size: tuple[float, float
     return text[text.index("<svg") :]
 
 
-def frontier_plot(lines: Sequence[tuple[str, Sequence[tuple[float, float]]]], title: str = "") -> str:
+def frontier_plot(
+    lines: Sequence[tuple[str, Sequence[tuple[float, float]]]], title: str = "", highlighted: str = "auto"
+) -> str:
     """KL over bytes kept, both logarithmic: (name, points) as a line, or as a mark where there is one point only."""
     from matplotlib import colormaps
     from matplotlib.ticker import FixedLocator, FuncFormatter
@@ -100,14 +102,14 @@ def frontier_plot(lines: Sequence[tuple[str, Sequence[tuple[float, float]]]], ti
     def draw(axes: list[Axes]) -> None:
         (panel,) = axes
         for index, (name, points) in enumerate(lines):
-            ours = name.startswith("auto")
+            bold = name == highlighted
             panel.plot(
                 *zip(*sorted(points), strict=True),
                 marker="o" if len(points) > 1 else "Xsd^vP*<>"[index % 9],
                 linestyle="-" if len(points) > 1 else "",
-                linewidth=2.5 if name == "auto" else 1.3,
-                color="black" if name == "auto" else colormaps["tab20"](index % 20),
-                zorder=3 if ours else 2,
+                linewidth=2.5 if bold else 1.3,
+                color="black" if bold else colormaps["tab20"](index % 20),
+                zorder=3 if bold else 2,
                 label=name,
             )
         panel.set(xlabel="bytes kept / bytes of the original cache", ylabel="KL (nats per token)", title=title)

@@ -52,6 +52,7 @@ class LowRankWidth(WidthMethod):
     multiple: int = 8
     grouping: str = "neighbours"
 
+    ordered: ClassVar[bool] = True
     centres_values: ClassVar[bool] = False
     centres_keys: ClassVar[bool] = False
     rebuilds_on_read: ClassVar[bool] = False

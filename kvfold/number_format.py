@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvfold.errors import PlanError
 
@@ -12,9 +12,11 @@ SCALES = ("exponent", "affine", "channel", "float8")
 AFFINE_BYTES = 4
 """A scale and a smallest number, float16 each."""
 
-NUMBERS_AT_ONCE = 2**21
-"""Numbers of one side that a decode step unpacks or rebuilds at a time: they stay in a CPU's cache, and storage for them is
-reused from piece to piece."""
+NUMBERS_AT_ONCE = {"cpu": 2**21}
+"""Numbers of one side that a decode step unpacks or rebuilds at a time, by device: on a CPU they stay in its cache, and
+storage for them is reused from piece to piece."""
+ELSEWHERE = 2**26
+"""On other devices, where every piece costs a dozen launches."""
 FEWEST_TOKENS = 32
 """Tokens that it takes at a time however many numbers they have."""
 
@@ -37,14 +39,19 @@ class NumberFormat:
     block: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tiers", tuple((int(n), int(b)) for n, b in self.tiers))  # JSON has lists
-        if not self.tiers or any(n < 1 or b not in BITS for n, b in self.tiers):
+        tiers = self.tiers if isinstance(self.tiers, list | tuple) else ()
+        if not tiers or not all(isinstance(tier, list | tuple) and _is_tier(*tier) for tier in tiers):
             raise PlanError(f"tiers {self.tiers} are not (numbers, bits) with bits of {BITS}.")
+        object.__setattr__(self, "tiers", tuple(map(tuple, tiers)))  # JSON has lists
         if self.scales not in SCALES:
             raise PlanError(f"scales = {self.scales!r} is not one of {SCALES}.")
         if self.scales == "float8" and self.tiers != ((self.width, 8),):
             raise PlanError(f"float8 numbers take 8 bits each; tiers are {self.tiers}.")
-        if (self.scales == "channel") != (self.block > 1) or (self.scales == "channel" and len(self.tiers) > 1):
+        if (
+            self.block < 1
+            or (self.scales == "channel") != (self.block > 1)
+            or (self.scales == "channel" and len(self.tiers) > 1)
+        ):
             raise PlanError(f"scales per channel go with a block of tokens and one tier; found {self}.")
         if self.group_size and (
             self.scales != "affine" or self.group_size < 0 or any(n % self.group_size for n, _ in self.tiers)
@@ -89,10 +96,9 @@ class NumberFormat:
         recent = self.block * self.width * itemsize if self.scales == "channel" else 0
         return tokens // self.block * self.block_bytes + recent
 
-    @property
-    def mean_bits(self) -> float:
-        """Bits per number, without scales."""
-        return sum(numbers * bits for numbers, bits in self.tiers) / self.width
+
+def _is_tier(*tier: Any) -> bool:
+    return len(tier) == 2 and all(type(part) is int for part in tier) and tier[0] > 0 and tier[1] in BITS
 
 
 class StoredShape(NamedTuple):
@@ -127,6 +133,6 @@ def packed_bytes(numbers: int, bits: int) -> int:
     return sum(-(-numbers * part // 8) for part in planes(bits))
 
 
-def tokens_at_once(numbers_per_token: int) -> int:
+def tokens_at_once(numbers_per_token: int, device: str) -> int:
     """Tokens of a whole batch that a decode step takes at a time."""
-    return max(NUMBERS_AT_ONCE // numbers_per_token, FEWEST_TOKENS)
+    return max(NUMBERS_AT_ONCE.get(device, ELSEWHERE) // numbers_per_token, FEWEST_TOKENS)

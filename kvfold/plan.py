@@ -207,14 +207,16 @@ class CachePlan:
             side.form is not None and side.form.block > 1 for spec in self.owned for side in spec.sides
         )
 
-    def kv_workspace_bytes(self, *, batch_size: int = 1, dtype: str | None = None) -> int:
-        """The most that one decode step turns back into numbers at once: a piece of one layer's packed keys and values."""
-        sizes = [
-            tokens_at_once(batch_size * max(spec.widest, source.numbers_per_token // 2))
-            * sum(side.numbers for side in spec.sides if side.form is not None)
-            for spec, source in zip(self.caches, self.source, strict=True)
-            if spec is not None
-        ]
+    def kv_workspace_bytes(self, *, batch_size: int = 1, dtype: str | None = None, device: str = "cpu") -> int:
+        """Packed keys and values that one decode step turns back into numbers at a time, of one layer; with keys that are
+        rebuilt on read, those too. Unpacking them takes up to three times as much for a moment."""
+        sizes = []
+        for spec, source in zip(self.caches, self.source, strict=True):
+            if spec is not None:
+                full = source.numbers_per_token // 2
+                numbers = sum(side.numbers for side in spec.sides if side.form is not None)
+                numbers += full if spec.rope == "on_read" else 0
+                sizes.append(numbers * tokens_at_once(batch_size * max(spec.widest, full), device))
         return batch_size * self.itemsize(dtype) * max(sizes)
 
     def kv_read_bytes(self, context_len: int, *, dtype: str | None = None) -> int:

@@ -89,6 +89,7 @@ class Probe:
         full = self.request.cost(self.request.shapes(self.request.layers[owner], side)[-1])
         costs = [self.request.cost(shape) for shape, _ in points]
         wanted = {min(range(len(points)), key=lambda i: abs(math.log(costs[i] / (share * full)))) for share in SIZES}
+        wanted |= {len(points) - 1}  # where numbers are quantized not even all of them lose nothing
         measured = {i: self._side(owner, side, points[i][0]) for i in sorted(wanted) if points[i][1] > LEAST}
         kls = interpolate([damage for _, damage in points], measured)
         return [(shape, kl) for (shape, _), kl in zip(points, kls, strict=True)]

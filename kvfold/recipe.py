@@ -106,7 +106,8 @@ class Recipe:
             )
         if not 0 <= self.min_width <= 1:
             raise RecipeError(f"min_width is {self.min_width}; it is a share of a layer's numbers, 0 to 1.")
-        if any(isinstance(i, bool) or not isinstance(i, int) for i in self.keep_layers):
+        listed = isinstance(self.keep_layers, list | tuple)
+        if not listed or any(isinstance(i, bool) or not isinstance(i, int) for i in self.keep_layers):
             raise RecipeError(f"keep_layers = {self.keep_layers!r} is not a list of layer numbers, such as [0, 1].")
         object.__setattr__(self, "keep_layers", tuple(self.keep_layers))
         if self.allocate not in ALLOCATIONS:
@@ -116,6 +117,11 @@ class Recipe:
         if self.bits["method"] != "identity" and self.method("width").joint:
             raise RecipeError(
                 f"width method {self.width['method']!r} fills caches that are not quantized; leave bits out."
+            )
+        if self.method("bits").by_spectrum and not self.method("width").ordered:
+            raise RecipeError(
+                f"width method {self.width['method']!r} stores numbers of equal rank, so that none deserves more bits than"
+                " others; choose a low-rank one, such as attended, or --set bits.method=integer."
             )
         if self.allocate == "measured" and self.method("width").joint:
             raise RecipeError(
@@ -158,8 +164,9 @@ def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
     """
     tree: dict[str, Any] = {}
     sets = list(sets)
-    named = {*data, *(assignment.partition(".")[0] for assignment in sets)}
-    if preset := data.get("preset") or (None if named & {*registry.AXES} else DEFAULT):
+    chosen = any("method" in (data.get(axis) or {}) for axis in registry.AXES)
+    chosen |= any(assignment.partition("=")[0].endswith(".method") for assignment in sets)
+    if preset := data.get("preset") or (None if chosen else DEFAULT):
         data = {**data, "preset": preset}
         if preset not in PRESETS:
             raise RecipeError(registry.unknown("preset", preset, PRESETS))

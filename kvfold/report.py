@@ -79,7 +79,7 @@ def cells(row: Row, columns: list[str]) -> list[str]:
     """One row of the table of numbers, the same for the terminal, the page and the README."""
     e = row.evaluation
     if e is None or row.kv_bytes_at_32k is None:
-        return [row.preset, f"{row.asked_budget:.3f}", "out of reach", *[""] * (len(columns) - 3)]
+        return [row.preset, f"{row.asked_budget or 1:.3f}", "out of reach", *[""] * (len(columns) - 3)]
     return [
         row.preset,
         f"{e.kv_budget:.3f}",

@@ -35,9 +35,7 @@ class Integer(BitsMethod):
 
     def form(self, layer: AttentionLayer, side: str, width: int) -> NumberFormat:
         bits = self.k_bits if side == "keys" else self.v_bits
-        if self.group_size and width % self.group_size:
-            raise RecipeError(
-                f"bits.group_size = {self.group_size} does not divide the {width} numbers of a head of layer {layer.index};"
-                " leave it out, or choose a divisor."
-            )
         return plain_tiers(width, bits, scales=self.scales, group_size=self.group_size)
+
+    def fits(self, width: int) -> bool:
+        return not self.group_size or width % self.group_size == 0

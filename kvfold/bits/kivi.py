@@ -27,19 +27,19 @@ class Kivi(BitsMethod):
     group_size: int = 0
 
     def __post_init__(self) -> None:
-        if (
-            not {self.k_bits, self.v_bits} <= set(BITS)
-            or self.block < 2
-            or CACHE_BLOCK % self.block
-            or self.group_size < 0
-        ):
+        if self.group_size < 0:
+            raise RecipeError(f"bits.group_size is {self.group_size}; it must be at least 0.")
+        if not {self.k_bits, self.v_bits} <= set(BITS) or self.block < 2 or CACHE_BLOCK % self.block:
             raise RecipeError(
                 f"bits.k_bits = {self.k_bits} and bits.v_bits = {self.v_bits} are of {BITS}; bits.block = {self.block} is at"
                 f" least 2 and divides {CACHE_BLOCK} tokens."
             )
 
     def form(self, layer: AttentionLayer, side: str, width: int) -> NumberFormat:
+        bits = self.k_bits if side == "keys" else self.v_bits
         if side == "keys" and layer.window is None:
-            return plain_tiers(width, self.k_bits, scales="channel", block=self.block)
-        group = self.group_size if self.group_size and width % self.group_size == 0 else 0
-        return plain_tiers(width, self.v_bits, scales="affine", group_size=group)
+            return plain_tiers(width, bits, scales="channel", block=self.block)
+        return plain_tiers(width, bits, scales="affine", group_size=self.group_size)
+
+    def fits(self, width: int) -> bool:
+        return not self.group_size or width % self.group_size == 0

@@ -18,6 +18,8 @@ from kvfold.quantize import Scaled
 Operand = Tensor | list[Scaled]
 """Heads of some tokens [B, heads, tokens, width], or their tiers: a number is (code + 1/2) times its token's scale."""
 
+LARGEST_CODE = 128
+
 Piece = Callable[[int, int], Operand]
 """(start, end) -> the heads of these tokens."""
 
@@ -97,12 +99,13 @@ def chunked_attention(
     B, N, T, _ = q_BNTH.shape
     largest = q_BNTH.new_full((B, N, T, 1), float("-inf"), dtype=_exact(q_BNTH))
     total = out = torch.zeros_like(largest)
-    mask, step = _additive(mask, T, tokens, q_BNTH), tokens_at_once(B * numbers)
+    step = tokens_at_once(B * max(numbers, N * T), q_BNTH.device.type)
     for start in range(0, tokens, step):
         end = min(start + step, tokens)
         scores = _scores(q_BNTH * scale, keys(start, end))
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        scores = scores if mask is None else scores + mask[..., start:end]
+        part = _additive(mask, T, tokens, start, end, q_BNTH)
+        scores = scores if part is None else scores + part
         highest = torch.maximum(largest, scores.amax(-1, keepdim=True))
         shrink, weights = (largest - highest).exp(), (scores - highest).exp()
         out = out * shrink + _weighted(weights, values(start, end), q_BNTH.dtype)
@@ -118,10 +121,12 @@ def _scores(q_BNTH: Tensor, keys: Operand) -> Tensor:
         return (rows @ keys.transpose(2, 3)).reshape(B, N, T, -1).to(_exact(q_BNTH))
     C, total, at = keys[0].codes.shape[1], torch.zeros((), dtype=_exact(q_BNTH), device=q_BNTH.device), 0
     for codes, scale in keys:
-        rows = q_BNTH[..., at : at + codes.shape[3]].reshape(B, C, N // C * T, -1)
+        # codes are up to 128: what is divided by that here keeps products of half precision in range
+        rows = q_BNTH[..., at : at + codes.shape[3]].reshape(B, C, N // C * T, -1) / LARGEST_CODE
         at += codes.shape[3]
         half = rows.sum(-1, keepdim=True, dtype=total.dtype) / 2
-        total = total + ((rows @ codes.transpose(2, 3)).to(total.dtype) + half) * scale.transpose(2, 3)
+        products = (rows @ codes.transpose(2, 3)).to(total.dtype) + half
+        total = total + products * (LARGEST_CODE * scale).transpose(2, 3)
     return total.reshape(B, N, T, -1)
 
 
@@ -133,20 +138,25 @@ def _weighted(weights_BNTs: Tensor, values: Operand, dtype: torch.dtype) -> Tens
         return (rows.to(dtype) @ values).to(weights_BNTs.dtype).reshape(B, N, T, -1)
     rows, parts = weights_BNTs.reshape(B, values[0].codes.shape[1], -1, s), []
     for codes, scale in values:
-        scaled = rows * scale.transpose(2, 3)
+        largest = scale.amax(2, keepdim=True)  # small weights times small scales would vanish in half precision
+        scaled = rows * (scale / largest).transpose(2, 3)
         half = scaled.sum(-1, keepdim=True) / 2
-        parts.append((scaled.to(dtype) @ codes).to(weights_BNTs.dtype) + half)
+        parts.append(((scaled.to(dtype) @ codes).to(weights_BNTs.dtype) + half) * largest)
     return torch.cat(parts, dim=-1).reshape(B, N, T, -1)
 
 
-def _additive(mask: Tensor | None, T: int, S: int, like: Tensor) -> Tensor | None:
-    """Any of the masks as numbers to add, finite so that a row of padding stays a number."""
-    if mask is None and T > 1:
-        mask = torch.ones(T, S, dtype=torch.bool, device=like.device).tril(S - T)
-    if mask is None or mask.dtype != torch.bool:
-        return mask
+def _additive(mask: Tensor | None, T: int, S: int, start: int, end: int, like: Tensor) -> Tensor | None:
+    """A piece of any of the masks as numbers to add, finite so that a row or a piece of padding stays a number."""
     lowest = torch.finfo(like.dtype).min
-    return torch.zeros(mask.shape, dtype=_exact(like), device=like.device).masked_fill(~mask, lowest)
+    if mask is None and T == 1:
+        return None
+    if mask is None:
+        seen = torch.arange(start, end, device=like.device) <= torch.arange(S - T, S, device=like.device)[:, None]
+    elif mask.dtype == torch.bool:
+        seen = mask[..., start:end]
+    else:
+        return mask[..., start:end].clamp_min(lowest)
+    return torch.zeros(seen.shape, dtype=_exact(like), device=like.device).masked_fill(~seen, lowest)
 
 
 def with_alibi(mask: Tensor | None, alibi: Tensor | None, heads: int) -> Tensor | None:

@@ -178,7 +178,8 @@ class FoldedAttention(nn.Module):
                     tables = state.tables_of_all(
                         hidden_states, kwargs.get("position_ids"), cache, self.layer.rotary_kind
                     )
-            out_BTNH, probs = self._attend_on_read(q, z, y, mask, tables)
+            wants_probs = bool(kwargs.get("output_attentions"))
+            out_BTNH, probs = self._attend_on_read(q, z, y, mask, tables, wants_probs=wants_probs)
         else:
             out_BTNH, probs = self._attend(q, z, y, mask, wants_probs=bool(kwargs.get("output_attentions")))
         return self._output(out_BTNH, residual), probs
@@ -211,11 +212,14 @@ class FoldedAttention(nn.Module):
                     " the whole ...ForCausalLM model, not a part of it."
                 )
             return tuple(x.to(hidden_BTD.device) for x in state.stored[self.owner])  # type: ignore[return-value]
-        z, y = self._new_keys_values(hidden_BTD, rotary)
+        new_z, new_y = self._new_keys_values(hidden_BTD, rotary)
         if not hasattr(cache, "owned"):  # without kvfold's own cache numbers lose what it would lose
-            z, y = roundtrip(z, self.spec.k_bits), roundtrip(y, self.spec.v_bits)
+            new_z, new_y = roundtrip(new_z, self.spec.k_bits), roundtrip(new_y, self.spec.v_bits)
+        z: Stored = new_z
+        y: Stored = new_y
         if cache is not None:
-            z, y = cache.update(z, y, self.layer_idx)
+            z, y = cache.update(new_z, new_y, self.layer_idx)
+            z, y = _with_gradient(z, new_z), _with_gradient(y, new_y)
         if state is not None:
             state.stored[self.layer_idx] = (z, y)
         return z, y
@@ -280,7 +284,14 @@ class FoldedAttention(nn.Module):
         return asked or wants_probs or self.layer.softcap is not None
 
     def _attend_on_read(
-        self, q: Tensor, z: Stored, y: Stored, mask: Tensor | None, tables: tuple[Tensor, Tensor] | None
+        self,
+        q: Tensor,
+        z: Stored,
+        y: Stored,
+        mask: Tensor | None,
+        tables: tuple[Tensor, Tensor] | None,
+        *,
+        wants_probs: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Keys are rebuilt and rotated for this call: all at once for a prompt, piece by piece for few tokens, so that the
         keys of a long cache never exist at once. `tables`: cos and sin of all tokens, None for keys that stay unrotated."""
@@ -298,17 +309,17 @@ class FoldedAttention(nn.Module):
         dropout = self.layer.attention_dropout if self.training else 0.0
         lead_back = (lambda out: out) if self.spec.hidden else self._lead_values_back
         packed = isinstance(z, PackedTokens) or isinstance(y, PackedTokens)
-        few = q.shape[2] <= (max(FEW_TOKENS, S - 1) if packed else FEW_TOKENS)
-        if self._eager() and not (packed and few):
-            exact = self._rebuild(read_all(y), "v_b") if self.spec.hidden else read_all(y)
-            out, probs = grouped_attention(
-                q, keys(0, S), exact, mask, scale=self.scaling, dropout=dropout, softcap=self.layer.softcap
-            )
+        few = q.shape[2] <= (max(FEW_TOKENS, S - 1) if packed else FEW_TOKENS) and not (wants_probs or dropout)
+        sizes: dict[str, Any] = {"scale": self.scaling, "softcap": self.layer.softcap}
+        if few and (packed or not self._eager()):
+            out = chunked_attention(q, keys, values, S, mask, numbers=self._numbers_at_a_time, **sizes)
+            return lead_back(out), None
+        rebuilt = read_all(y)
+        if self._eager(wants_probs):
+            rebuilt = self._rebuild(rebuilt, "v_b") if self.spec.hidden else rebuilt
+            out, probs = grouped_attention(q, keys(0, S), rebuilt, mask, dropout=dropout, **sizes)
             return lead_back(out), probs
-        if few and not dropout:
-            sizes: dict[str, Any] = {"numbers": self._numbers_at_a_time, "scale": self.scaling}
-            return lead_back(chunked_attention(q, keys, values, S, mask, softcap=self.layer.softcap, **sizes)), None
-        rebuilt = self._rebuild(read_all(y), "v_b")
+        rebuilt = self._rebuild(rebuilt, "v_b")
         return prefill_attention(q, keys(0, S), rebuilt, mask, scale=self.scaling, dropout=dropout), None
 
     @property
@@ -345,6 +356,15 @@ class FoldedAttention(nn.Module):
         B, T, N, V = out_BTNV.shape
         per_kv_head = out_BTNV.transpose(1, 2).reshape(B, self.layer.num_kv_heads, -1, V)
         return self.v_b_proj(per_kv_head, heads=self.layer.num_kv_heads).reshape(B, N, T, -1).transpose(1, 2)
+
+
+def _with_gradient(stored: Stored, new_BCTR: Tensor) -> Stored:
+    """What is stored, with the gradient of the new tokens passing straight through: bytes have none."""
+    if not isinstance(stored, PackedTokens) or not (torch.is_grad_enabled() and new_BCTR.requires_grad):
+        return stored
+    seen, tokens = read_all(stored), new_BCTR.shape[2]
+    exact = seen[:, :, -tokens:] + (new_BCTR - new_BCTR.detach())
+    return torch.cat([seen[:, :, :-tokens], exact], dim=2)
 
 
 def apply_rotary(x_BNTH: Tensor, cos_BTr: Tensor, sin_BTr: Tensor) -> Tensor:

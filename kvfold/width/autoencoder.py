@@ -39,6 +39,8 @@ class Autoencoder(LowRankWidth):
     rebuilds_on_read: ClassVar[bool] = True
     spans_layers: ClassVar[bool] = False
 
+    ordered: ClassVar[bool] = False
+
     v_latent: str = "layer"
     hidden: int = 64
     steps: int = 600

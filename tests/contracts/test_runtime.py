@@ -82,7 +82,7 @@ def test_quantized_latents_equal_the_oracle(shape, scales, rope, monkeypatch):
 
 
 def _compare_with_the_oracle(monkeypatch, shape, bias, rope, implementation, dtype=torch.float32, **fields):
-    monkeypatch.setattr("kvfold.number_format.NUMBERS_AT_ONCE", 1)
+    monkeypatch.setattr("kvfold.number_format.NUMBERS_AT_ONCE", {"cpu": 1})
     monkeypatch.setattr("kvfold.number_format.FEWEST_TOKENS", 8)
     module, facts, spec, weights, rotary = folded_layer(shape, bias, rope, implementation, **fields)
     module, hidden = module.to(dtype), torch.randn(2, 21, facts.hidden_size, dtype=dtype)
@@ -162,7 +162,7 @@ def test_fast_attention_equals_grouped_attention(dtype, heads, padded, monkeypat
     )
     last = decode_attention(half[0][:, :, -1:], *half[1:], mask[:, :, -1:] if padded else None, scale=0.25)
     assert_close(last, expected[:, -1:], tolerance=tolerance)
-    monkeypatch.setattr("kvfold.number_format.NUMBERS_AT_ONCE", 1)
+    monkeypatch.setattr("kvfold.number_format.NUMBERS_AT_ONCE", {"cpu": 1})
     monkeypatch.setattr("kvfold.number_format.FEWEST_TOKENS", 4)
     for few in (1, 5):
         masks = mask[:, :, -few:] if padded else None

@@ -18,8 +18,9 @@ from kvfold.allocate import (
     smallest_under,
 )
 from kvfold.attention import AttentionLayer
+from kvfold.bits.base import NOISE, SIZES
 from kvfold.bits.identity import Identity as Bits
-from kvfold.bits.mixed import NOISE, SIZES, Mixed
+from kvfold.bits.mixed import Mixed
 from kvfold.depth.identity import Identity as Depth
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.length.identity import Identity as Length
@@ -160,7 +161,9 @@ def test_noise_that_costs_more_buys_more_bits_and_fewer_numbers():
     spectrum = [2.0 ** (-i / 8) for i in range(64)]
     cheap, dear = (dict(Mixed().curve([StoredShape(1, 64)], spectrum, noise)) for noise in (0.2, 5.0))
     near = [min(points, key=lambda shape: abs(shape.bytes_per_token(2) - 20)) for points in (cheap, dear)]
-    assert near[0].width > near[1].width and near[0].form.mean_bits < near[1].form.mean_bits
+    assert near[0].width > near[1].width and min(b for _, b in near[0].form.tiers) < min(
+        b for _, b in near[1].form.tiers
+    )
 
 
 def test_layers_that_are_kept_and_least_widths():
@@ -188,8 +191,3 @@ def test_the_smallest_cache_under_a_kl():
     assert 0.001 / found.kv_budget <= 0.01 and found.kv_budget < 0.12
     with pytest.raises(BudgetError, match="target_kl 1e-06 is out of reach"):
         smallest_under(1e-6, at, lambda made: 0.001 / made.kv_budget)
-
-
-def test_methods_without_an_order_of_numbers_take_equal_bits_only():
-    with pytest.raises(RecipeError, match="stores numbers of equal rank"):
-        plan([layer(0)], MeanPool(kv_heads=2), kv_budget=0.5, strategy="greedy", bits=Mixed())

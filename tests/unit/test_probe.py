@@ -69,7 +69,7 @@ def test_what_was_measured_serves_other_budgets(folded, monkeypatch):
 
 
 def test_bits_are_shared_out_by_what_was_measured(folded):
-    """The layer that adds next to nothing gets next to nothing; a plan under a KL keeps its promise on the probe's text."""
+    """The layer that adds next to nothing gets next to nothing; a plan under a KL keeps its promise, about, on other text."""
     root, run = folded
     fields = {"width": {"method": "attended", "multiple": 4}, "bits": {"method": "mixed"}, "allocate": "measured"}
     plan = run("auto", kv_budget=0.1, **fields).plan

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvfold.bits.mixed import NOISE, SIZES
+from kvfold.bits.base import NOISE, SIZES
 from kvfold.number_format import BITS, NumberFormat
 from kvfold.quantize import STEPS_PER_OCTAVE, pack, roundtrip, unpack
 from kvfold.reference import decoded
@@ -75,7 +75,9 @@ def test_zeros_and_outliers_stay_finite(form):
     x = torch.zeros(1, 1, 8, form.width)
     x[0, 0, 1] = 1e4
     x[0, 0, 2, 0] = 3e4
-    assert (roundtrip(x, form).isfinite().all() and roundtrip(x, form)[0, 0, 0].abs().max() < 1e-3) or form.block > 1
+    assert roundtrip(x, form).isfinite().all()
+    if form.block == 1:
+        assert roundtrip(x, form)[0, 0, 0].abs().max() < 1e-3
 
 
 def test_gradients_pass_straight_through():

@@ -58,6 +58,8 @@ def test_another_method_drops_the_presets_fields():
         ({"min_width": 2.0}, [], "0 to 1"),
         ({"keep_layers": ["0"]}, [], "not a list of layer numbers"),
         ({"preset": "xkv"}, ["bits.method=integer"], "not quantized"),
+        ({"preset": "procrustes"}, ["bits.method=mixed"], "numbers of equal rank"),
+        ({"keep_layers": 1}, [], "not a list of layer numbers"),
         ({"preset": "int4"}, ["bits.k_bits=9"], "choose one of"),
         ({"preset": "int4"}, ["bits.group_size=16"], "goes with bits.scales=affine"),
         ({"preset": "kivi"}, ["bits.block=48"], "divides 256"),
