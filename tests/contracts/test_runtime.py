@@ -78,10 +78,13 @@ def test_quantized_latents_equal_the_oracle(shape, scales, rope, monkeypatch):
     bits = (5, 3) if scales != "float8" else (8, 8)
     k_bits, v_bits = (_format(width, b, scales) for width, b in zip((R, V), bits, strict=True))
     fields = {"k_bits": k_bits, "v_bits": v_bits, "stored_bias": True, "k_offset": rope == "on_read" and k_projection}
-    _compare_with_the_oracle(monkeypatch, shape, True, rope, "sdpa", dtype=torch.float64, **fields)
+    # norms are taken in float32 whatever the dtype: now and then one code falls on the other side
+    _compare_with_the_oracle(monkeypatch, shape, True, rope, "sdpa", dtype=torch.float64, tolerance=1e-3, **fields)
 
 
-def _compare_with_the_oracle(monkeypatch, shape, bias, rope, implementation, dtype=torch.float32, **fields):
+def _compare_with_the_oracle(
+    monkeypatch, shape, bias, rope, implementation, dtype=torch.float32, tolerance=None, **fields
+):
     monkeypatch.setattr("kvfold.number_format.NUMBERS_AT_ONCE", {"cpu": 1})
     monkeypatch.setattr("kvfold.number_format.FEWEST_TOKENS", 8)
     module, facts, spec, weights, rotary = folded_layer(shape, bias, rope, implementation, **fields)
@@ -96,14 +99,14 @@ def _compare_with_the_oracle(monkeypatch, shape, bias, rope, implementation, dty
         expected.append(reference.folded_attention(*inputs, seen, seen_again))
     expected = torch.stack(expected)
     with torch.no_grad():
-        assert_close(module(hidden, position_embeddings=(cos, sin))[0], expected, name="prefill")
+        assert_close(module(hidden, position_embeddings=(cos, sin))[0], expected, name="prefill", tolerance=tolerance)
         cache, out = FoldedCache(_one_layer_plan(spec)), []
         for i in range(21):
             rotation = (cos[:, i : i + 1], sin[:, i : i + 1])
             options = {"position_ids": torch.tensor([[i]]), "kv_state": ForwardState(rotary)}
             options |= {"position_embeddings": rotation, "past_key_values": cache}
             out.append(module(hidden[:, i : i + 1], **options)[0])
-    assert_close(torch.cat(out, 1), expected, name="decode")
+    assert_close(torch.cat(out, 1), expected, name="decode", tolerance=tolerance)
 
 
 def _format(width, bits, scales):
