@@ -48,15 +48,17 @@ class Point:
 
 
 def main() -> None:
-    """Write results/frontier.md, results/frontier-ablation.md, and per model a table and a plot."""
+    """Write results/frontier.md, -shifted.md (further texts) and -ablation.md, and per model a table and a plot."""
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
-    lines, ablation, seen, beaten = [], [], 0, []
+    lines: list[str] = []
+    shifted: list[str] = []
+    ablation, seen, beaten = [], 0, []
     for file in sorted(runs.glob("frontier-*/comparison.json")):
         comparison = json.loads(file.read_text())
         for index, text in enumerate([comparison["evaluated_on"].partition(".")[0], *comparison["also_on"]]):
             points = read(comparison, index)
             where = f"{comparison['model']} | {text.removesuffix('.txt')}"
-            lines += [f"| {where} | {line}" for line in beside(points)]
+            (shifted if index else lines).extend(f"| {where} | {line}" for line in beside(points))
             ablation += [f"| {where} | {line}" for line in shared(points)]
             for point in points:
                 ours = same_budget(points, point)
@@ -71,9 +73,9 @@ def main() -> None:
         plot = frontier_plot(list(curves.items()), f"{comparison['model']}, books it never saw, no training")
         (RESULTS / f"{file.parent.name}.svg").write_text(SVG + plot)
         (RESULTS / f"{file.parent.name}.md").write_text((file.parent / "table.md").read_text())
-    write(
-        "frontier.md", "KL auto | perplexity auto | best of the others within as many bytes | its KL | auto / it", lines
-    )
+    columns = "KL auto | perplexity auto | best of the others within as many bytes | its KL | auto / it"
+    write("frontier.md", columns, lines)
+    write("frontier-shifted.md", columns, shifted)
     write("frontier-ablation.md", "KL, shared out | KL, equal shares | equal shares, 4 bits", ablation)
     print(f"{seen} points of other methods; better than auto at the same budget: {len(beaten)}", *beaten, sep="\n")
     print(json.dumps({"points": seen, "better_than_auto": beaten}))
