@@ -114,6 +114,17 @@ def logits(model: tf.PreTrainedModel, ids: Tensor, **options: object) -> Tensor:
     return model(ids, use_cache=False, **options).logits
 
 
+def step(network, ids, mask, positions, cache, start, end):
+    """Logits of the tokens start:end after those that `cache` holds."""
+    with torch.no_grad():
+        return network(
+            ids[:, start:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+        ).logits
+
+
 def copy_heads(model: tf.PreTrainedModel, scales: list[float]) -> tf.PreTrainedModel:
     """Every key/value head becomes a scaled copy of the first: keys and values of a layer have rank head_dim."""
     for attention in architecture(model.config.model_type).modules(model):

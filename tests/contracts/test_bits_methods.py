@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from tiny import FULL_ATTENTION, MODELS, load, logits, tokens
+from tiny import FULL_ATTENTION, MODELS, load, logits, step, tokens
 
 import kvfold
 from kvfold import registry
@@ -108,28 +108,18 @@ def test_cached_equals_uncached(fold, model, width, bits):
     for cuts in ([*range(1, 31)], [17, *range(18, 31)], [20, 30], [30]):
         cache, start, out = FoldedCache(folded.plan), 0, []
         for end in cuts:
-            out.append(_step(network, ids, mask, positions, cache, start, end))
+            out.append(step(network, ids, mask, positions, cache, start, end))
             start = end
         # some families normalise in float32 whatever the dtype: now and then one code falls on the other side
         assert_close(torch.cat(out, 1)[seen], expected[seen], tolerance=1e-3, name=f"cuts {cuts[:3]}")
     if model in FULL_ATTENTION:  # a window that was passed cannot be rolled back
         cache = FoldedCache(folded.plan)
-        _step(network, ids, mask, positions, cache, 0, 20)
-        _step(network, ids.flip(1), mask, positions, cache, 20, 26)
+        step(network, ids, mask, positions, cache, 0, 20)
+        step(network, ids.flip(1), mask, positions, cache, 20, 26)
         cache.crop(-6)
         assert_close(
-            _step(network, ids, mask, positions, cache, 20, 30), expected[:, 20:], tolerance=1e-3, name="after a crop"
+            step(network, ids, mask, positions, cache, 20, 30), expected[:, 20:], tolerance=1e-3, name="after a crop"
         )
-
-
-def _step(network, ids, mask, positions, cache, start, end):
-    with torch.no_grad():
-        return network(
-            ids[:, start:end],
-            attention_mask=mask[:, :end],
-            position_ids=positions[:, start:end],
-            past_key_values=cache,
-        ).logits
 
 
 @pytest.mark.parametrize("model", FULL_ATTENTION)

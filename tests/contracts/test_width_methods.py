@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import FULL_ATTENTION, MODELS, copy_heads, in_attention, load, logits, make_tiny, save_tiny, tokens
+from tiny import FULL_ATTENTION, MODELS, copy_heads, in_attention, load, logits, make_tiny, save_tiny, step, tokens
 
 import kvfold
 from kvfold import registry
@@ -194,29 +194,19 @@ def test_cached_equals_uncached(fold, model, method, fields):
     for cuts in ([*range(1, 31)], [17, *range(18, 31)], [8, 20, 30], [30]):
         cache, start, out = FoldedCache(folded.plan), 0, []
         for end in cuts:
-            out.append(_step(network, ids, mask, positions, cache, start, end))
+            out.append(step(network, ids, mask, positions, cache, start, end))
             start = end
         seen = mask.bool()
         assert_close(torch.cat(out, 1)[seen], expected[seen], name=f"cuts {cuts[:3]}")
     if model not in FULL_ATTENTION:  # a window that was passed cannot be rolled back
         return
     cache = FoldedCache(folded.plan)
-    _step(network, ids.flip(1), mask, positions, cache, 0, 25)
+    step(network, ids.flip(1), mask, positions, cache, 0, 25)
     cache.crop(-25)
-    _step(network, ids, mask, positions, cache, 0, 20)
-    _step(network, ids.flip(1), mask, positions, cache, 20, 26)
+    step(network, ids, mask, positions, cache, 0, 20)
+    step(network, ids.flip(1), mask, positions, cache, 20, 26)
     cache.crop(-6)
-    assert_close(_step(network, ids, mask, positions, cache, 20, 30), expected[:, 20:])
-
-
-def _step(network, ids, mask, positions, cache, start, end):
-    with torch.no_grad():
-        return network(
-            ids[:, start:end],
-            attention_mask=mask[:, :end],
-            position_ids=positions[:, start:end],
-            past_key_values=cache,
-        ).logits
+    assert_close(step(network, ids, mask, positions, cache, 20, 30), expected[:, 20:])
 
 
 @every_halving_method
