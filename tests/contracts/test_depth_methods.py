@@ -11,7 +11,7 @@ from transformers import DynamicCache, GPTNeoXConfig
 
 import kvfold
 from kvfold import reference, registry
-from kvfold.allocate import Axes, allocate, choose_layout
+from kvfold.allocate import Axes, Request, allocate, choose_layout
 from kvfold.architectures.base import architecture, empty_model
 from kvfold.attention import FoldedWeights
 from kvfold.bits.identity import Identity as Bits
@@ -20,6 +20,7 @@ from kvfold.fold import read_layer
 from kvfold.latents import Term, damages, solve
 from kvfold.length.identity import Identity as Length
 from kvfold.loading import open_source
+from kvfold.number_format import StoredShape
 from kvfold.plan import CachePlan
 from kvfold.presets import MLKV_PAPER
 from kvfold.recipe import make_recipe
@@ -199,8 +200,9 @@ def pythia_160m_plan(name) -> CachePlan:
     layers = arch.describe(empty_model(arch, config))
     recipe = make_recipe({"model": "-", "out": "-", "preset": name})
     axes = Axes(depth=recipe.method("depth"), width=recipe.method("width"), bits=Bits(), length=Length())
-    targets = choose_layout(layers, axes, kv_budget=None, sample=None)
-    return allocate(layers, targets, axes, kv_budget=None, dtype="float16", strategy="uniform", groups=None)
+    asked = Request(layers=layers, targets=(None,) * len(layers), axes=axes, dtype="float16")
+    request = dataclasses.replace(asked, targets=choose_layout(asked, kv_budget=None, sample=None))
+    return allocate(request, kv_budget=None, strategy="uniform", curves=dict)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +309,7 @@ def test_regression_finds_a_planted_linear_map():
         for position, expected in enumerate(vectors):
             rebuilt = x @ latents.a_CRF[0].T @ latents.back(position)[0].T
             assert_close(rebuilt, expected, tolerance=2e-3)
-    lost = damages(terms, 3, [(1, 2), (1, 4), (1, rank)])
+    lost = damages(terms, 3, [StoredShape(1, width) for width in (2, 4, rank)])
     assert lost[0] > lost[1] > lost[2] == pytest.approx(0, abs=1e-3)
 
 
