@@ -10,6 +10,7 @@ widened as in the paper, so that all models have the parameters of the original.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from decode_step import fill, race
 from transformers import DynamicCache, GPTNeoXConfig
 
-from kvfold.allocate import Axes, allocate, choose_layout
+from kvfold.allocate import Axes, Request, allocate, choose_layout
 from kvfold.architectures.base import architecture, empty_model
 from kvfold.loading import resolve_device
 from kvfold.plan import CONFIG_KEY, CachePlan
@@ -79,8 +80,9 @@ def plan_of(name: str, dtype: str) -> CachePlan:
     layers = arch.describe(empty_model(arch, GPTNeoXConfig(**PYTHIA_160M)))
     recipe = make_recipe({"model": "-", "out": "-", "preset": name})
     axes = Axes(**{axis: recipe.method(axis) for axis in ("depth", "width", "bits", "length")})
-    targets = choose_layout(layers, axes, kv_budget=None, sample=None)
-    return allocate(layers, targets, axes, kv_budget=None, dtype=dtype, strategy="uniform", groups=None)  # type: ignore[arg-type]
+    asked = Request(layers=layers, targets=(None,) * len(layers), axes=axes, dtype=dtype)
+    request = dataclasses.replace(asked, targets=choose_layout(asked, kv_budget=None, sample=None))
+    return allocate(request, kv_budget=None, strategy="uniform", curves=dict)
 
 
 def build(plan: CachePlan) -> Any:
