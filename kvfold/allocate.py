@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from kvfold.attention import AttentionLayer
@@ -97,6 +97,7 @@ class Request:
         return shapes[-1:] if layer.index in self.limits.keep_layers else shapes
 
     def allowed(self, layer: AttentionLayer, shapes: Sequence[StoredShape]) -> list[StoredShape]:
+        """Those that are wide enough; the widest if none is."""
         least = self.limits.min_width * layer.num_kv_heads * layer.head_dim
         return [shape for shape in shapes if shape.numbers >= least / SLACK] or list(shapes[-1:])
 
@@ -105,6 +106,7 @@ class Request:
         return shape.bytes_per_token(self.itemsize)
 
     def total(self, chosen: Mapping[Key, StoredShape]) -> float:
+        """Bytes per token of all that was chosen."""
         return sum(map(self.cost, chosen.values()))
 
     @cached_property
@@ -114,10 +116,12 @@ class Request:
         return POSITION_BYTES if any(spec.rope == "on_read" for spec in specs) else 0
 
     def spec(self, layer: AttentionLayer, chosen: Mapping[Key, StoredShape]) -> CacheSpec:
+        """The cache that `layer` owns."""
         spec = self.axes.width.spec(layer, chosen[layer.index, "keys"], chosen[layer.index, "values"])
         return self.axes.length.apply(layer, spec)
 
     def plan(self, chosen: Mapping[Key, StoredShape]) -> CachePlan:
+        """The plan of what was chosen for every side."""
         caches: list[CacheSpec | None] = [None] * len(self.layers)
         for layer in self.owners:
             caches[layer.index] = self.spec(layer, chosen)
@@ -142,10 +146,7 @@ def choose_layout(request: Request, *, kv_budget: float | None, sample: Sample |
     if len(layouts) == 1 or kv_budget is None:
         return layouts[0]
     budget = kv_budget * request.source_bytes * SLACK
-    requests = [
-        Request(layers=request.layers, targets=t, axes=request.axes, dtype=request.dtype, limits=request.limits)
-        for t in layouts
-    ]
+    requests = [replace(request, targets=targets) for targets in layouts]
     reached = [asked.total(_uniform(asked, asked.options, kv_budget)) for asked in requests]
     fitting = [number if number <= budget else -number for number in reached]
     return layouts[fitting.index(max(fitting))]

@@ -121,17 +121,17 @@ def _errors(x: Tensor, exponents: Tensor, half: int) -> Tensor:
 
 def _quantize_affine(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     groups = x.unflatten(-1, (-1, group_size or x.shape[-1]))
-    scales, low, scale = _range(groups, bits, -1)
-    codes = ((groups - low) / scale).round().clamp(0, 2**bits - 1)
-    return scales.flatten(-3).view(torch.uint8), codes.flatten(-2).to(torch.uint8)
+    scales, codes = _over_range(groups, bits, -1)
+    return scales.flatten(-3).view(torch.uint8), codes.flatten(-2)
 
 
-def _range(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """float16 (low, scale) [..., 2] over `dim`, and both in the dtype of x as they will be read."""
+def _over_range(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
+    """float16 (low, scale) [..., 2] over `dim`, and the codes of x in them as they will be read."""
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     scale = ((high - low) / (2**bits - 1)).clamp_min(torch.finfo(torch.float16).smallest_normal)
     stored = torch.stack([low, scale], dim=-1).to(torch.float16)
-    return stored, stored[..., 0].to(x.dtype), stored[..., 1].to(x.dtype)
+    low, scale = stored.to(x.dtype).unbind(-1)
+    return stored, ((x - low) / scale).round().clamp(0, 2**bits - 1).to(torch.uint8)
 
 
 def _float8(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,15 +149,13 @@ def _affine(code: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _pack_blocks(x_BCTR: Tensor, form: NumberFormat) -> Tensor:
     ((_, bits),) = form.tiers
-    x_BCntR = x_BCTR.unflatten(2, (-1, form.block))
-    scales, low, scale = _range(x_BCntR, bits, 3)
-    codes = ((x_BCntR - low) / scale).round().clamp(0, 2**bits - 1).to(torch.uint8)
+    scales, codes = _over_range(x_BCTR.unflatten(2, (-1, form.block)), bits, 3)
     return torch.cat([scales.flatten(3).view(torch.uint8), _pack_codes(codes, bits).flatten(3)], dim=-1)
 
 
 def _unpack_blocks(rows_BCnX: Tensor, form: NumberFormat, dtype: torch.dtype) -> Tensor:
     ((width, bits),) = form.tiers
-    scales, codes = rows_BCnX.split([4 * width, form.block * form.row_bytes], dim=-1)
+    scales, codes = rows_BCnX.split([AFFINE_BYTES * width, form.block * form.row_bytes], dim=-1)
     low, scale = scales.contiguous().view(torch.float16).unflatten(-1, (1, width, 2)).to(dtype).unbind(-1)
     code = _unpack_codes(codes.unflatten(-1, (form.block, -1)), bits, width).to(dtype)
     return (code * scale + low).flatten(2, 3)
