@@ -273,11 +273,9 @@ def expected_curve(request: Request, groups: Groups, owner: int, side: str, nois
         damage = width.key_damage if side == "keys" else width.value_damage
         left_out = zip(options, damage(groups(owner), options), strict=True)
         return [(shape, lost + max(1 - lost, 0) * noise_share(shape.form)) for shape, lost in left_out]
-    shapes = request.shapes(layer, side)
+    shapes = request.allowed(layer, request.shapes(layer, side))
     spectrum = width.key_spectrum if side == "keys" else width.value_spectrum
-    points = bits.curve(shapes, spectrum(groups(owner), shapes[-1].num_heads), noise)
-    allowed = request.allowed(layer, [shape for shape, _ in points])
-    return [point for point in points if point[0] in allowed]
+    return bits.curve(shapes, spectrum(groups(owner), shapes[-1].num_heads), noise)
 
 
 def cheapest(request: Request, curves: Curves, budget: float) -> Choice:

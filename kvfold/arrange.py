@@ -16,11 +16,7 @@ from torch import Tensor
 
 from kvfold.latents import Latents, Terms, blocks
 from kvfold.linalg import eigh_descending, powers
-from kvfold.number_format import NumberFormat
-
-LEAST_VARIANCE = 1e-4
-"""Of the largest: numbers that vary less are divided as if they varied so much. Larger ratios would be lost where weights are
-stored in bfloat16."""
+from kvfold.number_format import LEAST_VARIANCE, NumberFormat
 
 
 def arranged(latents: Latents, terms: Terms, layers: int, covariance_FF: Tensor, form: NumberFormat) -> Latents:

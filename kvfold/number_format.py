@@ -20,6 +20,10 @@ ELSEWHERE = 2**26
 FEWEST_TOKENS = 32
 """Tokens that it takes at a time however many numbers they have."""
 
+LEAST_VARIANCE = 1e-4
+"""Of the largest: numbers that vary less are divided, before they are turned, as if they varied so much. Larger ratios would
+be lost where weights are stored in bfloat16."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NumberFormat:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvfold.allocate import Curve, Curves, Groups, Request, expected_curve
+from kvfold.bits.base import shared_energy
 from kvfold.checkpoint import read_json
 from kvfold.loading import Source, default_dtype, load_weights
 from kvfold.number_format import NumberFormat, StoredShape
@@ -29,7 +30,7 @@ from kvfold.quantize import roundtrip
 from kvfold.runtime.attention import CURRENT_STATE, FoldedAttention, ForwardState
 from kvfold.storage import make_folder, write_text
 
-PROBE_VERSION = 2
+PROBE_VERSION = 3
 """To be raised when something is measured differently, so that what is on disk is not taken for it."""
 
 PROBE_TOKENS = 4096
@@ -97,12 +98,19 @@ class Probe:
     def _noise(self, owner: int, side: str) -> float:
         """KL per expected damage of quantization, over that of leaving numbers out, at about the same damage."""
         group, shapes = self.groups(owner), self.request.shapes(self.request.layers[owner], side)
+        damage_of, spectrum_of = (
+            (self.width.key_damage, self.width.key_spectrum)
+            if side == "keys"
+            else (self.width.value_damage, self.width.value_spectrum)
+        )
+        spectrum = spectrum_of(group, shapes[-1].num_heads)
         form = NumberFormat(tiers=((shapes[-1].width, NOISE_BITS),))
         numbers = torch.randn(1, 1, 256, shapes[-1].width, generator=torch.Generator().manual_seed(0))
-        lost = float((roundtrip(numbers, form) - numbers).square().mean())
-        damages = (self.width.key_damage if side == "keys" else self.width.value_damage)(group, shapes)
+        share = float((roundtrip(numbers, form) - numbers).square().mean())
+        lost = share * float(shared_energy(spectrum, np.array(0), np.array(len(spectrum))))
         damage, shape = min(
-            zip(damages, shapes, strict=True), key=lambda point: abs(math.log(max(point[0], LEAST) / lost))
+            zip(damage_of(group, shapes), shapes, strict=True),
+            key=lambda point: abs(math.log(max(point[0], LEAST) / lost)),
         )
         if damage <= LEAST:  # numbers without rank: there is nothing to leave out
             return 1.0

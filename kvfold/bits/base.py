@@ -12,7 +12,7 @@ import numpy as np
 
 from kvfold.attention import AttentionLayer
 from kvfold.errors import RecipeError
-from kvfold.number_format import NumberFormat, StoredShape
+from kvfold.number_format import LEAST_VARIANCE, NumberFormat, StoredShape
 
 FLOAT8_NOISE = 7e-4
 SIZES = (8, 16, 32, 64, 192, 1024)
@@ -61,7 +61,8 @@ class BitsMethod(ABC):
     def curve(
         self, shapes: Sequence[StoredShape], spectrum: Sequence[float], noise: float
     ) -> list[tuple[StoredShape, float]]:
-        """Of methods that go by the spectrum: what to store, and the expected damage, from few bytes to many.
+        """Of methods that go by the spectrum: what to store, and the expected damage, from few bytes to many. Never fewer
+        numbers than the first of `shapes`, nor more than the last.
 
         spectrum: damage that every number of a head saves, from the first on. noise: damage of an error that changes from
         token to token, per damage of one of the same size that does not.
@@ -75,6 +76,20 @@ CONTRACT = BitsMethod
 def plain_tiers(width: int, bits: int, **fields: object) -> NumberFormat:
     """All numbers alike."""
     return dataclasses.replace(NumberFormat(tiers=((width, bits),)), **fields)  # type: ignore[arg-type]
+
+
+def shared_energy(spectrum: Sequence[float], starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Energy of which numbers `starts` to `ends`, one tier, lose `noise_share` to quantization; 0 where there are none.
+
+    Every number is divided by w, w^4 its variance, then all are turned and share the error: in sum the mean of variance / w^2
+    times the sum of w^2, (sum of roots)^2 / numbers, which is never more than their energy.
+    """
+    variances = np.asarray(spectrum)
+    squares = np.sqrt(np.maximum(variances, LEAST_VARIANCE * variances.max(initial=0.0)))
+    squares = np.maximum(squares, np.finfo(float).tiny)
+    sums = [np.concatenate([[0.0], np.cumsum(terms)]) for terms in (variances / squares, squares)]
+    divided, back = (of[ends] - of[starts] for of in sums)
+    return np.where(ends > starts, divided * back / np.maximum(ends - starts, 1), 0.0)
 
 
 def noise_share(form: NumberFormat | None) -> float:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from kvfold.attention import AttentionLayer
-from kvfold.bits.base import NOISE, SIZES, BitsMethod, plain_tiers
+from kvfold.bits.base import NOISE, SIZES, BitsMethod, plain_tiers, shared_energy
 from kvfold.errors import RecipeError
 from kvfold.number_format import BITS, NumberFormat, StoredShape
 
@@ -51,14 +51,15 @@ class Mixed(BitsMethod):
         beyond, spectrum = float(sum(spectrum[width:])), list(spectrum[:width])
         step = max(self.multiple, -(-width // STEPS // self.multiple) * self.multiple)
         edges = np.array([*range(0, width, step), width])
-        damage, bits, cost = self._tiers(np.concatenate([[0.0], np.cumsum(spectrum)]), edges, noise, heads)
-        least = min(self.multiple, width)
-        share, kept = float(np.interp(least, SIZES, NOISE[self.least])), float(sum(spectrum[:least]))
+        damage, bits, cost = self._tiers(spectrum, edges, noise, heads)
+        least = max(min(self.multiple, width), -(-shapes[0].numbers // heads))
+        kept, share = float(sum(spectrum[:least])), float(np.interp(least, SIZES, NOISE[self.least]))
+        lost = noise * share * float(shared_energy(spectrum, np.array(0), np.array(least)))
         found: dict[tuple[tuple[int, int], ...], float]
-        found = {((least, self.least),): float(sum(spectrum)) - kept + min(noise * share, 1.0) * kept}
+        found = {((least, self.least),): float(sum(spectrum)) - kept + min(lost, kept)}
         for price in np.geomspace(max(spectrum[0] / heads, 1e-12), max(spectrum[-1] / heads, 1e-12) * 1e-5, PRICES):
             best = (damage + price * cost).argmin(2)
-            tiers, lost = self._path(best, damage, cost, price, edges, bits, spectrum)
+            tiers, lost = self._path(best, damage, cost, price, edges, bits, spectrum, least)
             if tiers:
                 found[tiers] = lost
         points = [
@@ -68,12 +69,12 @@ class Mixed(BitsMethod):
         return sorted(points, key=lambda point: (point[0].bytes_per_token(1), -point[1]))
 
     def _tiers(
-        self, saved: np.ndarray, edges: np.ndarray, noise: float, heads: int
+        self, spectrum: Sequence[float], edges: np.ndarray, noise: float, heads: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Damage and bits [from, to, kinds of bits] of every tier that could be."""
         bits = np.array([b for b in BITS if self.least <= b <= self.most])
         numbers = edges[None, :] - edges[:, None]
-        energy = saved[edges][None, :] - saved[edges][:, None]
+        energy = shared_energy(spectrum, *np.broadcast_arrays(edges[:, None], edges[None, :]))
         shares = np.stack([np.interp(np.maximum(numbers, 1), SIZES, NOISE[b]) for b in bits], axis=2)
         possible = numbers[:, :, None] > 0
         damage = np.where(possible, noise * energy[:, :, None] * shares, np.inf)
@@ -88,8 +89,10 @@ class Mixed(BitsMethod):
         edges: np.ndarray,
         bits: np.ndarray,
         spectrum: Sequence[float],
+        least: int,
     ) -> tuple[tuple[tuple[int, int], ...], float]:
-        """The tiers with the least damage + price * bits, and their damage with that of what is left out."""
+        """The tiers of at least `least` numbers with the least damage + price * bits, and their damage with that of what is
+        left out."""
         n = len(edges)
         rows, columns = np.indices((n, n))
         tier_damage, tier_cost = damage[rows, columns, best], cost[rows, columns, best]
@@ -101,11 +104,12 @@ class Mixed(BitsMethod):
             came[used] = candidates.argmin(0)
             objective[used] = candidates.min(0)
         left = np.append(np.cumsum(spectrum[::-1])[::-1], 0.0)[edges]
-        used, at = np.unravel_index((objective + left).argmin(), objective.shape)
+        ends = np.where(edges >= least, objective + left, np.inf)
+        used, at = map(int, np.unravel_index(ends.argmin(), objective.shape))
         lost, tiers = float(max(left[at], 0.0)), []
         while used:
             start = came[used, at]
             lost += float(tier_damage[start, at])
             tiers.append((int(edges[at] - edges[start]), int(bits[best[start, at]])))
-            used, at = used - 1, start
+            used, at = used - 1, int(start)
         return tuple(reversed(tiers)), lost

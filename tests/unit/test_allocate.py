@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -144,12 +145,13 @@ def test_mixed_bits_are_the_best_of_all_tiers():
     """Against brute force: at the price at which it was found no other choice of tiers has less damage + price * bits."""
     spectrum = [2.0**-i for i in range(8)]
     method = Mixed(multiple=2, tiers=2)
-    curve = method.curve([StoredShape(1, 8)], spectrum, 1.0)
+    curve = method.curve([StoredShape(1, 2), StoredShape(1, 8)], spectrum, 1.0)
     options = []
     for ends in itertools.combinations_with_replacement(range(0, 9, 2), 2):
         for bits in itertools.product(range(1, 9), repeat=2):
             tiers = [(end - start, b) for start, end, b in zip((0, ends[0]), ends, bits, strict=True) if end > start]
-            energies = [sum(spectrum[start:end]) for start, end in zip((0, ends[0]), ends, strict=True) if end > start]
+            sides = [spectrum[start:end] for start, end in zip((0, ends[0]), ends, strict=True) if end > start]
+            energies = [sum(map(math.sqrt, side)) ** 2 / len(side) for side in sides]
             noise = sum(e * np.interp(n, SIZES, NOISE[b]) for (n, b), e in zip(tiers, energies, strict=True))
             options.append((sum(n * b + 8 for n, b in tiers), noise + sum(spectrum[ends[1] :])))
     for shape, damage in curve:
@@ -159,7 +161,8 @@ def test_mixed_bits_are_the_best_of_all_tiers():
 
 def test_noise_that_costs_more_buys_more_bits_and_fewer_numbers():
     spectrum = [2.0 ** (-i / 8) for i in range(64)]
-    cheap, dear = (dict(Mixed().curve([StoredShape(1, 64)], spectrum, noise)) for noise in (0.2, 5.0))
+    shapes = [StoredShape(1, 8), StoredShape(1, 64)]
+    cheap, dear = (dict(Mixed().curve(shapes, spectrum, noise)) for noise in (0.2, 5.0))
     near = [min(points, key=lambda shape: abs(shape.bytes_per_token(2) - 20)) for points in (cheap, dear)]
     assert near[0].width > near[1].width and min(b for _, b in near[0].form.tiers) < min(
         b for _, b in near[1].form.tiers
