@@ -29,6 +29,7 @@ from kvfold.architectures.base import empty_model, source_config
 from kvfold.calibrate import Statistics
 from kvfold.card import write_card_text
 from kvfold.checkpoint import Checkpoint
+from kvfold.errors import BudgetError
 from kvfold.fold import fold, folded_config
 from kvfold.gather import TRAINING_TOKENS, Material, layer_group
 from kvfold.loading import Source, open_source, resolve_device
@@ -41,6 +42,8 @@ from kvfold.storage import write_text
 from kvfold.version import __version__
 from kvfold.widen import SIZE, widened_size
 from kvfold.width.base import LayerGroup
+
+PLAIN_BITS = {"method": "integer", "k_bits": 8, "v_bits": 8}
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,21 @@ def compress(
     def groups(owner: int) -> LayerGroup:
         return layer_group(source, targets, owner, statistics, axes.width, vectors)
 
-    plan = _plan(recipe, request, groups, lambda: _probe(recipe, material, statistics, request, groups))
+    probe = functools.cache(functools.partial(_probe, recipe, material, statistics, request, groups))
+    plan = _plan(recipe, request, groups, probe)
     _warn_if_far_below(recipe, plan)
+    recipe, request, plan = _or_plain(recipe, request, plan, probe)
     clock.lap("allocate")
     partial = partial_folder(out, _identity(recipe, source.checkpoint, plan, statistics))
     fold(
-        source.checkpoint, source.arch, source.layers, plan, axes.width, groups, partial, _config(recipe, source, plan)
+        source.checkpoint,
+        source.arch,
+        source.layers,
+        plan,
+        request.axes.width,
+        groups,
+        partial,
+        _config(recipe, source, plan),
     )
     _complete(partial, recipe, source, plan)
     publish(partial, out, overwrite)
@@ -108,7 +120,6 @@ def compress(
 
 def _plan(recipe: Recipe, request: Request, groups: Groups, probe: Callable[[], Probe]) -> CachePlan:
     """By bytes, or the smallest that stays under the KL that the recipe names."""
-    probe = functools.cache(probe)
 
     @functools.cache
     def curves() -> Curves:
@@ -120,6 +131,33 @@ def _plan(recipe: Recipe, request: Request, groups: Groups, probe: Callable[[], 
     if recipe.target_kl is None:
         return plan(recipe.kv_budget)
     return smallest_under(recipe.target_kl, plan, lambda made: probe().kl_of(made))
+
+
+def _or_plain(
+    recipe: Recipe, request: Request, plan: CachePlan, probe: Callable[[], Probe]
+) -> tuple[Recipe, Request, CachePlan]:
+    """The plain cache in 8 bits where bits are shared out by measured damage, the budget allows it, and it loses less: with
+    much to spend, what is left to lose is the rounding of folded weights, and its weights are the original ones."""
+    shares = any(target is not None for target in request.targets)
+    if recipe.allocate != "measured" or not request.axes.bits.by_spectrum or recipe.kv_budget is None or shares:
+        return recipe, request, plan
+    simple = dataclasses.replace(recipe, width={"method": "identity"}, bits=PLAIN_BITS, allocate="uniform")
+    asked = dataclasses.replace(
+        request, axes=dataclasses.replace(request.axes, width=simple.method("width"), bits=simple.method("bits"))
+    )
+    try:
+        plain = allocate(asked, kv_budget=recipe.kv_budget, strategy="uniform", curves=dict)
+    except BudgetError:
+        return recipe, request, plan
+    measured, lost = probe().kl_of(plan), probe().kl_of(plain, asked.axes.width)
+    if measured <= lost:
+        return recipe, request, plan
+    warnings.warn(
+        f"the plain cache in 8 bits ({plain.kv_budget:.3g} of the bytes) loses less (KL {lost:.2g}) than what the recipe"
+        f" makes of this budget ({measured:.2g}), and is taken instead.",
+        stacklevel=3,
+    )
+    return simple, asked, plain
 
 
 def _probe(

@@ -29,6 +29,7 @@ from kvfold.progress import track
 from kvfold.quantize import roundtrip
 from kvfold.runtime.attention import CURRENT_STATE, FoldedAttention, ForwardState
 from kvfold.storage import make_folder, write_text
+from kvfold.width.base import WidthMethod, method_name
 
 PROBE_VERSION = 3
 """To be raised when something is measured differently, so that what is on disk is not taken for it."""
@@ -67,10 +68,11 @@ class Probe:
         keys = list(self.request.options)
         return {key: self._curve(*key) for key in track(keys, "probing", len(keys))}
 
-    def kl_of(self, plan: CachePlan) -> float:
-        """KL of a whole plan, in nats per token."""
-        label = hashlib.sha256(json.dumps(plan.to_dict()).encode()).hexdigest()
-        return self._known(label, {i: spec for i, spec in enumerate(plan.caches) if spec is not None})
+    def kl_of(self, plan: CachePlan, width: WidthMethod | None = None) -> float:
+        """KL of a whole plan, in nats per token. width: the method that it is of, unless it is the one of the request."""
+        width = width or self.width
+        label = hashlib.sha256(json.dumps([method_name(width), plan.to_dict()]).encode()).hexdigest()
+        return self._known(label, {i: spec for i, spec in enumerate(plan.caches) if spec is not None}, width)
 
     @functools.cached_property
     def model(self) -> Any:
@@ -123,21 +125,21 @@ class Probe:
         chosen = {(owner, side): shape, (owner, other): self.request.shapes(layer, other)[-1]}
         form = "" if shape.form is None else f" {dataclasses.astuple(shape.form)}"
         label = f"{owner} {side} {shape.num_heads}x{shape.width}{form}"
-        return self._known(label, {owner: self.request.spec(layer, chosen)})
+        return self._known(label, {owner: self.request.spec(layer, chosen)}, self.width)
 
-    def _known(self, label: str, specs: Mapping[int, CacheSpec]) -> float:
+    def _known(self, label: str, specs: Mapping[int, CacheSpec], width: WidthMethod) -> float:
         if label not in self.known:
-            self.known[label] = self._kl(specs)
+            self.known[label] = self._kl(specs, width)
             write_text(self.file, json.dumps(self.known))
         return self.known[label]
 
     @torch.no_grad()
-    def _kl(self, specs: Mapping[int, CacheSpec]) -> float:
+    def _kl(self, specs: Mapping[int, CacheSpec], width: WidthMethod) -> float:
         before = self.original  # made while the model is still itself
         stock = dict(enumerate(self.source.arch.modules(self.model)))
         try:
             for owner, spec in specs.items():
-                self._fold(owner, spec, stock)
+                self._fold(owner, spec, width, stock)
             after = [self._log_probs(batch) for batch in self.batches]
         finally:
             for index, module in stock.items():
@@ -146,9 +148,9 @@ class Probe:
         kl = sum(F.kl_div(now, then, log_target=True, reduction="sum").item() for then, now in pairs)
         return max(kl / self.tokens, LEAST)
 
-    def _fold(self, owner: int, spec: CacheSpec, stock: Mapping[int, nn.Module]) -> None:
+    def _fold(self, owner: int, spec: CacheSpec, width: WidthMethod, stock: Mapping[int, nn.Module]) -> None:
         group = self.groups(owner)
-        for layer, folded in zip(group.layers, self.width.fold(group, spec), strict=True):
+        for layer, folded in zip(group.layers, width.fold(group, spec), strict=True):
             old = stock[layer.index]
             weight = next(old.parameters())
             options = {"device": weight.device, "dtype": weight.dtype}

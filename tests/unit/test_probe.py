@@ -80,3 +80,19 @@ def test_bits_are_shared_out_by_what_was_measured(folded):
     original = load(root / "source")
     for kl in (0.001, 0.05):
         assert evaluate_models(load(root / f"kl{kl}"), original, tokens(8, 32), plan).kl < 3 * kl
+
+
+def test_the_plain_cache_in_8_bits_is_taken_where_it_loses_less(folded, monkeypatch):
+    root, run = folded
+    fields = {"width": {"method": "attended", "multiple": 4}, "bits": {"method": "mixed"}, "allocate": "measured"}
+    tight = run("tight", kv_budget=0.2, **fields)  # 8 bits of 32 and their scales take more
+    assert any(spec.k_bits.tiers != ((8, 8),) for spec in tight.plan.owned)
+    monkeypatch.setattr("kvfold.probe.Probe.kl_of", lambda self, plan, width=None: float(width is None))
+    with pytest.warns(UserWarning, match="the plain cache in 8 bits .* loses less"):
+        plain = run("plain", kv_budget=0.3, **fields)
+    assert all(spec.k_bits == spec.v_bits and spec.k_bits.tiers == ((8, 8),) for spec in plain.plan.owned)
+    assert "method: identity" in (root / "plain" / "recipe.yaml").read_text()
+    assert evaluate_models(load(root / "plain"), load(root / "source"), tokens(8, 32), plain.plan).kl < 1e-3
+    monkeypatch.setattr("kvfold.probe.Probe.kl_of", lambda self, plan, width=None: float(width is not None))
+    kept = run("kept", kv_budget=0.3, **fields).plan
+    assert all(spec.k_projection for spec in kept.owned)
