@@ -7,6 +7,7 @@ from kvfold.comparison import compare
 from kvfold.demonstration import demo
 from kvfold.evaluation import evaluate
 from kvfold.generation import generate
+from kvfold.healing import Healing, heal
 from kvfold.inspection import inspect
 from kvfold.loading import load
 from kvfold.pipeline import compress
@@ -18,6 +19,7 @@ from kvfold.version import __version__
 __all__ = [
     "CachePlan",
     "CacheSpec",
+    "Healing",
     "Recipe",
     "__version__",
     "compare",
@@ -25,6 +27,7 @@ __all__ = [
     "demo",
     "evaluate",
     "generate",
+    "heal",
     "inspect",
     "load",
     "load_recipe",

@@ -15,13 +15,15 @@ from kvfold.errors import KvfoldError
 from kvfold.evaluation import evaluate
 from kvfold.export.gqa import export_gqa
 from kvfold.generation import generate
+from kvfold.healing import heal, make_healing
+from kvfold.healing_presets import HEALING_PRESETS
 from kvfold.import_mlkv import import_mlkv
 from kvfold.inspection import Inspection, inspect
 from kvfold.pipeline import compress
 from kvfold.presets import MLKV_PAPER, PRESETS
 from kvfold.printing import STDOUT, print_comparison, print_evaluation, print_json, print_plan
 from kvfold.progress import STDERR
-from kvfold.recipe import load_recipe, make_recipe, parse_budget
+from kvfold.recipe import assignments, load_recipe, make_recipe, parse_budget
 from kvfold.registry import AXES
 from kvfold.version import __version__
 
@@ -48,6 +50,7 @@ SeqLen = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Seed of calibration (default 0).", show_default=False)]
 PRESET_HELP = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items() if name not in MLKV_PAPER)
 PRESET_HELP += f"; {', '.join(MLKV_PAPER)}: the configurations of arXiv 2406.09297 for 12 layers of 12 heads"
+HEALING_HELP = "; ".join(f"{name}: {preset.about}" for name, preset in HEALING_PRESETS.items())
 
 
 OptionalModel = Annotated[str | None, typer.Argument(help="Model folder, or model id on the hub.", show_default=False)]
@@ -259,6 +262,56 @@ def generate_command(
     STDOUT.print(prompt, style="bold", end="", markup=False, highlight=False)
     STDOUT.print(made.text, markup=False, highlight=False)
     print_json(vars(made))
+
+
+@app.command("heal")
+def heal_command(
+    folded: Annotated[str, typer.Argument(help="Folder that kvfold wrote.", show_default=False)],
+    data: Annotated[str, typer.Option(help="Text to train on, as in compress.", show_default=False)],
+    out: Annotated[str, typer.Option(help="Folder to write.", show_default=False)],
+    teacher: Annotated[
+        str | None, typer.Option(help="The original model (all objectives but ce).", show_default=False)
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help=HEALING_HELP, show_default=False)] = None,
+    objective: Annotated[str | None, typer.Option(help="kd (default), ce, mix or layers.", show_default=False)] = None,
+    train: Annotated[
+        str | None, typer.Option(help="attention (default), all, fold or lora.", show_default=False)
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="To train on.", min=1, show_default="1,000,000")] = None,
+    seq_len: SeqLen = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Its peak.", show_default="3e-4")] = None,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Text to evaluate on during training.", show_default=False)
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="FIELD=VALUE of kvfold.Healing; wins over all else; repeatable.", show_default=False
+        ),
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where checkpoints are kept (default OUT.heal).", show_default=False)
+    ] = None,
+    overwrite: Overwrite = False,
+    device: Device = "auto",
+) -> None:
+    """Train a folded model for a while, so that it forgets what folding took: uptraining, LoRA, distillation."""
+    fields: dict[str, Any] = {
+        "folded": folded,
+        "data": data,
+        "out": out,
+        "teacher": teacher,
+        "preset": preset,
+        "objective": objective,
+    }
+    fields |= {"train": train, "max_tokens": max_tokens, "seq_len": seq_len, "learning_rate": learning_rate}
+    made = heal(
+        make_healing(fields | {"eval_data": eval_data} | assignments(set_ or [])),
+        run_dir=run_dir,
+        overwrite=overwrite,
+        device=device,
+    )
+    print_json(vars(made) | {"out": str(made.out)})
 
 
 @app.command("compare")

@@ -55,7 +55,9 @@ def sequences(
     Fewer sequences, with a warning, where the text is short; DataError where it is shorter than one.
     """
     enough = num_samples * seq_len * CHARS_PER_TOKEN
-    text = _read_text(data, enough, seed, config, split, text_field, tokenizer.eos_token or "\n\n")
+    text = read_text(
+        data, enough, seed, config=config, split=split, field=text_field, separator=tokenizer.eos_token or "\n\n"
+    )
     rng = random.Random(seed)
     # One draw per equal part of the text: sequences never overlap, and the whole text is seen.
     part = max(len(text) // num_samples, 1)
@@ -80,7 +82,7 @@ def first_windows(tokenizer: Any, path: str | Path, *, seq_len: int, max_tokens:
     One shorter window where the text or `max_tokens` is shorter than `seq_len`; DataError below two tokens.
     """
     limit = None if max_tokens is None else max_tokens * CHARS_PER_TOKEN
-    text = _read_text(str(path), limit, 0, None, "train", "text", tokenizer.eos_token or "\n\n")
+    text = read_text(str(path), limit, 0, separator=tokenizer.eos_token or "\n\n")
     ids = tokenizer(text[:limit])["input_ids"]
     if max_tokens is not None and len(ids) < max_tokens:
         ids = tokenizer(text)["input_ids"]
@@ -148,9 +150,18 @@ def _draw(tokenizer: Any, text: str, seq_len: int, rng: random.Random) -> list[i
     return ids[:seq_len] if len(ids) >= seq_len else None
 
 
-def _read_text(
-    data: str, enough: int | None, seed: int, config: str | None, split: str, field: str, separator: str
+def read_text(
+    data: str,
+    enough: int | None,
+    seed: int,
+    *,
+    separator: str,
+    config: str | None = None,
+    split: str = "train",
+    field: str = "text",
 ) -> str:
+    """A file as one text, or so many rows of a table or data set that there are twice `enough` characters, with `separator`
+    between them. Raises DataError where it cannot be read."""
     path = Path(data)
     if path.is_dir():
         raise DataError(f"{data} is a folder; give a .txt, .jsonl or .parquet file, or a data set name.")

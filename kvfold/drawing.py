@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvfold.number_format import StoredShape
@@ -121,3 +121,19 @@ def frontier_plot(
         panel.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
 
     return svg(draw, panels=1, size=(10, 4.8))
+
+
+def loss_plot(entries: Sequence[Mapping[str, float]]) -> str:
+    """What was logged over the steps of a training run."""
+
+    def draw(axes: list[Axes]) -> None:
+        for name in ("loss", "kl", "ce", "layers", "eval_loss", "eval_kl", "eval_ce"):
+            points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+            if points:
+                style = {"linewidth": 2.2, "marker": "o"} if name.startswith("eval_") else {"linewidth": 1.2}
+                axes[0].plot(*zip(*points, strict=True), label=name, **style)
+        axes[0].set(xlabel="step", ylabel="nats per token")
+        axes[0].grid(alpha=0.3)
+        axes[0].legend(frameon=False)
+
+    return svg(draw, panels=1, size=(7.5, 4.2))

@@ -6,6 +6,7 @@ KvfoldError
 ├── DataError         calibration or evaluation text that is missing or too short
 ├── PlanError         a cache plan that contradicts itself or that no runtime serves
 │   └── BudgetError   a byte budget that no width reaches
+├── HealError         a training run that cannot go on
 └── OutputError       an output folder that exists, or a disk that is full
 
 Every message says what is wrong, what was found, and what to do. Faults that only kvfold itself can cause are asserts.
@@ -38,3 +39,7 @@ class BudgetError(PlanError):
 
 class OutputError(KvfoldError):
     """The result cannot be written where it was asked for."""
+
+
+class HealError(KvfoldError):
+    """A training run cannot go on."""

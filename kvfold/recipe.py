@@ -212,6 +212,11 @@ def parse_budget(value: Any) -> float:
         raise RecipeError(f"kv_budget {value!r} is not a number; give 0.25 or 1/4.") from error
 
 
+def assignments(sets: Iterable[str]) -> dict[str, Any]:
+    """`field=value` texts as plain data."""
+    return {name: value for assignment in sets for name, value in _parse_set(assignment).items()}
+
+
 def _parse_set(assignment: str) -> dict[str, Any]:
     path, separator, text = assignment.partition("=")
     if not separator or not path:

@@ -22,9 +22,10 @@ class Architecture(ABC):
     """One Hugging Face model_type. The defaults describe the Llama layout, which most families share.
 
     `layers` and `attention` lead from the causal model to one layer's attention module, `rotary` to the module that makes cos
-    and sin; `passes_keywords` says whether a forward's keyword arguments reach attention, `attn_implementation` names the
-    only one that the family has, if it does not take others from transformers' AttentionInterface; `no_stock_gqa` is why the
-    family has no stock grouped-query class, if it has none; `mlp_in` and `mlp_out`
+    and sin; `passes_keywords` says whether a forward's keyword arguments reach attention, `keeps_documents_apart` whether
+    positions that begin again start a document that sees nothing of the one before; `attn_implementation` names the only one
+    that the family has, if it does not take others from transformers' AttentionInterface; `no_stock_gqa` is why the family
+    has no stock grouped-query class, if it has none; `mlp_in` and `mlp_out`
     lead from a layer to the projections whose rows and whose columns are the MLP's neurons.
     """
 
@@ -34,6 +35,7 @@ class Architecture(ABC):
     attention: ClassVar[str] = "self_attn"
     rotary: ClassVar[str | None] = "model.rotary_emb"
     passes_keywords: ClassVar[bool] = True
+    keeps_documents_apart: ClassVar[bool] = True
     attn_implementation: ClassVar[str | None] = None
     no_stock_gqa: ClassVar[str | None] = None
     mlp_in: ClassVar[tuple[str, ...]] = ("mlp.gate_proj", "mlp.up_proj")

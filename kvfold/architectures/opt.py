@@ -17,6 +17,7 @@ class Opt(Architecture):
     no_stock_gqa = "no stock class with learned positions shares key/value heads between some query heads."
     layers = "model.decoder.layers"
     rotary = None
+    keeps_documents_apart = False
     mlp_in = ()
 
     def current_name(self, stored: str) -> str:

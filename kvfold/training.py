@@ -1,0 +1,92 @@
+"""transformers' Trainer with an objective of ours: metrics as JSON lines, a stop at the first loss that is no number."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from kvfold.errors import HealError
+from kvfold.objectives import Objective
+
+METRICS = "metrics.jsonl"
+
+
+class HealTrainer(Trainer):
+    """Minimises `objective(model, inputs)["loss"]`, and logs the means of its other parts."""
+
+    def __init__(self, *args: Any, objective: Objective, metrics: Path, **kwargs: Any) -> None:
+        super().__init__(*args, callbacks=[_Metrics(metrics)], **kwargs)
+        self.objective = objective
+        # forward takes **kwargs, from which Trainer would conclude that the loss is divided by the accumulated steps already
+        self.model_accepts_loss_kwargs = False
+        self.sums: dict[str, list[float]] = defaultdict(list)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        parts = self.objective(model, inputs)
+        if not torch.isfinite(parts["loss"].detach()):
+            raise HealError(
+                f"the loss is {float(parts['loss'].detach())} at step {self.state.global_step}. {self._last_good()} Give a smaller"
+                " --learning-rate, or look for rows of the text that the model cannot take."
+            )
+        prefix = "" if model.training else "eval_"
+        for name in parts.keys() - {"loss"}:
+            self.sums[prefix + name].append(float(parts[name]))
+        return (parts["loss"], {"loss": parts["loss"]}) if return_outputs else parts["loss"]
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """With the means of the objective's parts since the last time."""
+        wanted = [name for name in self.sums if name.startswith("eval_") == ("eval_loss" in logs)]
+        for name in wanted if "loss" in logs or "eval_loss" in logs else []:
+            values = self.sums.pop(name)
+            logs[name] = round(sum(values) / len(values), 6)
+        super().log(logs, *args, **kwargs)
+
+    def _last_good(self) -> str:
+        last = get_last_checkpoint(str(self.args.output_dir)) if Path(str(self.args.output_dir)).is_dir() else None
+        return f"The last good checkpoint is {last}." if last else "No checkpoint was written before."
+
+
+class _Metrics(TrainerCallback):
+    """Every log entry as one line of a file. A continued run drops what was written after its checkpoint."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.file.exists():
+            lines = [
+                line for line in self.file.read_text().splitlines() if json.loads(line)["step"] <= state.global_step
+            ]
+            self.file.write_text("".join(f"{line}\n" for line in lines) if state.global_step else "")
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            entry = {"step": state.global_step} | {k: v for k, v in logs.items() if _is_number(v)}
+            with self.file.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def read_metrics(file: Path) -> list[dict[str, float]]:
+    """What was logged."""
+    return [json.loads(line) for line in file.read_text().splitlines()]

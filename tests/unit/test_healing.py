@@ -1,0 +1,242 @@
+"""Recovery training: what it trains on, what it minimises, and that an interrupted run loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import MODELS, load, make_tiny, save_tiny, tokens
+
+import kvfold
+from kvfold.architectures.base import architecture
+from kvfold.documents import IGNORED, pack
+from kvfold.errors import DataError, HealError, RecipeError
+from kvfold.evaluation import evaluate_models
+from kvfold.healing import make_healing
+from kvfold.objectives import distance, distance_from_top
+from kvfold.testing import assert_close
+
+
+class Words:
+    """A tokenizer of words that are numbers."""
+
+    eos_token, eos_token_id, pad_token_id = "<end>", 2, 0
+
+    def __call__(self, text):
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """Documents of 3 to 14 tokens, all numbers different from document to document."""
+    torch.manual_seed(0)
+    texts = [" ".join(map(str, torch.randint(3, 211, (int(n),)).tolist())) for n in torch.randint(3, 15, (60,))]
+    file = tmp_path / "documents.txt"
+    file.write_text("<end>".join(texts))
+    return file, texts
+
+
+def test_documents_are_packed_whole_and_apart(documents):
+    file, texts = documents
+    rows = pack(Words(), str(file), seq_len=32, max_tokens=10_000, seed=0)
+    assert rows.input_ids.shape[1] == 32 and (rows.labels != IGNORED).float().mean() > 0.7
+    found = []
+    for row in rows:
+        starts = [i for i in range(32) if row["position_ids"][i] == 0]
+        for start, end in zip(starts, [*starts[1:], 32], strict=True):
+            piece = row["input_ids"][start:end].tolist()
+            if row["labels"][start + 1 : end].eq(IGNORED).all():
+                continue  # padding
+            assert row["labels"][start] == IGNORED and row["labels"][start + 1 : end].tolist() == piece[1:]
+            found.append(" ".join(map(str, piece[:-1])))
+            assert piece[-1] == 2
+    assert sorted(found) == sorted(texts)
+
+
+def test_a_stream_crosses_documents_and_is_full(documents):
+    rows = pack(Words(), str(documents[0]), seq_len=32, max_tokens=320, seed=0, cross=True)
+    assert len(rows) == 10 and rows.position_ids is None and (rows.labels == IGNORED).sum() == 10
+    with pytest.raises(DataError, match="less than one row of 4096"):
+        pack(Words(), str(documents[0]), seq_len=4096, max_tokens=10_000, seed=0, cross=True)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_packed_documents_see_nothing_of_each_other(documents, model):
+    """Every family: a row gives what its documents give alone; the folded model too."""
+    network = make_tiny(model)
+    together = architecture(network.config.model_type).keeps_documents_apart
+    row = pack(Words(), str(documents[0]), seq_len=32, max_tokens=64, seed=0, together=together)[0]
+    inputs = {name: row[name][None] for name in row if name in ("input_ids", "position_ids", "attention_mask")}
+    with torch.no_grad():
+        found = network(**inputs, use_cache=False).logits[0]
+        starts = [i for i in range(32) if row.get("position_ids", torch.arange(32))[i] == 0]
+        for start, end in zip(starts, [*starts[1:], 32], strict=True):
+            end = end if together else int(row["attention_mask"].sum())
+            alone = network(row["input_ids"][None, start:end], use_cache=False).logits[0]
+            assert_close(found[start:end], alone, tolerance=1e-5)
+
+
+def test_the_teachers_top_is_the_whole_where_it_is_all():
+    torch.manual_seed(0)
+    student, teacher, labels = torch.randn(2, 9, 30), torch.randn(2, 9, 30), torch.randint(0, 30, (2, 9))
+    labels[0, 4:] = IGNORED
+    top = teacher.log_softmax(-1).topk(29)
+    whole = distance(student, teacher, labels)
+    assert_close(distance_from_top(student, top.indices, top.values, labels), whole, tolerance=1e-5)
+    few = teacher.log_softmax(-1).topk(5)
+    assert 0 < distance_from_top(student, few.indices, few.values, labels) < whole  # merging tokens loses some of it
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory):
+    """A tiny model with a tokenizer, folded so far that there is something to heal, and a text."""
+    root = tmp_path_factory.mktemp("heal")
+    source = save_tiny(make_tiny("llama_mha"), root / "source")
+    for file in Path(kvfold.demonstration.MODEL).glob("tokenizer*"):
+        (source / file.name).write_bytes(file.read_bytes())
+    model = make_tiny("llama_mha", vocab_size=4096)
+    save_tiny(model, source)
+    text = root / "text.txt"
+    words = ["the", "old", "man", "looked", "at", "sea", "and", "saw", "a", "small", "boat", "that", "came", "over", "water", "in", "evening", "light"]
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(words), (6000,), generator=generator).tolist()
+    text.write_text(" ".join(words[i] for i in picks))
+    recipe = {"model": str(source), "out": str(root / "folded"), "width": {"method": "svd_a"}, "kv_budget": 0.25}
+    kvfold.compress(recipe | {"calibration": {"data": "self", "num_samples": 8, "seq_len": 48}}, device="cpu")
+    return root
+
+
+def healing(root, name, **fields):
+    base = {"folded": str(root / "folded"), "out": str(root / name), "data": str(root / "text.txt"), "seq_len": 32}
+    base |= {"max_tokens": 3200, "batch_size": 4, "log_every": 5, "save_every": 10, "learning_rate": 5e-3, "seed": 3}
+    return base | {"teacher": str(root / "source")} | fields
+
+
+def loss_of(root, name):
+    windows = tokens(8, 32)
+    return evaluate_models(load(root / name), load(root / "source"), windows, kvfold.load(root / "folded").plan).kl
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"objective": "kd", "train": "attention", "eval_data": "text"},
+        {"objective": "mix", "train": "all", "gradient_checkpointing": True, "accumulate": 2, "epochs": 2.0},
+        {"objective": "kd", "train": "fold", "teacher_top": 64},
+        {"objective": "kd", "train": "lora", "lora_rank": 8, "lora_alpha": 16},
+        {"objective": "layers", "train": "attention"},
+        {"objective": "ce", "train": "attention", "cross_documents": True},
+    ],
+    ids=lambda fields: f"{fields['objective']}-{fields['train']}",
+)
+def test_healing_lowers_what_it_minimises(folded, fields):
+    name = f"healed-{fields['objective']}-{fields['train']}"
+    fields = fields | ({"eval_data": str(folded / "text.txt"), "eval_tokens": 256} if "eval_data" in fields else {})
+    made = kvfold.heal(healing(folded, name, **fields), device="cpu")
+    logged = [json.loads(line) for line in (folded / name / "metrics.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in logged if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0] and made.steps == 25 and made.tokens == 3200 * (2 if "epochs" in fields else 1)
+    before, after = (load_file(folded / n / "model.safetensors") for n in ("folded", name))
+    assert {n: (t.shape, t.dtype) for n, t in before.items()} == {n: (t.shape, t.dtype) for n, t in after.items()}
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    if fields["train"] != "all":
+        assert changed and all("self_attn" in n for n in changed)
+    if fields["train"] == "fold":
+        assert all("_a_proj" in n or "_b_proj" in n for n in changed)
+    assert json.loads((folded / name / "config.json").read_text()) == json.loads(
+        (folded / "folded" / "config.json").read_text()
+    )
+    assert (folded / name / "loss.svg").exists() and "objective: " in (folded / name / "healing.yaml").read_text()
+    assert kvfold.generate(folded / name, "the old man", max_new_tokens=4, device="cpu").new_tokens == 4
+
+
+def test_distillation_brings_the_original_back(folded):
+    kvfold.heal(healing(folded, "distilled", preset="distil", max_tokens=6400), device="cpu")
+    windows = kvfold.data.first_windows(
+        kvfold.load(folded / "source").tokenizer, folded / "text.txt", seq_len=32, max_tokens=1024
+    )
+    plan = kvfold.load(folded / "folded").plan
+    kl = [evaluate_models(load(folded / n), load(folded / "source"), windows, plan).kl for n in ("folded", "distilled")]
+    assert kl[1] < 0.5 * kl[0]
+
+
+def test_a_killed_run_goes_on_with_the_same_result(folded):
+    """kill -9 after the first checkpoint; the same command ends with the weights of an uninterrupted run, bit for bit."""
+    script = (
+        "import sys, json, torch, kvfold; torch.set_num_threads(1); kvfold.heal(json.loads(sys.argv[1]), device='cpu')"
+    )
+    fields = healing(folded, "killed", save_every=5, max_tokens=6400)
+    kvfold.heal(fields | {"out": str(folded / "whole")}, device="cpu")
+    environment = os.environ | {"PYTHONPATH": str(Path(kvfold.__file__).parents[1])}
+    command = [sys.executable, "-c", script, json.dumps(fields)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint = folded / "killed.heal" / "checkpoint-10"
+    deadline = time.monotonic() + 120
+    while not (checkpoint / "trainer_state.json").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists() and not (folded / "killed").exists()
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed, whole = (load_file(folded / name / "model.safetensors") for name in ("killed", "whole"))
+    assert all(torch.equal(killed[name], whole[name]) for name in whole)
+    steps = [json.loads(line)["step"] for line in (folded / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(folded):
+    with pytest.raises(HealError, match=r"the loss is nan at step \d+"):
+        kvfold.heal(healing(folded, "nan", learning_rate=1e30, save_every=1), device="cpu")
+    assert not (folded / "nan").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"objective": "dk"}, "Did you mean 'kd'"),
+        ({"train": "atention"}, "Did you mean 'attention'"),
+        ({"teacher": None}, "give it: --teacher"),
+        ({"preset": "mlvk"}, "Did you mean 'mlkv'"),
+        ({"lerning_rate": 1.0}, "Did you mean 'learning_rate'"),
+        ({"learning_rate": -1.0}, "above 0"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"batch_size": "8"}, "is not int"),
+        ({"objective": "ce", "teacher_top": 5}, "goes with objective kd"),
+    ],
+)
+def test_mistakes_are_named(folded, fields, message):
+    with pytest.raises(RecipeError, match=message):
+        make_healing(healing(folded, "mistake", **fields))
+
+
+def test_what_cannot_be_healed_is_refused(folded):
+    with pytest.raises(RecipeError, match="is not a folded model"):
+        kvfold.heal(healing(folded, "bad", folded=str(folded / "source")), device="cpu")
+    with pytest.raises(RecipeError, match="is not the original"):
+        kvfold.heal(healing(folded, "bad2", teacher=str(folded / "folded")), device="cpu")
+    with pytest.raises(RecipeError, match="checkpoints of a run with other settings"):
+        kvfold.heal(healing(folded, "bad", seed=9), run_dir=folded / "whole.heal", device="cpu")
+
+
+def test_the_papers_recipes_are_the_papers():
+    base = {"folded": "f", "out": "o", "data": "d"}
+    mlkv, lora = (make_healing(base | {"preset": name}) for name in ("mlkv", "svd_a"))
+    assert (mlkv.learning_rate, mlkv.warmup, mlkv.weight_decay, mlkv.batch_size * mlkv.accumulate) == (
+        6e-4,
+        0.2,
+        0.01,
+        24,
+    )
+    assert (lora.lora_rank, lora.lora_alpha, lora.learning_rate, lora.batch_size * lora.accumulate) == (
+        256,
+        512,
+        4e-5,
+        64,
+    )
+    assert make_healing(base | {"preset": "mlkv", "learning_rate": 1e-3}).learning_rate == 1e-3
