@@ -35,8 +35,8 @@ class HealTrainer(Trainer):
         parts = self.objective(model, inputs)
         if not torch.isfinite(parts["loss"].detach()):
             raise HealError(
-                f"the loss is {float(parts['loss'].detach())} at step {self.state.global_step}. {self._last_good()} Give a smaller"
-                " --learning-rate, or look for rows of the text that the model cannot take."
+                f"the loss is {float(parts['loss'].detach())} at step {self.state.global_step}. {self._last_good()} Give a"
+                " smaller --learning-rate, or look for rows of the text that the model cannot take."
             )
         prefix = "" if model.training else "eval_"
         for name in parts.keys() - {"loss"}:
