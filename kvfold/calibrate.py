@@ -13,10 +13,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from kvfold import processes
 from kvfold.architectures.base import Architecture
 from kvfold.attention import AttentionLayer
 from kvfold.checkpoint import Checkpoint, read_json
 from kvfold.cross_moments import CrossMoments
+from kvfold.errors import DataError
 from kvfold.fold import read_layer
 from kvfold.linalg import Moment
 from kvfold.movement import Halves
@@ -35,7 +37,6 @@ STATISTICS = frozenset({*VECTORS, *EFFECTS})
 """What can be gathered of a layer; `seen.py` says what each is the moment of."""
 
 FINISHED = "statistics.json"
-HIDDEN = "hidden.safetensors"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def calibrate(
     `pairs`: (layer, earlier layer) between which the moments of `needs_cross` are gathered as well. All are kept in
     `run_dir` and reused whenever model and tokens are the same; an interrupted run continues where
     it last wrote its hidden states. Peak memory: the hidden states, one layer in float32 and its moments, and the vectors
-    of layers that a later one is paired with.
+    of layers that a later one is paired with. Several processes share the sequences, and add up what they saw.
     """
     cross = CrossMoments(frozenset(pairs), needs_cross)
     key, wanted = _key(checkpoint, tokens_BT), needs | cross.labels
@@ -88,6 +89,7 @@ def calibrate(
         return Statistics(finished, tokens_BT.numel(), read_json(finished / FINISHED)["moved"])
     folder = run_dir / f"statistics-{key}-{_short('+'.join(sorted(wanted)))}"
     make_folder(folder)
+    total, tokens_BT = tokens_BT.numel(), _own(tokens_BT)
     model = StreamedModel(checkpoint, arch, device)
     size = max(x.num_kv_heads * x.head_dim for x in model.layers)
     matrices = len(needs) * len(model.layers) + len(cross.labels)
@@ -105,17 +107,30 @@ def calibrate(
             )
             cross.start(layer.index)
             model.advance(layer, hidden_BTD, observer)
-            moved = observer.halves.moved(observer.own) if layer.index in _watched(len(model.layers)) else 0.0
-            write_tensors(_layer_file(folder, layer.index), observer.moments(tokens_BT.numel()), {"moved": repr(moved)})
+            observer.gather()
+            if not processes.rank():
+                moved = observer.halves.moved(observer.own) if layer.index in _watched(len(model.layers)) else 0.0
+                write_tensors(_layer_file(folder, layer.index), observer.moments(total), {"moved": repr(moved)})
             cross.forget_after(layer.index)
-            if time.monotonic() - saved >= SECONDS_BETWEEN_SAVES:
+            if any(processes.values_of_all(time.monotonic() - saved >= SECONDS_BETWEEN_SAVES)):
                 _save_hidden(folder, layer.index + 1, hidden_BTD, cross)
                 saved = time.monotonic()
-    moved = max(_moved(_layer_file(folder, index)) for index in _watched(len(model.layers)))
-    facts = {"needs": sorted(wanted), "tokens": tokens_BT.numel(), "moved": moved}
-    write_text(folder / FINISHED, json.dumps(facts))
-    (folder / HIDDEN).unlink(missing_ok=True)
-    return Statistics(folder, tokens_BT.numel(), moved)
+    if not processes.rank():
+        moved = max(_moved(_layer_file(folder, index)) for index in _watched(len(model.layers)))
+        write_text(folder / FINISHED, json.dumps({"needs": sorted(wanted), "tokens": total, "moved": moved}))
+    processes.wait_for_all()
+    _hidden_file(folder).unlink(missing_ok=True)
+    return Statistics(folder, total, read_json(folder / FINISHED)["moved"])
+
+
+def _own(tokens_BT: Tensor) -> Tensor:
+    """The sequences that this process looks at. Raises DataError where there is none for some."""
+    if len(tokens_BT) < processes.world_size():
+        raise DataError(
+            f"{len(tokens_BT)} calibration sequences for {processes.world_size()} processes; start fewer, or give more"
+            " text (--num-samples)."
+        )
+    return tokens_BT[processes.rank() :: processes.world_size()]
 
 
 def _watched(layers: int) -> set[int]:
@@ -163,11 +178,28 @@ class _Observer:
     def _update(self, name: str, vectors: Tensor) -> None:
         self.own.setdefault(name, Moment.zeros(*vectors.shape[1:], device=self.device)).update(vectors)
 
+    def gather(self) -> None:
+        """Add what other processes saw."""
+        if processes.world_size() > 1:
+            self.own, self.halves.first = _of_all(self.own), _of_all(self.halves.first)
+            self.cross.sums = {label: processes.summed(self.cross.sums[label]) for label in sorted(self.cross.sums)}
+
     def moments(self, tokens: int) -> dict[str, Tensor]:
         """The tensors of the layer's file."""
         tensors = {f"{name}.mean": moment.mean_F.cpu() for name, moment in self.own.items()}
         tensors |= {f"{name}.second": moment.second_FF.cpu() for name, moment in self.own.items()}
         return tensors | self.cross.moments(tokens)
+
+
+def _of_all(moments: dict[str, Moment]) -> dict[str, Moment]:
+    """The moments of what all processes saw."""
+    found = {}
+    for name in sorted(moments):
+        own = moments[name]
+        count = int(processes.summed(torch.tensor(own.count, device=own.mean_F.device)))
+        mean_F, second_FF = (processes.summed(part * own.count) / count for part in (own.mean_F, own.second_FF))
+        found[name] = Moment(mean_F, second_FF, count)
+    return found
 
 
 def _output_metric(checkpoint: Checkpoint, arch: Architecture, layer: AttentionLayer, needs: frozenset[str]) -> Tensor:
@@ -201,17 +233,28 @@ def _layer_file(folder: Path, index: int) -> Path:
     return folder / f"layer-{index:05d}.safetensors"
 
 
+def _hidden_file(folder: Path) -> Path:
+    """Of this process."""
+    if processes.world_size() == 1:
+        return folder / "hidden.safetensors"
+    return folder / f"hidden-{processes.rank()}-of-{processes.world_size()}.safetensors"
+
+
 def _save_hidden(folder: Path, next_layer: int, hidden_BTD: Tensor, cross: CrossMoments) -> None:
     tensors = {"hidden": hidden_BTD}
     tensors |= {f"{label}/{i:06d}": part for label, parts in cross.kept.items() for i, part in enumerate(parts)}
-    write_tensors(folder / HIDDEN, tensors, {"next_layer": str(next_layer)})
+    write_tensors(_hidden_file(folder), tensors, {"next_layer": str(next_layer)})
 
 
 def _resume(folder: Path, cross: CrossMoments) -> tuple[int, Tensor] | None:
     """The layer at which an interrupted run goes on, and the hidden states that enter it."""
-    if not (folder / HIDDEN).exists():
-        return None
-    with safe_open(folder / HIDDEN, framework="pt") as file:
+    hidden_file, reached = _hidden_file(folder), 0
+    if hidden_file.exists():
+        with safe_open(hidden_file, framework="pt") as file:
+            reached = int(file.metadata()["next_layer"])
+    if processes.values_of_all(reached) != {reached} or not reached:
+        return None  # killed before all had written
+    with safe_open(hidden_file, framework="pt") as file:
         for name in sorted(set(file.keys()) - {"hidden"}):
             cross.kept.setdefault(name.partition("/")[0], []).append(file.get_tensor(name).clone())
-        return int(file.metadata()["next_layer"]), file.get_tensor("hidden").clone()
+        return reached, file.get_tensor("hidden").clone()

@@ -39,10 +39,10 @@ class Rows(Dataset[dict[str, Tensor]]):
         found = {name: tensor[index].long() for name, tensor in row.items() if tensor is not None}
         return found | {"row": torch.tensor(index)}
 
-    @property
-    def predicted(self) -> int:
-        """Tokens that count in the loss."""
-        return int((self.labels[:, 1:] != IGNORED).sum())
+
+def predicted(labels_BT: Tensor) -> int:
+    """Tokens that count in the loss."""
+    return int((labels_BT[:, 1:] != IGNORED).sum())
 
 
 def pack(

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kvfold import data
+from kvfold import data, processes
 from kvfold.attention import AttentionWeights
 from kvfold.calibrate import Statistics, calibrate
 from kvfold.depth.base import Sample, Targets
@@ -107,7 +107,8 @@ class Material:
     def tokens(self) -> Tensor:
         """[num_samples, seq_len] calibration tokens. Raises DataError where the recipe names no text."""
         if self.num_samples not in self.drawn:  # reading and tokenising a large text takes longer than using it
-            self.drawn[self.num_samples] = self._draw()
+            with processes.first_before_others():  # what a model samples is kept
+                self.drawn[self.num_samples] = self._draw()
         return self.drawn[self.num_samples]
 
     def _draw(self) -> Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from kvfold import registry
+from kvfold import processes, registry
 from kvfold.checkpoint import DTYPES, Checkpoint
 from kvfold.data import first_windows, load_tokenizer
 from kvfold.documents import Rows, pack
@@ -48,6 +49,7 @@ class Healing:
     max_tokens: to train on, in rows of seq_len (0: the model's context, at most 2,048); epochs over them.
     batch_size rows per device and step, times accumulate, times processes.
     warmup: share of the steps; then a cosine down to 0. cross_documents: rows cut from one stream.
+    shard: split weights, gradients and optimizer state over all processes (FSDP2) instead of having all of them in each.
     teacher_top: keep so many of the teacher's likeliest tokens on disk, instead of the teacher in memory (0: in memory).
     """
 
@@ -75,6 +77,7 @@ class Healing:
     cross_documents: bool = False
     gradient_checkpointing: bool = False
     bf16: bool = False
+    shard: bool = False
     teacher_top: int = 0
     eval_data: str | None = None
     eval_tokens: int = 16_384
@@ -149,7 +152,7 @@ def heal(
     if not folded:
         raise RecipeError(f"{healing.folded} is not a folded model; make one with `kvfold compress`.")
     _claim(run_dir, healing, checkpoint)
-    tokenizer, device = load_tokenizer(checkpoint.path), resolve_device(device)
+    tokenizer, device = load_tokenizer(checkpoint.path), processes.own_device(resolve_device(device))
     model: Any = load_weights(checkpoint.path, "float32", device)
     seq_len = healing.seq_len or default_seq_len(checkpoint.config)
     warn_if_too_long(seq_len, checkpoint.config)
@@ -162,26 +165,29 @@ def heal(
         cross=healing.cross_documents,
         together=model.architecture.keeps_documents_apart,
     )
-    objective = _objective(healing, plan, rows, run_dir, device)
-    torch.manual_seed(healing.seed)
-    model = choose_trainable(
-        model,
-        healing.train,
-        lora_rank=healing.lora_rank,
-        lora_alpha=healing.lora_alpha,
-        lora_dropout=healing.lora_dropout,
+    arguments = _arguments(healing, run_dir, device, len(rows), list(model._no_split_modules))
+    arguments._n_gpu = (
+        1  # one process per device; Trainer would wrap the model in DataParallel, where readers find no owner
     )
+    objective = _objective(healing, plan, rows, run_dir, device)
+    processes.wait_for_all()  # what the teacher said of the other processes' rows
+    torch.manual_seed(healing.seed)
     trainer = HealTrainer(
-        model=model,
-        args=_arguments(healing, run_dir, device, len(rows)),
+        model=_trainable(model, healing),
+        args=arguments,
         train_dataset=rows,
         eval_dataset=_eval_rows(healing, tokenizer, seq_len),
         objective=objective,
         metrics=run_dir / METRICS,
     )
+    if healing.shard and not trainer.is_fsdp_enabled:
+        warnings.warn("shard: accelerate shards nothing here (one process, or a CPU); every process has all weights.")
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run_dir)))
+    state = _whole(trainer.accelerator.unwrap_model(trainer.model).state_dict())
     if trainer.is_world_process_zero():
-        _write(out, healing, checkpoint, merged(trainer.accelerator.unwrap_model(trainer.model)), run_dir, overwrite)
+        healed = _trainable(load_weights(checkpoint.path, "float32", "cpu"), healing)
+        healed.load_state_dict(state)
+        _write(out, healing, checkpoint, merged(healed), run_dir, overwrite)
     trainer.accelerator.wait_for_everyone()
     logged = read_metrics(run_dir / METRICS)
     final = {
@@ -192,8 +198,20 @@ def heal(
     return Healed(Path(healing.out), steps, tokens, seconds, final)
 
 
+def _trainable(model: Any, healing: Healing) -> Any:
+    return choose_trainable(
+        model,
+        healing.train,
+        lora_rank=healing.lora_rank,
+        lora_alpha=healing.lora_alpha,
+        lora_dropout=healing.lora_dropout,
+    )
+
+
 def _claim(run_dir: Path, healing: Healing, checkpoint: Checkpoint) -> None:
     """Raise RecipeError where the folder holds checkpoints of another run, which would be continued with other settings."""
+    if processes.rank():
+        return
     make_folder(run_dir)
     identity = "\n".join([__version__, yaml.safe_dump(dataclasses.asdict(healing)), checkpoint.fingerprint()])
     file = run_dir / "healing.txt"
@@ -223,10 +241,16 @@ def _objective(healing: Healing, plan: Any, rows: Rows, run_dir: Path, device: s
     return Distillation(teacher, alpha, beta)
 
 
-def _arguments(healing: Healing, run_dir: Path, device: str, rows: int) -> TrainingArguments:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+def _arguments(healing: Healing, run_dir: Path, device: str, rows: int, blocks: list[str]) -> TrainingArguments:
+    """blocks: class names of the layers that are sharded one by one."""
+    world = processes.world_size()
     steps = max(int(rows * healing.epochs) // (healing.batch_size * healing.accumulate * world), 1)
     evaluates = healing.eval_data is not None
+    sharding: dict[str, Any] = {}
+    if healing.shard and world > 1:
+        wrapped = {"version": 2, "transformer_layer_cls_to_wrap": blocks, "reshard_after_forward": True}
+        wrapped |= {"state_dict_type": "SHARDED_STATE_DICT"}
+        sharding = {"fsdp": True, "fsdp_config": wrapped}
     return TrainingArguments(
         output_dir=str(run_dir),
         per_device_train_batch_size=healing.batch_size,
@@ -255,6 +279,7 @@ def _arguments(healing: Healing, run_dir: Path, device: str, rows: int) -> Train
         dataloader_pin_memory=device != "cpu",
         remove_unused_columns=False,
         report_to=[],
+        **sharding,
     )
 
 

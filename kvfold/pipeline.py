@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvfold import processes
 from kvfold.allocate import (
     Axes,
     Curves,
@@ -32,7 +33,7 @@ from kvfold.checkpoint import Checkpoint
 from kvfold.errors import BudgetError
 from kvfold.fold import fold, folded_config
 from kvfold.gather import TRAINING_TOKENS, Material, layer_group
-from kvfold.loading import Source, open_source, resolve_device
+from kvfold.loading import Source, load_plan, open_source, resolve_device
 from kvfold.output import copy_side_files, partial_folder, publish, refuse_out
 from kvfold.plan import CachePlan
 from kvfold.probe import PROBE_VERSION, Probe
@@ -65,7 +66,8 @@ def compress(
     """Fold `recipe.model` into the new folder `recipe.out`. A dictionary is taken as `make_recipe` takes it.
 
     `run_dir` keeps the statistics for later folds of the same model and text (default: `<out>.run`). The result grows in
-    `<out>.partial` and gets its name when it is complete; the same call continues an interrupted one.
+    `<out>.partial` and gets its name when it is complete; the same call continues an interrupted one. Under torchrun or
+    accelerate launch the processes share the calibration text; all else is done by the first, for which the others wait.
     Raises a KvfoldError that says what was found and what to do.
     """
     if not isinstance(recipe, Recipe):
@@ -73,11 +75,12 @@ def compress(
     out = Path(os.path.abspath(recipe.out))
     run_dir = Path(run_dir) if run_dir else out.with_name(out.name + ".run")
     refuse_out(out, overwrite, keep=(Path(recipe.model), run_dir))
+    processes.wait_for_all()
     clock = _Clock()
     source = open_source(recipe.model)
     axes = Axes(**{axis: recipe.method(axis) for axis in ("depth", "width", "bits", "length")})
     limits = Limits(keep_layers=recipe.keep_layers, min_width=recipe.min_width)
-    material = Material(recipe, source, run_dir, resolve_device(device))
+    material = Material(recipe, source, run_dir, processes.own_device(resolve_device(device)))
     asked = Request(
         layers=source.layers, targets=(None,) * len(source.layers), axes=axes, dtype=source.dtype, limits=limits
     )
@@ -91,6 +94,9 @@ def compress(
     wanted = axes.width.needs_vectors
     vectors = material.sample(wanted, TRAINING_TOKENS) if wanted else None
     clock.lap("calibrate")
+    if processes.rank():
+        processes.wait_for_all()
+        return Folded(Path(recipe.out), load_plan(out)[0], clock.laps)
 
     @functools.lru_cache(maxsize=1)  # keys and values of a group are asked for one after the other
     def groups(owner: int) -> LayerGroup:
@@ -115,6 +121,7 @@ def compress(
     _complete(partial, recipe, source, plan)
     publish(partial, out, overwrite)
     clock.lap("fold")
+    processes.wait_for_all()
     return Folded(Path(recipe.out), plan, clock.laps)
 
 

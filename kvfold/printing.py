@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from kvfold import processes
 from kvfold.comparison import Comparison
 from kvfold.drawing import bar, described
 from kvfold.evaluation import Evaluation
@@ -18,7 +19,7 @@ from kvfold.plan import CachePlan
 from kvfold.report import budget_plot, cells, column_names, markdown, render
 from kvfold.storage import write_text
 
-STDOUT = Console(width=None if sys.stdout.isatty() else 160)
+STDOUT = Console(width=None if sys.stdout.isatty() else 160, quiet=processes.rank() > 0)
 SVG = '<?xml version="1.0" encoding="utf-8"?>\n'
 LEGIBLE = 24
 """Characters below which a continuation is shown under the table instead of in it."""
@@ -27,7 +28,8 @@ LEGIBLE = 24
 def print_json(values: dict[str, Any]) -> None:
     """One line for programs."""
     # not through rich, which would wrap the line at the width of the terminal
-    print(json.dumps(values), flush=True)
+    if not processes.rank():
+        print(json.dumps(values), flush=True)
 
 
 def print_plan(plan: CachePlan, title: str) -> None:

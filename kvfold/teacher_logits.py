@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from kvfold import processes
 from kvfold.documents import Rows
 from kvfold.objectives import logits_of
 from kvfold.progress import track
@@ -36,11 +37,13 @@ class TeacherLogits:
 
 @torch.no_grad()
 def keep_teacher_logits(teacher: Any, rows: Rows, folder: Path, *, top: int, batch_size: int) -> TeacherLogits:
-    """Run the teacher over all rows once; files that are there already are kept, so that an interrupted run goes on."""
+    """Run the teacher over all rows once; files that are there already are kept, so that an interrupted run goes on. Several
+    processes share the rows."""
     make_folder(folder)
     top = min(top, teacher.config.vocab_size)
     firsts = range(0, len(rows), ROWS_PER_FILE)
     missing = [first for first in firsts if not _file(folder, first // ROWS_PER_FILE).exists()]
+    missing = missing[processes.rank() :: processes.world_size()]
     require_space(folder, 6 * top * rows.input_ids.shape[1] * ROWS_PER_FILE * len(missing))
     for first in track(missing, "asking the teacher", len(missing)):
         indices = range(first, min(first + ROWS_PER_FILE, len(rows)))

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from kvfold.documents import predicted
 from kvfold.errors import HealError
 from kvfold.objectives import Objective
 
@@ -25,23 +26,28 @@ class HealTrainer(Trainer):
     def __init__(self, *args: Any, objective: Objective, metrics: Path, **kwargs: Any) -> None:
         super().__init__(*args, callbacks=[_Metrics(metrics)], **kwargs)
         self.objective = objective
-        # forward takes **kwargs, from which Trainer would conclude that the loss is divided by the accumulated steps already
-        self.model_accepts_loss_kwargs = False
-        self.sums: dict[str, list[float]] = defaultdict(list)
+        # makes Trainer count the tokens of a step, over all its batches and processes
+        self.model_accepts_loss_kwargs = True
+        self.seen: dict[str, list[tuple[float, int]]] = defaultdict(list)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """The mean over all tokens of a step, whichever batch and process they are in."""
         parts = self.objective(model, inputs)
         if not torch.isfinite(parts["loss"].detach()):
             raise HealError(
                 f"the loss is {float(parts['loss'].detach())} at step {self.state.global_step}. {self._last_good()} Give a"
                 " smaller --learning-rate, or look for rows of the text that the model cannot take."
             )
-        prefix = "" if model.training else "eval_"
-        for name in parts.keys() - {"loss"}:
-            self.sums[prefix + name].append(float(parts[name]))
-        return (parts["loss"], {"loss": parts["loss"]}) if return_outputs else parts["loss"]
+        prefix, tokens = "" if model.training else "eval_", predicted(inputs["labels"])
+        for name in sorted(parts.keys() - {"loss"}):
+            self.seen[prefix + name].append((float(parts[name]), tokens))
+        if num_items_in_batch is None:
+            return parts["loss"]
+        return parts["loss"] * (
+            tokens * self.accelerator.num_processes / num_items_in_batch
+        )  # DDP and FSDP take the mean
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -51,11 +57,13 @@ class HealTrainer(Trainer):
         return loss.detach(), None, None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """With the means of the objective's parts since the last time."""
-        wanted = [name for name in self.sums if name.startswith("eval_") == ("eval_loss" in logs)]
+        """With the means of the objective's parts since the last time, over all processes."""
+        wanted = sorted(name for name in self.seen if name.startswith("eval_") == ("eval_loss" in logs))
         for name in wanted if "loss" in logs or "eval_loss" in logs else []:
-            values = self.sums.pop(name)
-            logs[name] = round(sum(values) / len(values), 6)
+            seen = torch.tensor(self.seen.pop(name), dtype=torch.float64, device=self.accelerator.device)
+            sums = torch.stack([seen.prod(1).sum(), seen[:, 1].sum()])[None]
+            total, tokens = self.accelerator.gather(sums).sum(0).tolist()
+            logs[name] = round(total / max(tokens, 1), 6)
         super().log(logs, *args, **kwargs)
 
     def _last_good(self) -> str:

@@ -95,40 +95,50 @@ def test_the_teachers_top_is_the_whole_where_it_is_all():
     assert 0 < distance_from_top(student, few.indices, few.values, labels) < whole  # merging tokens loses some of it
 
 
+WORDS = [
+    "the",
+    "old",
+    "man",
+    "looked",
+    "at",
+    "sea",
+    "and",
+    "saw",
+    "a",
+    "small",
+    "boat",
+    "that",
+    "came",
+    "over",
+    "water",
+    "in",
+    "evening",
+    "light",
+]
+
+
+def with_text(root):
+    """A model in `root`/source gets a tokenizer, and a text of documents beside it."""
+    for file in Path(kvfold.demonstration.MODEL).glob("tokenizer*"):
+        (root / "source" / file.name).write_bytes(file.read_bytes())
+    picks = torch.randint(len(WORDS), (6000,), generator=torch.Generator().manual_seed(0)).tolist()
+    ends = ["" if i % 37 else "<|endoftext|>" for i in range(len(picks))]
+    (root / "text.txt").write_text(" ".join(WORDS[pick] + end for pick, end in zip(picks, ends, strict=True)))
+    return root
+
+
 @pytest.fixture(scope="module")
 def folded(tmp_path_factory):
     """A tiny model with a tokenizer, folded so far that there is something to heal, and a text."""
     root = tmp_path_factory.mktemp("heal")
-    source = save_tiny(make_tiny("llama_mha"), root / "source")
-    for file in Path(kvfold.demonstration.MODEL).glob("tokenizer*"):
-        (source / file.name).write_bytes(file.read_bytes())
-    model = make_tiny("llama_mha", vocab_size=4096)
-    save_tiny(model, source)
-    text = root / "text.txt"
-    words = [
-        "the",
-        "old",
-        "man",
-        "looked",
-        "at",
-        "sea",
-        "and",
-        "saw",
-        "a",
-        "small",
-        "boat",
-        "that",
-        "came",
-        "over",
-        "water",
-        "in",
-        "evening",
-        "light",
-    ]
-    generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(words), (6000,), generator=generator).tolist()
-    text.write_text(" ".join(words[i] for i in picks))
-    recipe = {"model": str(source), "out": str(root / "folded"), "width": {"method": "svd_w"}, "kv_budget": 0.25}
+    save_tiny(make_tiny("llama_mha", vocab_size=4096), root / "source")
+    with_text(root)
+    recipe = {
+        "model": str(root / "source"),
+        "out": str(root / "folded"),
+        "width": {"method": "svd_w"},
+        "kv_budget": 0.25,
+    }
     kvfold.compress(recipe | {"calibration": {"data": "self", "num_samples": 8, "seq_len": 48}}, device="cpu")
     return root
 

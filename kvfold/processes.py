@@ -1,0 +1,70 @@
+"""Several processes of one run (torchrun, accelerate launch): which of them this is, and sums over all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+LONGEST_WAIT = timedelta(days=1)
+"""For the first process, which writes what all have found."""
+
+
+def rank() -> int:
+    """The number of this process; 0 is the one that writes."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_device(device: str) -> str:
+    """Of several of a machine the one that belongs to this process."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+def wait_for_all() -> None:
+    """Until every process has come here."""
+    if world_size() > 1:
+        _group().wait_for_everyone()
+
+
+@contextmanager
+def first_before_others() -> Iterator[None]:
+    """The first process goes through alone: the others find what it wrote."""
+    if rank():
+        wait_for_all()
+    yield
+    if not rank():
+        wait_for_all()
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over all processes, in each of them."""
+    if world_size() > 1:
+        _group()
+        tensor = tensor.clone()
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def values_of_all(value: int) -> set[int]:
+    """What the processes have, each its own."""
+    if world_size() == 1:
+        return {value}
+    _group()
+    found: list[int] = [0] * world_size()
+    torch.distributed.all_gather_object(found, value)
+    return set(found)
+
+
+def _group() -> PartialState:
+    """On GPUs with NCCL, else with gloo; made by the first call."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT)
