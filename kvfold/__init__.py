@@ -14,6 +14,7 @@ from kvfold.pipeline import compress
 from kvfold.plan import CachePlan, CacheSpec
 from kvfold.recipe import Recipe, load_recipe, make_recipe
 from kvfold.runtime.modeling import register as _register
+from kvfold.truncation import truncate
 from kvfold.version import __version__
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "load",
     "load_recipe",
     "make_recipe",
+    "truncate",
 ]
 
 _register()

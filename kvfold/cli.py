@@ -25,6 +25,7 @@ from kvfold.printing import STDOUT, print_comparison, print_evaluation, print_js
 from kvfold.progress import STDERR
 from kvfold.recipe import assignments, load_recipe, make_recipe, parse_budget
 from kvfold.registry import AXES
+from kvfold.truncation import truncate
 from kvfold.version import __version__
 
 app = typer.Typer(
@@ -199,6 +200,19 @@ def export_command(
         raise typer.BadParameter(f"{format_!r} is not a format; there is: gqa", param_hint="--format")
     heads = export_gqa(folder, out, overwrite=overwrite)
     print_json({"out": str(out), "format": format_, "num_key_value_heads": heads})
+
+
+@app.command("truncate")
+def truncate_command(
+    folder: Annotated[str, typer.Argument(help="Folder that kvfold wrote.", show_default=False)],
+    kv_budget: Annotated[str, typer.Option(help="Below what the folder keeps now: 0.125 or 1/8.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    overwrite: Overwrite = False,
+) -> None:
+    """Cut the trailing numbers of every stored head off; best after `heal --set elastic=0.25`."""
+    plan = truncate(folder, out, kv_budget=parse_budget(kv_budget), overwrite=overwrite)
+    print_plan(plan, f"{out}")
+    print_json({"out": str(out), "kv_budget": plan.kv_budget, "kv_bytes_per_token": plan.kv_bytes_per_token()})
 
 
 @app.command("inspect")

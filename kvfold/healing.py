@@ -22,6 +22,7 @@ from kvfold.checkpoint import DTYPES, Checkpoint
 from kvfold.data import first_windows, load_tokenizer
 from kvfold.documents import Rows, pack
 from kvfold.drawing import loss_plot
+from kvfold.elastic import Elastic, check_nested
 from kvfold.errors import RecipeError
 from kvfold.healing_presets import HEALING_PRESETS
 from kvfold.loading import default_seq_len, load_plan, load_weights, open_source, resolve_device, warn_if_too_long
@@ -50,6 +51,8 @@ class Healing:
     batch_size rows per device and step, times accumulate, times processes.
     warmup: share of the steps; then a cosine down to 0. cross_documents: rows cut from one stream.
     shard: split weights, gradients and optimizer state over all processes (FSDP2) instead of having all of them in each.
+    elastic: the least share of every stored head that is to do alone (0: only all of it counts). Each step then trains a
+        share between that and all, and `kvfold truncate` cuts the healed model to any of them.
     teacher_top: keep so many of the teacher's likeliest tokens on disk, instead of the teacher in memory (0: in memory).
     """
 
@@ -78,6 +81,7 @@ class Healing:
     gradient_checkpointing: bool = False
     bf16: bool = False
     shard: bool = False
+    elastic: float = 0.0
     teacher_top: int = 0
     eval_data: str | None = None
     eval_tokens: int = 16_384
@@ -97,6 +101,8 @@ class Healing:
         for name in ("max_tokens", "batch_size", "accumulate", "save_every", "log_every", "lora_rank", "lora_alpha"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 0 <= self.elastic < 1:
+            raise RecipeError(f"elastic is {self.elastic}; it is the least share of a stored head, below 1.")
         if self.learning_rate <= 0 or not 0 <= self.warmup < 1 or self.epochs <= 0:
             raise RecipeError("learning_rate and epochs must be above 0, warmup a share of the steps below 1.")
 
@@ -151,6 +157,8 @@ def heal(
     checkpoint, (plan, folded) = Checkpoint.open(healing.folded), load_plan(healing.folded)
     if not folded:
         raise RecipeError(f"{healing.folded} is not a folded model; make one with `kvfold compress`.")
+    if healing.elastic:
+        check_nested(plan)
     _claim(run_dir, healing, checkpoint)
     tokenizer, device = load_tokenizer(checkpoint.path), processes.own_device(resolve_device(device))
     model: Any = load_weights(checkpoint.path, "float32", device)
@@ -172,13 +180,15 @@ def heal(
     objective = _objective(healing, plan, rows, run_dir, device)
     processes.wait_for_all()  # what the teacher said of the other processes' rows
     torch.manual_seed(healing.seed)
+    model = _trainable(model, healing)
     trainer = HealTrainer(
-        model=_trainable(model, healing),
+        model=model,
         args=arguments,
         train_dataset=rows,
         eval_dataset=_eval_rows(healing, tokenizer, seq_len),
         objective=objective,
         metrics=run_dir / METRICS,
+        elastic=Elastic(model, least=healing.elastic, seed=healing.seed) if healing.elastic else None,
     )
     if healing.shard and not trainer.is_fsdp_enabled:
         warnings.warn("shard: accelerate shards nothing here (one process, or a CPU); every process has all weights.")

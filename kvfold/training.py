@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from kvfold.documents import predicted
+from kvfold.elastic import Elastic
 from kvfold.errors import HealError
 from kvfold.objectives import Objective
 
@@ -23,8 +24,11 @@ METRICS = "metrics.jsonl"
 class HealTrainer(Trainer):
     """Minimises `objective(model, inputs)["loss"]`, and logs the means of its other parts."""
 
-    def __init__(self, *args: Any, objective: Objective, metrics: Path, **kwargs: Any) -> None:
-        super().__init__(*args, callbacks=[_Metrics(metrics)], **kwargs)
+    def __init__(
+        self, *args: Any, objective: Objective, metrics: Path, elastic: Elastic | None = None, **kwargs: Any
+    ) -> None:
+        callbacks = [_Metrics(metrics), *([_Widths(elastic)] if elastic else [])]
+        super().__init__(*args, callbacks=callbacks, **kwargs)
         self.objective = objective
         # makes Trainer count the tokens of a step, over all its batches and processes
         self.model_accepts_loss_kwargs = True
@@ -89,6 +93,16 @@ class _Metrics(TrainerCallback):
             entry = {"step": state.global_step} | {k: v for k, v in logs.items() if _is_number(v)}
             with self.file.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
+
+
+class _Widths(TrainerCallback):
+    """Draws a width before every step."""
+
+    def __init__(self, elastic: Elastic) -> None:
+        self.elastic = elastic
+
+    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.elastic.draw(state.global_step)
 
 
 def _is_number(value: Any) -> bool:
