@@ -82,7 +82,7 @@ def write_random_model(folder: Path, layers: int) -> None:
             size = 0
         shards[-1].append(name)
         size += 2 * shape.numel()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: (torch.randn(shapes[name]) * 0.02).bfloat16() for name in names}

@@ -13,6 +13,7 @@ import json
 import math
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from kvfold.evaluation import evaluate
 from kvfold.pipeline import compress
@@ -58,7 +59,7 @@ def main() -> None:
     print(json.dumps({"base_loss": base, "guessing": math.log(vocabulary), "rows": rows}))
 
 
-def measure(options: argparse.Namespace, fields: dict, scratch: Path):  # type: ignore[no-untyped-def, type-arg]
+def measure(options: argparse.Namespace, fields: dict[str, Any], scratch: Path) -> Any:
     """Fold and evaluate."""
     calibration = {"data": "self", "num_samples": options.num_samples, "seq_len": options.seq_len}
     recipe = make_recipe({"model": options.model, "out": str(scratch / "out"), "calibration": calibration} | fields)

@@ -49,7 +49,7 @@ def read(file: Path) -> list[Row]:
 
 def of_budget(rows: list[Row], budget: float) -> dict[str, Row]:
     """Preset -> its row at the largest budget that is not above the given one."""
-    found = {}
+    found: dict[str, Row] = {}
     for row in rows:
         if row.get("KL") and float(row["kv_budget"]) <= budget + 5e-4 and float(row["kv_budget"]) > budget / 2:
             found[row["preset"]] = max(found.get(row["preset"], row), row, key=lambda r: float(r["kv_budget"]))

@@ -32,7 +32,7 @@ from kvfold.recipe import check_types
 from kvfold.storage import make_folder, write_text
 from kvfold.teacher_logits import keep_teacher_logits
 from kvfold.trainable import CHOICES, choose_trainable, merged
-from kvfold.training import METRICS, HealTrainer, read_metrics
+from kvfold.training import METRICS, SHOWN, HealTrainer, read_metrics
 from kvfold.version import __version__
 
 OBJECTIVES = ("ce", "kd", "mix", "layers")
@@ -200,9 +200,7 @@ def heal(
         _write(out, healing, checkpoint, merged(healed), run_dir, overwrite)
     trainer.accelerator.wait_for_everyone()
     logged = read_metrics(run_dir / METRICS)
-    final = {
-        k: v for entry in logged for k, v in entry.items() if k.removeprefix("eval_") in ("loss", "kl", "ce", "layers")
-    }
+    final = {k: v for entry in logged for k, v in entry.items() if k.removeprefix("eval_") in SHOWN}
     steps, seconds = trainer.state.global_step, round(time.perf_counter() - started, 3)
     tokens = steps * healing.batch_size * healing.accumulate * trainer.args.world_size * seq_len
     return Healed(Path(healing.out), steps, tokens, seconds, final)
@@ -289,6 +287,7 @@ def _arguments(healing: Healing, run_dir: Path, device: str, rows: int, blocks: 
         dataloader_pin_memory=device != "cpu",
         remove_unused_columns=False,
         report_to=[],
+        disable_tqdm=True,
         **sharding,
     )
 

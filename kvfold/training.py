@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from kvfold.documents import predicted
 from kvfold.elastic import Elastic
 from kvfold.errors import HealError
 from kvfold.objectives import Objective
+from kvfold.progress import STDERR
 
 METRICS = "metrics.jsonl"
+SHOWN = ("loss", "kl", "ce", "layers")
+"""Of what is logged, what people want to see."""
 
 
 class HealTrainer(Trainer):
@@ -27,12 +31,21 @@ class HealTrainer(Trainer):
     def __init__(
         self, *args: Any, objective: Objective, metrics: Path, elastic: Elastic | None = None, **kwargs: Any
     ) -> None:
-        callbacks = [_Metrics(metrics), *([_Widths(elastic)] if elastic else [])]
+        self.bar = _Bar()
+        callbacks = [_Metrics(metrics), self.bar, *([_Widths(elastic)] if elastic else [])]
         super().__init__(*args, callbacks=callbacks, **kwargs)
+        self.remove_callback(PrinterCallback)
         self.objective = objective
         # makes Trainer count the tokens of a step, over all its batches and processes
         self.model_accepts_loss_kwargs = True
         self.seen: dict[str, list[tuple[float, int]]] = defaultdict(list)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """With a bar that goes away even when the run fails."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.bar.stop()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -93,6 +106,37 @@ class _Metrics(TrainerCallback):
             entry = {"step": state.global_step} | {k: v for k, v in logs.items() if _is_number(v)}
             with self.file.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
+
+
+class _Bar(TrainerCallback):
+    """Steps, the time that is left and the last loss; lines where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self.progress: Progress | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and STDERR.is_terminal:
+            columns = (TextColumn("healing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.progress = Progress(*columns, TextColumn("{task.description}"), console=STDERR, transient=True)
+            self.progress.start()
+            self.progress.add_task("", total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.progress:
+            self.progress.update(self.progress.task_ids[0], completed=state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        shown = {name: value for name, value in (logs or {}).items() if name.removeprefix("eval_") in SHOWN}
+        line = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+        if line and self.progress:
+            self.progress.update(self.progress.task_ids[0], description=line)
+        elif line and state.is_world_process_zero:
+            STDERR.print(f"step {state.global_step} of {state.max_steps}  {line}", highlight=False)
+
+    def stop(self) -> None:
+        """Take it off the screen."""
+        if self.progress:
+            self.progress.stop()
 
 
 class _Widths(TrainerCallback):
