@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from kvfold.capacity import capacity, parse_size
 from kvfold.comparison import compare
 from kvfold.demonstration import demo
-from kvfold.errors import KvfoldError
+from kvfold.errors import KvfoldError, RecipeError
 from kvfold.evaluation import evaluate
 from kvfold.export.gqa import export_gqa
 from kvfold.generation import generate
@@ -45,7 +46,7 @@ from kvfold.options import (
     TargetKl,
 )
 from kvfold.pipeline import compress
-from kvfold.printing import STDOUT, print_comparison, print_evaluation, print_json, print_plan
+from kvfold.printing import STDOUT, print_capacity, print_comparison, print_evaluation, print_json, print_plan
 from kvfold.progress import STDERR
 from kvfold.recipe import assignments, load_recipe, make_recipe, parse_budget
 from kvfold.registry import AXES
@@ -162,13 +163,25 @@ def truncate_command(
 
 
 @app.command("inspect")
-def inspect_command(model: Model) -> None:
-    """Show what a model's cache takes, layer by layer."""
+def inspect_command(
+    model: Model,
+    memory: Annotated[str | None, typer.Option(help="How many sequences fit: 80GB, 24GiB.", show_default=False)] = None,
+    context: Annotated[str, typer.Option(help="Tokens per sequence for that: 32k or 32768.")] = "32k",
+    sequences: Annotated[int | None, typer.Option(help="Which budget so many need.", min=1, show_default=False)] = None,
+) -> None:
+    """Show what a model's cache takes, layer by layer, and how many sequences fit into a memory."""
     found: Inspection = inspect(model)
     print_plan(found.plan, model)
     for runtime, obstacle in found.plan.servable_by().items():
         STDOUT.print(f"served by {runtime}: {'yes' if obstacle is None else f'no, {obstacle}'}")
-    print_json(found.to_json())
+    if sequences and not memory:
+        raise RecipeError("--sequences goes with --memory.")
+    fitting = memory and capacity(
+        model, memory=parse_size(memory), context=parse_size(context, binary=True), wanted=sequences
+    )
+    if fitting:
+        print_capacity(fitting)
+    print_json(found.to_json() | ({"capacity": fitting.to_json()} if fitting else {}))
 
 
 @app.command("evaluate")

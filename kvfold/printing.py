@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvfold import processes
+from kvfold.capacity import Capacity
 from kvfold.comparison import Comparison
 from kvfold.drawing import bar, described
 from kvfold.evaluation import Evaluation
@@ -57,6 +58,25 @@ def print_plan(plan: CachePlan, title: str) -> None:
             "Keys are stored before rotation; every step rotates (and rebuilds) what it reads."
             f" {plan.position_bytes} bytes per token are the tokens' positions."
         )
+
+
+def print_capacity(found: Capacity) -> None:
+    """What fits, cache by cache, and the budget that so many sequences need."""
+    title = (
+        f"{found.memory / 1e9:,.4g} GB, {found.weights / 1e9:,.4g} GB of it weights, 10 % left for activations;"
+        f" {found.context:,} tokens per sequence"
+    )
+    table = Table(title=title, title_justify="left")
+    for column in ("cache", "GB per sequence", "sequences", "tokens"):
+        table.add_column(column, justify="left" if column == "cache" else "right")
+    for row in found.rows:
+        size = f"{row.bytes_per_sequence / 1e9:,.4g}"
+        table.add_row(row.label, size, f"{row.sequences:,}", f"{row.sequences * found.context:,}")
+    STDOUT.print(table)
+    if found.wanted and found.needed is not None:
+        need = f"a kv_budget of {found.needed:.4g}" if 0 < found.needed < 1 else "no smaller cache"
+        need = need if found.needed else "more memory: the weights alone do not leave room"
+        STDOUT.print(f"{found.wanted:,} sequences need {need}.", highlight=False)
 
 
 def _plan_lines(plan: CachePlan) -> list[tuple[str, list[str]]]:
