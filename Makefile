@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/models/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: demo test lint check results results-frontier results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-solve results-stock results-depth results-mlkv results-7b clean
+.PHONY: demo test lint check results results-frontier results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-solve results-stock results-depth results-mlkv results-healing results-7b clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -128,6 +128,12 @@ results-depth: $(VENV)/installed
 results-mlkv: $(VENV)/installed
 	$(BIN)/python benchmarks/mlkv_start.py $(MODEL) --valid $(VALID) --markdown results/mlkv-start-$(notdir $(MODEL)).md
 	$(BIN)/python benchmarks/mlkv_table.py --markdown results/mlkv-table-cpu.md
+
+# Recovery training, three tables: make results-healing MODEL=... VALID=... CALIBRATION=books-train.txt.xz
+results-healing: $(VENV)/installed
+	for table in mlkv starts objectives; do \
+	  $(BIN)/python benchmarks/healing.py $$table --model $(MODEL) --data $(CALIBRATION) --valid $(VALID) \
+	    --markdown results/healing-$$table-$(notdir $(MODEL)).md || exit 1; done
 
 # Memory and time of folding Llama-2-7B's shape, and a decode step of two of its layers: make results-7b SCRATCH=/with/30GB
 results-7b: $(VENV)/installed

@@ -23,9 +23,9 @@ import kvfold
 from kvfold.evaluation import Evaluation
 from kvfold.inspection import inspect
 
-UPTRAINING = {"objective": "ce", "train": "all", "learning_rate": 1e-3, "warmup": 0.1, "weight_decay": 0.01}
-DISTILLATION = {"objective": "kd", "train": "attention", "learning_rate": 1e-3}
-LORA = {"objective": "ce", "train": "lora", "learning_rate": 1e-3, "lora_rank": 64, "lora_alpha": 128}
+UPTRAINING = {"objective": "ce", "train": "all", "weight_decay": 0.01}
+DISTILLATION = {"objective": "kd", "train": "attention"}
+LORA = {"objective": "ce", "train": "lora", "lora_rank": 64, "lora_alpha": 128}
 CONTROL = "original"
 
 
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--valid", required=True, help="to evaluate on")
     parser.add_argument("--tokens", type=int, default=262_144)
     parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="its peak; small models take more")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where folders are kept")
     parser.add_argument("--device", default="auto")
@@ -121,8 +122,8 @@ def measure(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     name = "".join(c if c.isalnum() or c == "-" else "_" for c in json.dumps(run.fold, sort_keys=True)).replace("_", "")
     folded = folder / name
     tokens = int(run.tokens * options.tokens)
-    how = "-".join(f"{run.heal[part]}" for part in ("objective", "train", "learning_rate"))
-    healed = folder / f"{name}-{how}-{tokens}-{options.seed}"
+    how = f"{run.heal['objective']}-{run.heal['train']}-{tokens}-{options.learning_rate:g}-{options.seed}"
+    healed = folder / f"{name}-{how}"
     if not folded.exists():
         calibration = {"data": options.data, "num_samples": 128, "seq_len": options.seq_len}
         recipe = {"model": options.model, "out": str(folded), "calibration": calibration} | run.fold
@@ -130,7 +131,8 @@ def measure(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     if not healed.exists():
         fields = {"folded": str(folded), "out": str(healed), "data": options.data, "seq_len": options.seq_len}
         teacher = {} if run.heal["objective"] == "ce" else {"teacher": options.model}
-        kvfold.heal(fields | run.heal | teacher | {"max_tokens": tokens, "seed": options.seed}, device=options.device)
+        size = {"max_tokens": tokens, "learning_rate": options.learning_rate, "seed": options.seed}
+        kvfold.heal(fields | run.heal | teacher | size, device=options.device)
     before, after = (evaluated(path, options) for path in (folded, healed))
     facts = {"tokens": tokens, "kv_budget": before.kv_budget, "base_loss": before.base_loss}
     return {"label": run.label} | facts | {

@@ -33,7 +33,7 @@ class Fitting:
 class Capacity:
     """What fits into `memory` bytes, of which `weights` are taken, at `context` tokens per sequence.
 
-    `needed`: the budget at which `wanted` sequences fit, 0.0 where even the weights leave no room; None where none are wanted.
+    `needed`: the budget at which `wanted` sequences fit, 0.0 where even the weights leave no room; None where none are.
     """
 
     memory: int
