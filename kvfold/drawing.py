@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvfold.benchmark import Speed
 from kvfold.number_format import StoredShape
 from kvfold.plan import CachePlan
 
@@ -137,3 +138,21 @@ def loss_plot(entries: Sequence[Mapping[str, float]]) -> str:
         axes[0].legend(frameon=False)
 
     return svg(draw, panels=1, size=(7.5, 4.2))
+
+
+def speed_plot(rows: Sequence[Speed]) -> str:
+    """Decode steps and bytes read, beside each other."""
+
+    def draw(axes: list[Axes]) -> None:
+        labels = [row.label for row in rows]
+        for panel, name, values in (
+            (axes[0], "ms per decode step", [row.tpot * 1e3 for row in rows]),
+            (axes[1], "MB of cache read per step", [row.read_bytes / 1e6 for row in rows]),
+        ):
+            panel.barh(labels, values)
+            panel.invert_yaxis()
+            panel.set_xlabel(name)
+            panel.grid(axis="x", alpha=0.3)
+        axes[1].set_yticklabels([])
+
+    return svg(draw, panels=2, size=(10, 0.5 * len(rows) + 1.2))

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from kvfold.healing_presets import HEALING_PRESETS
 from kvfold.presets import MLKV_PAPER, PRESETS
 
 Model = Annotated[str, typer.Argument(help="Model folder, or model id on the hub.", show_default=False)]
@@ -26,7 +25,6 @@ SeqLen = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Seed of calibration (default 0).", show_default=False)]
 PRESET_HELP = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items() if name not in MLKV_PAPER)
 PRESET_HELP += f"; {', '.join(MLKV_PAPER)}: the configurations of arXiv 2406.09297 for 12 layers of 12 heads"
-HEALING_HELP = "; ".join(f"{name}: {preset.about}" for name, preset in HEALING_PRESETS.items())
 
 
 OptionalModel = Annotated[str | None, typer.Argument(help="Model folder, or model id on the hub.", show_default=False)]

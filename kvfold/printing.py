@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvfold import processes
+from kvfold.benchmark import Benchmark
 from kvfold.capacity import Capacity
 from kvfold.comparison import Comparison
 from kvfold.drawing import bar, described
@@ -77,6 +79,28 @@ def print_capacity(found: Capacity) -> None:
         need = f"a kv_budget of {found.needed:.4g}" if 0 < found.needed < 1 else "no smaller cache"
         need = need if found.needed else "more memory: the weights alone do not leave room"
         STDOUT.print(f"{found.wanted:,} sequences need {need}.", highlight=False)
+
+
+def print_benchmark(found: Benchmark) -> None:
+    """Times as ratios to the first row, which noise spares more than the times themselves."""
+    how = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.settings.items())
+    table = Table(title=f"{how}; copies {found.copy_bytes_per_second / 1e9:.3g} GB/s", title_justify="left")
+    columns = ("", "kv_budget", "first token", "step", "tokens/s", "of the first", "attention", "cache MB", "read MB")
+    for column in (*columns, "of bandwidth", "peak MB"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in found.rows:
+        share = "" if math.isnan(row.attention) else f"{row.bandwidth:.0%}"
+        table.add_row(
+            row.label, f"{row.kv_budget:.3f}", _milliseconds(row.ttft), _milliseconds(row.tpot),
+            f"{row.tokens_per_second:,.4g}", f"{row.tpot / found.rows[0].tpot:.3f}", _milliseconds(row.attention),
+            f"{row.stored_bytes / 1e6:,.4g}", f"{row.read_bytes / 1e6:,.4g}", share,
+            f"{row.peak_bytes / 1e6:,.4g}" if row.peak_bytes else "",
+        )  # fmt: skip
+    STDOUT.print(table)
+
+
+def _milliseconds(seconds: float) -> str:
+    return "" if math.isnan(seconds) else f"{seconds * 1e3:,.4g} ms"
 
 
 def _plan_lines(plan: CachePlan) -> list[tuple[str, list[str]]]:

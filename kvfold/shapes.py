@@ -1,0 +1,95 @@
+"""Published geometries, so that speed can be measured without the weights: a few layers, random numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvfold.allocate import Axes, Request, allocate, choose_layout
+from kvfold.architectures.base import Architecture, architecture, empty_model
+from kvfold.errors import RecipeError
+from kvfold.plan import CONFIG_KEY, CachePlan
+from kvfold.recipe import Recipe
+from kvfold.registry import unknown
+from kvfold.runtime.modeling import MODEL_TYPE_PREFIX, folded_classes
+
+VOCABULARY = 256
+"""Few tokens: two layers must not be drowned by an output layer that serves thirty."""
+POSITIONS = 1_000_000
+
+LLAMA = {"model_type": "llama", "hidden_act": "silu"}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama2-7b": LLAMA
+    | {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32},
+    "llama2-13b": LLAMA
+    | {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_hidden_layers": 40},
+    "llama3-8b": LLAMA
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32}
+    | {"num_key_value_heads": 8, "rope_theta": 500000.0},
+    "bloomz-7b1": {"model_type": "bloom", "hidden_size": 4096, "n_head": 32, "n_layer": 30},
+    "pythia-160m": {"model_type": "gpt_neox", "hidden_size": 768, "intermediate_size": 3072}
+    | {"num_attention_heads": 12, "num_hidden_layers": 12, "rotary_pct": 0.25},
+}
+"""Name -> what config.json says of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A geometry with `layers` of its layers."""
+
+    name: str
+    layers: int
+
+    def __post_init__(self) -> None:
+        if self.name not in SHAPES:
+            raise RecipeError(unknown("shape", self.name, SHAPES))
+        if not 1 <= self.layers <= self.published_layers:
+            raise RecipeError(f"{self.name} has {self.published_layers} layers; {self.layers} were asked for.")
+
+    @property
+    def published_layers(self) -> int:
+        fields = SHAPES[self.name]
+        return fields.get("num_hidden_layers") or fields["n_layer"]
+
+    @property
+    def arch(self) -> Architecture:
+        return architecture(SHAPES[self.name]["model_type"])
+
+    def config(self) -> Any:
+        """Of the stock model."""
+        fields = {name: value for name, value in SHAPES[self.name].items() if name != "model_type"}
+        fields |= {"n_layer" if "n_layer" in fields else "num_hidden_layers": self.layers, "vocab_size": VOCABULARY}
+        return self.arch.config_class(
+            **fields | {"max_position_embeddings": POSITIONS, "bos_token_id": 1, "eos_token_id": 2}
+        )
+
+    def plan(self, recipe: Recipe, dtype: str) -> CachePlan:
+        """Of a recipe whose sizes need no calibration. Equal shares where it shares a budget out."""
+        layers = self.arch.describe(empty_model(self.arch, self.config()))
+        axes = Axes(**{axis: recipe.method(axis) for axis in ("depth", "width", "bits", "length")})
+        asked = Request(layers=layers, targets=(None,) * len(layers), axes=axes, dtype=dtype)
+        targets = choose_layout(asked, kv_budget=recipe.kv_budget, sample=None)
+        request = Request(layers=layers, targets=targets, axes=axes, dtype=dtype)
+        return allocate(request, kv_budget=recipe.kv_budget, strategy="uniform", curves=dict)
+
+    def stock(self, dtype: str, device: str) -> Any:
+        """The stock model with random weights."""
+        return self._made(self.arch.model_class, self.config(), dtype, device)
+
+    def folded(self, plan: CachePlan, dtype: str, device: str) -> Any:
+        """A folded model with random weights."""
+        config_class, model_class = folded_classes(self.arch)
+        fields = self.config().to_dict() | {CONFIG_KEY: plan.to_dict()}
+        config = config_class.from_dict(fields | {"model_type": MODEL_TYPE_PREFIX + self.arch.model_type})
+        return self._made(model_class, config, dtype, device)
+
+    def _made(self, model_class: Any, config: Any, dtype: str, device: str) -> Any:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(getattr(torch, dtype))
+        try:
+            with torch.device(device):
+                return model_class(config).eval()
+        finally:
+            torch.set_default_dtype(before)

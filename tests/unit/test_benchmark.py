@@ -1,0 +1,84 @@
+"""What a benchmark reports: bytes that are really there, times that add up."""
+
+import json
+
+import pytest
+from tiny import make_tiny, save_tiny
+from typer.testing import CliRunner
+
+import kvfold
+from kvfold.benchmark import bench
+from kvfold.cli import app
+from kvfold.errors import RecipeError
+from kvfold.shapes import SHAPES, Shape
+
+
+@pytest.mark.parametrize("model", ["llama_mha", "bloom_alibi", "neox_partial"])
+def test_folders_against_the_original(tmp_path, model):
+    source = save_tiny(make_tiny(model), tmp_path / "source")
+    recipe = {"model": str(source), "out": str(tmp_path / "folded"), "width": {"method": "mean_pool"}, "kv_budget": 0.5}
+    plan = kvfold.compress(recipe).plan
+    found = bench([tmp_path / "folded"], against=source, batch=2, context=40, steps=3, prefills=1, device="cpu")
+    rows = {row.label: row for row in found.rows}
+    first, folded = rows["original, DynamicCache"], rows["folded"]
+    assert ("original, StaticCache" in rows) == (model != "bloom_alibi")
+    assert folded.stored_bytes == plan.kv_bytes(46, batch_size=2) and folded.read_bytes == 2 * plan.kv_read_bytes(40)
+    assert first.stored_bytes == plan.source_kv_bytes(46, batch_size=2)
+    assert 0 < folded.attention < folded.tpot and folded.ttft > 0 and folded.kv_budget == 0.5
+    assert 0 < folded.bandwidth < 1 and found.copy_bytes_per_second > 1e8
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_is_the_published_one(name):
+    shape = Shape(name=name, layers=1)
+    config = shape.config()
+    assert shape.published_layers in (12, 30, 32, 40) and config.num_hidden_layers == 1
+    numbers = {"llama2-7b": 8192, "llama2-13b": 10240, "llama3-8b": 2048, "bloomz-7b1": 8192, "pythia-160m": 1536}
+    plan = shape.plan(kvfold.make_recipe({"model": "-", "out": "-", "preset": "identity"}), "bfloat16")
+    assert plan.kv_bytes_per_token() == 2 * numbers[name]
+
+
+def test_the_command_measures_a_shape_and_draws_it(tmp_path):
+    command = [
+        "bench",
+        "--shape",
+        "pythia-160m",
+        "--layers",
+        "1",
+        "--kv-heads",
+        "6",
+        "--preset",
+        "int8",
+        "--batch",
+        "2",
+    ]
+    command += [
+        "--context",
+        "64",
+        "--steps",
+        "2",
+        "--prefills",
+        "1",
+        "--device",
+        "cpu",
+        "--plot",
+        str(tmp_path / "speed.svg"),
+    ]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    rows = {row["label"]: row for row in found["rows"]}
+    assert rows["6 heads"]["kv_budget"] == 0.5 and 0.5 < rows["int8"]["kv_budget"] < 0.53
+    assert rows["6 heads"]["read_bytes"] == rows["identity"]["read_bytes"] / 2
+    assert found["layers"] == 1 and found["of_layers"] == 12
+    assert (tmp_path / "speed.svg").read_text().startswith("<?xml")
+
+
+def test_mistakes_are_named():
+    with pytest.raises(RecipeError, match="Did you mean 'llama2-7b'"):
+        Shape(name="llama2-7", layers=1)
+    with pytest.raises(RecipeError, match="has 12 layers; 13 were asked for"):
+        Shape(name="pythia-160m", layers=13)
+    for command in (["bench"], ["bench", "x"], ["bench", "x", "--against", "y", "--shape", "llama2-7b"]):
+        with pytest.raises(RecipeError, match="give folders and --against MODEL, or --shape"):
+            CliRunner().invoke(app, command, catch_exceptions=False)
