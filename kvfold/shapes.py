@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,19 +21,7 @@ VOCABULARY = 256
 """Few tokens: two layers must not be drowned by an output layer that serves thirty."""
 POSITIONS = 1_000_000
 
-LLAMA = {"model_type": "llama", "hidden_act": "silu"}
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama2-7b": LLAMA
-    | {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32},
-    "llama2-13b": LLAMA
-    | {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_hidden_layers": 40},
-    "llama3-8b": LLAMA
-    | {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32}
-    | {"num_key_value_heads": 8, "rope_theta": 500000.0},
-    "bloomz-7b1": {"model_type": "bloom", "hidden_size": 4096, "n_head": 32, "n_layer": 30},
-    "pythia-160m": {"model_type": "gpt_neox", "hidden_size": 768, "intermediate_size": 3072}
-    | {"num_attention_heads": 12, "num_hidden_layers": 12, "rotary_pct": 0.25},
-}
+SHAPES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text())
 """Name -> what config.json says of it."""
 
 
