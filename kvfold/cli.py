@@ -12,14 +12,15 @@ import typer
 from kvfold.comparison import compare
 from kvfold.demonstration import demo
 from kvfold.errors import KvfoldError
-from kvfold.evaluation import evaluate
+from kvfold.evaluate_command import evaluate_command
 from kvfold.export.gqa import export_gqa
 from kvfold.generation import generate
 from kvfold.import_mlkv import import_mlkv
 from kvfold.inspection import Inspection, inspect
+from kvfold.options import Device, Dtype, Model, SeqLen, numbers
 from kvfold.pipeline import compress
 from kvfold.presets import MLKV_PAPER, PRESETS
-from kvfold.printing import STDOUT, print_comparison, print_evaluation, print_json, print_plan
+from kvfold.printing import STDOUT, print_comparison, print_json, print_plan
 from kvfold.progress import STDERR
 from kvfold.recipe import load_recipe, make_recipe, parse_budget
 from kvfold.registry import AXES
@@ -32,18 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Argument(help="Model folder, or model id on the hub.", show_default=False)]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[
-    str, typer.Option(help="auto (float32 on the CPU, else the checkpoint's), float32, bfloat16, float16.")
-]
 NumSamples = Annotated[
     int | None,
     typer.Option(help="Calibration sequences (default: until more change little).", min=1, show_default=False),
-]
-SeqLen = Annotated[
-    int | None,
-    typer.Option(help="Tokens per sequence (default: the model's context, at most 2048).", min=2, show_default=False),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of calibration (default 0).", show_default=False)]
 PRESET_HELP = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items() if name not in MLKV_PAPER)
@@ -136,7 +128,7 @@ def compress_command(
 ) -> None:
     """Fold a model: read it, calibrate, plan, and write a new folder with a smaller cache."""
     given: dict[str, Any] = {"model": model, "out": out, "preset": preset, "kv_budget": kv_budget, "seed": seed}
-    given |= {"target_kl": target_kl, "prefer": prefer, "min_width": min_width, "keep_layers": _numbers(keep_layers)}
+    given |= {"target_kl": target_kl, "prefer": prefer, "min_width": min_width, "keep_layers": numbers(keep_layers)}
     calibration = {"data": data, "num_samples": num_samples, "seq_len": seq_len, "select": select}
     tree = load_recipe(recipe) if recipe else {}
     if preset:  # a preset is a point on all axes: it replaces those of the recipe
@@ -208,30 +200,7 @@ def inspect_command(model: Model) -> None:
     print_json(found.to_json())
 
 
-@app.command("evaluate")
-def evaluate_command(
-    model: Model,
-    against: Annotated[str, typer.Option(help="The original model.", show_default=False)],
-    data: Annotated[
-        Path,
-        typer.Option(
-            help="Text to evaluate on, cut into sequences from its beginning; an incomplete last one is left out.",
-            show_default=False,
-        ),
-    ],
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Use at most this many tokens.", min=2, show_default=False)
-    ] = None,
-    seq_len: SeqLen = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-) -> None:
-    """Measure what a folded model lost: loss, perplexity, KL and top-1 agreement on a text."""
-    found = evaluate(
-        model, against=against, data_file=data, max_tokens=max_tokens, seq_len=seq_len or 0, dtype=dtype, device=device
-    )
-    print_evaluation(found)
-    print_json(found.to_json())
+app.command("evaluate")(evaluate_command)
 
 
 @app.command("generate")
@@ -326,15 +295,6 @@ def main() -> None:
 def _show_warning(message: Any, category: type, *_: Any, **__: Any) -> None:
     STDERR.print("[yellow]warning:[/] ", end="")
     STDERR.print(str(message), markup=False, highlight=False)
-
-
-def _numbers(text: str | None) -> list[int] | None:
-    try:
-        return None if text is None else [int(number) for number in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is not a list of numbers, such as 0,1", param_hint="--keep-layers"
-        ) from None
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
