@@ -118,10 +118,11 @@ def print_texts(names: Sequence[str], found: Sequence[Evaluation]) -> None:
 
 
 def print_tasks(rows: Sequence[TaskScore]) -> None:
-    """Scores of both models side by side; members of groups only count in their group's row."""
+    """Scores of both models side by side; members of a group that has a score of its own are in the JSON line."""
     table = _table("task", "metric", "examples", "samples", "original", "folded", "change", "recovery", left=2)
+    tasks = {row.task for row in rows}
     for row in rows:
-        if not row.part_of:
+        if row.part_of not in tasks:
             pairs = [
                 _with_error(row.base_score, row.base_stderr),
                 _with_error(row.score, row.stderr),
@@ -148,7 +149,7 @@ def print_recall(rows: Sequence[Recall]) -> None:
     for length in sorted({row.length for row in rows if not row.recalls}):
         if not any(row.recalls for row in rows if row.length == length):
             STDOUT.print(
-                f"The original does not recall at {length:,} tokens: this check shows nothing about the folded model."
+                f"The original does not recall at {length:,} tokens, so recall cannot show there what folding lost."
             )
 
 

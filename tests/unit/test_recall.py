@@ -7,12 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import MODELS, make_tiny
+from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 import kvfold
 from kvfold.cli import app
 from kvfold.demonstration import MODEL
 from kvfold.errors import DataError, RecipeError
+from kvfold.loading import load_weights
 from kvfold.recall import DEPTHS, KEY, VALUE, Recall, hide, measure_recall, recall_at, value_log_probs, without_passage
 
 VOCAB = 97
@@ -42,6 +44,75 @@ class Copier:
 
 def draw(trials, length, seed=0):
     return torch.randint(VOCAB, (trials, length), generator=torch.Generator().manual_seed(seed))
+
+
+CODE = 64
+TOKEN, PLACE, BEFORE, PREVIOUS, NEXT = (slice(i * CODE, (i + 1) * CODE) for i in range(5))
+WORDS = 2048
+
+
+@torch.no_grad()
+def make_looker():
+    """A GPT-2 that looks back, with weights set by hand: layer 0 notes at each place which token stands before it, layer 1
+    finds the place that noted the current token and predicts the token there. Tokens and places are codes of 64 signs."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.ones(CODE).index_fill(0, torch.arange(CODE // 2), -1)  # as many + as -: layer norms only scale
+    codes = torch.stack([signs[torch.randperm(CODE, generator=generator)] for _ in range(WORDS + 512)])
+    size = 5 * CODE
+    config = GPT2Config(
+        vocab_size=WORDS, n_positions=512, n_embd=size, n_head=1, n_layer=2, tie_word_embeddings=False, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).eval()
+    for name, parameter in model.named_parameters():
+        if ".ln_" not in name:
+            parameter.zero_()
+    model.transformer.wte.weight[:, TOKEN] = codes[:WORDS]
+    model.transformer.wpe.weight[:, PLACE] = codes[WORDS:]
+    model.transformer.wpe.weight[:, BEFORE] = codes[WORDS:].roll(1, 0)
+    model.lm_head.weight[:, NEXT] = 0.5 * codes[:WORDS]
+    for layer, query, key, out in ((0, BEFORE, PLACE, PREVIOUS), (1, TOKEN, PREVIOUS, NEXT)):
+        attention, one = model.transformer.h[layer].attn, torch.eye(CODE)
+        queries, keys, values = attention.c_attn.weight.split(size, dim=1)
+        queries[query, :CODE], keys[key, :CODE], values[TOKEN, :CODE] = 8 * one, one, one
+        attention.c_proj.weight[:CODE, out] = one * (3 / 5) ** 0.5
+    return model
+
+
+@pytest.fixture(scope="module")
+def looker(tmp_path_factory):
+    """It, and folds of it, loaded."""
+    root = tmp_path_factory.mktemp("looker")
+    make_looker().save_pretrained(root / "original")
+    made = {"original": load_weights(root / "original", "float32", "cpu")}
+    for name, fields in {
+        "identity": {"preset": "identity"},
+        "int8": {"preset": "int8", "kv_budget": None},
+        "quarter": {"preset": "svd_w", "kv_budget": 1 / 4},  # keys and values have 64 directions out of 320
+        "tenth": {"preset": "svd_w", "kv_budget": 1 / 10},
+        "fortieth": {"preset": "svd_w", "kv_budget": 1 / 40},
+    }.items():
+        recipe = {
+            "model": str(root / "original"),
+            "out": str(root / name),
+            "calibration": {"num_samples": 4, "seq_len": 64},
+        }
+        made[name] = load_weights(kvfold.compress(kvfold.make_recipe(recipe | fields)).out, "float32", "cpu")
+    return made
+
+
+@pytest.mark.parametrize("name", ["identity", "int8", "quarter", "tenth", "fortieth"])
+def test_a_model_that_looks_back_does_so_through_its_folded_cache(looker, name):
+    generator = torch.Generator().manual_seed(5)
+    fill, passage = (torch.randint(WORDS, (4, n), generator=generator) for n in (300, KEY + VALUE))
+    rows = recall_at(looker[name], looker["original"], fill, passage)
+    assert all(row.recalls and row.base_accuracy > 0.8 and row.base_control < 0.1 for row in rows)
+    if name in ("identity", "int8", "quarter"):
+        assert all(row.kept == pytest.approx(1, abs=0.02) and row.accuracy == row.base_accuracy for row in rows)
+    elif name == "tenth":  # still found, by less
+        assert all(0.4 < row.kept < 0.8 and row.accuracy > 0.9 and row.kl > 0.01 for row in rows)
+    else:
+        assert all(row.kept < 0.1 and row.accuracy < 0.1 and row.kl > 5 for row in rows)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +189,7 @@ def test_command_line_says_that_the_original_does_not_recall(folds):
         app, ["evaluate", str(folds["svd_w"]), "--against", str(MODEL), "--recall", "128"], catch_exceptions=False
     )
     assert result.exit_code == 0, result.output
-    assert "The original does not recall at 128 tokens: this check shows nothing" in result.stdout
+    assert "The original does not recall at 128 tokens, so recall cannot show" in result.stdout
     found = json.loads(result.stdout.strip().splitlines()[-1])
     assert list(found) == ["recall"] and len(found["recall"]) == len(DEPTHS)
     assert not any(row["original_recalls"] for row in found["recall"])

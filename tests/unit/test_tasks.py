@@ -15,6 +15,7 @@ from kvfold.cli import app
 from kvfold.demonstration import MODEL
 from kvfold.errors import DataError, KvfoldError, RecipeError
 from kvfold.loading import load
+from kvfold.printing import print_tasks
 from kvfold.task_files import read_task_file
 from kvfold.tasks import TASK_PRESETS, evaluate_tasks
 from kvfold.uncertainty import ratio_stderr, stderr
@@ -256,6 +257,23 @@ def test_presets_ask_what_the_papers_ask(monkeypatch):
     assert averages["average of svd_a_commonsense"].score == (7 + 0.5) / 8  # boolq has no acc_norm
     assert averages["average of mlkv_paper"].stderr == pytest.approx(rows[0].stderr / 2)
     assert len(averages) == 2
+
+
+def test_averages_count_members_of_groups_and_tables_show_groups(monkeypatch, capsys):
+    def run(lm, specs, **_):
+        values = {"xnli_de": [1.0, 0.0], "xnli_en": [1.0, 1.0], "xcopa_et": [0.0, 0.0], "xcopa_id": [0.0, 1.0]}
+        groups = {"xnli": ["xnli_de", "xnli_en"], "xcopa": ["xcopa_et", "xcopa_id"]}
+        found = results({task: {"acc": acc} for task, acc in values.items()}, groups=groups)
+        del found["results"]["xcopa"]["acc,none"]  # some groups have no score of their own
+        return found
+
+    fake = SimpleNamespace(run=run, task_manager=lambda names: None, FoldedLM=lambda loaded, **_: loaded)
+    monkeypatch.setattr(tasks, "_harness", lambda: fake)
+    rows = evaluate_tasks(MODEL, against=MODEL, tasks=["svd_a_multilingual"])
+    assert rows[-1].score == (0.5 + 1 + 0 + 0.5) / 4 and rows[-1].samples == 8
+    print_tasks(rows)
+    shown = capsys.readouterr().out
+    assert "xnli " in shown and "xcopa_et" in shown and "xnli_de" not in shown
 
 
 def test_names_are_those_of_the_harness(monkeypatch):
