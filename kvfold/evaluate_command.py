@@ -14,7 +14,7 @@ from kvfold.recall import measure_recall
 from kvfold.tasks import TASK_PRESETS, evaluate_tasks
 
 TASKS_HELP = "A task of lm-evaluation-harness, a .jsonl file, or the tasks of a paper: " + ", ".join(TASK_PRESETS)
-TASKS_HELP += "; repeatable. Needs pip install 'kvfold[eval]'."
+TASKS_HELP += "; repeatable. Needs the extra eval (lm-eval)."
 
 
 def evaluate_command(
