@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/models/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: demo test lint check results results-frontier results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-solve results-stock results-depth results-mlkv results-healing results-7b clean
+.PHONY: demo test lint check results results-frontier results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-solve results-stock results-depth results-mlkv results-healing results-7b results-recall clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -143,6 +143,14 @@ results-7b: $(VENV)/installed
 	$(BIN)/python benchmarks/fold_llama2_7b.py --folder $(SCRATCH) --layers 2 --keep --preset gqa
 	$(BIN)/python benchmarks/decode_step.py $(SCRATCH)/llama2-7b-2-layers $(SCRATCH)/folded-svd_w $(SCRATCH)/folded-group \
 	  $(SCRATCH)/folded-gqa --dtype bfloat16 --steps 20 --markdown results/decode-step-llama2-7b-2-layers.md
+
+# Whether a folded model still finds what stands far back: make results-recall MODEL=folder FOLDED=folder [LENGTHS=512,2048]
+FOLDED ?= $(error give FOLDED=FOLDER, which kvfold wrote)
+LENGTHS ?= auto
+results-recall: $(VENV)/installed
+	mkdir -p runs
+	$(BIN)/kvfold evaluate $(FOLDED) --against $(MODEL) --recall $(LENGTHS) > runs/recall.txt
+	tail -n 1 runs/recall.txt > results/recall-$(notdir $(FOLDED)).json
 
 # constraints.txt names versions that work together. To save gigabytes on a machine without a GPU, make the environment first
 # and install torch's CPU build into it; what is there already is kept.

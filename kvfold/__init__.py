@@ -12,8 +12,10 @@ from kvfold.inspection import inspect
 from kvfold.loading import load
 from kvfold.pipeline import compress
 from kvfold.plan import CachePlan, CacheSpec
+from kvfold.recall import measure_recall
 from kvfold.recipe import Recipe, load_recipe, make_recipe
 from kvfold.runtime.modeling import register as _register
+from kvfold.tasks import evaluate_tasks
 from kvfold.truncation import truncate
 from kvfold.version import __version__
 
@@ -27,12 +29,14 @@ __all__ = [
     "compress",
     "demo",
     "evaluate",
+    "evaluate_tasks",
     "generate",
     "heal",
     "inspect",
     "load",
     "load_recipe",
     "make_recipe",
+    "measure_recall",
     "truncate",
 ]
 

@@ -14,7 +14,7 @@ from kvfold.capacity import capacity, parse_size
 from kvfold.comparison import compare
 from kvfold.demonstration import demo
 from kvfold.errors import KvfoldError, RecipeError
-from kvfold.evaluation import evaluate
+from kvfold.evaluate_command import evaluate_command
 from kvfold.export.gqa import export_gqa
 from kvfold.generation import generate
 from kvfold.heal_command import heal_command
@@ -44,13 +44,13 @@ from kvfold.options import (
     SeqLen,
     Sets,
     TargetKl,
+    numbers,
 )
 from kvfold.pipeline import compress
 from kvfold.printing import (
     STDOUT,
     print_capacity,
     print_comparison,
-    print_evaluation,
     print_json,
     print_plan,
 )
@@ -94,7 +94,7 @@ def compress_command(
 ) -> None:
     """Fold a model: read it, calibrate, plan, and write a new folder with a smaller cache."""
     given: dict[str, Any] = {"model": model, "out": out, "preset": preset, "kv_budget": kv_budget, "seed": seed}
-    given |= {"target_kl": target_kl, "prefer": prefer, "min_width": min_width, "keep_layers": _numbers(keep_layers)}
+    given |= {"target_kl": target_kl, "prefer": prefer, "min_width": min_width, "keep_layers": numbers(keep_layers)}
     calibration = {"data": data, "num_samples": num_samples, "seq_len": seq_len, "select": select}
     tree = load_recipe(recipe) if recipe else {}
     if preset:  # a preset is a point on all axes: it replaces those of the recipe
@@ -191,30 +191,7 @@ def inspect_command(
     print_json(found.to_json() | ({"capacity": fitting.to_json()} if fitting else {}))
 
 
-@app.command("evaluate")
-def evaluate_command(
-    model: Model,
-    against: Annotated[str, typer.Option(help="The original model.", show_default=False)],
-    data: Annotated[
-        Path,
-        typer.Option(
-            help="Text to evaluate on, cut into sequences from its beginning; an incomplete last one is left out.",
-            show_default=False,
-        ),
-    ],
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Use at most this many tokens.", min=2, show_default=False)
-    ] = None,
-    seq_len: SeqLen = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-) -> None:
-    """Measure what a folded model lost: loss, perplexity, KL and top-1 agreement on a text."""
-    found = evaluate(
-        model, against=against, data_file=data, max_tokens=max_tokens, seq_len=seq_len or 0, dtype=dtype, device=device
-    )
-    print_evaluation(found)
-    print_json(found.to_json())
+app.command("evaluate")(evaluate_command)
 
 
 @app.command("generate")
@@ -313,15 +290,6 @@ def main() -> None:
 def _show_warning(message: Any, category: type, *_: Any, **__: Any) -> None:
     STDERR.print("[yellow]warning:[/] ", end="")
     STDERR.print(str(message), markup=False, highlight=False)
-
-
-def _numbers(text: str | None) -> list[int] | None:
-    try:
-        return None if text is None else [int(number) for number in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is not a list of numbers, such as 0,1", param_hint="--keep-layers"
-        ) from None
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

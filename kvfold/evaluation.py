@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvfold import data
 from kvfold.errors import RecipeError
-from kvfold.loading import default_seq_len, load, warn_if_too_long
+from kvfold.loading import Loaded, default_seq_len, load, load_plan, warn_if_too_long
 from kvfold.plan import CachePlan
 from kvfold.progress import track
 from kvfold.runtime.cache import FoldedCache
@@ -68,26 +68,60 @@ def evaluate(
 
     `seq_len` 0 takes the original's context length, at most 2,048. Raises KvfoldError on folders or text that do not fit.
     """
-    base, model = (load(path, dtype=dtype, device=device) for path in (against, folded))
-    if base.folded:
-        raise RecipeError(f"--against {against} is folded itself; give the original model.")
-    if model.plan.source != base.plan.source:
-        raise RecipeError(f"{folded} was not folded from a model of {against}'s shape; give the original as --against.")
+    options: dict[str, Any] = {"max_tokens": max_tokens, "seq_len": seq_len, "dtype": dtype, "device": device}
+    return evaluate_texts(folded, against=against, data_files=[data_file], **options)[0]
+
+
+def evaluate_texts(
+    folded: str | Path,
+    *,
+    against: str | Path,
+    data_files: Sequence[str | Path],
+    max_tokens: int | None = None,
+    seq_len: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> list[Evaluation]:
+    """The same on several texts, `max_tokens` of each. Those of another kind than the first show domain shift."""
+    model, base = load_pair(folded, against, dtype=dtype, device=device)
     config = base.model.config.to_dict()
     seq_len = seq_len or default_seq_len(config)
     warn_if_too_long(seq_len, config)
-    windows_WT = data.first_windows(base.tokenizer, data_file, seq_len=seq_len, max_tokens=max_tokens)
-    return evaluate_models(model.model, base.model, windows_WT, model.plan)
+    texts = [data.first_windows(base.tokenizer, file, seq_len=seq_len, max_tokens=max_tokens) for file in data_files]
+    return [evaluate_models(model.model, base.model, windows_WT, model.plan) for windows_WT in texts]
 
 
-@torch.no_grad()
-def evaluate_models(model: Any, base: Any, windows_WT: Tensor, plan: CachePlan) -> Evaluation:
-    """The same for loaded models and token windows [windows, tokens]."""
+def load_pair(folded: str | Path, against: str | Path, *, dtype: str, device: str) -> tuple[Loaded, Loaded]:
+    """The folded model and its original. Raises RecipeError where one is not made from the other."""
+    check_original(folded, against)
+    model, base = (load(path, dtype=dtype, device=device) for path in (folded, against))
+    check_vocabularies(model.model, base.model)
+    return model, base
+
+
+def check_original(folded: str | Path, against: str | Path) -> None:
+    """Raise RecipeError where `against` cannot be the original of `folded`. Loads neither."""
+    plan, _ = load_plan(folded)
+    base_plan, base_folded = load_plan(against)
+    if base_folded:
+        raise RecipeError(f"--against {against} is folded itself; give the original model.")
+    if plan.source != base_plan.source:
+        raise RecipeError(f"{folded} was not folded from a model of {against}'s shape; give the original as --against.")
+
+
+def check_vocabularies(model: Any, base: Any) -> None:
+    """Raise RecipeError where two models predict different numbers of tokens."""
     if model.config.vocab_size != base.config.vocab_size:
         raise RecipeError(
             f"the models have vocabularies of {model.config.vocab_size} and {base.config.vocab_size} tokens: --against must"
             " be the original of this folder."
         )
+
+
+@torch.no_grad()
+def evaluate_models(model: Any, base: Any, windows_WT: Tensor, plan: CachePlan) -> Evaluation:
+    """The same for loaded models and token windows [windows, tokens]."""
+    check_vocabularies(model, base)
     per_window = torch.stack(
         [
             _measure(logits[:-1], _logits(base, window), window.to(base.device))
@@ -124,9 +158,14 @@ def _folded_logits(model: Any, windows_WT: Tensor, plan: CachePlan) -> Iterator[
         return
     rows = max(NUMBERS_AT_ONCE // (windows_WT.shape[1] * model.config.vocab_size), 1)
     for part in track(windows_WT.split(rows), "evaluating token by token", -(-len(windows_WT) // rows)):
-        cache, steps = FoldedCache(plan), part.to(model.device).split(1, dim=1)
-        logits = torch.cat([model(step, past_key_values=cache, use_cache=True).logits for step in steps], dim=1)
-        yield from zip(part, logits, strict=True)
+        yield from zip(part, logits_step_by_step(model, part.to(model.device), plan), strict=True)
+
+
+def logits_step_by_step(model: Any, tokens_BT: Tensor, plan: CachePlan) -> Tensor:
+    """[B, T, vocabulary]: what decoding predicts, one token at a time."""
+    cache = FoldedCache(plan)
+    steps = [model(step, past_key_values=cache, use_cache=True).logits for step in tokens_BT.split(1, dim=1)]
+    return torch.cat(steps, dim=1)
 
 
 def _logits(model: Any, window_T: Tensor) -> Tensor:

@@ -85,3 +85,11 @@ RunDir = Annotated[
     Path | None, typer.Option(help="Where statistics are kept for reuse (default OUT.run).", show_default=False)
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+
+
+def numbers(text: str | None, option: str = "--keep-layers") -> list[int] | None:
+    """`0,1` as a list; None as it is. `option` is named where that is no list of numbers."""
+    try:
+        return None if text is None else [int(number) for number in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers, such as 0,1", param_hint=option) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from kvfold.comparison import Comparison
 from kvfold.drawing import bar, described
 from kvfold.evaluation import Evaluation
 from kvfold.plan import CachePlan
+from kvfold.recall import Recall
 from kvfold.report import budget_plot, cells, column_names, markdown, render
 from kvfold.storage import write_text
+from kvfold.tasks import TaskScore
 
 STDOUT = Console(width=None if sys.stdout.isatty() else 160, quiet=processes.rank() > 0)
 SVG = '<?xml version="1.0" encoding="utf-8"?>\n'
@@ -139,6 +142,75 @@ def print_evaluation(found: Evaluation) -> None:
         f"loss change {found.loss_change:+.4f} ± {found.loss_change_stderr:.4f}, KL {found.kl:.5f} nats per token, top-1"
         f" agreement {found.top1_agreement:.2%}, {found.tokens:,} tokens"
     )
+
+
+def print_texts(names: Sequence[str], found: Sequence[Evaluation]) -> None:
+    """One row per text: what is lost at home, on the first, and what elsewhere."""
+    table = _table("text", "tokens", "loss", "folded", "loss change", "KL", "KL / first", "top-1 agreement")
+    for name, one in zip(names, found, strict=True):
+        change = f"{one.loss_change:+.4f} ± {one.loss_change_stderr:.4f}"
+        times = f"{one.kl / found[0].kl:.2f}" if found[0].kl else ""
+        numbers = [
+            f"{one.base_loss:.4f}",
+            f"{one.loss:.4f}",
+            change,
+            f"{one.kl:.5f}",
+            times,
+            f"{one.top1_agreement:.2%}",
+        ]
+        table.add_row(name, f"{one.tokens:,}", *numbers)
+    STDOUT.print(table)
+
+
+def print_tasks(rows: Sequence[TaskScore]) -> None:
+    """Scores of both models side by side; members of a group that has a score of its own are in the JSON line."""
+    table = _table("task", "metric", "examples", "samples", "original", "folded", "change", "recovery", left=2)
+    tasks = {row.task for row in rows}
+    for row in rows:
+        if row.part_of not in tasks:
+            pairs = [
+                _with_error(row.base_score, row.base_stderr),
+                _with_error(row.score, row.stderr),
+                _with_error(row.score - row.base_score, row.change_stderr, sign="+"),
+                _with_error(row.recovery, row.recovery_stderr),
+            ]
+            table.add_row(row.task, row.metric, f"{row.num_fewshot}", f"{row.samples:,}", *pairs)
+    STDOUT.print(table)
+    STDOUT.print("± standard errors; of change and recovery paired by sample, to first order (delta method).")
+
+
+def print_recall(rows: Sequence[Recall]) -> None:
+    """Per length and depth what each model finds; where the original finds nothing, that is said instead of a ratio."""
+    table = _table("length", "depth", "original finds", "folded finds", "without passage", "KL", "gain kept", left=0)
+    for row in rows:
+        kept = _with_error(row.kept, row.kept_stderr) if row.recalls else "the original does not recall"
+        shares = [f"{share:.1%}" for share in (row.base_accuracy, row.accuracy, row.base_control)]
+        table.add_row(f"{row.length:,}", f"{row.depth:.2f}", *shares, f"{row.kl:.5f}", kept)
+    STDOUT.print(table)
+    STDOUT.print(
+        f"{rows[0].trials} passages each. finds: tokens of a passage that are predicted after its beginning was repeated;"
+        " depth 0: it stands first, 1: last."
+    )
+    for length in sorted({row.length for row in rows if not row.recalls}):
+        if not any(row.recalls for row in rows if row.length == length):
+            STDOUT.print(
+                f"The original does not recall at {length:,} tokens, so recall cannot show there what folding lost."
+            )
+
+
+def _table(*columns: str, left: int = 1) -> Table:
+    """An empty table whose first columns are texts."""
+    table = Table()
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right")
+    return table
+
+
+def _with_error(value: float, error: float, *, sign: str = "") -> str:
+    if math.isnan(value):
+        return "-"
+    shown = f"{value:{sign}.4f}" if abs(value) < 100 else f"{value:{sign},.1f}"
+    return shown if math.isnan(error) else f"{shown} ± {error:.4f}" if abs(value) < 100 else f"{shown} ± {error:,.1f}"
 
 
 def print_comparison(found: Comparison, out: Path) -> None:

@@ -1,0 +1,217 @@
+"""`kvfold evaluate --recall`: a hand-made copier, the packaged model, and folds of it."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import MODELS, make_tiny
+from transformers import GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
+
+import kvfold
+from kvfold.cli import app
+from kvfold.demonstration import MODEL
+from kvfold.errors import DataError, RecipeError
+from kvfold.loading import load_weights
+from kvfold.recall import DEPTHS, KEY, VALUE, Recall, hide, measure_recall, recall_at, value_log_probs, without_passage
+
+VOCAB = 97
+
+
+class Copier:
+    """Repeats what followed the last occurrence of the last three tokens among the `memory` latest tokens."""
+
+    device = torch.device("cpu")
+    config = SimpleNamespace(vocab_size=VOCAB)
+
+    def __init__(self, *, memory):
+        self.memory = memory
+
+    def __call__(self, ids, *, past_key_values=None, use_cache, **_):
+        assert use_cache and (past_key_values is None or ids.shape[1] == 1), "a prompt, then one token at a time"
+        seen = ids if past_key_values is None else torch.cat([past_key_values, ids], dim=1)
+        logits = torch.stack([self.next(row[-self.memory :].tolist()) for row in seen])
+        return SimpleNamespace(logits=logits[:, None], past_key_values=seen)
+
+    def next(self, row):
+        for start in range(len(row) - 4, -1, -1):
+            if row[start : start + 3] == row[-3:]:
+                return 20.0 * F.one_hot(torch.tensor(row[start + 3]), VOCAB)
+        return torch.zeros(VOCAB)
+
+
+def draw(trials, length, seed=0):
+    return torch.randint(VOCAB, (trials, length), generator=torch.Generator().manual_seed(seed))
+
+
+CODE = 64
+TOKEN, PLACE, BEFORE, PREVIOUS, NEXT = (slice(i * CODE, (i + 1) * CODE) for i in range(5))
+WORDS = 2048
+
+
+@torch.no_grad()
+def make_looker():
+    """A GPT-2 that looks back, with weights set by hand: layer 0 notes at each place which token stands before it, layer 1
+    finds the place that noted the current token and predicts the token there. Tokens and places are codes of 64 signs."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.ones(CODE).index_fill(0, torch.arange(CODE // 2), -1)  # as many + as -: layer norms only scale
+    codes = torch.stack([signs[torch.randperm(CODE, generator=generator)] for _ in range(WORDS + 512)])
+    size = 5 * CODE
+    config = GPT2Config(
+        vocab_size=WORDS, n_positions=512, n_embd=size, n_head=1, n_layer=2, tie_word_embeddings=False, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).eval()
+    for name, parameter in model.named_parameters():
+        if ".ln_" not in name:
+            parameter.zero_()
+    model.transformer.wte.weight[:, TOKEN] = codes[:WORDS]
+    model.transformer.wpe.weight[:, PLACE] = codes[WORDS:]
+    model.transformer.wpe.weight[:, BEFORE] = codes[WORDS:].roll(1, 0)
+    model.lm_head.weight[:, NEXT] = 0.5 * codes[:WORDS]
+    for layer, query, key, out in ((0, BEFORE, PLACE, PREVIOUS), (1, TOKEN, PREVIOUS, NEXT)):
+        attention, one = model.transformer.h[layer].attn, torch.eye(CODE)
+        queries, keys, values = attention.c_attn.weight.split(size, dim=1)
+        queries[query, :CODE], keys[key, :CODE], values[TOKEN, :CODE] = 8 * one, one, one
+        attention.c_proj.weight[:CODE, out] = one * (3 / 5) ** 0.5
+    return model
+
+
+@pytest.fixture(scope="module")
+def looker(tmp_path_factory):
+    """It, and folds of it, loaded."""
+    root = tmp_path_factory.mktemp("looker")
+    make_looker().save_pretrained(root / "original")
+    made = {"original": load_weights(root / "original", "float32", "cpu")}
+    for name, fields in {
+        "identity": {"preset": "identity"},
+        "int8": {"preset": "int8", "kv_budget": None},
+        "quarter": {"preset": "svd_w", "kv_budget": 1 / 4},  # keys and values have 64 directions out of 320
+        "tenth": {"preset": "svd_w", "kv_budget": 1 / 10},
+        "fortieth": {"preset": "svd_w", "kv_budget": 1 / 40},
+    }.items():
+        recipe = {
+            "model": str(root / "original"),
+            "out": str(root / name),
+            "calibration": {"num_samples": 4, "seq_len": 64},
+        }
+        made[name] = load_weights(kvfold.compress(kvfold.make_recipe(recipe | fields)).out, "float32", "cpu")
+    return made
+
+
+@pytest.mark.parametrize("name", ["identity", "int8", "quarter", "tenth", "fortieth"])
+def test_a_model_that_looks_back_does_so_through_its_folded_cache(looker, name):
+    generator = torch.Generator().manual_seed(5)
+    fill, passage = (torch.randint(WORDS, (4, n), generator=generator) for n in (300, KEY + VALUE))
+    rows = recall_at(looker[name], looker["original"], fill, passage)
+    assert all(row.recalls and row.base_accuracy > 0.8 and row.base_control < 0.1 for row in rows)
+    if name in ("identity", "int8", "quarter"):
+        assert all(row.kept == pytest.approx(1, abs=0.02) and row.accuracy == row.base_accuracy for row in rows)
+    elif name == "tenth":  # still found, by less
+        assert all(0.4 < row.kept < 0.8 and row.accuracy > 0.9 and row.kl > 0.01 for row in rows)
+    else:
+        assert all(row.kept < 0.1 and row.accuracy < 0.1 and row.kl > 5 for row in rows)
+
+
+@pytest.fixture(scope="module")
+def folds(tmp_path_factory):
+    """One that changes nothing, and one of few bytes."""
+    root = tmp_path_factory.mktemp("folds")
+    made = {}
+    for preset, budget in (("identity", None), ("svd_w", 1 / 6)):
+        recipe = {"model": str(MODEL), "preset": preset, "kv_budget": budget, "out": str(root / preset)}
+        made[preset] = kvfold.compress(kvfold.make_recipe(recipe)).out
+    return made
+
+
+def test_a_passage_is_hidden_where_it_is_said():
+    fill, passage = draw(2, 200), draw(2, KEY + VALUE, seed=1)
+    without = without_passage(fill, passage)
+    assert without.shape == (2, 200 - VALUE) and torch.equal(without[:, -KEY:], passage[:, :KEY])
+    for depth, start in ((0.0, 0), (0.5, 68), (1.0, 200 - VALUE - KEY - KEY - VALUE)):
+        context = hide(fill, passage, depth=depth)
+        assert torch.equal(context[:, start : start + KEY + VALUE], passage)
+        changed = (context != without).any(0).nonzero()
+        assert changed.min() >= start and changed.max() < start + KEY + VALUE
+        assert torch.equal(context[:, -KEY:], passage[:, :KEY])
+
+
+def test_a_perfect_copier_finds_everything():
+    copier = Copier(memory=10_000)
+    rows = recall_at(copier, copier, draw(3, 160), draw(3, KEY + VALUE, seed=1))
+    assert [row.depth for row in rows] == list(DEPTHS)
+    for row in rows:
+        assert row.accuracy == row.base_accuracy == 1 and row.control < 0.2 and row.recalls
+        assert row.gain == row.base_gain > 3 and row.kept == 1 and row.kept_stderr == row.kl == 0
+
+
+def test_a_short_memory_finds_only_what_is_near():
+    rows = recall_at(Copier(memory=90), Copier(memory=10_000), draw(3, 160), draw(3, KEY + VALUE, seed=1))
+    assert [row.accuracy for row in rows][-1] == 1 and rows[0].accuracy < 0.2 and rows[0].base_accuracy == 1
+    assert rows[0].kept < 0.1 < 0.99 < rows[-1].kept and rows[0].kl > 1 > 1e-9 > abs(rows[-1].kl)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_predictions_are_those_of_one_pass_over_everything(name):
+    model = make_tiny(name)
+    context, value = draw(2, 70), draw(2, VALUE, seed=1)
+    with torch.no_grad():
+        expected = model(torch.cat([context, value], 1), use_cache=False).logits.double().log_softmax(-1)[:, 69:-1]
+    assert torch.allclose(value_log_probs(model, context, value), expected, atol=1e-4)
+
+
+def test_the_original_and_the_identity_lose_nothing(folds):
+    for row in measure_recall(MODEL, against=MODEL, lengths=[128], trials=2):
+        assert row.gain == row.base_gain and row.kept == 1 and row.kl == row.kept_stderr == 0
+    for row in measure_recall(folds["identity"], against=MODEL, lengths=[128], trials=2):
+        assert row.gain == pytest.approx(row.base_gain, abs=1e-4) and abs(row.kl) < 1e-6
+        assert (row.accuracy, row.control) == (row.base_accuracy, row.base_control)
+
+
+def test_few_bytes_lose_more_and_text_can_be_the_filler(folds, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"The {i}th man went to the sea, and {i * i} ships came." for i in range(80)))
+    exact, small = (
+        measure_recall(folds[p], against=MODEL, lengths=[128], trials=2, filler=text) for p in ("identity", "svd_w")
+    )
+    assert all(a.kl < 0.01 < b.kl for a, b in zip(exact, small, strict=True))
+    with (
+        pytest.raises(DataError, match="needs at least 20000 to draw from"),
+        pytest.warns(UserWarning, match="context of 256"),
+    ):
+        measure_recall(MODEL, against=MODEL, lengths=[10_000], filler=text)
+
+
+def test_command_line_says_that_the_original_does_not_recall(folds):
+    result = CliRunner().invoke(
+        app, ["evaluate", str(folds["svd_w"]), "--against", str(MODEL), "--recall", "128"], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    assert "The original does not recall at 128 tokens, so recall cannot show" in result.stdout
+    found = json.loads(result.stdout.strip().splitlines()[-1])
+    assert list(found) == ["recall"] and len(found["recall"]) == len(DEPTHS)
+    assert not any(row["original_recalls"] for row in found["recall"])
+
+
+def test_a_ratio_is_shown_where_the_original_recalls(capsys):
+    from kvfold.printing import print_recall
+
+    fields = dict.fromkeys(("control", "base_control", "gain_stderr", "base_gain_stderr", "kl"), 0.0)
+    print_recall([Recall(128, 0.5, 4, 0.5, 1.0, gain=2.0, base_gain=4.0, kept_stderr=0.1, **fields)])
+    shown = capsys.readouterr().out
+    assert "0.5000 ± 0.1000" in shown and "does not recall" not in shown
+
+
+def test_lengths(monkeypatch):
+    asked = []
+    monkeypatch.setattr("kvfold.recall.recall_at", lambda model, base, fill, passage: asked.append(fill.shape) or [])
+    measure_recall(MODEL, against=MODEL)
+    assert asked == [(16, 128), (16, 256)]  # a quarter of 256 would leave no room
+    with pytest.warns(UserWarning, match="300 tokens exceed the model's context of 256"):
+        measure_recall(MODEL, against=MODEL, lengths=[300])
+    with pytest.raises(RecipeError, match="--recall 64 leaves no room for passages; give lengths of 128 or more"):
+        measure_recall(MODEL, against=MODEL, lengths=[64])
+    result = CliRunner().invoke(app, ["evaluate", str(MODEL), "--against", str(MODEL), "--recall", "far"])
+    assert result.exit_code == 2 and "is not a list of numbers" in result.stderr
