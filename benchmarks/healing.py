@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -122,7 +123,8 @@ def measure(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     name = "".join(c if c.isalnum() or c == "-" else "_" for c in json.dumps(run.fold, sort_keys=True)).replace("_", "")
     folded = folder / name
     tokens = int(run.tokens * options.tokens)
-    how = f"{run.heal['objective']}-{run.heal['train']}-{tokens}-{options.learning_rate:g}-{options.seed}"
+    settings = [run.heal, tokens, options.learning_rate, options.seq_len, options.seed, options.data]
+    how = f"{run.heal['objective']}-{run.heal['train']}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
     healed = folder / f"{name}-{how}"
     if not folded.exists():
         calibration = {"data": options.data, "num_samples": 128, "seq_len": options.seq_len}

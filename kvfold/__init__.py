@@ -7,7 +7,8 @@ from kvfold.comparison import compare
 from kvfold.demonstration import demo
 from kvfold.evaluation import evaluate
 from kvfold.generation import generate
-from kvfold.healing import Healing, heal
+from kvfold.healing import heal
+from kvfold.healing_recipe import Healing
 from kvfold.inspection import inspect
 from kvfold.loading import load
 from kvfold.pipeline import compress

@@ -75,12 +75,12 @@ def _at(budget: float, whole: int, room: int) -> Fitting:
 
 def parse_size(text: str, *, binary: bool = False) -> int:
     """80GB, 24GiB, 32k. binary: k and m are 1,024 and 1,048,576, as context lengths are named. Raises RecipeError."""
-    found = re.fullmatch(r"\s*([\d.,_]+)\s*([A-Za-z]*)\s*", text)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\d{1,3}(?:,\d{3})+)\s*([A-Za-z]*)\s*", text)
     unit = found.group(2).upper() if found else None
     if found is None or unit not in UNITS:
         raise RecipeError(f"{text!r} is not a size; give 80GB, 24GiB, 32k or a number.")
     scale = {"K": 2**10, "M": 2**20}.get(unit, UNITS[unit]) if binary else UNITS[unit]
-    try:
-        return int(float(found.group(1).replace(",", "").replace("_", "")) * scale)
-    except ValueError as error:
-        raise RecipeError(f"{text!r} is not a size; give 80GB, 24GiB, 32k or a number.") from error
+    size = int(float(found.group(1).replace(",", "")) * scale)
+    if size < 1:
+        raise RecipeError(f"{text!r} is nothing; give 80GB, 24GiB, 32k or a number.")
+    return size

@@ -79,6 +79,7 @@ def _tokens(tokenizer: Any, data: str, max_tokens: int, seed: int) -> Iterator[l
     for document in text.split(end) if end else [text]:
         if not document.strip():
             continue
+        document = document[: max_tokens * CHARS_PER_TOKEN]  # a text without ends is one document
         tokens = tokenizer(document)["input_ids"] + ([tokenizer.eos_token_id] if end else [])
         yield tokens
         count += len(tokens)

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from kvfold.healing import heal, make_healing
+from kvfold.healing import heal
 from kvfold.healing_presets import HEALING_PRESETS
+from kvfold.healing_recipe import make_healing
 from kvfold.options import Device, Overwrite, SeqLen
 from kvfold.printing import print_json
 from kvfold.recipe import assignments

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
+import hashlib
+import math
 import os
 import time
 import warnings
@@ -14,97 +16,35 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import GenerationConfig, TrainingArguments
 
-from kvfold import processes, registry
+from kvfold import processes
 from kvfold.checkpoint import DTYPES, Checkpoint
 from kvfold.data import first_windows, load_tokenizer
 from kvfold.documents import Rows, pack
 from kvfold.drawing import loss_plot
 from kvfold.elastic import Elastic, check_nested
-from kvfold.errors import RecipeError
-from kvfold.healing_presets import HEALING_PRESETS
-from kvfold.loading import default_seq_len, load_plan, load_weights, open_source, resolve_device, warn_if_too_long
+from kvfold.errors import PlanError, RecipeError
+from kvfold.healing_recipe import Healing, make_healing
+from kvfold.loading import (
+    default_seq_len,
+    load_plan,
+    load_weights,
+    open_source,
+    resolve_device,
+    warn_if_too_long,
+    without_bars,
+)
 from kvfold.objectives import CrossEntropy, Distillation, LayerMatch, Objective
-from kvfold.output import copy_side_files, partial_folder, publish, refuse_out
-from kvfold.recipe import check_types
+from kvfold.output import copy_side_files, partial_folder, publish, refuse_out, write_weights
+from kvfold.plan import CachePlan
 from kvfold.storage import make_folder, write_text
 from kvfold.teacher_logits import keep_teacher_logits
-from kvfold.trainable import CHOICES, choose_trainable, merged
-from kvfold.training import METRICS, SHOWN, HealTrainer, read_metrics
+from kvfold.trainable import choose_trainable, merged
+from kvfold.training import METRICS, SHOWN, HealTrainer, last_checkpoint, read_metrics
 from kvfold.version import __version__
 
-OBJECTIVES = ("ce", "kd", "mix", "layers")
 XML = '<?xml version="1.0" encoding="utf-8"?>\n'
-
-
-@dataclass(frozen=True, kw_only=True)
-class Healing:
-    """One healing run.
-
-    folded: the folder to heal; out: the folder to write; data: text, as in calibration (no `self`); teacher: the original,
-    needed for all objectives but ce.
-    objective: `ce` (the next token), `kd` (KL to the original's distribution), `mix` (alpha * kd + beta * ce), `layers`
-        (every attention layer answers as the original's). train: all, attention, fold (its own projections) or lora.
-    max_tokens: to train on, in rows of seq_len (0: the model's context, at most 2,048); epochs over them.
-    batch_size rows per device and step, times accumulate, times processes.
-    warmup: share of the steps; then a cosine down to 0. cross_documents: rows cut from one stream.
-    shard: split weights, gradients and optimizer state over all processes (FSDP2) instead of having all of them in each.
-    elastic: the least share of every stored head that is to do alone (0: only all of it counts). Each step then trains a
-        share between that and all, and `kvfold truncate` cuts the healed model to any of them.
-    teacher_top: keep so many of the teacher's likeliest tokens on disk, instead of the teacher in memory (0: in memory).
-    """
-
-    folded: str
-    out: str
-    data: str
-    teacher: str | None = None
-    preset: str | None = None
-    objective: str = "kd"
-    train: str = "attention"
-    alpha: float = 1.0
-    beta: float = 1.0
-    lora_rank: int = 64
-    lora_alpha: int = 128
-    lora_dropout: float = 0.0
-    max_tokens: int = 1_000_000
-    epochs: float = 1.0
-    seq_len: int = 0
-    batch_size: int = 8
-    accumulate: int = 1
-    learning_rate: float = 3e-4
-    weight_decay: float = 0.0
-    adam_beta2: float = 0.95
-    warmup: float = 0.05
-    cross_documents: bool = False
-    gradient_checkpointing: bool = False
-    bf16: bool = False
-    shard: bool = False
-    elastic: float = 0.0
-    teacher_top: int = 0
-    eval_data: str | None = None
-    eval_tokens: int = 16_384
-    eval_every: int = 0
-    save_every: int = 100
-    log_every: int = 10
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("objective", OBJECTIVES), ("train", CHOICES)):
-            if getattr(self, name) not in allowed:
-                raise RecipeError(registry.unknown(name, getattr(self, name), allowed))
-        if self.objective != "ce" and not self.teacher:
-            raise RecipeError(f"objective {self.objective!r} learns from the original model; give it: --teacher MODEL.")
-        if self.teacher_top and self.objective not in ("kd", "mix"):
-            raise RecipeError("teacher_top goes with objective kd or mix.")
-        for name in ("max_tokens", "batch_size", "accumulate", "save_every", "log_every", "lora_rank", "lora_alpha"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if not 0 <= self.elastic < 1:
-            raise RecipeError(f"elastic is {self.elastic}; it is the least share of a stored head, below 1.")
-        if self.learning_rate <= 0 or not 0 <= self.warmup < 1 or self.epochs <= 0:
-            raise RecipeError("learning_rate and epochs must be above 0, warmup a share of the steps below 1.")
 
 
 @dataclass(frozen=True)
@@ -116,23 +56,6 @@ class Healed:
     tokens: int
     seconds: float
     final: dict[str, float]
-
-
-def make_healing(data: dict[str, Any]) -> Healing:
-    """From plain data, of a preset filled up with what is given; what is None is not given."""
-    given = {name: value for name, value in data.items() if value is not None}
-    if preset := given.get("preset"):
-        if preset not in HEALING_PRESETS:
-            raise RecipeError(registry.unknown("healing preset", preset, HEALING_PRESETS))
-        given = HEALING_PRESETS[preset].fragment | given
-    known = {f.name: f for f in dataclasses.fields(Healing)}
-    for name in given:
-        if name not in known:
-            raise RecipeError(registry.unknown("healing field", name, known))
-    if missing := [name for name in ("folded", "out", "data") if name not in given]:
-        raise RecipeError(f"healing needs {', '.join(missing)}.")
-    check_types(Healing, given, "")
-    return Healing(**given)
 
 
 def heal(
@@ -151,59 +74,86 @@ def heal(
         healing = make_healing(healing)
     started, out = time.perf_counter(), Path(os.path.abspath(healing.out))
     run_dir = Path(run_dir) if run_dir else out.with_name(out.name + ".heal")
-    refuse_out(
-        out, overwrite, keep=[Path(healing.folded), run_dir, *([Path(healing.teacher)] if healing.teacher else [])]
-    )
-    checkpoint, (plan, folded) = Checkpoint.open(healing.folded), load_plan(healing.folded)
-    if not folded:
-        raise RecipeError(f"{healing.folded} is not a folded model; make one with `kvfold compress`.")
-    if healing.elastic:
-        check_nested(plan)
-    _claim(run_dir, healing, checkpoint)
-    tokenizer, device = load_tokenizer(checkpoint.path), processes.own_device(resolve_device(device))
+    inputs = [Path(healing.folded), *([Path(healing.teacher)] if healing.teacher else [])]
+    refuse_out(out, overwrite, keep=[*inputs, run_dir])
+    device = processes.start(_device(device))
+    checkpoint, plan = _folded(healing)
+    tokenizer = load_tokenizer(checkpoint.path)
     model: Any = load_weights(checkpoint.path, "float32", device)
-    seq_len = healing.seq_len or default_seq_len(checkpoint.config)
-    warn_if_too_long(seq_len, checkpoint.config)
-    rows = pack(
-        tokenizer,
-        healing.data,
-        seq_len=seq_len,
-        max_tokens=healing.max_tokens,
-        seed=healing.seed,
-        cross=healing.cross_documents,
-        together=model.architecture.keeps_documents_apart,
-    )
-    arguments = _arguments(healing, run_dir, device, len(rows), list(model._no_split_modules))
-    arguments._n_gpu = (
-        1  # one process per device; Trainer would wrap the model in DataParallel, where readers find no owner
-    )
-    objective = _objective(healing, plan, rows, run_dir, device)
-    processes.wait_for_all()  # what the teacher said of the other processes' rows
+    model.generation_config = GenerationConfig()  # what a folder says of sampling may not be fit for saving
+    rows, eval_rows = _rows(healing, checkpoint, tokenizer, together=model.architecture.keeps_documents_apart)
+    _claim(run_dir, healing, checkpoint, rows)
+    objective = _objective(healing, plan, rows, eval_rows, run_dir, device)
+    processes.wait_for_all()  # for what the teacher says of the other processes' rows
     torch.manual_seed(healing.seed)
+    arguments = _arguments(healing, run_dir, device, len(rows), list(model._no_split_modules))
     model = _trainable(model, healing)
     trainer = HealTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
-        eval_dataset=_eval_rows(healing, tokenizer, seq_len),
+        eval_dataset=eval_rows,
         objective=objective,
         metrics=run_dir / METRICS,
         elastic=Elastic(model, least=healing.elastic, seed=healing.seed) if healing.elastic else None,
     )
     if healing.shard and not trainer.is_fsdp_enabled:
         warnings.warn("shard: accelerate shards nothing here (one process, or a CPU); every process has all weights.")
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run_dir)))
-    state = _whole(trainer.accelerator.unwrap_model(trainer.model).state_dict())
-    if trainer.is_world_process_zero():
+    with without_bars():
+        trainer.train(resume_from_checkpoint=last_checkpoint(run_dir))
+        state = _whole(trainer.accelerator.unwrap_model(trainer.model))
+    if not processes.rank():
         healed = _trainable(load_weights(checkpoint.path, "float32", "cpu"), healing)
         healed.load_state_dict(state)
-        _write(out, healing, checkpoint, merged(healed), run_dir, overwrite)
-    trainer.accelerator.wait_for_everyone()
+        _write(out, healing, checkpoint, merged(healed).state_dict(), run_dir, overwrite)
+    processes.wait_for_all()
     logged = read_metrics(run_dir / METRICS)
     final = {k: v for entry in logged for k, v in entry.items() if k.removeprefix("eval_") in SHOWN}
-    steps, seconds = trainer.state.global_step, round(time.perf_counter() - started, 3)
-    tokens = steps * healing.batch_size * healing.accumulate * trainer.args.world_size * seq_len
-    return Healed(Path(healing.out), steps, tokens, seconds, final)
+    seconds = round(time.perf_counter() - started, 3)
+    tokens = int(len(rows) * healing.epochs) * rows.input_ids.shape[1]
+    return Healed(Path(healing.out), trainer.state.global_step, tokens, seconds, final)
+
+
+def _device(device: str) -> str:
+    """The one of this process. Raises RecipeError where Trainer would take another."""
+    if device.partition(":")[2] not in ("", "0"):
+        raise RecipeError(
+            f"--device {device}: Trainer takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES instead."
+        )
+    return processes.own_device(resolve_device(device))
+
+
+def _folded(healing: Healing) -> tuple[Checkpoint, CachePlan]:
+    plan, folded = load_plan(healing.folded)
+    if not folded:
+        raise RecipeError(f"{healing.folded} is not a folded model; make one with `kvfold compress`.")
+    if plan.joint:
+        raise PlanError(
+            f"{healing.folded} stores latents of several layers, which only past tokens go through: training, which has none,"
+            " would not see them. Heal another kind of fold."
+        )
+    if healing.elastic:
+        check_nested(plan)
+    return Checkpoint.open(healing.folded), plan
+
+
+def _rows(healing: Healing, checkpoint: Checkpoint, tokenizer: Any, *, together: bool) -> tuple[Rows, Rows | None]:
+    """To train on and to evaluate on."""
+    seq_len = healing.seq_len or default_seq_len(checkpoint.config)
+    warn_if_too_long(seq_len, checkpoint.config)
+    size: dict[str, Any] = {"seq_len": seq_len, "max_tokens": healing.max_tokens, "seed": healing.seed}
+    rows = pack(tokenizer, healing.data, **size, cross=healing.cross_documents, together=together)
+    if rows.input_ids.numel() < 0.9 * healing.max_tokens:
+        warnings.warn(
+            f"{healing.data} gives {rows.input_ids.numel():,} tokens where {healing.max_tokens:,} were asked for; give more"
+            " text, or --set epochs=2."
+        )
+    if healing.eval_data is None:
+        return rows, None
+    windows_WT = first_windows(tokenizer, healing.eval_data, seq_len=seq_len, max_tokens=healing.eval_tokens)
+    together_count = healing.batch_size * processes.world_size()  # an incomplete batch would count twice
+    windows_WT = windows_WT[: len(windows_WT) // together_count * together_count or len(windows_WT)].int()
+    return rows, Rows(windows_WT, windows_WT, None, None)
 
 
 def _trainable(model: Any, healing: Healing) -> Any:
@@ -216,21 +166,27 @@ def _trainable(model: Any, healing: Healing) -> Any:
     )
 
 
-def _claim(run_dir: Path, healing: Healing, checkpoint: Checkpoint) -> None:
+def _claim(run_dir: Path, healing: Healing, checkpoint: Checkpoint, rows: Rows) -> None:
     """Raise RecipeError where the folder holds checkpoints of another run, which would be continued with other settings."""
-    if processes.rank():
-        return
-    make_folder(run_dir)
-    identity = "\n".join([__version__, yaml.safe_dump(dataclasses.asdict(healing)), checkpoint.fingerprint()])
-    file = run_dir / "healing.txt"
-    if file.exists() and file.read_text() != identity:
-        raise RecipeError(
-            f"{run_dir} holds checkpoints of a run with other settings. Remove it, or give another --run-dir or --out."
-        )
-    write_text(file, identity)
+    if not processes.rank():
+        make_folder(run_dir)
+        text = hashlib.sha256(rows.input_ids.numpy().tobytes()).hexdigest()
+        teacher = Checkpoint.open(healing.teacher).fingerprint() if healing.teacher else "-"
+        settings = yaml.safe_dump(dataclasses.asdict(healing))
+        identity = "\n".join([__version__, settings, checkpoint.fingerprint(), teacher, text])
+        file = run_dir / "healing.txt"
+        if file.exists() and file.read_text() != identity:
+            raise RecipeError(
+                f"{run_dir} holds checkpoints of a run with other settings, models or text. Remove it, or give another"
+                " --run-dir or --out."
+            )
+        write_text(file, identity)
+    processes.wait_for_all()
 
 
-def _objective(healing: Healing, plan: Any, rows: Rows, run_dir: Path, device: str) -> Objective:
+def _objective(
+    healing: Healing, plan: CachePlan, rows: Rows, eval_rows: Rows | None, run_dir: Path, device: str
+) -> Objective:
     if healing.objective == "ce" or healing.teacher is None:
         return CrossEntropy()
     source, folded = load_plan(healing.teacher)
@@ -239,27 +195,28 @@ def _objective(healing: Healing, plan: Any, rows: Rows, run_dir: Path, device: s
     path = Checkpoint.open(healing.teacher).path
     teacher: Any = load_weights(path, "float32" if device == "cpu" else source.dtype, device).requires_grad_(False)
     if healing.objective == "layers":
-        arch = open_source(path).arch
-        return LayerMatch(teacher, list(arch.modules(teacher)))
+        return LayerMatch(teacher, list(open_source(path).arch.modules(teacher)))
     alpha, beta = (1.0, 0.0) if healing.objective == "kd" else (healing.alpha, healing.beta)
-    if healing.teacher_top:
-        folder = run_dir / f"teacher-{healing.teacher_top}"
-        kept = keep_teacher_logits(teacher, rows, folder, top=healing.teacher_top, batch_size=healing.batch_size)
-        return Distillation(kept, alpha, beta)
-    return Distillation(teacher, alpha, beta)
+    if not healing.teacher_top:
+        return Distillation(teacher, teacher, alpha, beta)
+    keep = functools.partial(keep_teacher_logits, teacher, top=healing.teacher_top, batch_size=healing.batch_size)
+    kept = keep(rows, run_dir / f"teacher-{healing.teacher_top}")
+    return Distillation(
+        kept, eval_rows and keep(eval_rows, run_dir / f"teacher-{healing.teacher_top}-eval"), alpha, beta
+    )
 
 
 def _arguments(healing: Healing, run_dir: Path, device: str, rows: int, blocks: list[str]) -> TrainingArguments:
     """blocks: class names of the layers that are sharded one by one."""
     world = processes.world_size()
-    steps = max(int(rows * healing.epochs) // (healing.batch_size * healing.accumulate * world), 1)
+    batches = math.ceil(rows / (healing.batch_size * world))
+    steps = max(int(math.ceil(batches / healing.accumulate) * healing.epochs), 1)
     evaluates = healing.eval_data is not None
     sharding: dict[str, Any] = {}
     if healing.shard and world > 1:
         wrapped = {"version": 2, "transformer_layer_cls_to_wrap": blocks, "reshard_after_forward": True}
-        wrapped |= {"state_dict_type": "SHARDED_STATE_DICT"}
-        sharding = {"fsdp": True, "fsdp_config": wrapped}
-    return TrainingArguments(
+        sharding = {"fsdp": True, "fsdp_config": wrapped | {"state_dict_type": "SHARDED_STATE_DICT"}}
+    arguments = TrainingArguments(
         output_dir=str(run_dir),
         per_device_train_batch_size=healing.batch_size,
         per_device_eval_batch_size=healing.batch_size,
@@ -290,34 +247,38 @@ def _arguments(healing: Healing, run_dir: Path, device: str, rows: int, blocks: 
         disable_tqdm=True,
         **sharding,
     )
+    arguments._n_gpu = 1  # Trainer would wrap several in DataParallel, where readers do not find what owners wrote
+    return arguments
 
 
-def _eval_rows(healing: Healing, tokenizer: Any, seq_len: int) -> Rows | None:
-    if healing.eval_data is None:
-        return None
-    windows_WT = first_windows(tokenizer, healing.eval_data, seq_len=seq_len, max_tokens=healing.eval_tokens)
-    return Rows(windows_WT.int(), windows_WT.int(), None, None)
-
-
-def _write(out: Path, healing: Healing, checkpoint: Checkpoint, model: Any, run_dir: Path, overwrite: bool) -> None:
-    """The healed folder: weights in the dtype in which they were stored, and what belongs beside them."""
+def _write(
+    out: Path, healing: Healing, checkpoint: Checkpoint, state: dict[str, Tensor], run_dir: Path, overwrite: bool
+) -> None:
+    """The healed folder: the fold's tensors in the dtypes in which they were stored, and what belongs beside them."""
     partial = partial_folder(out, (run_dir / "healing.txt").read_text())
-    dtypes = {name: getattr(torch, DTYPES[stored.dtype]) for name, stored in checkpoint.tensors.items()}
-    tensors = {n: t.to(dtypes.get(n, t.dtype)) for n, t in _whole(model.state_dict()).items()}
-    model.save_pretrained(partial, state_dict=tensors)
-    write_text(partial / "config.json", json.dumps(checkpoint.config, indent=2) + "\n")
+
+    def read(names: list[str]) -> dict[str, Tensor]:
+        stored = {name: getattr(torch, DTYPES[checkpoint.tensors[name].dtype]) for name in names}
+        return {name: state[name].to(dtype).contiguous() for name, dtype in stored.items()}
+
+    write_weights(partial, {name: stored.shard for name, stored in checkpoint.tensors.items()}, read)
+    write_text(partial / "config.json", (checkpoint.path / "config.json").read_text())
     copy_side_files(checkpoint, partial)
     for name in ("README.md", "recipe.yaml"):
         if (checkpoint.path / name).exists():
             write_text(partial / name, (checkpoint.path / name).read_text())
-    write_text(
-        partial / "healing.yaml", yaml.safe_dump(dataclasses.asdict(healing), sort_keys=False, allow_unicode=True)
-    )
+    settings = yaml.safe_dump(dataclasses.asdict(healing), sort_keys=False, allow_unicode=True)
+    write_text(partial / "healing.yaml", settings)
     write_text(partial / METRICS, (run_dir / METRICS).read_text())
     write_text(partial / "loss.svg", XML + loss_plot(read_metrics(run_dir / METRICS)))
     publish(partial, out, overwrite)
 
 
-def _whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sharded tensors in one piece."""
-    return {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in state.items()}
+def _whole(model: Any) -> dict[str, Tensor]:
+    """Tensors in one piece, on the CPU of the first process; a sharded one is gathered by all and kept by none else."""
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if not processes.rank():
+            state[name] = whole.cpu()
+    return state

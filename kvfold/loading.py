@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,14 +72,21 @@ def load(model: str | Path, *, dtype: str = "auto", device: str = "auto") -> Loa
 
 def load_weights(path: Path, dtype: str, device: str) -> PreTrainedModel:
     """The model of a folder, ready for inference, without transformers' progress bar."""
+    try:
+        with without_bars():
+            options = _kernel(path)
+            return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **options).to(device).eval()
+    except (OSError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without transformers' progress bars."""
     had_bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        return (
-            AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **_kernel(path)).to(device).eval()
-        )
-    except (OSError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+        yield
     finally:
         if had_bar:
             transformers_logging.enable_progress_bar()

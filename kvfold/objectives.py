@@ -65,25 +65,28 @@ class CrossEntropy:
 class Distillation:
     """alpha * KL to the teacher's distribution + beta * cross-entropy.
 
-    teacher: the frozen original, or what its logits were kept as (`TeacherLogits`), which answers by the number of the row.
+    teacher: the frozen original, or what its logits were kept as (`TeacherLogits`), which answers by the number of the row;
+    eval_teacher: the same for the rows of the evaluation.
     """
 
-    def __init__(self, teacher: Any, alpha: float, beta: float) -> None:
-        self.teacher, self.alpha, self.beta = teacher, alpha, beta
+    def __init__(self, teacher: Any, eval_teacher: Any, alpha: float, beta: float) -> None:
+        self.teacher, self.eval_teacher, self.alpha, self.beta = teacher, eval_teacher, alpha, beta
 
     def __call__(self, model: Any, inputs: Inputs) -> Parts:
         logits = logits_of(model, inputs)
-        kl = self._kl(logits, inputs)
-        ce = cross_entropy(logits, inputs["labels"])
-        return {"loss": self.alpha * kl + self.beta * ce, "kl": kl.detach(), "ce": ce.detach()}
+        kl = self._kl(logits, inputs, self.teacher if model.training else self.eval_teacher)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.beta != 0):
+            ce = cross_entropy(logits, inputs["labels"])
+        loss = self.alpha * kl + self.beta * ce if self.beta else self.alpha * kl
+        return {"loss": loss, "kl": kl.detach(), "ce": ce.detach()}
 
-    def _kl(self, logits: Tensor, inputs: Inputs) -> Tensor:
-        if not isinstance(self.teacher, nn.Module):
-            ids, log_probs = self.teacher.of(inputs["row"])
+    def _kl(self, logits: Tensor, inputs: Inputs, teacher: Any) -> Tensor:
+        if not isinstance(teacher, nn.Module):
+            ids, log_probs = teacher.of(inputs["row"])
             return distance_from_top(logits, ids.to(logits.device), log_probs.to(logits.device), inputs["labels"])
         with torch.no_grad():
-            teacher = logits_of(self.teacher, inputs)
-        return distance(logits, teacher, inputs["labels"])
+            teacher_logits = logits_of(teacher, inputs)
+        return distance(logits, teacher_logits, inputs["labels"])
 
 
 class LayerMatch:

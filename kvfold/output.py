@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from kvfold.checkpoint import Checkpoint, read_json
+from torch import Tensor
+
+from kvfold.checkpoint import INDEX, Checkpoint, read_json
 from kvfold.data import load_tokenizer
 from kvfold.errors import OutputError
 from kvfold.plan import CONFIG_KEY
-from kvfold.storage import copy_file, make_folder, write_text
+from kvfold.storage import copy_file, make_folder, write_tensors, write_text
 
 MARKER = "fold.txt"
 EXPORT_MARKER = "kvfold_export.json"
@@ -57,6 +59,14 @@ def copy_side_files(checkpoint: Checkpoint, folder: Path) -> None:
     config, chosen = read_json(config_file), type(load_tokenizer(checkpoint.path)).__name__
     if config.get("tokenizer_class") != chosen:
         write_text(config_file, json.dumps(config | {"tokenizer_class": chosen}, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_weights(folder: Path, shards: Mapping[str, str], read: Callable[[list[str]], Mapping[str, Tensor]]) -> None:
+    """Tensors shard by shard. shards: name -> file; read: the tensors of these names."""
+    for shard in sorted(set(shards.values())):
+        write_tensors(folder / shard, read([name for name in shards if shards[name] == shard]), {"format": "pt"})
+    if len(set(shards.values())) > 1:
+        write_text(folder / INDEX, json.dumps({"metadata": {}, "weight_map": dict(shards)}, indent=1))
 
 
 def publish(partial: Path, out: Path, overwrite: bool) -> None:

@@ -75,12 +75,13 @@ def compress(
     out = Path(os.path.abspath(recipe.out))
     run_dir = Path(run_dir) if run_dir else out.with_name(out.name + ".run")
     refuse_out(out, overwrite, keep=(Path(recipe.model), run_dir))
+    device = processes.start(processes.own_device(resolve_device(device)))
     processes.wait_for_all()
     clock = _Clock()
     source = open_source(recipe.model)
     axes = Axes(**{axis: recipe.method(axis) for axis in ("depth", "width", "bits", "length")})
     limits = Limits(keep_layers=recipe.keep_layers, min_width=recipe.min_width)
-    material = Material(recipe, source, run_dir, processes.own_device(resolve_device(device)))
+    material = Material(recipe, source, run_dir, device)
     asked = Request(
         layers=source.layers, targets=(None,) * len(source.layers), axes=axes, dtype=source.dtype, limits=limits
     )

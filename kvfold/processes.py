@@ -27,13 +27,20 @@ def world_size() -> int:
 
 def own_device(device: str) -> str:
     """Of several of a machine the one that belongs to this process."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device.startswith("cuda") and "LOCAL_RANK" in os.environ else device
+
+
+def start(device: str) -> str:
+    """Make the processes know each other, by NCCL between GPUs and gloo between CPUs. Returns `device`."""
+    if world_size() > 1:
+        PartialState(cpu=device == "cpu", timeout=LONGEST_WAIT)
+    return device
 
 
 def wait_for_all() -> None:
     """Until every process has come here."""
     if world_size() > 1:
-        _group().wait_for_everyone()
+        torch.distributed.barrier()
 
 
 @contextmanager
@@ -49,7 +56,6 @@ def first_before_others() -> Iterator[None]:
 def summed(tensor: Tensor) -> Tensor:
     """The sum over all processes, in each of them."""
     if world_size() > 1:
-        _group()
         tensor = tensor.clone()
         torch.distributed.all_reduce(tensor)
     return tensor
@@ -59,12 +65,6 @@ def values_of_all(value: int) -> set[int]:
     """What the processes have, each its own."""
     if world_size() == 1:
         return {value}
-    _group()
     found: list[int] = [0] * world_size()
     torch.distributed.all_gather_object(found, value)
     return set(found)
-
-
-def _group() -> PartialState:
-    """On GPUs with NCCL, else with gloo; made by the first call."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -217,6 +218,10 @@ def assignments(sets: Iterable[str]) -> dict[str, Any]:
     return {name: value for assignment in sets for name, value in _parse_set(assignment).items()}
 
 
+EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+"""1e-4, which YAML 1.1 takes for a text."""
+
+
 def _parse_set(assignment: str) -> dict[str, Any]:
     path, separator, text = assignment.partition("=")
     if not separator or not path:
@@ -224,7 +229,7 @@ def _parse_set(assignment: str) -> dict[str, Any]:
     if path == "preset":
         raise RecipeError("a preset is not a field; give --preset.")
     try:
-        tree: Any = yaml.safe_load(text)
+        tree: Any = float(text) if EXPONENT.fullmatch(text) else yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {assignment!r}: the value is not YAML: {error}") from error
     for name in reversed(path.split(".")):

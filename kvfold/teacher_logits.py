@@ -41,9 +41,8 @@ def keep_teacher_logits(teacher: Any, rows: Rows, folder: Path, *, top: int, bat
     processes share the rows."""
     make_folder(folder)
     top = min(top, teacher.config.vocab_size)
-    firsts = range(0, len(rows), ROWS_PER_FILE)
+    firsts = range(0, len(rows), ROWS_PER_FILE)[processes.rank() :: processes.world_size()]
     missing = [first for first in firsts if not _file(folder, first // ROWS_PER_FILE).exists()]
-    missing = missing[processes.rank() :: processes.world_size()]
     require_space(folder, 6 * top * rows.input_ids.shape[1] * ROWS_PER_FILE * len(missing))
     for first in track(missing, "asking the teacher", len(missing)):
         indices = range(first, min(first + ROWS_PER_FILE, len(rows)))

@@ -12,7 +12,6 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from kvfold.documents import predicted
 from kvfold.elastic import Elastic
@@ -84,7 +83,7 @@ class HealTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _last_good(self) -> str:
-        last = get_last_checkpoint(str(self.args.output_dir)) if Path(str(self.args.output_dir)).is_dir() else None
+        last = last_checkpoint(Path(str(self.args.output_dir)))
         return f"The last good checkpoint is {last}." if last else "No checkpoint was written before."
 
 
@@ -151,6 +150,12 @@ class _Widths(TrainerCallback):
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def last_checkpoint(run_dir: Path) -> str | None:
+    """The newest that is complete: Trainer writes its state last."""
+    found = [file.parent for file in run_dir.glob("checkpoint-*/trainer_state.json")]
+    return max(map(str, found), key=lambda name: int(name.rpartition("-")[2]), default=None)
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:

@@ -10,13 +10,13 @@ from pathlib import Path
 from torch import Tensor
 
 from kvfold.architectures.base import architecture
-from kvfold.checkpoint import INDEX, Checkpoint
+from kvfold.checkpoint import Checkpoint
 from kvfold.elastic import MULTIPLE, check_nested, kept_width
 from kvfold.errors import BudgetError, CheckpointError
-from kvfold.output import copy_side_files, partial_folder, publish, refuse_out
+from kvfold.output import copy_side_files, partial_folder, publish, refuse_out, write_weights
 from kvfold.plan import CONFIG_KEY, CachePlan, CacheSpec
 from kvfold.runtime.modeling import MODEL_TYPE_PREFIX
-from kvfold.storage import write_tensors, write_text
+from kvfold.storage import write_text
 
 SLACK = 1 + 1e-9
 
@@ -42,12 +42,8 @@ def truncate(folder: str | Path, out: str | Path, *, kv_budget: float, overwrite
     narrow = narrowed(plan, kv_budget)
     refuse_out(out, overwrite, keep=(checkpoint.path,))
     partial = partial_folder(out, f"{checkpoint.fingerprint()} {narrow.to_dict()}")
-    weight_map = {name: stored.shard for name, stored in checkpoint.tensors.items()}
-    for shard in sorted(set(weight_map.values())):
-        names = [name for name in weight_map if weight_map[name] == shard]
-        write_tensors(partial / shard, _tensors(checkpoint, names, plan, narrow), {"format": "pt"})
-    if len(set(weight_map.values())) > 1:
-        write_text(partial / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
+    shards = {name: stored.shard for name, stored in checkpoint.tensors.items()}
+    write_weights(partial, shards, lambda names: _tensors(checkpoint, names, plan, narrow))
     write_text(partial / "config.json", json.dumps(checkpoint.config | {CONFIG_KEY: narrow.to_dict()}, indent=2) + "\n")
     copy_side_files(checkpoint, partial)
     facts = {"name": out.name, "source": folder, "kv_budget": narrow.kv_budget, "before": plan.kv_budget}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +18,13 @@ import kvfold
 from kvfold.architectures.base import architecture
 from kvfold.data import first_windows, load_tokenizer
 from kvfold.documents import IGNORED, pack
-from kvfold.errors import DataError, HealError, RecipeError
+from kvfold.errors import DataError, HealError, PlanError, RecipeError
 from kvfold.evaluation import evaluate_models
-from kvfold.healing import make_healing
+from kvfold.healing_recipe import make_healing
 from kvfold.loading import load_plan
 from kvfold.objectives import distance, distance_from_top
 from kvfold.testing import assert_close
+from kvfold.training import last_checkpoint
 
 
 class Words:
@@ -171,7 +173,7 @@ def test_healing_lowers_what_it_minimises(folded, fields):
     name = f"healed-{fields['objective']}-{fields['train']}"
     fields = fields | ({"eval_data": str(folded / "text.txt"), "eval_tokens": 256} if "eval_data" in fields else {})
     made = kvfold.heal(healing(folded, name, **fields), device="cpu")
-    assert made.steps == 25 and made.tokens == 3200 * (2 if "epochs" in fields else 1)
+    assert (made.steps, made.tokens) == ((26, 6400) if "epochs" in fields else (25, 3200))
     found = [lost(folded, n) for n in ("folded", name)]
     measure = "loss" if fields["objective"] in ("ce", "mix") else "kl"
     assert getattr(found[1], measure) < 0.98 * getattr(found[0], measure), found
@@ -218,6 +220,53 @@ def test_a_killed_run_goes_on_with_the_same_result(folded):
     assert steps == sorted(steps)
 
 
+def test_a_teacher_on_disk_knows_the_evaluation_text_too(folded):
+    fields = {"eval_data": str(folded / "text.txt"), "eval_tokens": 512, "max_tokens": 640, "learning_rate": 1e-9}
+    found = [
+        kvfold.heal(healing(folded, f"top{top}", teacher_top=top, **fields), device="cpu").final for top in (0, 4096)
+    ]
+    for name in ("kl", "eval_kl"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=2e-3)
+
+
+def test_a_checkpoint_that_was_not_finished_is_passed_over(folded):
+    """Trainer writes its state last; killed before that, the checkpoint before it counts."""
+    fields = healing(folded, "unfinished", save_every=5)
+    kvfold.heal(fields, device="cpu")
+    whole = load_file(folded / "unfinished" / "model.safetensors")
+    shutil.rmtree(folded / "unfinished")
+    (folded / "unfinished.heal" / "checkpoint-25" / "trainer_state.json").unlink()
+    assert last_checkpoint(folded / "unfinished.heal").endswith("checkpoint-20")
+    kvfold.heal(fields, device="cpu")
+    again = load_file(folded / "unfinished" / "model.safetensors")
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_another_text_under_the_same_name_is_noticed(folded, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text((folded / "text.txt").read_text())
+    fields = healing(folded, "moved", data=str(text), max_tokens=640)
+    kvfold.heal(fields, device="cpu")
+    text.write_text("evening light " * 3000)
+    with pytest.raises(RecipeError, match="other settings, models or text"):
+        kvfold.heal(fields, overwrite=True, device="cpu")
+
+
+def test_a_healed_folder_has_the_folds_tensors(tmp_path):
+    """Tied weights are stored once, in their dtype; sampling settings that do not fit together do no harm."""
+    model = make_tiny("qwen2_bias_tied", vocab_size=4096).bfloat16()
+    save_tiny(model, tmp_path / "source")
+    (tmp_path / "source" / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9}')
+    with_text(tmp_path)
+    recipe = {"model": str(tmp_path / "source"), "out": str(tmp_path / "folded"), "width": {"method": "mean_pool"}}
+    kvfold.compress(recipe | {"kv_budget": 0.5}, device="cpu")
+    kvfold.heal(healing(tmp_path, "healed", train="all", max_tokens=320), device="cpu")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("folded", "healed"))
+    assert {n: (t.shape, t.dtype) for n, t in before.items()} == {n: (t.shape, t.dtype) for n, t in after.items()}
+    assert not any(torch.equal(before[n], after[n]) for n in before if "q_proj.weight" in n)
+    assert (tmp_path / "healed" / "model.safetensors").stat().st_mode & 0o044 == 0o044
+
+
 def test_a_loss_that_is_no_number_stops_the_run(folded):
     with pytest.raises(HealError, match=r"the loss is nan at step \d+"):
         kvfold.heal(healing(folded, "nan", learning_rate=1e30, save_every=1), device="cpu")
@@ -236,6 +285,11 @@ def test_a_loss_that_is_no_number_stops_the_run(folded):
         ({"batch_size": 0}, "at least 1"),
         ({"batch_size": "8"}, "is not int"),
         ({"objective": "ce", "teacher_top": 5}, "goes with objective kd"),
+        ({"objective": "layers", "gradient_checkpointing": True}, "does not go with gradient_checkpointing"),
+        ({"lora_dropout": 1.5}, "a share below 1"),
+        ({"teacher_top": -1}, "at least 0"),
+        ({"seq_len": -3}, "at least 0"),
+        ({"elastic": 1.0}, "below 1"),
     ],
 )
 def test_mistakes_are_named(folded, fields, message):
@@ -248,6 +302,15 @@ def test_what_cannot_be_healed_is_refused(folded):
         kvfold.heal(healing(folded, "bad", folded=str(folded / "source")), device="cpu")
     with pytest.raises(RecipeError, match="is not the original"):
         kvfold.heal(healing(folded, "bad2", teacher=str(folded / "folded")), device="cpu")
+    joint = {"model": str(folded / "source"), "out": str(folded / "joint"), "preset": "xkv", "kv_budget": 0.5}
+    joint |= {"depth": {"factor": 3}, "calibration": {"data": "self", "num_samples": 8, "seq_len": 48}}
+    kvfold.compress(joint, device="cpu")
+    with pytest.raises(PlanError, match="latents of several layers"):
+        kvfold.heal(healing(folded, "bad3", folded=str(folded / "joint")), device="cpu")
+    with pytest.raises(RecipeError, match="CUDA_VISIBLE_DEVICES"):
+        kvfold.heal(healing(folded, "bad4"), device="cuda:1")
+    with pytest.warns(UserWarning, match="tokens where 1,000,000 were asked for"):
+        kvfold.heal(healing(folded, "short", max_tokens=1_000_000, batch_size=64), device="cpu")
     with pytest.raises(RecipeError, match="checkpoints of a run with other settings"):
         kvfold.heal(healing(folded, "bad", seed=9), run_dir=folded / "whole.heal", device="cpu")
 

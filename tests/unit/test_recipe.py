@@ -6,7 +6,7 @@ import yaml
 from kvfold import registry
 from kvfold.errors import RecipeError
 from kvfold.presets import PRESETS
-from kvfold.recipe import load_recipe, make_recipe, parse_budget
+from kvfold.recipe import assignments, load_recipe, make_recipe, parse_budget
 
 BASE = {"model": "m", "out": "o"}
 
@@ -97,3 +97,9 @@ def test_every_file_of_an_axis_is_a_method(package):
         assert registry.load(package, name)
     if package in registry.AXES:
         assert "identity" in registry.names(package)
+
+
+def test_numbers_with_exponents_are_numbers():
+    """YAML 1.1 takes 1e-4 for a text."""
+    found = assignments(["a=1e-4", "b=2.5E+3", "c=1e", "d=0.5", "e=text"])
+    assert found == {"a": 1e-4, "b": 2500.0, "c": "1e", "d": 0.5, "e": "text"}
