@@ -311,8 +311,10 @@ def test_what_cannot_be_healed_is_refused(folded):
         kvfold.heal(healing(folded, "bad4"), device="cuda:1")
     with pytest.warns(UserWarning, match="tokens where 1,000,000 were asked for"):
         kvfold.heal(healing(folded, "short", max_tokens=1_000_000, batch_size=64), device="cpu")
+    (folded / "other.heal").mkdir()
+    (folded / "other.heal" / "healing.txt").write_text("another run")
     with pytest.raises(RecipeError, match="checkpoints of a run with other settings"):
-        kvfold.heal(healing(folded, "bad", seed=9), run_dir=folded / "whole.heal", device="cpu")
+        kvfold.heal(healing(folded, "bad"), run_dir=folded / "other.heal", device="cpu")
 
 
 def test_the_papers_recipes_are_the_papers():
