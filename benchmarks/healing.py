@@ -98,7 +98,7 @@ def starts(options: argparse.Namespace) -> list[Run]:
         "SVD of activations": {"preset": "svd_a", "kv_budget": 0.5},
         "auto": {"preset": "auto", "kv_budget": 1 / 32},
     }
-    control = [Run(CONTROL, {"preset": "identity"}, LORA | {"train": "all"})]
+    control = [Run(CONTROL, {"preset": "identity"}, UPTRAINING)]
     return control + [
         Run(f"{name}, {how}", fold, fields)
         for name, fold in folds.items()
@@ -108,12 +108,11 @@ def starts(options: argparse.Namespace) -> list[Run]:
 
 
 def objectives(options: argparse.Namespace) -> list[Run]:
-    """One fold, a sixth of the bytes, trained on a quarter, half and all of the tokens."""
+    """One fold, a sixth of the bytes: cross-entropy on all of the tokens, distillation on a quarter, half and all."""
     fold = {"preset": "svd_a", "kv_budget": 1 / 6}
     return [
         Run(f"{name}, {share:.0%} of the tokens", fold, DISTILLATION | {"objective": name}, share)
-        for share in (0.25, 0.5, 1.0)
-        for name in ("ce", "kd")
+        for name, share in (("ce", 1.0), ("kd", 0.25), ("kd", 0.5), ("kd", 1.0))
     ]
 
 
