@@ -35,13 +35,22 @@ $python -m kvfold.cli compare kvfold/models/books-6l --preset gqa --preset svd_w
 $python benchmarks/mlkv_table.py --batch "${BATCH:-32}" --memory "${MEMORY:-8}" --dtype float16 --markdown "$out/mlkv-table.md" \
   | tail -1 > "$out/mlkv-table.json"
 
-# A decode step of Llama-2-7B's shape (random weights, as many layers as LAYERS), where the cache outweighs the weights.
-$python benchmarks/fold_llama2_7b.py --folder "$scratch" --layers "$layers" --preset svd_w --keep | tail -1 | tee "$out/fold.json"
-$python benchmarks/fold_llama2_7b.py --folder "$scratch" --layers "$layers" --preset gqa --keep | tail -1 > /dev/null
-for preset in identity int8 int4 fp8; do
-  $python benchmarks/fold_llama2_7b.py --folder "$scratch" --layers "$layers" --preset $preset --kv-budget 1 --keep | tail -1 > /dev/null
-done
+# Speed tables of arXiv 2406.07056 at 2,048 cached tokens: random weights of the published geometries, LAYERS of their layers.
+bench() { # NAME, then options
+  name=$1; shift
+  $python -m kvfold.cli bench --layers "$layers" --batch "${BATCH:-32}" "$@" --plot "$out/$name.svg" | tee "$out/$name.txt" | tail -1 > "$out/$name.json"
+}
 for context in ${CONTEXTS:-2048 8192}; do
-  $python benchmarks/decode_step.py "$scratch/llama2-7b-$layers-layers" "$scratch"/folded-{svd_w,gqa,identity,int8,int4,fp8} \
-    --dtype bfloat16 --batch "${BATCH:-32}" --context "$context" --markdown "$out/decode-step-$context.md"
+  bench "llama2-7b-$context" --shape llama2-7b --context "$context" --kv-heads 16 --kv-heads 8 --preset int8 --preset int4 --preset fp8
 done
+bench llama2-13b-2048 --shape llama2-13b --context 2048 --kv-heads 20 --kv-heads 10
+bench bloomz-7b1-2048 --shape bloomz-7b1 --context 2048 --kv-heads 16 --kv-heads 8 --kv-heads 4
+
+# Folding Llama-2-7B's shape: time and memory.
+$python benchmarks/fold_llama2_7b.py --folder "$scratch" --layers "$layers" --preset svd_w | tail -1 | tee "$out/fold.json"
+
+# Recovery training, with the packaged model's own text: does it run, and how fast.
+$python -m kvfold.cli compress kvfold/models/books-6l --preset gqa --kv-heads 3 --out "$scratch/gqa" | tail -1 > /dev/null
+cat README.md docs/*.md > "$scratch/text.txt"
+$python -m kvfold.cli heal "$scratch/gqa" --teacher kvfold/models/books-6l --data "$scratch/text.txt" --seq-len 256 --max-tokens 32768 \
+  --set bf16=true --out "$scratch/healed" | tail -1 | tee "$out/heal.json"
