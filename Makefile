@@ -31,8 +31,8 @@ results: $(VENV)/installed
 	$(BIN)/kvfold compare $(MODEL) $(PRESETS) --kv-budget 1/2 --kv-budget 1/3 --kv-budget 1/6 \
 	  --data $(CALIBRATION) --num-samples 128 --seq-len 256 --eval-data $(VALID) --max-tokens 32768 --out runs/width
 	cp runs/width/table.md results/width-books-6l-$(if $(filter self,$(CALIBRATION)),self,text).md
-	for dtype in float32 bfloat16; do $(BIN)/python benchmarks/decode_step.py $(MODEL) runs/width/svd_a-0.5 \
-	  runs/width/svd_a-width.latent=group-0.5 runs/width/gqa-0.5 --dtype $$dtype --markdown results/decode-step-$$dtype.md; done
+	for dtype in float32 bfloat16; do $(BIN)/kvfold bench runs/width/svd_a-0.5 runs/width/svd_a-width.latent=group-0.5 \
+	  runs/width/gqa-0.5 --against $(MODEL) --dtype $$dtype --steps 40 $(DECODE) --markdown results/decode-step-$$dtype.md; done
 
 # Everything from 1/2 to 1/32 of the bytes, ours and the peers', for one model; then the table and plots over all models that
 # were compared so: make results-frontier MODEL=folder VALID=books-valid.txt SHIFTED=wikitext2-valid.txt CALIBRATION=books-train.txt.xz
@@ -47,16 +47,16 @@ results-frontier: $(VENV)/installed
 	  --out runs/frontier-$(notdir $(MODEL))
 	$(BIN)/python benchmarks/frontier.py
 
-# A decode step with packed caches, of two layers of Llama-2-7B's shape and of the packaged model: make results-bits SCRATCH=/with/10GB
-PACKED := identity int8 int4 fp8
+# A decode step with packed caches, of two layers of Llama-2-7B's shape and of the packaged model
+DECODE := --prefills 0 --threads 2
+SHAPE := --shape llama2-7b --layers 2 --dtype bfloat16 $(DECODE)
+PACKED := int8 int4 fp8
 results-bits: $(VENV)/installed
-	for preset in $(PACKED); do \
-	  $(BIN)/python benchmarks/fold_llama2_7b.py --folder $(SCRATCH) --layers 2 --keep --preset $$preset --kv-budget 1 && \
+	for preset in identity $(PACKED); do \
 	  $(BIN)/kvfold compress $(MODEL) --preset $$preset --out runs/bits/$$preset --overwrite || exit 1; done
-	$(BIN)/python benchmarks/decode_step.py $(SCRATCH)/llama2-7b-2-layers $(PACKED:%=$(SCRATCH)/folded-%) \
-	  --dtype bfloat16 --context 4096 --steps 10 --markdown results/decode-step-bits.md
-	$(BIN)/python benchmarks/decode_step.py $(MODEL) $(PACKED:%=runs/bits/%) \
-	  --dtype bfloat16 --context 4096 --steps 40 --markdown results/decode-step-bits-$(notdir $(MODEL)).md
+	$(BIN)/kvfold bench $(SHAPE) $(PACKED:%=--preset %) --context 4096 --steps 10 --markdown results/decode-step-bits.md
+	$(BIN)/kvfold bench runs/bits/identity $(PACKED:%=runs/bits/%) --against $(MODEL) \
+	  --dtype bfloat16 --context 4096 --steps 40 $(DECODE) --markdown results/decode-step-bits-$(notdir $(MODEL)).md
 
 # Low-rank methods side by side at equal bytes, ours and the peers', on two held-out texts, for one model:
 # make results-width MODEL=folder VALID=books-valid.txt SHIFTED=wikitext2-valid.txt CALIBRATION=books-train.txt.xz [PALU_GROUP=3]
@@ -97,15 +97,10 @@ results-autoencoder: $(VENV)/installed
 	cp runs/autoencoder-$(notdir $(MODEL))/table.md results/autoencoder-$(notdir $(MODEL)).md
 
 # A decode step of two layers of Llama-2-7B's shape at a quarter: latents that queries meet as they lie, and keys rebuilt on
-# read, from one latent per layer and from one per four heads: make results-on-read SCRATCH=/with/10GB
-ON_READ = $(BIN)/python benchmarks/fold_llama2_7b.py --folder $(SCRATCH) --layers 2 --keep --kv-budget 0.25 \
-  --set allocate=uniform --set calibration.data=self --set calibration.num_samples=2 --set calibration.seq_len=64
+# read, from one latent per layer and from one per four heads
 results-on-read: $(VENV)/installed
-	$(ON_READ) --preset fast
-	$(ON_READ) --preset small
-	$(ON_READ) --preset small --name folded-small-groups-of-4 --set width.latent=group --set width.group_size=4
-	$(BIN)/python benchmarks/decode_step.py $(SCRATCH)/llama2-7b-2-layers $(SCRATCH)/folded-fast $(SCRATCH)/folded-small \
-	  $(SCRATCH)/folded-small-groups-of-4 --dtype bfloat16 --steps 4 --markdown results/decode-step-on-read.md
+	$(BIN)/kvfold bench $(SHAPE) --steps 4 --preset fast:kv_budget=0.25 --preset small:kv_budget=0.25 \
+	  --preset small:kv_budget=0.25,width.latent=group,width.group_size=4 --markdown results/decode-step-on-read.md
 
 results-solve: $(VENV)/installed
 	$(BIN)/python benchmarks/solve_layer.py --json results/solve-layer.json
@@ -138,11 +133,8 @@ results-healing: $(VENV)/installed
 # Memory and time of folding Llama-2-7B's shape, and a decode step of two of its layers: make results-7b SCRATCH=/with/30GB
 results-7b: $(VENV)/installed
 	$(BIN)/python benchmarks/fold_llama2_7b.py --folder $(SCRATCH) --json results/fold-llama2-7b.json
-	$(BIN)/python benchmarks/fold_llama2_7b.py --folder $(SCRATCH) --layers 2 --keep
-	$(BIN)/python benchmarks/fold_llama2_7b.py --folder $(SCRATCH) --layers 2 --keep --set width.latent=group --name folded-group
-	$(BIN)/python benchmarks/fold_llama2_7b.py --folder $(SCRATCH) --layers 2 --keep --preset gqa
-	$(BIN)/python benchmarks/decode_step.py $(SCRATCH)/llama2-7b-2-layers $(SCRATCH)/folded-svd_w $(SCRATCH)/folded-group \
-	  $(SCRATCH)/folded-gqa --dtype bfloat16 --steps 20 --markdown results/decode-step-llama2-7b-2-layers.md
+	$(BIN)/kvfold bench $(SHAPE) --steps 20 --preset svd_w:kv_budget=0.5 --kv-heads 16 --preset gqa:kv_budget=0.5 \
+	  --markdown results/decode-step-llama2-7b-2-layers.md
 
 # Whether a folded model still finds what stands far back: make results-recall MODEL=folder FOLDED=folder [LENGTHS=512,2048]
 FOLDED ?= $(error give FOLDED=FOLDER, which kvfold wrote)

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
-from decode_step import fill, race
 from transformers import DynamicCache, GPTNeoXConfig
 
 from kvfold.allocate import Axes, Request, allocate, choose_layout
 from kvfold.architectures.base import architecture, empty_model
+from kvfold.benchmark import WARM_UP, fill, timed
 from kvfold.loading import resolve_device
 from kvfold.plan import CONFIG_KEY, CachePlan
 from kvfold.presets import MLKV_PAPER
@@ -72,6 +73,19 @@ def main() -> None:
         assert held == plan.kv_bytes(options.context, batch_size=options.batch), f"{name} allocates {held} bytes"
     seconds = race(contestants, options.batch, options.steps, device)
     report(contestants, plans, {name: statistics.median(times) for name, times in seconds.items()}, options, device)
+
+
+@torch.inference_mode()
+def race(contestants: dict[str, tuple[Any, Any]], batch: int, steps: int, device: str) -> dict[str, list[float]]:
+    """Seconds per decode step; every contestant takes one step in turn."""
+    token = torch.full((batch, 1), 5, device=device)
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for step in range(steps + WARM_UP):
+        for name, (model, cache) in contestants.items():
+            taken = timed(functools.partial(model, token, past_key_values=cache, use_cache=True), device)
+            if step >= WARM_UP:
+                seconds[name].append(taken)
+    return seconds
 
 
 def plan_of(name: str, dtype: str) -> CachePlan:

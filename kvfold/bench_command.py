@@ -12,7 +12,7 @@ from kvfold.capacity import parse_size
 from kvfold.drawing import speed_plot
 from kvfold.errors import RecipeError
 from kvfold.options import Device, Dtype
-from kvfold.printing import SVG, print_benchmark, print_json
+from kvfold.printing import SVG, benchmark_markdown, print_benchmark, print_json
 from kvfold.shapes import SHAPES, Shape
 from kvfold.storage import write_text
 
@@ -39,6 +39,7 @@ def bench_command(
     prefills: Annotated[int, typer.Option(help="Prompts of each contestant; 0 for none.", min=0)] = PREFILLS,
     threads: Annotated[int, typer.Option(help="On a CPU; 0 leaves it to torch.", min=0)] = 0,
     plot: Annotated[Path | None, typer.Option(help="Picture to write (.svg).", show_default=False)] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Table to write (.md).", show_default=False)] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -60,6 +61,8 @@ def bench_command(
         device=device,
     )
     print_benchmark(found)
+    if markdown:
+        write_text(markdown, benchmark_markdown(found))
     if plot:
         write_text(plot, SVG + speed_plot(found.rows))
     print_json(found.to_json())

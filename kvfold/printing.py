@@ -84,22 +84,42 @@ def print_capacity(found: Capacity) -> None:
         STDOUT.print(f"{found.wanted:,} sequences need {need}.", highlight=False)
 
 
+COLUMNS = (
+    "", "kv_budget", "first token", "step", "tokens/s", "of the first", "attention", "cache MB", "read MB", "of bandwidth",
+    "peak MB",
+)  # fmt: skip
+
+
 def print_benchmark(found: Benchmark) -> None:
     """Times as ratios to the first row, which noise spares more than the times themselves."""
-    how = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.settings.items())
-    table = Table(title=f"{how}; copies {found.copy_bytes_per_second / 1e9:.3g} GB/s", title_justify="left")
-    columns = ("", "kv_budget", "first token", "step", "tokens/s", "of the first", "attention", "cache MB", "read MB")
-    for column in (*columns, "of bandwidth", "peak MB"):
+    table = Table(title=_settings(found), title_justify="left")
+    for column in COLUMNS:
         table.add_column(column, justify="right" if column else "left")
-    for row in found.rows:
-        share = "" if math.isnan(row.attention) else f"{row.bandwidth:.0%}"
-        table.add_row(
-            row.label, f"{row.kv_budget:.3f}", _milliseconds(row.ttft), _milliseconds(row.tpot),
-            f"{row.tokens_per_second:,.4g}", f"{row.tpot / found.rows[0].tpot:.3f}", _milliseconds(row.attention),
-            f"{row.stored_bytes / 1e6:,.4g}", f"{row.read_bytes / 1e6:,.4g}", share,
-            f"{row.peak_bytes / 1e6:,.4g}" if row.peak_bytes else "",
-        )  # fmt: skip
+    for line in _speed_lines(found):
+        table.add_row(*line)
     STDOUT.print(table)
+
+
+def benchmark_markdown(found: Benchmark) -> str:
+    """The same for files."""
+    lines = [f"| {' | '.join(line)} |" for line in (COLUMNS, *_speed_lines(found))]
+    return "\n".join([_settings(found) + ".", "", lines[0], "|---" * len(COLUMNS) + "|", *lines[1:]]) + "\n"
+
+
+def _settings(found: Benchmark) -> str:
+    how = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.settings.items())
+    return f"{how}; copies {found.copy_bytes_per_second / 1e9:.3g} GB/s"
+
+
+def _speed_lines(found: Benchmark) -> list[tuple[str, ...]]:
+    return [
+        (row.label, f"{row.kv_budget:.3f}", _milliseconds(row.ttft), _milliseconds(row.tpot),
+         f"{row.tokens_per_second:,.4g}", f"{row.tpot / found.rows[0].tpot:.3f}", _milliseconds(row.attention),
+         f"{row.stored_bytes / 1e6:,.4g}", f"{row.read_bytes / 1e6:,.4g}",
+         "" if math.isnan(row.attention) else f"{row.bandwidth:.0%}",
+         f"{row.peak_bytes / 1e6:,.4g}" if row.peak_bytes else "")
+        for row in found.rows
+    ]  # fmt: skip
 
 
 def _milliseconds(seconds: float) -> str:
