@@ -6,8 +6,9 @@ mlkv: the configurations of the MLKV paper that fit the model's layers and heads
 the original uptrained on the same tokens (the paper, arXiv 2406.09297, compares with an original that was not).
 starts: mean-pooled heads, SVD of the weights and SVD of activations (arXiv 2406.07056), before and after LoRA and
 distillation. objectives: distillation against cross-entropy at equal tokens. Loss changes are those against the
-untrained original, on the same held-out text; "of the gap" is the share of the loss before healing that is gone,
-where the control's loss counts as none. A finished run is not repeated. One JSON line last.
+untrained original, on the same held-out text; "of the gap" is the share of the loss before healing that is gone (in
+mlkv, where all weights are trained, what the control lost does not count). A finished run is not repeated. One JSON
+line last.
 """
 
 from __future__ import annotations
@@ -161,8 +162,9 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> list[str]:
         "| | kv_budget | tokens | loss change before | after | against the control | of the gap | KL before | after |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    nothing = control if options.table == "mlkv" else 0.0
     for row in rows:
-        gap = row["before"] - control
+        gap = row["before"] - nothing
         share = (row["before"] - row["after"]) / gap if row["label"] != CONTROL and gap > 0 else math.nan
         cells = (
             row["label"], f"{row['kv_budget']:.3f}", f"{row['tokens']:,}", f"{row['before']:+.4f}",
