@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import kvfold
+from kvfold.drawing import svg
 from kvfold.evaluation import Evaluation
 from kvfold.inspection import inspect
+from kvfold.printing import SVG
 
 UPTRAINING = {"objective": "ce", "train": "all", "weight_decay": 0.01}
 DISTILLATION = {"objective": "kd", "train": "attention"}
@@ -54,7 +56,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where folders are kept")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--markdown", type=Path, help="write the table here too")
+    parser.add_argument("--markdown", type=Path, help="write the table here too, and a plot beside it (.svg)")
     options = parser.parse_args()
     rows = [
         measure(run, options)
@@ -64,6 +66,7 @@ def main() -> None:
     print(*lines, sep="\n")
     if options.markdown:
         options.markdown.write_text("\n".join(lines) + "\n")
+        options.markdown.with_suffix(".svg").write_text(SVG + plot(rows))
     print(json.dumps({"table": options.table, "rows": rows}))
 
 
@@ -173,6 +176,21 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> list[str]:
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def plot(rows: list[dict[str, Any]]) -> str:
+    """Loss changes before and after, as an SVG."""
+
+    def draw(axes: list[Any]) -> None:
+        labels = [row["label"] for row in rows]
+        axes[0].barh(labels, [row["before"] for row in rows], color="0.82", label="before")
+        axes[0].barh(labels, [row["after"] for row in rows], height=0.45, label="after")
+        axes[0].invert_yaxis()
+        axes[0].set_xlabel("loss change against the untrained original (nats per token)")
+        axes[0].grid(axis="x", alpha=0.3)
+        axes[0].legend(frameon=False)
+
+    return svg(draw, panels=1, size=(9.5, 0.42 * len(rows) + 1.3))
 
 
 if __name__ == "__main__":
