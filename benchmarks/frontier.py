@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvfold.drawing import frontier_plot
-from kvfold.printing import SVG
+from kvfold.drawing import SVG, frontier_plot
 
 NAMES = {
     "svd_a:width.v_latent=layer": "svd_a",
@@ -48,7 +47,8 @@ class Point:
 
 
 def main() -> None:
-    """Write results/frontier.md, -shifted.md (further texts) and -ablation.md, and per model a table and a plot."""
+    """Write results/frontier.md, -shifted.md (further texts) and -ablation.md, per model a table and a plot, and
+    frontier.json: how many points of others there are, and which lose less."""
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
     lines: list[str] = []
     shifted: list[str] = []
@@ -78,7 +78,9 @@ def main() -> None:
     write("frontier-shifted.md", columns, shifted)
     write("frontier-ablation.md", "KL, shared out | KL, equal shares | equal shares, 4 bits", ablation)
     print(f"{seen} points of other methods; better than auto at the same budget: {len(beaten)}", *beaten, sep="\n")
-    print(json.dumps({"points": seen, "better_than_auto": beaten}))
+    counted = json.dumps({"points": seen, "better_than_auto": beaten})
+    (RESULTS / "frontier.json").write_text(counted + "\n")
+    print(counted)
 
 
 def read(comparison: dict[str, Any], index: int) -> list[Point]:

@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import kvfold
-from kvfold.drawing import svg
+from kvfold.drawing import SVG, svg
 from kvfold.evaluation import Evaluation
 from kvfold.inspection import inspect
-from kvfold.printing import SVG
 
 UPTRAINING = {"objective": "ce", "train": "all", "weight_decay": 0.01}
 DISTILLATION = {"objective": "kd", "train": "attention"}

@@ -10,7 +10,6 @@ widened as in the paper, so that all models have the parameters of the original.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
 import statistics
@@ -20,18 +19,18 @@ from typing import Any
 import torch
 from transformers import DynamicCache, GPTNeoXConfig
 
-from kvfold.allocate import Axes, Request, allocate, choose_layout
 from kvfold.architectures.base import architecture, empty_model
 from kvfold.benchmark import WARM_UP, fill, timed
 from kvfold.loading import resolve_device
 from kvfold.plan import CONFIG_KEY, CachePlan
 from kvfold.presets import MLKV_PAPER
-from kvfold.recipe import make_recipe
+from kvfold.recipe import preset_recipe
 from kvfold.runtime.cache import FoldedCache
 from kvfold.runtime.modeling import empty_folded_model, folded_classes
+from kvfold.shapes import Shape
 from kvfold.widen import widened_size
 
-PYTHIA_160M = {
+PYTHIA_160M: dict[str, Any] = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
@@ -90,13 +89,8 @@ def race(contestants: dict[str, tuple[Any, Any]], batch: int, steps: int, device
 
 def plan_of(name: str, dtype: str) -> CachePlan:
     """The plan of one configuration at Pythia-160M's shape."""
-    arch = architecture("gpt_neox")
-    layers = arch.describe(empty_model(arch, GPTNeoXConfig(**PYTHIA_160M)))
-    recipe = make_recipe({"model": "-", "out": "-", "preset": name})
-    axes = Axes(**{axis: recipe.method(axis) for axis in ("depth", "width", "bits", "length")})
-    asked = Request(layers=layers, targets=(None,) * len(layers), axes=axes, dtype=dtype)
-    request = dataclasses.replace(asked, targets=choose_layout(asked, kv_budget=None, sample=None))
-    return allocate(request, kv_budget=None, strategy="uniform", curves=dict)
+    shape = Shape(name="pythia-160m", layers=PYTHIA_160M["num_hidden_layers"])
+    return shape.plan(preset_recipe(name, {"model": "-", "out": "-"}), dtype)
 
 
 def build(plan: CachePlan) -> Any:

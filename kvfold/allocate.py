@@ -91,8 +91,7 @@ class Request:
 
     def shapes(self, layer: AttentionLayer, side: str) -> list[StoredShape]:
         """Those of the width method; of a layer that is kept only the one that loses nothing."""
-        width = self.axes.width
-        found = (width.key_shapes if side == "keys" else width.value_shapes)(layer, 1 + self.targets.count(layer.index))
+        found = self.axes.width.shapes(side, layer, 1 + self.targets.count(layer.index))
         shapes = sorted(found, key=lambda shape: shape.numbers)
         return shapes[-1:] if layer.index in self.limits.keep_layers else shapes
 
@@ -270,12 +269,10 @@ def expected_curve(request: Request, groups: Groups, owner: int, side: str, nois
     width, bits, options = request.axes.width, request.axes.bits, request.options[owner, side]
     layer = request.layers[owner]
     if not bits.by_spectrum or owner in request.limits.keep_layers:
-        damage = width.key_damage if side == "keys" else width.value_damage
-        left_out = zip(options, damage(groups(owner), options), strict=True)
+        left_out = zip(options, width.damage(side, groups(owner), options), strict=True)
         return [(shape, lost + max(1 - lost, 0) * noise_share(shape.form)) for shape, lost in left_out]
     shapes = request.allowed(layer, request.shapes(layer, side))
-    spectrum = width.key_spectrum if side == "keys" else width.value_spectrum
-    return bits.curve(shapes, spectrum(groups(owner), shapes[-1].num_heads), noise)
+    return bits.curve(shapes, width.spectrum(side, groups(owner), shapes[-1].num_heads), noise)
 
 
 def cheapest(request: Request, curves: Curves, budget: float) -> Choice:

@@ -9,10 +9,10 @@ import typer
 
 from kvfold.benchmark import PREFILLS, bench
 from kvfold.capacity import parse_size
-from kvfold.drawing import speed_plot
+from kvfold.drawing import SVG, speed_plot
 from kvfold.errors import RecipeError
 from kvfold.options import Device, Dtype
-from kvfold.printing import SVG, benchmark_markdown, print_benchmark, print_json
+from kvfold.printing import benchmark_markdown, print_benchmark, print_json
 from kvfold.shapes import SHAPES, Shape
 from kvfold.storage import write_text
 

@@ -22,10 +22,11 @@ from kvfold.architectures.base import architecture, empty_model
 from kvfold.loading import default_dtype, load_plan, load_weights, resolve_device
 from kvfold.plan import CachePlan
 from kvfold.progress import track
-from kvfold.recipe import Recipe, make_recipe
+from kvfold.recipe import Recipe, preset_recipe
 from kvfold.runtime.attention import FoldedAttention
 from kvfold.runtime.cache import FoldedCache
 from kvfold.shapes import Shape
+from kvfold.uncertainty import defined
 
 WARM_UP = 3
 PREFILLS = 3
@@ -76,7 +77,7 @@ class Benchmark:
     def to_json(self) -> dict[str, Any]:
         return self.settings | {
             "copy_gb_per_second": self.copy_bytes_per_second / 1e9,
-            "rows": [{n: None if v != v else v for n, v in dataclasses.asdict(row).items()} for row in self.rows],
+            "rows": [defined(dataclasses.asdict(row)) for row in self.rows],
         }
 
 
@@ -109,8 +110,9 @@ def bench(
         contestants = _of_folders(folded, against, dtype, device, context + steps)
     else:
         dtype = "bfloat16" if dtype == "auto" else dtype
-        recipes = {"identity": recipe_of("identity")} | {name: recipe_of(name) for name in presets}
-        recipes |= {f"{heads} heads": recipe_of(HEADS.format(heads)) for heads in kv_heads}
+        named = {name: name for name in ("identity", *presets)}
+        named |= {f"{heads} heads": HEADS.format(heads) for heads in kv_heads}
+        recipes = {label: preset_recipe(preset, {"model": "-", "out": "-"}) for label, preset in named.items()}
         contestants = _of_shape(shape, recipes, dtype, device, context + steps)
     settings = {"batch": batch, "context": context, "dtype": dtype, "steps": steps, "device": _hardware(device)}
     settings |= {"threads": torch.get_num_threads()} if device == "cpu" else {}
@@ -147,22 +149,15 @@ def _cache_of(plan: CachePlan) -> Callable[[], FoldedCache]:
     return lambda: FoldedCache(plan)
 
 
-def recipe_of(preset: str) -> Recipe:
-    """NAME or NAME:AXIS.FIELD=VALUE,..., as in compare."""
-    name, _, sets = preset.partition(":")
-    return make_recipe({"model": "-", "out": "-", "preset": name}, [part for part in sets.split(",") if part])
-
-
 def _stock(model: Any, plan: CachePlan, tokens: int) -> dict[str, Contestant]:
     config, room = model.config, tokens + WARM_UP
     arch = architecture(config.model_type)
-    alibi = arch.describe(empty_model(arch, config))[
-        0
-    ].alibi  # its biases have the length of the mask, not of the cache
+    first = arch.describe(empty_model(arch, config))[0]
     found = {
         "original, DynamicCache": Contestant(model=model, plan=plan, new_cache=lambda: DynamicCache(config=config))
     }
-    if getattr(model, "_can_compile_fullgraph", False) and not alibi:
+    # the biases of alibi have the length of the mask, not that of a cache of fixed size
+    if getattr(model, "_can_compile_fullgraph", False) and not first.alibi:
         static = lambda: StaticCache(config=config, max_cache_len=room)  # noqa: E731
         found["original, StaticCache"] = Contestant(model=model, plan=plan, new_cache=static)
     return found
@@ -205,6 +200,7 @@ class _Runner:
         self.peak = self.stored = 0
 
     def step(self, *, counts: bool) -> None:
+        """One token for every sequence; the first few do not count."""
         if self.device != "cpu":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.clock.seconds = 0.0
@@ -221,12 +217,14 @@ class _Runner:
         self.stored, self.cache = allocated(self.cache), None
 
     def prompt(self, prompt_BT: Tensor) -> None:
+        """One prompt into a new cache."""
         model, cache = self.contestant.model, self.contestant.new_cache()
         self.ttft.append(
             timed(lambda: model(prompt_BT, past_key_values=cache, use_cache=True, logits_to_keep=1), self.device)
         )
 
     def speed(self, copy: float) -> Speed:
+        """What all of it says. copy: bytes per second."""
         plan, tpot = self.contestant.plan, statistics.median(self.tpot)
         read = self.batch * (plan.kv_read_bytes(self.context) if self.folded else plan.source_kv_bytes(self.context))
         attention = statistics.median(self.attention) if self.folded else math.nan

@@ -21,7 +21,7 @@ from kvfold.generation import continue_prompt
 from kvfold.linalg import discarded_energy
 from kvfold.loading import Source, default_dtype, load_weights, open_source, resolve_device
 from kvfold.pipeline import compress
-from kvfold.recipe import Recipe, make_recipe
+from kvfold.recipe import Recipe, make_recipe, preset_recipe
 from kvfold.storage import write_text
 
 CONTEXT = 32_768
@@ -157,10 +157,8 @@ def _cases(
 
 
 def _recipe(fields: dict[str, Any], preset: str, budget: float, out: Path) -> Recipe:
-    name, _, sets = preset.partition(":")
     folder = out / re.sub(r"[:,/]", "-", f"{preset}-{budget:.4g}")
-    tree = fields | {"preset": name, "kv_budget": budget, "out": str(folder)}
-    return make_recipe(tree, [assignment for assignment in sets.split(",") if assignment])
+    return preset_recipe(preset, fields | {"kv_budget": budget, "out": str(folder)})
 
 
 def _windows(

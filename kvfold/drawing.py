@@ -1,4 +1,4 @@
-"""A plan as a picture: how many numbers every layer stores of keys and of values, and in how many bits each."""
+"""Pictures: what every layer of a plan stores and in how many bits, frontiers, losses over steps, speeds."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvfold.benchmark import Speed
 from kvfold.number_format import StoredShape
 from kvfold.plan import CachePlan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from kvfold.benchmark import Speed
+
 CELLS = 24
 """Characters for all numbers that a side of the source has."""
 SHADES = {2: "░", 4: "▒", 6: "▓", 64: "█"}
 """Bits up to which a character stands for numbers; what is not stored is a dot."""
+
+SVG = '<?xml version="1.0" encoding="utf-8"?>\n'
+"""Before a picture that is a file of its own."""
 
 
 def bar(side: StoredShape, source_numbers: int, itemsize: int) -> str:

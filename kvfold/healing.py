@@ -22,7 +22,7 @@ from kvfold import processes
 from kvfold.checkpoint import DTYPES, Checkpoint
 from kvfold.data import first_windows, load_tokenizer
 from kvfold.documents import Rows, pack
-from kvfold.drawing import loss_plot
+from kvfold.drawing import SVG, loss_plot
 from kvfold.elastic import Elastic, check_nested
 from kvfold.errors import PlanError, RecipeError
 from kvfold.healing_recipe import Healing, make_healing
@@ -38,13 +38,11 @@ from kvfold.loading import (
 from kvfold.objectives import CrossEntropy, Distillation, LayerMatch, Objective
 from kvfold.output import copy_side_files, partial_folder, publish, refuse_out, write_weights
 from kvfold.plan import CachePlan
-from kvfold.storage import make_folder, write_text
+from kvfold.storage import copy_file, make_folder, write_text
 from kvfold.teacher_logits import keep_teacher_logits
 from kvfold.trainable import choose_trainable, merged
 from kvfold.training import METRICS, SHOWN, HealTrainer, last_checkpoint, read_metrics
 from kvfold.version import __version__
-
-XML = '<?xml version="1.0" encoding="utf-8"?>\n'
 
 
 @dataclass(frozen=True)
@@ -262,15 +260,14 @@ def _write(
         return {name: state[name].to(dtype).contiguous() for name, dtype in stored.items()}
 
     write_weights(partial, {name: stored.shard for name, stored in checkpoint.tensors.items()}, read)
-    write_text(partial / "config.json", (checkpoint.path / "config.json").read_text())
     copy_side_files(checkpoint, partial)
-    for name in ("README.md", "recipe.yaml"):
+    for name in ("config.json", "README.md", "recipe.yaml"):
         if (checkpoint.path / name).exists():
-            write_text(partial / name, (checkpoint.path / name).read_text())
+            copy_file(checkpoint.path / name, partial / name)
     settings = yaml.safe_dump(dataclasses.asdict(healing), sort_keys=False, allow_unicode=True)
     write_text(partial / "healing.yaml", settings)
-    write_text(partial / METRICS, (run_dir / METRICS).read_text())
-    write_text(partial / "loss.svg", XML + loss_plot(read_metrics(run_dir / METRICS)))
+    copy_file(run_dir / METRICS, partial / METRICS)
+    write_text(partial / "loss.svg", SVG + loss_plot(read_metrics(run_dir / METRICS)))
     publish(partial, out, overwrite)
 
 

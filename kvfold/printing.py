@@ -17,7 +17,7 @@ from kvfold import processes
 from kvfold.benchmark import Benchmark
 from kvfold.capacity import Capacity
 from kvfold.comparison import Comparison
-from kvfold.drawing import bar, described
+from kvfold.drawing import SVG, bar, described
 from kvfold.evaluation import Evaluation
 from kvfold.plan import CachePlan
 from kvfold.recall import Recall
@@ -26,7 +26,6 @@ from kvfold.storage import write_text
 from kvfold.tasks import TaskScore
 
 STDOUT = Console(width=None if sys.stdout.isatty() else 160, quiet=processes.rank() > 0)
-SVG = '<?xml version="1.0" encoding="utf-8"?>\n'
 LEGIBLE = 24
 """Characters below which a continuation is shown under the table instead of in it."""
 

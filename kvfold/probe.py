@@ -100,18 +100,13 @@ class Probe:
     def _noise(self, owner: int, side: str) -> float:
         """KL per expected damage of quantization, over that of leaving numbers out, at about the same damage."""
         group, shapes = self.groups(owner), self.request.shapes(self.request.layers[owner], side)
-        damage_of, spectrum_of = (
-            (self.width.key_damage, self.width.key_spectrum)
-            if side == "keys"
-            else (self.width.value_damage, self.width.value_spectrum)
-        )
-        spectrum = spectrum_of(group, shapes[-1].num_heads)
+        spectrum = self.width.spectrum(side, group, shapes[-1].num_heads)
         form = NumberFormat(tiers=((shapes[-1].width, NOISE_BITS),))
         numbers = torch.randn(1, 1, 256, shapes[-1].width, generator=torch.Generator().manual_seed(0))
         share = float((roundtrip(numbers, form) - numbers).square().mean())
         lost = share * float(shared_energy(spectrum, np.array(0), np.array(len(spectrum))))
         damage, shape = min(
-            zip(damage_of(group, shapes), shapes, strict=True),
+            zip(self.width.damage(side, group, shapes), shapes, strict=True),
             key=lambda point: abs(math.log(max(point[0], LEAST) / lost)),
         )
         if damage <= LEAST:  # numbers without rank: there is nothing to leave out

@@ -205,6 +205,12 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     return data
 
 
+def preset_recipe(preset: str, fields: Mapping[str, Any]) -> Recipe:
+    """The recipe of `NAME` or `NAME:AXIS.FIELD=VALUE,...`, as in compare and bench, with further fields."""
+    name, _, sets = preset.partition(":")
+    return make_recipe({**fields, "preset": name}, [assignment for assignment in sets.split(",") if assignment])
+
+
 def parse_budget(value: Any) -> float:
     """0.25, "0.25" or "1/4"."""
     try:

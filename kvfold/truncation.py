@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from kvfold.allocate import SLACK
 from kvfold.architectures.base import architecture
 from kvfold.checkpoint import Checkpoint
 from kvfold.elastic import MULTIPLE, check_nested, kept_width
@@ -17,8 +18,6 @@ from kvfold.output import copy_side_files, partial_folder, publish, refuse_out, 
 from kvfold.plan import CONFIG_KEY, CachePlan, CacheSpec
 from kvfold.runtime.modeling import MODEL_TYPE_PREFIX
 from kvfold.storage import write_text
-
-SLACK = 1 + 1e-9
 
 CARD = """# {name}
 

@@ -81,6 +81,16 @@ class WidthMethod(ABC):
         """The same for values."""
         raise AssertionError("stored numbers have no order")
 
+    def shapes(self, side: str, layer: AttentionLayer, layers: int = 1) -> Sequence[StoredShape]:
+        """Of `side`, keys or values; so too `damage` and `spectrum`."""
+        return (self.key_shapes if side == "keys" else self.value_shapes)(layer, layers)
+
+    def damage(self, side: str, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+        return (self.key_damage if side == "keys" else self.value_damage)(group, shapes)
+
+    def spectrum(self, side: str, group: LayerGroup, heads: int) -> Sequence[float]:
+        return (self.key_spectrum if side == "keys" else self.value_spectrum)(group, heads)
+
     @abstractmethod
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
         """The cache that `layer` owns, with the chosen shapes."""
