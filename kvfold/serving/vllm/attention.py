@@ -95,9 +95,16 @@ class FoldedAttention(nn.Module):
             **options,
         )
 
-    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        """[tokens, D] -> [tokens, D]."""
-        q, k = self._rotated(positions, hidden_states)
+    def forward(
+        self,
+        positions: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """[tokens, D] -> [tokens, D]. Families differ in what they call positions."""
+        assert hidden_states is not None, "every family hands over hidden states"
+        q, k = self._rotated(position_ids if positions is None else positions, hidden_states)
         out = self.attn(self._padded(self._absorbed(q)), *self._stored(hidden_states, k))
         out = out.unflatten(-1, (self.num_heads, -1))[..., : self.spec.v_head_dim]
         if self.v_b_proj is not None:
@@ -105,7 +112,7 @@ class FoldedAttention(nn.Module):
         out = tensor_model_parallel_all_reduce(F.linear(out.flatten(1), self.o_proj.weight))
         return out if self.o_proj.bias is None else out + self.o_proj.bias
 
-    def _rotated(self, positions: Tensor, hidden_TD: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _rotated(self, positions: Tensor | None, hidden_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Queries [T, N*H], and keys of this rank's groups as k_proj gives them, both normalised and rotated."""
         q = self._normed(self.q_proj(hidden_TD), self.q_norm)
         k = self._normed(self.k_proj(hidden_TD), self.k_norm) if self.owns else None
