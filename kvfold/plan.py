@@ -10,6 +10,7 @@ from typing import Any
 
 from kvfold.errors import PlanError
 from kvfold.number_format import NumberFormat, StoredShape, tokens_at_once
+from kvfold.servable import vllm_obstacle
 
 FORMAT_VERSION = 1
 CONFIG_KEY = "kv_compression_config"
@@ -231,7 +232,7 @@ class CachePlan:
 
     def servable_by(self) -> dict[str, str | None]:
         """Runtime -> None if it serves this plan, else the obstacle and what to change."""
-        return {"transformers": None}
+        return {"transformers": None, "vllm": vllm_obstacle(self)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; `from_dict` reads it back."""

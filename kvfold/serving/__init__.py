@@ -1,0 +1,1 @@
+"""Servers that load a folded folder."""
