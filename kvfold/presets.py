@@ -79,6 +79,15 @@ PRESETS = {
         "latents of rotated keys, which kernels read as they lie; widths by measured damage",
         {"width": {"method": "attended"}, "allocate": "measured"},
     ),
+    "served": Preset(
+        "latents in heads of ordinary size, which vLLM serves; sizes by measured damage (the default of --runtime vllm)",
+        {
+            "width": {"method": "attended", "latent": "group", "v_latent": "group"},
+            "allocate": "measured",
+            "runtime": "vllm",
+            "calibration": {"data": "self"},
+        },
+    ),
     "small": Preset(
         "latents of keys before rotation, rebuilt on read; widths by measured damage",
         {"width": {"method": "attended", "rope": "on_read"}, "allocate": "measured"},

@@ -15,10 +15,11 @@ import yaml
 from kvfold import registry
 from kvfold.errors import RecipeError
 from kvfold.presets import PRESETS
+from kvfold.servable import RUNTIMES
 
 ALLOCATIONS = ("uniform", "greedy", "measured")
-DEFAULT = "auto"
-"""Preset of who names none."""
+DEFAULT: dict[Any, str] = {"transformers": "auto", "vllm": "served"}
+"""Preset of who names none, by runtime."""
 SELECTIONS = ("random", "diverse")
 PREFERENCES = {"size": "on_read", "speed": "applied"}
 """What to prefer -> how attended stores keys."""
@@ -71,6 +72,8 @@ class Recipe:
         paper).
     target_kl: instead of kv_budget, the most that the model may lose (nats per token, measured on calibration text).
     keep_layers: layers that store every number as it is. min_width: the least share of a layer's numbers to store.
+    runtime: `transformers`, or `vllm` for a plan that vLLM's paged cache holds as well: keys and values of one shape, in
+        heads of widths that its kernels have.
     prefer: `size` or `speed`, for width method attended: keys rebuilt on read, or read as they lie.
     allocate: `uniform` gives every layer the same share, `greedy` shares the budget by expected damage per byte, `measured`
         by KL per byte, measured with one cache folded at a time (the whole model must fit into memory).
@@ -82,6 +85,7 @@ class Recipe:
     preset: str | None = None
     kv_budget: float | None = None
     target_kl: float | None = None
+    runtime: str = "transformers"
     prefer: str | None = None
     keep_layers: tuple[int, ...] = ()
     min_width: float = 0.0
@@ -111,6 +115,8 @@ class Recipe:
         if not listed or any(isinstance(i, bool) or not isinstance(i, int) for i in self.keep_layers):
             raise RecipeError(f"keep_layers = {self.keep_layers!r} is not a list of layer numbers, such as [0, 1].")
         object.__setattr__(self, "keep_layers", tuple(self.keep_layers))
+        if self.runtime not in RUNTIMES:
+            raise RecipeError(registry.unknown("runtime", self.runtime, RUNTIMES))
         if self.allocate not in ALLOCATIONS:
             raise RecipeError(registry.unknown("allocation", self.allocate, ALLOCATIONS))
         for axis in registry.AXES:
@@ -161,13 +167,15 @@ class Recipe:
 def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
     """A recipe from plain data (of YAML or of the command line) with its preset filled in and `a.b=value` applied last.
 
-    Fields in `data` win over the preset's. Where neither a preset nor a method of any axis is named, the preset is DEFAULT.
+    Fields in `data` win over the preset's. Where neither a preset nor a method of any axis is named, the preset is the
+    runtime's DEFAULT.
     """
     tree: dict[str, Any] = {}
     sets = list(sets)
     chosen = any("method" in (data.get(axis) or {}) for axis in registry.AXES)
     chosen |= any(assignment.partition("=")[0].endswith(".method") for assignment in sets)
-    if preset := data.get("preset") or (None if chosen else DEFAULT):
+    runtime = {**data, **assignments(s for s in sets if s.startswith("runtime="))}.get("runtime")
+    if preset := data.get("preset") or (None if chosen else DEFAULT.get(runtime, DEFAULT["transformers"])):
         data = {**data, "preset": preset}
         if preset not in PRESETS:
             raise RecipeError(registry.unknown("preset", preset, PRESETS))

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import torch
 
-FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Bloom")
-"""Of those that kvfold folds, what vLLM has as models of its own."""
-
 
 def register() -> None:
     """Tell vLLM where the folded families are, and transformers what their configurations are called."""
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    import kvfold  # noqa: F401
+    from kvfold.architectures.base import all_architectures
+    from kvfold.serving.vllm.check import CheckedConfig
 
     if torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()  # vLLM's attention in bfloat16 uses AMX tiles without asking the kernel for them
-    for family in FAMILIES:
-        name = f"Kvfold{family}ForCausalLM"
+    for arch in all_architectures():
+        name = f"Kvfold{arch.causal_lm}"
         ModelRegistry.register_model(name, f"kvfold.serving.vllm.models:{name}")
+        MODELS_CONFIG_MAP[name] = CheckedConfig

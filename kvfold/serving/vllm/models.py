@@ -2,55 +2,59 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm import ModelRegistry
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.transformers import TransformersForCausalLM
 
-from kvfold.architectures.base import architecture, empty_model, source_config
-from kvfold.errors import PlanError
+from kvfold.architectures.base import Architecture, architecture, empty_model, source_config
 from kvfold.plan import CONFIG_KEY, CachePlan
 from kvfold.runtime.modeling import MODEL_TYPE_PREFIX
-from kvfold.serving.vllm.attention import FoldedAttention
+from kvfold.serving.vllm.attention import FoldedAttention, TransformersFoldedAttention
+from kvfold.serving.vllm.check import check_servable
 
 
 def __getattr__(name: str) -> Any:
     if not name.startswith("Kvfold"):
         raise AttributeError(name)
     stock = ModelRegistry.models[name.removeprefix("Kvfold")].load_model_cls()
-    made = type(name, (_Folded, stock), {"__module__": __name__})
-    globals()[name] = made
+    before = _FoldedTransformers if issubclass(stock, TransformersForCausalLM) else _Folded
+    globals()[name] = made = type(name, (before, stock), {"__module__": __name__})
     return made
 
 
 class _Folded:
     """Goes before a model class of vLLM's."""
 
+    attention_class = FoldedAttention
+
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        config = vllm_config.model_config.hf_text_config
-        plan = CachePlan.from_dict(getattr(config, CONFIG_KEY))
-        if obstacle := plan.servable_by()["vllm"]:
-            raise PlanError(obstacle)
+        check_servable(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        arch = architecture(config.model_type.removeprefix(MODEL_TYPE_PREFIX))
+        config = vllm_config.model_config.hf_text_config
+        arch = _architecture(config)
         layers = arch.describe(empty_model(arch, source_config(arch, config.to_dict())))
-        table = vllm_config.compilation_config.static_forward_context
-        self.attention_prefixes = tuple(arch.attention_prefix(layer.index) for layer in layers)
-        names: dict[int, str] = {}
+        self.attentions = {
+            arch.attention_prefix(index): path
+            for index, path in _places(self, arch)  # type: ignore[arg-type]
+        }
+        plan, names = CachePlan.from_dict(getattr(config, CONFIG_KEY)), {}
         with torch.device(vllm_config.device_config.device):
-            for layer in layers:
-                parent = self.get_submodule(arch.prefix(layer.index).rstrip("."))  # type: ignore[attr-defined]
-                old = getattr(parent, arch.attention)
+            for index, path in _places(self, arch):  # type: ignore[arg-type]
+                old = self.get_submodule(path)  # type: ignore[attr-defined]
                 (stock,) = (module for module in old.modules() if isinstance(module, Attention))
-                names[layer.index] = stock.layer_name
-                del table[stock.layer_name]
-                owner = plan.owner(layer.index)
-                target = None if owner == layer.index else names[owner]
-                folded = FoldedAttention(layer, plan.cache_of(layer.index), old, stock, target, vllm_config)
-                setattr(parent, arch.attention, folded)
+                names[index] = stock.layer_name
+                del vllm_config.compilation_config.static_forward_context[stock.layer_name]
+                owner = plan.owner(index)
+                target = None if owner == index else names[owner]
+                new = self.attention_class(layers[index], plan.cache_of(index), old, stock, target, vllm_config)
+                self.set_submodule(path, new)  # type: ignore[attr-defined]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Tensors of attention go where the plan has them, all others as vLLM knows them."""
@@ -59,11 +63,37 @@ class _Folded:
 
         def others() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in weights:
-                if name.startswith(self.attention_prefixes):
-                    parameter = parameters[name]
-                    parameter.data.copy_(parameter.of_rank(tensor))
-                    loaded.add(name)
-                else:
+                prefix = next((prefix for prefix in self.attentions if name.startswith(prefix)), None)
+                if prefix is None:
                     yield name, tensor
+                    continue
+                place = f"{self.attentions[prefix]}.{name.removeprefix(prefix)}"
+                parameters[place].data.copy_(parameters[place].of_rank(tensor))
+                loaded.add(place)
 
         return super().load_weights(others()) | loaded  # type: ignore[misc]
+
+
+class _FoldedTransformers(_Folded):
+    """Of a family that vLLM takes from transformers."""
+
+    attention_class = TransformersFoldedAttention
+
+    @cached_property
+    def _from_config_kwargs(self) -> dict[str, Any]:
+        """vLLM builds the stock model, whose attention is replaced later."""
+        asked = super()._from_config_kwargs  # type: ignore[misc]
+        stock = source_config(_architecture(asked["config"]), asked["config"].to_dict())
+        stock._attn_implementation = asked["config"]._attn_implementation
+        return asked | {"config": stock}
+
+
+def _architecture(config: Any) -> Architecture:
+    return architecture(config.model_type.removeprefix(MODEL_TYPE_PREFIX))
+
+
+def _places(model: nn.Module, arch: Architecture) -> list[tuple[int, str]]:
+    """(layer, path of its attention module) of the layers that this process has, in their order."""
+    pattern = re.compile(rf".*\.(\d+)\.{arch.attention}")
+    found = [(pattern.fullmatch(path), path) for path, _ in model.named_modules()]
+    return sorted((int(match[1]), path) for match, path in found if match)

@@ -1,0 +1,45 @@
+"""Folded folders that vLLM serves, made when a test asks for them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny import MODELS, make_tiny, save_tiny
+
+import kvfold
+from kvfold.demonstration import MODEL
+
+CALIBRATION = {"data": "self", "num_samples": 8, "seq_len": 64}
+PLANS = {
+    "groups": {"runtime": "vllm", "kv_budget": 1 / 3},
+    "shared": {"preset": "mlkv", "depth": {"owners": 2}, "width": {"kv_heads": 2}},
+    "wide": {"preset": "fast", "runtime": "vllm", "kv_budget": 1 / 2},
+    "packed": {"preset": "int4"},
+}
+"""Of the packaged model: sizes that differ from layer to layer, layers that share a cache, one latent for all heads; and one
+that vLLM cannot serve."""
+CHANGES = {
+    "gpt2_conv": {"scale_attn_by_inverse_layer_idx": False},
+    "qwen3_norm_window": {"layer_types": None, "use_sliding_window": False, "sliding_window": None},
+}
+"""What vLLM's own models of these families do not have."""
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """folder("groups") or folder("neox_partial"), a family's tiny model with half the cache."""
+    root = tmp_path_factory.mktemp("vllm")
+
+    def make(name: str) -> Path:
+        if name == "original":
+            return MODEL
+        if not (root / name).exists():
+            recipe = PLANS.get(name, {"runtime": "vllm", "allocate": "uniform", "kv_budget": 1 / 2})
+            model = MODEL
+            if name in MODELS:
+                model = save_tiny(make_tiny(name, **CHANGES.get(name, {})), root / f"{name}.stock")
+            where = {"model": str(model), "out": str(root / name), "calibration": CALIBRATION}
+            kvfold.compress(where | recipe, device="cpu")
+        return root / name
+
+    return make

@@ -1,0 +1,52 @@
+"""Engines in processes of their own, and what they have to give."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import VOCAB, load
+
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+BIND = "VLLM_CPU_OMP_THREADS_BIND"
+"""The cores of each process of an engine."""
+
+
+def prompts():
+    """The last two begin with the same tokens."""
+
+    def tokens(count, seed):
+        return torch.randint(3, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+    return [tokens(3, 1), tokens(50, 2), tokens(140, 3), [*tokens(140, 3), 7, 8]]
+
+
+def job(folder, **options):
+    return {"folder": str(folder), "prompts": prompts(), "options": options}
+
+
+def serve(root, jobs, **environment):
+    """What serve_jobs.py says of every job."""
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    script = Path(__file__).with_name("serve_jobs.py")
+    command = [sys.executable, str(script), str(root / "jobs.json"), str(root / "out.json")]
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads((root / "out.json").read_text())
+
+
+def assert_same_tokens(found, folder):
+    """Those of transformers, and their log-probabilities."""
+    model = load(folder, dtype=torch.float32)
+    for place, prompt in enumerate(prompts()):
+        out = model.generate(
+            torch.tensor([prompt]), max_new_tokens=16, do_sample=False, output_scores=True, return_dict_in_generate=True,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        log_probs = [score[0].log_softmax(-1).max().item() for score in out.scores]
+        for one in (served[place] for served in found["rounds"]):
+            assert one["tokens"] == out.sequences[0, len(prompt) :].tolist()
+            assert one["log_probs"] == pytest.approx(log_probs, abs=2e-3)
