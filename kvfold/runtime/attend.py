@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvfold.number_format import tokens_at_once
 from kvfold.quantize import Scaled
+from kvfold.runtime import native
 
 Operand = Tensor | list[Scaled]
 """Heads of some tokens [B, heads, tokens, width], or their tiers: a number is (code + 1/2) times its token's scale."""
@@ -48,19 +49,25 @@ def grouped_attention(
     return out_BNTV.transpose(1, 2), probs_BNTS
 
 
-def decode_attention(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor | None, *, scale: float) -> Tensor:
-    """One query token: the query heads of a stored head become the rows of one product, so each number is read once."""
-    B, N, _, R = q_BN1R.shape
-    C, U, V = z_BCSR.shape[1], y_BUSV.shape[1], y_BUSV.shape[3]
+def decode_attention(q_BNTR: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor | None, *, scale: float) -> Tensor:
+    """Few query tokens: the queries of a stored head become the rows of one product, so each number is read once."""
+    B, N, T, R = q_BNTR.shape
+    C, S = z_BCSR.shape[1:3]
+    U, V = y_BUSV.shape[1], y_BUSV.shape[3]
+    if native.serves(q_BNTR, z_BCSR, y_BUSV):
+        bias = _additive(mask, T, S, 0, S, q_BNTR)
+        return native.decode(q_BNTR, z_BCSR, y_BUSV, None if bias is None else bias.float(), scale=scale)
+    if T > 1:
+        return grouped_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale)[0]
     if (C, R) == (U, V):  # torch's fused kernel wants equal head counts and widths
-        packed = q_BN1R.view(B, C, N // C, R)
+        packed = q_BNTR.view(B, C, N // C, R)
         if mask is not None and mask.shape[1] == N > 1:  # one mask per query head
             mask = mask.expand(B, -1, -1, -1).view(B, C, N // C, -1)
         out = F.scaled_dot_product_attention(packed, z_BCSR, y_BUSV, attn_mask=mask, scale=scale)
         return out.reshape(B, N, 1, V).transpose(1, 2)
-    if q_BN1R.device.type == "cpu" and q_BN1R.dtype != torch.float32 and not torch.is_grad_enabled():
-        return _decode_by_mm(q_BN1R, z_BCSR, y_BUSV, mask, scale)
-    return grouped_attention(q_BN1R, z_BCSR, y_BUSV, mask, scale=scale)[0]
+    if q_BNTR.device.type == "cpu" and q_BNTR.dtype != torch.float32 and not torch.is_grad_enabled():
+        return _decode_by_mm(q_BNTR, z_BCSR, y_BUSV, mask, scale)
+    return grouped_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale)[0]
 
 
 def _decode_by_mm(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor | None, scale: float) -> Tensor:

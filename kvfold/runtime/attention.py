@@ -250,12 +250,12 @@ class FoldedAttention(nn.Module):
         if packed and q.shape[2] <= max(FEW_TOKENS, z.shape[2] - 1) and not (wants_probs or dropout):
             return self._attend_packed(q, z, y, mask), None
         z, y = read_all(z), read_all(y)
-        if self._eager(wants_probs) or (1 < q.shape[2] <= FEW_TOKENS and not dropout):
+        if self._eager(wants_probs):
             out, probs = grouped_attention(
                 self._absorb(q), z, y, mask, scale=self.scaling, dropout=dropout, softcap=self.layer.softcap
             )
             return self._lead_values_back(out), probs
-        if q.shape[2] == 1 and not dropout:
+        if q.shape[2] <= FEW_TOKENS and not dropout:
             return self._lead_values_back(decode_attention(self._absorb(q), z, y, mask, scale=self.scaling)), None
         if z.shape[1::2] == y.shape[1::2] and z.shape[3] <= self.layer.head_dim:
             out = prefill_attention(self._absorb(q), z, y, mask, scale=self.scaling, dropout=dropout)

@@ -1,0 +1,125 @@
+"""The CPU's own decode kernel (decode.cpp): compiled when it is first needed, kept for later runs, called through ctypes.
+
+Why: torch's fused kernel reads the cache of a step at a tenth (one query per head) to a quarter of the speed of a copy, this
+one at 0.8 and more (results/decode-attention-cpu.md). Where there is no compiler, torch's operations serve as before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("decode.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
+DTYPES = (torch.bfloat16, torch.float32)
+TASKS_PER_THREAD = 4
+"""A long cache of few heads is split until there are so many."""
+SECONDS = 120
+"""After which a compiler is given up."""
+
+
+class _Stored(ctypes.Structure):
+    """Keys or values, as decode.cpp declares them."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("heads", "width", "batch_stride", "head_stride", "token_stride")),
+    )
+
+    def __init__(self, x_BCSR: Tensor) -> None:
+        super().__init__(x_BCSR.data_ptr(), x_BCSR.shape[1], x_BCSR.shape[3], *x_BCSR.stride()[:3])
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel; None, with one line in the log, where it cannot be made. KVFOLD_NATIVE=0 leaves it out."""
+    if os.environ.get("KVFOLD_NATIVE") == "0":
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        logging.getLogger(__name__).warning(
+            "decoding on this CPU goes without kvfold's own kernel, several times slower: it could not be compiled (%s)."
+            " Install a C++ compiler (g++ 12 or clang), or name one in CXX.",
+            str(detail).strip().splitlines()[-1],
+        )
+        return None
+
+
+def _compiled() -> Path:
+    """The library's file. Raises OSError or SubprocessError."""
+    name = os.environ.get("CXX", "c++")
+    compiler = shutil.which(name)
+    if compiler is None:
+        raise OSError(f"there is no {name}")
+    facts = (SOURCE.read_text(), FLAGS, compiler, platform.machine(), _processor())
+    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvfold"
+    file = folder / f"decode-{key}.so"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # another process may be compiling it, too
+            made = Path(scratch) / file.name
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+            os.replace(made, file)
+    return file
+
+
+def _processor() -> str:
+    """What the compiler makes code for: homes are shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def serves(q: Tensor, z: Tensor, y: Tensor) -> bool:
+    """Whether the kernel takes these tensors, and nobody wants gradients or a graph of it."""
+    tensors = (q, z, y)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    plain = all(x.device.type == "cpu" and x.dtype == q.dtype and x.stride(-1) == 1 for x in tensors)
+    return plain and q.dtype in DTYPES and not torch.compiler.is_compiling() and library() is not None
+
+
+def decode(q_BNTR: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, bias: Tensor | None, *, scale: float) -> Tensor:
+    """Attention [B, T, N, V] of few query tokens. bias: float32 [B or 1, N or 1, T, S] to add to the scores, or none.
+
+    Sums are float32; probabilities are rounded to the dtype before they weigh values, as in torch.
+    """
+    B, N, T, R = q_BNTR.shape
+    S, V = y_BUSV.shape[2:]
+    queries, out = torch.empty(B, N, T, R).copy_(q_BNTR), torch.empty(B, N * T, V)
+    groups, threads = math.gcd(z_BCSR.shape[1], y_BUSV.shape[1]), torch.get_num_threads()
+    splits = min(max(1, -(-TASKS_PER_THREAD * threads // (B * groups))), -(-S // 256))
+    if bias is not None:  # a row per query; one token's mask need not be copied for that
+        bias = bias.expand(B, N, T, S)[:, :, 0] if T == 1 else bias.expand(B, N, T, S).reshape(B, N * T, S)
+    kernel = library()
+    assert kernel is not None, "serves() was asked"
+    kernel.kvfold_decode(
+        ctypes.c_int(q_BNTR.dtype == torch.bfloat16),
+        ctypes.c_void_p(queries.data_ptr()),
+        ctypes.c_float(scale),
+        ctypes.byref(_Stored(z_BCSR)),
+        ctypes.byref(_Stored(y_BUSV)),
+        ctypes.c_void_p(None if bias is None else bias.data_ptr()),
+        *(ctypes.c_int64(0 if bias is None else bias.stride(axis)) for axis in (0, 1)),
+        ctypes.c_void_p(out.data_ptr()),
+        *(ctypes.c_int(number) for number in (B, N * T, S, splits, threads)),
+    )
+    return out.view(B, N, T, V).to(q_BNTR.dtype).transpose(1, 2)

@@ -1,0 +1,100 @@
+"""The CPU's decode kernel gives what the obvious attention gives, and nothing breaks where it cannot be compiled."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kvfold.runtime import native
+from kvfold.runtime.attend import decode_attention, grouped_attention
+
+compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="this machine has no C++ compiler")
+SHAPES = {  # batch, query heads, key heads, width, value heads, width, tokens
+    "one_query_per_head": (2, 4, 4, 64, 4, 64, 77),
+    "grouped": (3, 12, 3, 128, 3, 128, 300),
+    "unequal_heads": (1, 12, 2, 40, 3, 24, 1000),
+    "one_key_latent": (2, 12, 1, 392, 6, 64, 513),
+    "wide": (1, 32, 1, 520, 1, 648, 90),
+    "odd": (1, 7, 1, 21, 1, 13, 5),
+    "long": (1, 8, 1, 64, 1, 64, 5000),
+}
+
+
+def tensors(shape, dtype, queries=1):
+    B, N, C, R, U, V, S = shape
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(B, N, queries, R, generator=generator)
+    z, y = (torch.randn(B, n, S + 9, w, generator=generator)[:, :, 3 : S + 3] for n, w in ((C, R), (U, V)))
+    return q.transpose(1, 2).contiguous().transpose(1, 2).to(dtype), z.to(dtype), y.to(dtype)
+
+
+@pytest.fixture(params=["none", "bool", "additive", "alibi"])
+def masked(request):
+    def make(shape, queries):
+        B, N, S = shape[0], shape[1], shape[-1]
+        if request.param == "none":
+            return None
+        seen = torch.ones(B, 1, queries, S, dtype=torch.bool).tril(S - queries)
+        seen[0, ..., : S // 3] = False
+        if request.param == "bool":
+            return seen
+        added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        return added if request.param == "additive" else added.expand(-1, N, -1, -1) + 0.1 * torch.randn(N, 1, S)
+
+    return make
+
+
+@compiler
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_kernel_is_the_obvious_attention(name, queries, masked):
+    q, z, y = tensors(SHAPES[name], torch.float32, queries)
+    mask = masked(SHAPES[name], queries)
+    assert native.serves(q, z, y)
+    found = decode_attention(q, z, y, mask, scale=0.2)
+    exact = mask if mask is None or mask.dtype == torch.bool else mask.double()
+    wanted, _ = grouped_attention(q.double(), z.double(), y.double(), exact, scale=0.2)
+    torch.testing.assert_close(found, wanted.float(), atol=2e-6, rtol=2e-5)
+
+
+@compiler
+@pytest.mark.parametrize("name", SHAPES)
+def test_bfloat16_costs_the_rounding_of_probabilities(name):
+    q, z, y = tensors(SHAPES[name], torch.bfloat16)
+    wanted, _ = grouped_attention(q.double(), z.double(), y.double(), None, scale=0.2)
+    torch.testing.assert_close(decode_attention(q, z, y, None, scale=0.2).double(), wanted, atol=8e-3, rtol=8e-3)
+
+
+@compiler
+def test_the_number_of_threads_changes_roundings_only():
+    q, z, y = tensors(SHAPES["long"], torch.bfloat16)
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(decode_attention(q, z, y, None, scale=0.2))
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(*found, atol=2e-3, rtol=1e-2)  # splits round their own probabilities
+
+
+def test_gradients_and_other_dtypes_take_another_way():
+    q, z, y = tensors(SHAPES["grouped"], torch.float32)
+    assert not native.serves(q.requires_grad_(), z, y)
+    assert not native.serves(q.detach().half(), z.half(), y.half())
+
+
+@pytest.mark.parametrize("setting", ["CXX=no-such-compiler", "KVFOLD_NATIVE=0"])
+def test_without_a_compiler_torch_serves(setting, tmp_path):
+    script = (
+        "import torch; from kvfold.runtime import native; from kvfold.runtime.attend import decode_attention as d\n"
+        "x = torch.ones(1, 2, 9, 8, dtype=torch.bfloat16)\n"
+        "assert native.library() is None and d(x[:, :, :1], x, x, None, scale=1.0).eq(1).all()"
+    )
+    name, _, value = setting.partition("=")
+    environment = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", name: value}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("no no-such-compiler" in done.stderr) == (name == "CXX")
