@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kvfold.benchmark import PREFILLS, bench
+from kvfold.benchmark import PREFILLS, Benchmark, bench, recipes_of
 from kvfold.capacity import parse_size
-from kvfold.drawing import SVG, speed_plot
+from kvfold.drawing import SVG, speed_plot, throughput_plot
 from kvfold.errors import RecipeError
 from kvfold.options import Device, Dtype
-from kvfold.printing import benchmark_markdown, print_benchmark, print_json
+from kvfold.printing import STDOUT, print_json
+from kvfold.recipe import Recipe
+from kvfold.registry import unknown
+from kvfold.servable import RUNTIMES
+from kvfold.serving.vllm.throughput import ThroughputBenchmark, measure, of_shape
 from kvfold.shapes import SHAPES, Shape
+from kvfold.speed_tables import speed_table
 from kvfold.storage import write_text
 
 
@@ -37,6 +45,20 @@ def bench_command(
     context: Annotated[str, typer.Option(help="Cached tokens of each: 2048, 8k.")] = "2048",
     steps: Annotated[int, typer.Option(help="Decode steps of each contestant.", min=1)] = 20,
     prefills: Annotated[int, typer.Option(help="Prompts of each contestant; 0 for none.", min=0)] = PREFILLS,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="How many sequences fit into it: 24GB; with --engine vllm the size of the cache (default 1GiB).",
+            show_default=False,
+        ),
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="transformers, or vllm: --batch requests of --context tokens at once, --steps tokens for each of them."
+        ),
+    ] = "transformers",
+    rounds: Annotated[int, typer.Option(help="With --engine vllm: how often every engine answers.", min=1)] = 3,
     threads: Annotated[int, typer.Option(help="On a CPU; 0 leaves it to torch.", min=0)] = 0,
     plot: Annotated[Path | None, typer.Option(help="Picture to write (.svg).", show_default=False)] = None,
     markdown: Annotated[Path | None, typer.Option(help="Table to write (.md).", show_default=False)] = None,
@@ -46,23 +68,47 @@ def bench_command(
     """Measure speed: first token, further tokens, bytes read, share of the memory bandwidth; all in turn in one run."""
     if (against is None) == (shape is None) or bool(folded) != (shape is None):
         raise RecipeError("give folders and --against MODEL, or --shape NAME with --preset or --kv-heads.")
-    found = bench(
-        folded or (),
-        against=against,
-        shape=Shape(name=shape, layers=layers) if shape else None,
-        presets=preset or (),
-        kv_heads=kv_heads or (),
-        batch=batch,
-        context=parse_size(context, binary=True),
-        steps=steps,
-        prefills=prefills,
-        threads=threads,
-        dtype=dtype,
-        device=device,
-    )
-    print_benchmark(found)
+    if engine not in RUNTIMES:
+        raise RecipeError(unknown("engine", engine, RUNTIMES))
+    geometry = Shape(name=shape, layers=layers) if shape else None
+    tokens = parse_size(context, binary=True)
+    found: Benchmark | ThroughputBenchmark
+    if engine == "vllm":
+        sizes = {"requests": batch, "prompt": tokens, "tokens": steps, "memory": parse_size(memory or "1GiB")}
+        with _folders(folded, against, geometry, recipes_of(preset or (), kv_heads or ()), dtype) as folders:
+            found = measure(folders, **sizes, rounds=rounds, dtype=dtype, facts=geometry.facts() if geometry else {})
+    else:
+        found = bench(
+            folded or (),
+            against=against,
+            shape=geometry,
+            presets=preset or (),
+            kv_heads=kv_heads or (),
+            batch=batch,
+            context=tokens,
+            steps=steps,
+            prefills=prefills,
+            threads=threads,
+            dtype=dtype,
+            device=device,
+            memory=parse_size(memory) if memory else None,
+        )
+    speed_table(found).show(STDOUT)
     if markdown:
-        write_text(markdown, benchmark_markdown(found))
+        write_text(markdown, speed_table(found).markdown())
     if plot:
-        write_text(plot, SVG + speed_plot(found.rows))
+        drawn = throughput_plot(found) if isinstance(found, ThroughputBenchmark) else speed_plot(found)
+        write_text(plot, SVG + drawn)
     print_json(found.to_json())
+
+
+@contextmanager
+def _folders(
+    folded: list[str] | None, against: str | None, shape: Shape | None, recipes: Mapping[str, Recipe], dtype: str
+) -> Iterator[list[Path]]:
+    """What vLLM loads: the given folders, or those of a shape while they are needed."""
+    if shape is None:
+        yield [Path(f"{against}"), *map(Path, folded or ())]
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield of_shape(shape, recipes, Path(scratch), "bfloat16" if dtype == "auto" else dtype)

@@ -19,10 +19,12 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from kvfold.architectures.base import architecture, empty_model
+from kvfold.capacity import USED
 from kvfold.loading import default_dtype, load_plan, load_weights, resolve_device
 from kvfold.plan import CachePlan
 from kvfold.progress import track
 from kvfold.recipe import Recipe, preset_recipe
+from kvfold.runtime import native
 from kvfold.runtime.attention import FoldedAttention
 from kvfold.runtime.cache import FoldedCache
 from kvfold.shapes import Shape
@@ -52,6 +54,7 @@ class Speed:
 
     stored_bytes: allocated for the whole batch. read_bytes: of the cache, per step. bandwidth: read_bytes / attention over
     the speed of a copy in the same run. peak_bytes: of the device's allocator during decode steps (0: not on a CPU).
+    fitting: sequences of this context that fit into a given memory beside the weights (None where none is given).
     """
 
     label: str
@@ -64,6 +67,7 @@ class Speed:
     read_bytes: int
     bandwidth: float
     peak_bytes: int
+    fitting: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +99,13 @@ def bench(
     dtype: str = "auto",
     threads: int = 0,
     device: str = "auto",
+    memory: int | None = None,
 ) -> Benchmark:
     """Folders against the original under transformers' own caches; or, with `shape`, presets on a geometry's random weights,
     and latents in `kv_heads` heads of ordinary size.
 
-    The cache is filled with random numbers up to `context`; a prompt is a batch of one. Raises KvfoldError.
+    The cache is filled with random numbers up to `context`; a prompt is a batch of one. memory: bytes, to say how many
+    sequences fit. Raises KvfoldError.
     """
     device = resolve_device(device)
     if threads:
@@ -110,14 +116,20 @@ def bench(
         contestants = _of_folders(folded, against, dtype, device, context + steps)
     else:
         dtype = "bfloat16" if dtype == "auto" else dtype
-        named = {name: name for name in ("identity", *presets)}
-        named |= {f"{heads} heads": HEADS.format(heads) for heads in kv_heads}
-        recipes = {label: preset_recipe(preset, {"model": "-", "out": "-"}) for label, preset in named.items()}
+        recipes = recipes_of(("identity", *presets), kv_heads)
         contestants = _of_shape(shape, recipes, dtype, device, context + steps)
     settings = {"batch": batch, "context": context, "dtype": dtype, "steps": steps, "device": _hardware(device)}
-    settings |= {"threads": torch.get_num_threads()} if device == "cpu" else {}
-    settings |= {"shape": shape.name, "layers": shape.layers, "of_layers": shape.published_layers} if shape else {}
+    if device == "cpu":
+        settings |= {"threads": torch.get_num_threads(), "kernel": "torch" if native.library() is None else "kvfold"}
+    settings |= {"memory": memory} if memory else {}
+    settings |= shape.facts() if shape else {}
     return _race(contestants, settings, device, prefills)
+
+
+def recipes_of(presets: Sequence[str], kv_heads: Sequence[int]) -> dict[str, Recipe]:
+    """What is made of a shape, by label. Raises RecipeError."""
+    named = {name: name for name in presets} | {f"{heads} heads": HEADS.format(heads) for heads in kv_heads}
+    return {label: preset_recipe(preset, {"model": "-", "out": "-"}) for label, preset in named.items()}
 
 
 def _of_folders(
@@ -188,6 +200,7 @@ class _Runner:
     def __init__(self, label: str, contestant: Contestant, settings: Mapping[str, Any], device: str) -> None:
         self.label, self.contestant, self.device = label, contestant, device
         self.batch, self.context = settings["batch"], settings["context"]
+        self.memory: int | None = settings.get("memory")
         self.clock = _Clock(contestant.model, device)
         self.cache = contestant.new_cache()
         self.folded = isinstance(self.cache, FoldedCache)
@@ -239,7 +252,15 @@ class _Runner:
             read_bytes=read,
             bandwidth=read / attention / copy,
             peak_bytes=self.peak,
+            fitting=None if self.memory is None else self._fitting(self.memory),
         )
+
+    def _fitting(self, memory: int) -> int:
+        """Sequences whose caches fit beside the weights, as `kvfold inspect --memory` counts them."""
+        plan = self.contestant.plan
+        one = plan.kv_bytes(self.context) if self.folded else plan.source_kv_bytes(self.context)
+        weights = sum(parameter.nbytes for parameter in self.contestant.model.parameters())
+        return max(int(USED * memory) - weights, 0) // one
 
 
 def fill(cache: Any, plan: CachePlan, batch: int, context: int, dtype: torch.dtype, device: str) -> None:

@@ -12,7 +12,8 @@ from kvfold.plan import CachePlan
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from kvfold.benchmark import Speed
+    from kvfold.benchmark import Benchmark
+    from kvfold.serving.vllm.throughput import ThroughputBenchmark
 
 CELLS = 24
 """Characters for all numbers that a side of the source has."""
@@ -144,19 +145,38 @@ def loss_plot(entries: Sequence[Mapping[str, float]]) -> str:
     return svg(draw, panels=1, size=(7.5, 4.2))
 
 
-def speed_plot(rows: Sequence[Speed]) -> str:
+def speed_plot(found: Benchmark) -> str:
     """Decode steps and bytes read, beside each other."""
+    rows = found.rows
+    return _bars(
+        [row.label for row in rows],
+        {
+            "ms per decode step": [row.tpot * 1e3 for row in rows],
+            "MB of cache read per step": [row.read_bytes / 1e6 for row in rows],
+        },
+    )
 
+
+def throughput_plot(found: ThroughputBenchmark) -> str:
+    """Generated tokens per second and cached tokens, beside each other."""
+    rows = found.rows
+    return _bars(
+        [row.label for row in rows],
+        {
+            "generated tokens per second": [row.tokens_per_second for row in rows],
+            "tokens that the cache holds": [float(row.cache_tokens) for row in rows],
+        },
+    )
+
+
+def _bars(labels: list[str], panels: Mapping[str, Sequence[float]]) -> str:
     def draw(axes: list[Axes]) -> None:
-        labels = [row.label for row in rows]
-        for panel, name, values in (
-            (axes[0], "ms per decode step", [row.tpot * 1e3 for row in rows]),
-            (axes[1], "MB of cache read per step", [row.read_bytes / 1e6 for row in rows]),
-        ):
+        for panel, (name, values) in zip(axes, panels.items(), strict=True):
             panel.barh(labels, values)
             panel.invert_yaxis()
             panel.set_xlabel(name)
             panel.grid(axis="x", alpha=0.3)
-        axes[1].set_yticklabels([])
+        for panel in axes[1:]:
+            panel.set_yticklabels([])
 
-    return svg(draw, panels=2, size=(10, 0.5 * len(rows) + 1.2))
+    return svg(draw, panels=len(panels), size=(10, 0.5 * len(labels) + 1.2))

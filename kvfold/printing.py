@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from kvfold import processes
-from kvfold.benchmark import Benchmark
 from kvfold.capacity import Capacity
 from kvfold.comparison import Comparison
 from kvfold.drawing import SVG, bar, described
@@ -81,48 +80,6 @@ def print_capacity(found: Capacity) -> None:
         need = f"a kv_budget of {found.needed:.4g}" if 0 < found.needed < 1 else "no smaller cache"
         need = need if found.needed else "more memory: the weights alone do not leave room"
         STDOUT.print(f"{found.wanted:,} sequences need {need}.", highlight=False)
-
-
-COLUMNS = (
-    "", "kv_budget", "first token", "step", "tokens/s", "of the first", "attention", "cache MB", "read MB", "of bandwidth",
-    "peak MB",
-)  # fmt: skip
-
-
-def print_benchmark(found: Benchmark) -> None:
-    """Times as ratios to the first row, which noise spares more than the times themselves."""
-    table = Table(title=_settings(found), title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, justify="right" if column else "left")
-    for line in _speed_lines(found):
-        table.add_row(*line)
-    STDOUT.print(table)
-
-
-def benchmark_markdown(found: Benchmark) -> str:
-    """The same for files."""
-    lines = [f"| {' | '.join(line)} |" for line in (COLUMNS, *_speed_lines(found))]
-    return "\n".join([_settings(found) + ".", "", lines[0], "|---" * len(COLUMNS) + "|", *lines[1:]]) + "\n"
-
-
-def _settings(found: Benchmark) -> str:
-    how = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.settings.items())
-    return f"{how}; copies {found.copy_bytes_per_second / 1e9:.3g} GB/s"
-
-
-def _speed_lines(found: Benchmark) -> list[tuple[str, ...]]:
-    return [
-        (row.label, f"{row.kv_budget:.3f}", _milliseconds(row.ttft), _milliseconds(row.tpot),
-         f"{row.tokens_per_second:,.4g}", f"{row.tpot / found.rows[0].tpot:.3f}", _milliseconds(row.attention),
-         f"{row.stored_bytes / 1e6:,.4g}", f"{row.read_bytes / 1e6:,.4g}",
-         "" if math.isnan(row.attention) else f"{row.bandwidth:.0%}",
-         f"{row.peak_bytes / 1e6:,.4g}" if row.peak_bytes else "")
-        for row in found.rows
-    ]  # fmt: skip
-
-
-def _milliseconds(seconds: float) -> str:
-    return "" if math.isnan(seconds) else f"{seconds * 1e3:,.4g} ms"
 
 
 def _plan_lines(plan: CachePlan) -> list[tuple[str, list[str]]]:

@@ -43,6 +43,10 @@ class Shape:
         fields = SHAPES[self.name]
         return fields.get("num_hidden_layers") or fields["n_layer"]
 
+    def facts(self) -> dict[str, Any]:
+        """What a table says of it."""
+        return {"shape": self.name, "layers": self.layers, "of_layers": self.published_layers}
+
     @property
     def arch(self) -> Architecture:
         return architecture(SHAPES[self.name]["model_type"])
