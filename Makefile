@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/models/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: demo test test-vllm lint check results results-frontier results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-solve results-stock results-depth results-mlkv results-healing results-7b results-recall clean
+.PHONY: demo test test-vllm lint check results results-frontier results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-solve results-stock results-depth results-mlkv results-healing results-7b results-speed results-vllm results-recall clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -36,14 +36,12 @@ lint: $(VENV)/installed
 
 check: lint test
 
-# Loss of every preset on a held-out text, and the time of a decode step:
+# Loss of every preset on a held-out text:
 # make results VALID=books-valid.txt [CALIBRATION=books-train.txt]
 results: $(VENV)/installed
 	$(BIN)/kvfold compare $(MODEL) $(PRESETS) --kv-budget 1/2 --kv-budget 1/3 --kv-budget 1/6 \
 	  --data $(CALIBRATION) --num-samples 128 --seq-len 256 --eval-data $(VALID) --max-tokens 32768 --out runs/width
 	cp runs/width/table.md results/width-books-6l-$(if $(filter self,$(CALIBRATION)),self,text).md
-	for dtype in float32 bfloat16; do $(BIN)/kvfold bench runs/width/svd_a-0.5 runs/width/svd_a-width.latent=group-0.5 \
-	  runs/width/gqa-0.5 --against $(MODEL) --dtype $$dtype --steps 40 $(DECODE) --markdown results/decode-step-$$dtype.md; done
 
 # Everything from 1/2 to 1/32 of the bytes, ours and the peers', for one model; then the table and plots over all models that
 # were compared so: make results-frontier MODEL=folder VALID=books-valid.txt SHIFTED=wikitext2-valid.txt CALIBRATION=books-train.txt.xz
@@ -58,16 +56,11 @@ results-frontier: $(VENV)/installed
 	  --out runs/frontier-$(notdir $(MODEL))
 	$(BIN)/python benchmarks/frontier.py
 
-# A decode step with packed caches, of two layers of Llama-2-7B's shape and of the packaged model
+# A decode step with packed caches, of two layers of Llama-2-7B's shape
 DECODE := --prefills 0 --threads 2
 SHAPE := --shape llama2-7b --layers 2 --dtype bfloat16 $(DECODE)
-PACKED := int8 int4 fp8
 results-bits: $(VENV)/installed
-	for preset in identity $(PACKED); do \
-	  $(BIN)/kvfold compress $(MODEL) --preset $$preset --out runs/bits/$$preset --overwrite || exit 1; done
-	$(BIN)/kvfold bench $(SHAPE) $(PACKED:%=--preset %) --context 4096 --steps 10 --markdown results/decode-step-bits.md
-	$(BIN)/kvfold bench runs/bits/identity $(PACKED:%=runs/bits/%) --against $(MODEL) \
-	  --dtype bfloat16 --context 4096 --steps 40 $(DECODE) --markdown results/decode-step-bits-$(notdir $(MODEL)).md
+	$(BIN)/kvfold bench $(SHAPE) --preset int8 --preset int4 --preset fp8 --context 4096 --steps 10 --markdown results/decode-step-bits.md
 
 # Low-rank methods side by side at equal bytes, ours and the peers', on two held-out texts, for one model:
 # make results-width MODEL=folder VALID=books-valid.txt SHIFTED=wikitext2-valid.txt CALIBRATION=books-train.txt.xz [PALU_GROUP=3]
@@ -124,7 +117,7 @@ results-stock: $(VENV)/installed
 	cp runs/stock-$(notdir $(MODEL))/table.md results/stock-$(notdir $(MODEL)).md
 
 # Sharing between layers, at equal bytes: make results-depth VALID=books-valid.txt [CALIBRATION=...] [MODEL=folder]; the nine
-# configurations of the MLKV paper right after conversion, for a model of 12 layers x 12 heads; and their memory and speed.
+# configurations of the MLKV paper right after conversion, for a model of 12 layers x 12 heads.
 DEPTH := --preset gqa --preset cla --preset mlkv --preset shared --preset xkv:width.metric=none --preset xkv --preset svd_a
 results-depth: $(VENV)/installed
 	$(BIN)/kvfold compare $(MODEL) $(DEPTH) --kv-budget 1/2 --kv-budget 1/3 --kv-budget 1/6 --data $(CALIBRATION) \
@@ -133,7 +126,6 @@ results-depth: $(VENV)/installed
 
 results-mlkv: $(VENV)/installed
 	$(BIN)/python benchmarks/mlkv_start.py $(MODEL) --valid $(VALID) --markdown results/mlkv-start-$(notdir $(MODEL)).md
-	$(BIN)/python benchmarks/mlkv_table.py --markdown results/mlkv-table-cpu.md
 
 # Recovery training, three tables: make results-healing MODEL=... VALID=... CALIBRATION=books-train.txt.xz
 results-healing: $(VENV)/installed
@@ -141,11 +133,27 @@ results-healing: $(VENV)/installed
 	  $(BIN)/python benchmarks/healing.py $$table --model $(MODEL) --data $(CALIBRATION) --valid $(VALID) \
 	    --markdown results/healing-$$table-$(notdir $(MODEL)).md || exit 1; done
 
-# Memory and time of folding Llama-2-7B's shape, and a decode step of two of its layers: make results-7b SCRATCH=/with/30GB
+# Memory and time of folding Llama-2-7B's shape: make results-7b SCRATCH=/with/30GB
 results-7b: $(VENV)/installed
 	$(BIN)/python benchmarks/fold_llama2_7b.py --folder $(SCRATCH) --json results/fold-llama2-7b.json
-	$(BIN)/kvfold bench $(SHAPE) --steps 20 --preset svd_w:kv_budget=0.5 --kv-heads 16 --preset gqa:kv_budget=0.5 \
-	  --markdown results/decode-step-llama2-7b-2-layers.md
+
+# The speed tables of both papers in their geometries, with random weights: 2,048 cached tokens (arXiv 2406.07056), the nine
+# configurations of Pythia-160M (arXiv 2406.09297); and wide latents beside grouped ones
+SPEED := --context 2048 --dtype bfloat16 $(DECODE)
+MLKV := MHA-144 GQA-48 MLKV-48 MQA-12 MLKV-12 MLKV-6 MLKV-4 MLKV-2 MLKV-1
+results-speed: $(VENV)/installed
+	$(BIN)/kvfold bench --shape llama2-7b --kv-heads 16 --kv-heads 8 --preset svd_a:kv_budget=0.5,width.v_latent=layer \
+	  --batch 16 $(SPEED) --markdown results/speed-llama2-7b.md --plot results/speed-llama2-7b.svg
+	$(BIN)/kvfold bench --shape llama2-13b --kv-heads 20 --kv-heads 10 --batch 16 $(SPEED) --markdown results/speed-llama2-13b.md
+	$(BIN)/kvfold bench --shape bloomz-7b1 --kv-heads 16 --kv-heads 8 --kv-heads 4 --batch 16 $(SPEED) \
+	  --markdown results/speed-bloomz-7b1.md
+	$(BIN)/kvfold bench --shape pythia-160m --layers 12 $(MLKV:%=--preset %) --batch 8 --memory 8GB $(SPEED) \
+	  --markdown results/speed-mlkv-pythia-160m.md
+
+# Throughput under vLLM where the cache is what limits it (needs the environment of make test-vllm)
+results-vllm: $(VLLM_VENV)/installed
+	$(VLLM_VENV)/bin/kvfold bench --shape llama2-7b --kv-heads 16 --kv-heads 8 --engine vllm --batch 16 --context 192 --steps 256 \
+	  --memory 32MiB --markdown results/vllm-llama2-7b.md --plot results/vllm-llama2-7b.svg
 
 # Whether a folded model still finds what stands far back: make results-recall MODEL=folder FOLDED=folder [LENGTHS=512,2048]
 FOLDED ?= $(error give FOLDED=FOLDER, which kvfold wrote)

@@ -31,10 +31,6 @@ $python -m pytest -q tests/gpu tests/contracts/test_runtime.py tests/unit/test_q
 $python -m kvfold.cli compare kvfold/models/books-6l --preset gqa --preset svd_w --preset svd_a:width.latent=group \
   --preset svd_a --preset int4:kv_budget=null --preset auto --kv-budget 1/2 --kv-budget 1/6 --num-samples 64 --seq-len 256 --out "$scratch/compare" | tail -1 > "$out/compare.json"
 
-# The MLKV paper's nine configurations at Pythia-160M's shape: bytes, largest batch, tokens/s.
-$python benchmarks/mlkv_table.py --batch "${BATCH:-32}" --memory "${MEMORY:-8}" --dtype float16 --markdown "$out/mlkv-table.md" \
-  | tail -1 > "$out/mlkv-table.json"
-
 # Speed tables of arXiv 2406.07056 at 2,048 cached tokens: random weights of the published geometries, LAYERS of their layers.
 bench() { # NAME, then options
   name=$1; shift
@@ -44,6 +40,9 @@ for context in ${CONTEXTS:-2048 8192}; do
   bench "llama2-7b-$context" --shape llama2-7b --context "$context" --kv-heads 16 --kv-heads 8 --preset int8 --preset int4 --preset fp8
 done
 bench llama2-13b-2048 --shape llama2-13b --context 2048 --kv-heads 20 --kv-heads 10
+# The nine configurations of arXiv 2406.09297, all of Pythia-160M's layers.
+bench mlkv-pythia-160m --shape pythia-160m --layers 12 --dtype float16 --memory "${MEMORY:-8GB}" --context 2048 \
+  $(printf -- '--preset %s ' MHA-144 GQA-48 MLKV-48 MQA-12 MLKV-12 MLKV-6 MLKV-4 MLKV-2 MLKV-1)
 bench bloomz-7b1-2048 --shape bloomz-7b1 --context 2048 --kv-heads 16 --kv-heads 8 --kv-heads 4
 
 # Folding Llama-2-7B's shape: time and memory.

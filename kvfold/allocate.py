@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from kvfold.attention import AttentionLayer
 from kvfold.bits.base import BitsMethod, noise_share
@@ -15,6 +16,7 @@ from kvfold.errors import BudgetError, RecipeError
 from kvfold.length.base import LengthMethod
 from kvfold.number_format import StoredShape
 from kvfold.plan import ITEMSIZE, POSITION_BYTES, CachePlan, CacheSpec, SourceLayer
+from kvfold.servable import VLLM_WIDTHS
 from kvfold.width.base import LayerGroup, WidthMethod
 
 SIDES = ("keys", "values")
@@ -56,6 +58,13 @@ class Limits:
     min_width: float = 0.0
     one_shape: bool = False
     widths: tuple[int, ...] = ()
+
+
+def limits_of(recipe: Any) -> Limits:
+    """What a recipe says of them, its runtime's included."""
+    served = recipe.runtime == "vllm"
+    widths = VLLM_WIDTHS if served else ()
+    return Limits(keep_layers=recipe.keep_layers, min_width=recipe.min_width, one_shape=served, widths=widths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +113,17 @@ class Request:
             shapes = self.axes.bits.stored(layer, side, self.allowed(layer, shapes))
         return sorted(shapes, key=self.cost)
 
-    def shapes(self, layer: AttentionLayer, side: str) -> list[StoredShape]:
-        """Those of the width method; of a layer that is kept only the one that loses nothing."""
+    def widest(self, layer: AttentionLayer, side: str) -> StoredShape:
+        """The shape that loses nothing."""
+        return self._by_numbers(layer, side)[-1]
+
+    def _by_numbers(self, layer: AttentionLayer, side: str) -> list[StoredShape]:
         found = self.axes.width.shapes(side, layer, 1 + self.targets.count(layer.index))
-        shapes = sorted(found, key=lambda shape: shape.numbers)
+        return sorted(found, key=lambda shape: shape.numbers)
+
+    def shapes(self, layer: AttentionLayer, side: str) -> list[StoredShape]:
+        """Those of the width method that the limits allow; of a layer that is kept only the one that loses nothing."""
+        shapes = self._by_numbers(layer, side)
         if layer.index in self.limits.keep_layers:
             return shapes[-1:]
         return [shape for shape in shapes if shape.width in self.limits.widths] or shapes
@@ -176,8 +192,8 @@ def allocate(request: Request, *, kv_budget: float | None, strategy: str, curves
     if kv_budget is None:
         return request.plan(_without_budget(request))
     budget = kv_budget * request.source_bytes - request.bytes_beside
-    if request.limits.one_shape and strategy != "uniform":
-        chosen = _in_pairs(request, curves(), budget)
+    if request.limits.one_shape:
+        chosen = _in_pairs(request, kv_budget, budget, curves if strategy != "uniform" else None)
     elif strategy == "uniform":
         options = request.options
         if request.axes.bits.by_spectrum:
@@ -190,16 +206,17 @@ def allocate(request: Request, *, kv_budget: float | None, strategy: str, curves
     return request.plan(chosen)
 
 
-def _in_pairs(request: Request, curves: Curves, budget: float) -> Choice:
-    """Keys and values of a layer in one shape: one curve of both, for half the bytes."""
+def _in_pairs(request: Request, kv_budget: float, budget: float, curves: Callable[[], Curves] | None) -> Choice:
+    """Keys and values of a layer in one shape: what is chosen for keys, for half the bytes, holds for both."""
     keys, values = SIDES
-    both = {
-        (i, side): [(shape, lost + dict(curves[i, values])[shape]) for shape, lost in curve]
-        for (i, side), curve in curves.items()
-        if side == keys
-    }
-    chosen = spent(request, both, cheapest(request, both, budget / 2), budget / 2)
-    return {(i, side): chosen[i, keys] for i, side in curves}
+    options = {key: shapes for key, shapes in request.options.items() if key[1] == keys}
+    if curves is None:
+        chosen = _trimmed(request, _uniform(request, options, kv_budget), options, budget / 2)
+    else:
+        found = curves()
+        both = {(i, side): [(s, lost + dict(found[i, values])[s]) for s, lost in found[i, side]] for i, side in options}
+        chosen = spent(request, both, cheapest(request, both, budget / 2), budget / 2)
+    return {(i, side): chosen[i, keys] for i, side in request.options}
 
 
 def smallest_under(target_kl: float, plan: Callable[[float], CachePlan], kl: Callable[[CachePlan], float]) -> CachePlan:

@@ -70,6 +70,10 @@ def bench_command(
         raise RecipeError("give folders and --against MODEL, or --shape NAME with --preset or --kv-heads.")
     if engine not in RUNTIMES:
         raise RecipeError(unknown("engine", engine, RUNTIMES))
+    if engine == "vllm" and (threads or device != "auto"):
+        raise RecipeError(
+            "--engine vllm goes without --threads and --device: vLLM takes the device that it was built for."
+        )
     geometry = Shape(name=shape, layers=layers) if shape else None
     tokens = parse_size(context, binary=True)
     found: Benchmark | ThroughputBenchmark
@@ -105,10 +109,10 @@ def bench_command(
 @contextmanager
 def _folders(
     folded: list[str] | None, against: str | None, shape: Shape | None, recipes: Mapping[str, Recipe], dtype: str
-) -> Iterator[list[Path]]:
+) -> Iterator[dict[str, Path]]:
     """What vLLM loads: the given folders, or those of a shape while they are needed."""
     if shape is None:
-        yield [Path(f"{against}"), *map(Path, folded or ())]
+        yield {"original": Path(f"{against}")} | {Path(folder).name: Path(folder) for folder in folded or ()}
         return
     with tempfile.TemporaryDirectory() as scratch:
         yield of_shape(shape, recipes, Path(scratch), "bfloat16" if dtype == "auto" else dtype)

@@ -18,12 +18,12 @@ from kvfold.allocate import (
     Axes,
     Curves,
     Groups,
-    Limits,
     Request,
     allocate,
     check_request,
     choose_layout,
     expected_curves,
+    limits_of,
     smallest_under,
 )
 from kvfold.architectures.base import empty_model, source_config
@@ -81,9 +81,7 @@ def compress(
     clock = _Clock()
     source = open_source(recipe.model)
     axes = Axes(**{axis: recipe.method(axis) for axis in ("depth", "width", "bits", "length")})
-    served = recipe.runtime == "vllm"
-    widths = VLLM_WIDTHS if served else ()
-    limits = Limits(keep_layers=recipe.keep_layers, min_width=recipe.min_width, one_shape=served, widths=widths)
+    limits = limits_of(recipe)
     material = Material(recipe, source, run_dir, device)
     asked = Request(
         layers=source.layers, targets=(None,) * len(source.layers), axes=axes, dtype=source.dtype, limits=limits
@@ -110,6 +108,7 @@ def compress(
     probe = functools.cache(functools.partial(_probe, recipe, material, statistics, request, groups))
     plan = _plan(recipe, request, groups, probe)
     _warn_if_far_below(recipe, plan)
+    _warn_if_padded(recipe, plan)
     recipe, request, plan = _or_plain(recipe, request, plan, probe)
     clock.lap("allocate")
     partial = partial_folder(out, _identity(recipe, source.checkpoint, plan, statistics))
@@ -241,6 +240,17 @@ def _warn_if_far_below(recipe: Recipe, plan: CachePlan) -> None:
             " come nearer.",
             stacklevel=3,
         )
+
+
+def _warn_if_padded(recipe: Recipe, plan: CachePlan) -> None:
+    if recipe.runtime != "vllm" or all(spec.head_dim in VLLM_WIDTHS for spec in plan.owned):
+        return
+    odd = sorted({spec.head_dim for spec in plan.owned} - {*VLLM_WIDTHS})
+    warnings.warn(
+        f"stored heads of {', '.join(map(str, odd))} numbers are padded by some of vLLM's kernels, whose cache then holds"
+        f" fewer tokens than 1 / kv_budget says; widths without padding: {', '.join(map(str, VLLM_WIDTHS))}.",
+        stacklevel=3,
+    )
 
 
 class _Clock:

@@ -31,7 +31,7 @@ from kvfold.runtime.attention import CURRENT_STATE, FoldedAttention, ForwardStat
 from kvfold.storage import make_folder, write_text
 from kvfold.width.base import WidthMethod, method_name
 
-PROBE_VERSION = 3
+PROBE_VERSION = 4
 """To be raised when something is measured differently, so that what is on disk is not taken for it."""
 
 PROBE_TOKENS = 4096
@@ -117,7 +117,8 @@ class Probe:
     def _side(self, owner: int, side: str, shape: StoredShape) -> float:
         """KL of storing one side so."""
         layer, other = self.request.layers[owner], "values" if side == "keys" else "keys"
-        chosen = {(owner, side): shape, (owner, other): self.request.shapes(layer, other)[-1]}
+        # the other side loses nothing: the widest shape of all, whatever a runtime would serve
+        chosen = {(owner, side): shape, (owner, other): self.request.widest(layer, other)}
         form = "" if shape.form is None else f" {dataclasses.astuple(shape.form)}"
         label = f"{owner} {side} {shape.num_heads}x{shape.width}{form}"
         return self._known(label, {owner: self.request.spec(layer, chosen)}, self.width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kvfold.allocate import Axes, Request, allocate, choose_layout
+from kvfold.allocate import Axes, Request, allocate, choose_layout, limits_of
 from kvfold.architectures.base import Architecture, architecture, empty_model
 from kvfold.errors import RecipeError
 from kvfold.plan import CONFIG_KEY, CachePlan
@@ -63,9 +64,9 @@ class Shape:
         """Of a recipe whose sizes need no calibration. Equal shares where it shares a budget out."""
         layers = self.arch.describe(empty_model(self.arch, self.config()))
         axes = Axes(**{axis: recipe.method(axis) for axis in ("depth", "width", "bits", "length")})
-        asked = Request(layers=layers, targets=(None,) * len(layers), axes=axes, dtype=dtype)
+        asked = Request(layers=layers, targets=(None,) * len(layers), axes=axes, dtype=dtype, limits=limits_of(recipe))
         targets = choose_layout(asked, kv_budget=recipe.kv_budget, sample=None)
-        request = Request(layers=layers, targets=targets, axes=axes, dtype=dtype)
+        request = dataclasses.replace(asked, targets=targets)
         return allocate(request, kv_budget=recipe.kv_budget, strategy="uniform", curves=dict)
 
     def stock(self, dtype: str, device: str) -> Any:

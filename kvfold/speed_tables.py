@@ -56,8 +56,8 @@ def _settings(settings: dict[str, Any]) -> str:
 
 def _of_steps(found: Benchmark) -> list[tuple[str, ...]]:
     return [
-        (row.label, f"{row.kv_budget:.3f}", _milliseconds(row.ttft), _milliseconds(row.tpot),
-         f"{row.tokens_per_second:,.4g}", f"{row.tpot / found.rows[0].tpot:.3f}", _milliseconds(row.attention),
+        (row.label, f"{row.kv_budget:.3f}", _time(row.ttft), _time(row.tpot),
+         f"{row.tokens_per_second:,.4g}", f"{row.tpot / found.rows[0].tpot:.3f}", _time(row.attention),
          f"{row.stored_bytes / 1e6:,.4g}", f"{row.read_bytes / 1e6:,.4g}",
          "" if math.isnan(row.attention) else f"{row.bandwidth:.0%}",
          f"{row.peak_bytes / 1e6:,.4g}" if row.peak_bytes else "",
@@ -70,10 +70,12 @@ def _of_requests(found: ThroughputBenchmark) -> list[tuple[str, ...]]:
     first = found.rows[0].tokens_per_second
     return [
         (row.label, f"{row.kv_budget:.3f}", f"{row.tokens_per_second:,.4g}", f"{row.tokens_per_second / first:.2f}",
-         _milliseconds(row.ttft), _milliseconds(row.tpot), f"{row.cache_tokens:,}")
+         _time(row.ttft), _time(row.tpot), f"{row.cache_tokens:,}")
         for row in found.rows
     ]  # fmt: skip
 
 
-def _milliseconds(seconds: float) -> str:
-    return "" if math.isnan(seconds) else f"{seconds * 1e3:,.4g} ms"
+def _time(seconds: float) -> str:
+    if math.isnan(seconds):
+        return ""
+    return f"{seconds:.4g} s" if seconds >= 1 else f"{seconds * 1e3:.4g} ms"

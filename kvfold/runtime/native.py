@@ -1,7 +1,7 @@
 """The CPU's own decode kernel (decode.cpp): compiled when it is first needed, kept for later runs, called through ctypes.
 
 Why: torch's fused kernel reads the cache of a step at a tenth (one query per head) to a quarter of the speed of a copy, this
-one at 0.8 and more (results/decode-attention-cpu.md). Where there is no compiler, torch's operations serve as before.
+one at about 0.8 (results/speed-llama2-7b.md). Where there is no compiler, torch's operations serve as before.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import logging
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,30 +55,38 @@ def library() -> ctypes.CDLL | None:
         detail = getattr(error, "stderr", None) or error
         logging.getLogger(__name__).warning(
             "decoding on this CPU goes without kvfold's own kernel, several times slower: it could not be compiled (%s)."
-            " Install a C++ compiler (g++ 12 or clang), or name one in CXX.",
-            str(detail).strip().splitlines()[-1],
+            " It needs a C++ compiler (g++ 12 or clang; CXX names another one) and a folder for the result (XDG_CACHE_HOME).",
+            (str(detail).strip().splitlines() or ["?"])[-1],
         )
         return None
 
 
 def _compiled() -> Path:
     """The library's file. Raises OSError or SubprocessError."""
-    name = os.environ.get("CXX", "c++")
-    compiler = shutil.which(name)
-    if compiler is None:
-        raise OSError(f"there is no {name}")
-    facts = (SOURCE.read_text(), FLAGS, compiler, platform.machine(), _processor())
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    found = shutil.which(compiler[0])
+    if found is None:
+        raise OSError(f"there is no {compiler[0]}")
+    facts = (SOURCE.read_text(), FLAGS, found, compiler, platform.machine(), _processor())
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvfold"
-    file = folder / f"decode-{key}.so"
+    file = _folder() / f"decode-{key}.so"
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # another process may be compiling it, too
+        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:  # another process may be compiling it, too
             made = Path(scratch) / file.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+            command = [*compiler, *FLAGS, str(SOURCE), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
             os.replace(made, file)
     return file
+
+
+def _folder() -> Path:
+    """Where what was compiled is kept: the user's cache, or a folder of this process where there is none."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvfold"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or one that cannot be written
+        return Path(tempfile.mkdtemp(prefix="kvfold-"))
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="kvfold-"))
 
 
 def _processor() -> str:
@@ -91,6 +101,8 @@ def _processor() -> str:
 def serves(q: Tensor, z: Tensor, y: Tensor) -> bool:
     """Whether the kernel takes these tensors, and nobody wants gradients or a graph of it."""
     tensors = (q, z, y)
+    if torch.jit.is_tracing() or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
+        return False  # not real numbers, or somebody records what is done with them
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return False
     plain = all(x.device.type == "cpu" and x.dtype == q.dtype and x.stride(-1) == 1 for x in tensors)
@@ -104,7 +116,8 @@ def decode(q_BNTR: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, bias: Tensor | None, 
     """
     B, N, T, R = q_BNTR.shape
     S, V = y_BUSV.shape[2:]
-    queries, out = torch.empty(B, N, T, R).copy_(q_BNTR), torch.empty(B, N * T, V)
+    exact: dict[str, Any] = {"dtype": torch.float32, "device": q_BNTR.device}  # whatever torch's defaults are
+    queries, out = torch.empty(B, N, T, R, **exact).copy_(q_BNTR), torch.empty(B, N * T, V, **exact)
     groups, threads = math.gcd(z_BCSR.shape[1], y_BUSV.shape[1]), torch.get_num_threads()
     splits = min(max(1, -(-TASKS_PER_THREAD * threads // (B * groups))), -(-S // 256))
     if bias is not None:  # a row per query; one token's mask need not be copied for that

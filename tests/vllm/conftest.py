@@ -1,5 +1,6 @@
 """Folded folders that vLLM serves, made when a test asks for them."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ CALIBRATION = {"data": "self", "num_samples": 8, "seq_len": 64}
 PLANS = {
     "groups": {"runtime": "vllm", "kv_budget": 1 / 3},
     "shared": {"preset": "mlkv", "depth": {"owners": 2}, "width": {"kv_heads": 2}},
+    "norms_shared": {"model": "qwen3_norm_window", "preset": "mlkv", "depth": {"owners": 1}, "width": {"kv_heads": 2}},
     "wide": {"preset": "fast", "runtime": "vllm", "kv_budget": 1 / 2},
     "packed": {"preset": "int4"},
 }
@@ -35,11 +37,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             return MODEL
         if not (root / name).exists():
             recipe = PLANS.get(name, {"runtime": "vllm", "allocate": "uniform", "kv_budget": 1 / 2})
-            model = MODEL
-            if name in MODELS:
-                model = save_tiny(make_tiny(name, **CHANGES.get(name, {})), root / f"{name}.stock")
+            model, tiny = MODEL, recipe.get("model", name)
+            if tiny in MODELS:
+                model = save_tiny(make_tiny(tiny, **CHANGES.get(tiny, {})), root / f"{name}.stock")
             where = {"model": str(model), "out": str(root / name), "calibration": CALIBRATION}
-            kvfold.compress(where | recipe, device="cpu")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "stored heads of")  # of tiny models, whose heads are padded
+                kvfold.compress(recipe | where, device="cpu")
         return root / name
 
     return make

@@ -11,6 +11,7 @@ import urllib.request
 from engines import BIND, ENVIRONMENT, assert_same_tokens, job, serve
 
 import kvfold
+from kvfold.demonstration import MODEL
 
 
 def test_a_live_server_answers(folder, tmp_path):
@@ -49,5 +50,38 @@ def wait_for(server, port, log):
 
 
 def test_two_processes_give_the_tokens_of_one(folder, tmp_path):
-    jobs = {"shared": job(folder("shared"), tensor_parallel_size=2)}
-    assert_same_tokens(serve(tmp_path, jobs, **{BIND: "1|1"})["shared"], folder("shared"))
+    """Stored heads shared out, one that both have, and a family of transformers'."""
+    names = ("shared", "wide", "neox_partial")
+    jobs = {name: job(folder(name), tensor_parallel_size=2) for name in names}
+    found = serve(tmp_path, jobs, **{BIND: "1|1"})
+    for name in names:
+        assert "error" not in found[name], found[name]
+        assert_same_tokens(found[name], folder(name))
+
+
+def test_bench_measures_both(folder, tmp_path):
+    command = [sys.executable, "-m", "kvfold.cli", "bench", str(folder("shared")), "--against", str(MODEL)]
+    command += [
+        "--engine",
+        "vllm",
+        "--batch",
+        "4",
+        "--context",
+        "64",
+        "--steps",
+        "8",
+        "--memory",
+        "4MiB",
+        "--rounds",
+        "1",
+    ]
+    command += ["--dtype", "float32", "--plot", str(tmp_path / "speed.svg"), "--markdown", str(tmp_path / "speed.md")]
+    environment = os.environ | ENVIRONMENT | {BIND: "1"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    original, shared = found["rows"]
+    assert (original["label"], shared["label"]) == ("original", "shared")
+    assert shared["cache_tokens"] >= 0.97 * original["cache_tokens"] / shared["kv_budget"]
+    assert original["tokens_per_second"] > 0 and original["ttft"] > 0 and original["tpot"] > 0
+    assert (tmp_path / "speed.svg").exists() and "| original | 1.000 |" in (tmp_path / "speed.md").read_text()

@@ -16,11 +16,13 @@ OF_ONE_MODEL = ("groups", "shared", "wide")
 
 @pytest.fixture(scope="module")
 def served(folder, tmp_path_factory):
-    jobs = {name: job(folder(name), **CHUNKS) for name in ("original", *OF_ONE_MODEL, "packed", *MODELS)}
+    jobs = {
+        name: job(folder(name), **CHUNKS) for name in ("original", *OF_ONE_MODEL, "packed", "norms_shared", *MODELS)
+    }
     return serve(tmp_path_factory.mktemp("served"), jobs, **{BIND: "0"})
 
 
-@pytest.mark.parametrize("name", [*OF_ONE_MODEL, *MODELS])
+@pytest.mark.parametrize("name", [*OF_ONE_MODEL, "norms_shared", *MODELS])
 def test_tokens_are_those_of_transformers(served, folder, name):
     assert "error" not in served[name], served[name]
     assert_same_tokens(served[name], folder(name))

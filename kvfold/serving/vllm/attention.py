@@ -23,6 +23,8 @@ from kvfold.plan import CacheSpec
 from kvfold.runtime.attention import apply_rotary
 
 LOGGER = init_logger(f"vllm.{__name__}")
+USUAL_WIDTH = 64
+"""A head size that every kernel takes."""
 Part = Callable[[Tensor], Tensor]
 """Of a tensor of the checkpoint, what this rank keeps."""
 
@@ -45,7 +47,7 @@ class FoldedAttention(nn.Module):
         self.num_heads = layer.num_attention_heads // ranks
         self.groups = max(spec.num_kv_heads // ranks, 1)
         self.rotary_emb = getattr(old, "rotary_emb", None)
-        self.q_norm, self.k_norm = getattr(old, "q_norm", None), getattr(old, "k_norm", None)
+        self.q_norm, self.k_norm = getattr(old, "q_norm", None), getattr(old, "k_norm", None) if self.owns else None
         for norm in (self.q_norm, self.k_norm):
             for parameter in norm.parameters() if norm is not None else ():
                 parameter.of_rank = _whole
@@ -83,7 +85,7 @@ class FoldedAttention(nn.Module):
     def _paged(self, stock: Any, width: int, target: str | None, vllm_config: Any) -> Attention:
         """vLLM's own attention over its paged cache; stored heads are padded to a width that its kernel has."""
         cache = vllm_config.cache_config
-        size = _kernel_width(width, get_attn_backend(64, torch.get_default_dtype(), cache.cache_dtype))
+        size = _kernel_width(width, cache.cache_dtype)
         if size * 2 != self.spec.head_dim + self.spec.v_head_dim and self.owns:
             LOGGER.warning_once(
                 f"stored heads of {self.spec.head_dim} and {self.spec.v_head_dim} numbers take {size} each in this kernel's"
@@ -228,10 +230,15 @@ def _heads(count: int, first: int, total: int, axis: int = 0) -> Part:
     return lambda full: full.unflatten(axis, (total, -1)).narrow(axis, first, count).flatten(axis, axis + 1)
 
 
-def _kernel_width(width: int, backend: Any) -> int:
-    """The least head size of this device's kernel that holds `width` numbers. Raises PlanError if none does."""
-    sizes = backend.get_supported_head_sizes()
-    fitting = [size for size in sizes if size >= width] if sizes else [-(-width // 8) * 8]
-    if not fitting:
-        raise PlanError(f"stored heads of {width} numbers are wider than this device's kernel has them ({max(sizes)}).")
-    return min(fitting)
+def _kernel_width(width: int, cache_dtype: str) -> int:
+    """The least head size of this device's kernels that holds `width` numbers. Raises PlanError if none does."""
+    exact = -(-width // 8) * 8
+    for asked in (exact, USUAL_WIDTH):
+        try:
+            sizes = get_attn_backend(asked, torch.get_default_dtype(), cache_dtype).get_supported_head_sizes()
+        except ValueError:  # no kernel takes it
+            continue
+        fitting = [size for size in sizes if size >= width] if sizes else [exact]
+        if exact in fitting or (fitting and asked == USUAL_WIDTH):
+            return min(fitting)
+    raise PlanError(f"stored heads of {width} numbers are wider than this device's kernels have them.")

@@ -25,11 +25,15 @@ def check_servable(vllm_config: Any) -> None:
         raise PlanError(obstacle)
     ranks = vllm_config.parallel_config.tensor_parallel_size
     for layer, spec in enumerate(plan.caches):
-        heads, queries = spec and spec.num_kv_heads, plan.source[layer].num_attention_heads
-        if heads and (queries % ranks or (heads % ranks and ranks % heads)):
+        source = plan.source[layer]
+        counts = (source.num_kv_heads, *([] if spec is None else [spec.num_kv_heads]))
+        if source.num_attention_heads % ranks or any(heads % ranks and ranks % heads for heads in counts):
             raise PlanError(
-                f"tensor_parallel_size {ranks}: the {heads} stored heads of layer {layer} and its {queries} query heads"
-                " cannot be shared out evenly. Choose a number that divides both."
+                f"tensor_parallel_size {ranks}: layer {layer} has {source.num_attention_heads} query heads, and of keys and"
+                f" values {' and stored '.join(map(str, counts))}; they cannot be shared out evenly. Choose a number that"
+                " divides them."
             )
-    if vllm_config.parallel_config.pipeline_parallel_size > 1 and any(plan.kv_sharing_target_layer):
+    if vllm_config.parallel_config.pipeline_parallel_size > 1 and any(
+        target is not None for target in plan.kv_sharing_target_layer
+    ):
         raise PlanError("pipeline_parallel_size: layers that share a cache must be in one process.")

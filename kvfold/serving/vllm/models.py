@@ -55,6 +55,9 @@ class _Folded:
                 target = None if owner == index else names[owner]
                 new = self.attention_class(layers[index], plan.cache_of(index), old, stock, target, vllm_config)
                 self.set_submodule(path, new)  # type: ignore[attr-defined]
+                # kernels size their buffers by the model's head size
+                facts = vllm_config.model_config.model_arch_config
+                facts.head_size = max(facts.head_size, new.attn.head_size)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Tensors of attention go where the plan has them, all others as vLLM knows them."""

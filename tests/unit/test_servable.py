@@ -1,0 +1,92 @@
+"""`--runtime vllm` makes plans that vLLM's paged cache holds, and says before any work what it cannot hold."""
+
+import pytest
+from tiny import make_tiny, save_tiny
+
+import kvfold
+from kvfold.allocate import Axes, Request, limits_of
+from kvfold.architectures.base import empty_model
+from kvfold.demonstration import MODEL
+from kvfold.errors import BudgetError, PlanError, RecipeError
+from kvfold.recipe import make_recipe, preset_recipe
+from kvfold.registry import AXES
+from kvfold.servable import VLLM_WIDTHS
+from kvfold.shapes import Shape
+
+GROUPS = {"method": "svd_w", "latent": "group", "v_latent": "group"}
+
+
+def compress(tmp_path, **recipe):
+    made = kvfold.compress(
+        {"model": str(MODEL), "out": str(tmp_path / "out"), "runtime": "vllm", **recipe}, device="cpu"
+    )
+    return made.plan
+
+
+@pytest.mark.parametrize("allocate", ["uniform", "greedy"])
+@pytest.mark.parametrize(
+    ("width", "kv_budget"),
+    [(GROUPS, 1 / 2), (GROUPS, 1 / 4), ({**GROUPS, "latent": "layer", "v_latent": "layer"}, 1 / 2)],
+)
+def test_keys_and_values_of_a_layer_have_one_shape(tmp_path, allocate, width, kv_budget):
+    plan = compress(tmp_path, width=width, allocate=allocate, kv_budget=kv_budget)
+    assert plan.servable_by() == {"transformers": None, "vllm": None}
+    assert 0.6 * kv_budget < plan.kv_budget <= kv_budget
+    for spec in plan.owned:
+        assert (spec.num_kv_heads, spec.head_dim) == (spec.num_v_heads, spec.v_head_dim)
+        assert spec.head_dim in VLLM_WIDTHS
+
+
+def test_its_default_is_a_servable_preset():
+    where = {"model": "m", "out": "o"}
+    recipe = make_recipe(where | {"runtime": "vllm"})
+    assert (recipe.preset, recipe.runtime) == ("served", "vllm")
+    assert make_recipe(where, ["runtime=vllm"]).preset == "served"
+    assert make_recipe(where | {"preset": "served"}).runtime == "vllm"
+    assert make_recipe(where).preset == "auto"
+
+
+@pytest.mark.parametrize("allocate", ["uniform", "greedy"])
+def test_layers_that_are_kept_keep_everything(tmp_path, allocate):
+    plan = compress(tmp_path, width=GROUPS, kv_budget=1 / 2, keep_layers=[0], allocate=allocate)
+    assert all((spec.num_kv_heads, spec.head_dim) == (spec.num_v_heads, spec.v_head_dim) for spec in plan.owned)
+    assert plan.owned[0].bytes_per_token(1) == plan.source[0].numbers_per_token
+    assert plan.servable_by()["vllm"] is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"preset": "auto", "kv_budget": 1 / 4}, "k_bits: numbers in few bits; the nearest plan"),
+        ({"preset": "int8"}, "layer 0's k_bits"),
+        ({"preset": "small", "kv_budget": 1 / 4}, "rope = on_read"),
+        ({"preset": "xkv", "kv_budget": 1 / 4}, "joint = True"),
+        ({"preset": "svd_a", "kv_budget": 1 / 4, "width": {"group_size": 2}}, "keys and values in one shape"),
+        ({"runtime": "vlm"}, "Did you mean 'vllm'"),
+    ],
+)  # fmt: skip
+def test_what_it_cannot_serve_is_refused_before_calibration(tmp_path, recipe, message):
+    with pytest.raises((RecipeError, PlanError), match=message):
+        compress(tmp_path, **{"calibration": {"data": "/no/such/text"}} | recipe)
+
+
+def test_damage_is_measured_beside_an_untouched_side():
+    """One wide latent of Llama-2-7B's heads is no width that vLLM has, and still what the other side is measured with."""
+    shape = Shape(name="llama2-7b", layers=1)
+    layers = shape.arch.describe(empty_model(shape.arch, shape.config()))
+    recipe = preset_recipe("fast", {"model": "m", "out": "o", "runtime": "vllm"})
+    axes = Axes(**{axis: recipe.method(axis) for axis in AXES})
+    request = Request(layers=layers, targets=(None,), axes=axes, dtype="bfloat16", limits=limits_of(recipe))
+    assert request.shapes(layers[0], "keys")[-1].width == 256 and request.widest(layers[0], "keys").width == 4096
+
+
+def test_padding_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="stored heads of 8 numbers are padded"):
+        compress(
+            tmp_path, model=str(save_tiny(make_tiny("llama_mha"), tmp_path / "tiny")), preset="gqa", kv_budget=1 / 2
+        )
+
+
+def test_a_budget_below_the_narrowest_head_is_refused(tmp_path):
+    with pytest.raises(BudgetError, match="the smallest cache of this method keeps 0.16"):
+        compress(tmp_path, width=GROUPS, kv_budget=1 / 16)
