@@ -15,6 +15,14 @@ PLANS = {
     "groups": {"runtime": "vllm", "kv_budget": 1 / 3},
     "shared": {"preset": "mlkv", "depth": {"owners": 2}, "width": {"kv_heads": 2}},
     "norms_shared": {"model": "qwen3_norm_window", "preset": "mlkv", "depth": {"owners": 1}, "width": {"kv_heads": 2}},
+    "mixed": {
+        "model": "neox_partial",
+        "runtime": "vllm",
+        "width": {"method": "svd_a", "latent": "group", "v_latent": "group"},
+        "keep_layers": [0],
+        "allocate": "greedy",
+        "kv_budget": 0.46,
+    },
     "wide": {"preset": "fast", "runtime": "vllm", "kv_budget": 1 / 2},
     "packed": {"preset": "int4"},
 }

@@ -50,13 +50,11 @@ def wait_for(server, port, log):
 
 
 def test_two_processes_give_the_tokens_of_one(folder, tmp_path):
-    """Stored heads shared out, one that both have, and a family of transformers'."""
-    names = ("shared", "wide", "neox_partial")
-    jobs = {name: job(folder(name), tensor_parallel_size=2) for name in names}
-    found = serve(tmp_path, jobs, **{BIND: "1|1"})
-    for name in names:
-        assert "error" not in found[name], found[name]
-        assert_same_tokens(found[name], folder(name))
+    """Four stored heads are shared out, one is in both; biases and numbers that do not rotate, in a model of transformers."""
+    assert {spec.num_kv_heads for spec in kvfold.inspect(folder("mixed")).plan.owned} == {1, 4}
+    found = serve(tmp_path, {"mixed": job(folder("mixed"), tensor_parallel_size=2)}, **{BIND: "1|1"})["mixed"]
+    assert "error" not in found, found
+    assert_same_tokens(found, folder("mixed"))
 
 
 def test_bench_measures_both(folder, tmp_path):
