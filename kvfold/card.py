@@ -44,6 +44,8 @@ model = AutoModelForCausalLM.from_pretrained("{out}")
 tokenizer = AutoTokenizer.from_pretrained("{out}")
 ```
 
+{serving}
+
 ## How it was made
 
 `kvfold compress --recipe recipe.yaml` with kvfold {version}:
@@ -61,7 +63,8 @@ def write_card_text(recipe: Recipe, plan: CachePlan, *, version: str, parameters
         for n in CONTEXTS
     ]
     source_read = source_read_bytes(plan, CONTEXTS[-1])
-    read = plan.kv_read_bytes(CONTEXTS[-1])
+    read, obstacle = plan.kv_read_bytes(CONTEXTS[-1]), plan.servable_by()["vllm"]
+    serving = f"vLLM serves it without flags (`pip install 'kvfold[vllm]'`): `vllm serve {recipe.out}`."
     return CARD.format(
         model=recipe.model,
         name=Path(recipe.out).name,
@@ -81,6 +84,7 @@ def write_card_text(recipe: Recipe, plan: CachePlan, *, version: str, parameters
         parameters=parameters[1],
         version=version,
         recipe=recipe.to_yaml(),
+        serving=serving if obstacle is None else f"vLLM does not serve it: {obstacle}",
     )
 
 

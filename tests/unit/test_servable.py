@@ -32,6 +32,7 @@ def test_keys_and_values_of_a_layer_have_one_shape(tmp_path, allocate, width, kv
     plan = compress(tmp_path, width=width, allocate=allocate, kv_budget=kv_budget)
     assert plan.servable_by() == {"transformers": None, "vllm": None}
     assert 0.6 * kv_budget < plan.kv_budget <= kv_budget
+    assert f"vllm serve {tmp_path / 'out'}" in (tmp_path / "out" / "README.md").read_text()
     for spec in plan.owned:
         assert (spec.num_kv_heads, spec.head_dim) == (spec.num_v_heads, spec.v_head_dim)
         assert spec.head_dim in VLLM_WIDTHS
