@@ -13,11 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvfold.number_format import tokens_at_once
-from kvfold.quantize import Scaled
 from kvfold.runtime import native
-
-Operand = Tensor | list[Scaled]
-"""Heads of some tokens [B, heads, tokens, width], or their tiers: a number is (code + 1/2) times its token's scale."""
+from kvfold.runtime.packed import Operand, Stored, read_all
 
 LARGEST_CODE = 128
 
@@ -49,7 +46,7 @@ def grouped_attention(
     return out_BNTV.transpose(1, 2), probs_BNTS
 
 
-def decode_attention(q_BNTR: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor | None, *, scale: float) -> Tensor:
+def decode_attention(q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, mask: Tensor | None, *, scale: float) -> Tensor:
     """Few query tokens: the queries of a stored head become the rows of one product, so each number is read once."""
     B, N, T, R = q_BNTR.shape
     C, S = z_BCSR.shape[1:3]
@@ -57,6 +54,7 @@ def decode_attention(q_BNTR: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tenso
     if native.serves(q_BNTR, z_BCSR, y_BUSV):
         bias = _additive(mask, T, S, 0, S, q_BNTR)
         return native.decode(q_BNTR, z_BCSR, y_BUSV, None if bias is None else bias.float(), scale=scale)
+    z_BCSR, y_BUSV = read_all(z_BCSR), read_all(y_BUSV)
     if T > 1:
         return grouped_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale)[0]
     if (C, R) == (U, V):  # torch's fused kernel wants equal head counts and widths

@@ -14,15 +14,15 @@ from transformers import PretrainedConfig
 from kvfold.attention import AttentionLayer
 from kvfold.plan import CacheSpec
 from kvfold.quantize import roundtrip
+from kvfold.runtime import native
 from kvfold.runtime.attend import (
-    Operand,
     chunked_attention,
     decode_attention,
     grouped_attention,
     prefill_attention,
     with_alibi,
 )
-from kvfold.runtime.buffers import PackedTokens, Stored, read, read_all, read_for_product
+from kvfold.runtime.packed import Operand, PackedTokens, Stored, read, read_all, read_for_product
 
 FEW_TOKENS = 16
 """A step of at most so many tokens (speculative decoding, short chunks) is bound by the cache's bytes, like one of one."""
@@ -265,8 +265,11 @@ class FoldedAttention(nn.Module):
 
     def _attend_packed(self, q: Tensor, z: Stored, y: Stored, mask: Tensor | None) -> Tensor:
         """Over a cache of which only a piece at a time is turned back into numbers."""
+        q = self._absorb(q)
+        if q.shape[2] <= FEW_TOKENS and self.layer.softcap is None and native.serves(q, z, y):
+            return self._lead_values_back(decode_attention(q, z, y, mask, scale=self.scaling))
         out = chunked_attention(
-            self._absorb(q),
+            q,
             functools.partial(read_for_product, z),
             functools.partial(read_for_product, y),
             z.shape[2],

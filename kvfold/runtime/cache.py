@@ -10,7 +10,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvfold.errors import PlanError
 from kvfold.plan import CachePlan, CacheSpec, round_up
-from kvfold.runtime.buffers import Buffer, GrowingBuffer, Stored, buffer
+from kvfold.runtime.buffers import Buffer, GrowingBuffer, buffer
+from kvfold.runtime.packed import Stored
 
 
 class GrowingLayer(CacheLayerMixin):

@@ -12,7 +12,7 @@ from kvfold.attention import AttentionLayer
 from kvfold.plan import CacheSpec
 from kvfold.runtime.attend import grouped_attention, prefill_attention, softmax, with_alibi
 from kvfold.runtime.attention import CURRENT_STATE, FoldedAttention, ForwardState, GroupedLinear, apply_rotary
-from kvfold.runtime.buffers import Stored, read_all
+from kvfold.runtime.packed import Stored, read_all
 
 
 class JointAttention(FoldedAttention):

@@ -1,4 +1,4 @@
-"""The CPU's own decode kernel (decode.cpp): compiled when it is first needed, kept for later runs, called through ctypes.
+"""The CPU's own decode kernel (cpu/decode.cpp): compiled when it is first needed, kept for later runs, called through ctypes.
 
 Why: torch's fused kernel reads the cache of a step at a tenth (one query per head) to a quarter of the speed of a copy, this
 one at about 0.8 (results/speed-llama2-7b.md). Where there is no compiler, torch's operations serve as before.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import logging
 import math
 import os
@@ -23,9 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("decode.cpp")
+from kvfold.runtime.packed import PackedTokens, Stored
+
+SOURCES = Path(__file__).with_name("cpu")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
 DTYPES = (torch.bfloat16, torch.float32)
+SCALES = ("exponent", "float8")
+"""Of packed numbers that it reads."""
 TASKS_PER_THREAD = 4
 """A long cache of few heads is split until there are so many."""
 SECONDS = 120
@@ -38,10 +43,21 @@ class _Stored(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("heads", "width", "batch_stride", "head_stride", "token_stride")),
+        *((name, ctypes.c_int64) for name in ("packed", "num_tiers")),
+        ("tiers", ctypes.POINTER(ctypes.c_int32)),
     )
 
-    def __init__(self, x_BCSR: Tensor) -> None:
-        super().__init__(x_BCSR.data_ptr(), x_BCSR.shape[1], x_BCSR.shape[3], *x_BCSR.stride()[:3])
+    def __init__(self, x_BCSR: Stored) -> None:
+        rows, packed = _rows(x_BCSR), isinstance(x_BCSR, PackedTokens)
+        tiers = x_BCSR.form.tiers if isinstance(x_BCSR, PackedTokens) and x_BCSR.form.scales == "exponent" else ()
+        flat = (ctypes.c_int32 * (2 * len(tiers)))(*itertools.chain(*tiers))
+        shape, strides = x_BCSR.shape, rows.stride()
+        super().__init__(rows.data_ptr(), shape[1], shape[3], *strides[:3], packed, len(tiers), flat)
+
+
+def _rows(x: Stored) -> Tensor:
+    """What lies in memory."""
+    return x.rows if isinstance(x, PackedTokens) else x
 
 
 @functools.cache
@@ -67,13 +83,14 @@ def _compiled() -> Path:
     found = shutil.which(compiler[0])
     if found is None:
         raise OSError(f"there is no {compiler[0]}")
-    facts = (SOURCE.read_text(), FLAGS, found, compiler, platform.machine(), _processor())
+    sources = [file.read_text() for file in sorted(SOURCES.iterdir()) if file.is_file()]
+    facts = (sources, FLAGS, found, compiler, platform.machine(), _processor())
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     file = _folder() / f"decode-{key}.so"
     if not file.exists():
         with tempfile.TemporaryDirectory(dir=file.parent) as scratch:  # another process may be compiling it, too
             made = Path(scratch) / file.name
-            command = [*compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+            command = [*compiler, *FLAGS, str(SOURCES / "decode.cpp"), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
             os.replace(made, file)
     return file
@@ -98,20 +115,22 @@ def _processor() -> str:
         return platform.processor()
 
 
-def serves(q: Tensor, z: Tensor, y: Tensor) -> bool:
+def serves(q: Tensor, z: Stored, y: Stored) -> bool:
     """Whether the kernel takes these tensors, and nobody wants gradients or a graph of it."""
-    tensors = (q, z, y)
+    tensors = (q, _rows(z), _rows(y))
     if torch.jit.is_tracing() or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
         return False  # not real numbers, or somebody records what is done with them
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return False
-    plain = all(x.device.type == "cpu" and x.dtype == q.dtype and x.stride(-1) == 1 for x in tensors)
-    return plain and q.dtype in DTYPES and not torch.compiler.is_compiling() and library() is not None
+    plain = all(x.device.type == "cpu" and x.stride(-1) == 1 for x in tensors)
+    known = all(x.dtype == q.dtype and (isinstance(x, Tensor) or x.form.scales in SCALES) for x in (z, y))
+    return plain and known and q.dtype in DTYPES and not torch.compiler.is_compiling() and library() is not None
 
 
-def decode(q_BNTR: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, bias: Tensor | None, *, scale: float) -> Tensor:
+def decode(q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, bias: Tensor | None, *, scale: float) -> Tensor:
     """Attention [B, T, N, V] of few query tokens. bias: float32 [B or 1, N or 1, T, S] to add to the scores, or none.
 
+    Packed tokens become numbers of q's dtype, block by block, in the processor's own cache.
     Sums are float32; probabilities are rounded to the dtype before they weigh values, as in torch.
     """
     B, N, T, R = q_BNTR.shape

@@ -15,7 +15,7 @@ from kvfold.loading import load_plan
 from kvfold.number_format import NumberFormat
 from kvfold.quantize import pack, unpack, unpack_scaled
 from kvfold.recipe import make_recipe
-from kvfold.runtime import buffers
+from kvfold.runtime import packed
 from kvfold.runtime.attend import _weighted
 from kvfold.runtime.cache import FoldedCache
 from kvfold.testing import assert_close, relative_rms
@@ -165,10 +165,9 @@ def test_a_decode_step_never_unpacks_the_whole_cache(fold, width, bits, monkeypa
     network, ids, sizes = load(folded.out), tokens(2, 60), []
     monkeypatch.setattr("kvfold.number_format.NUMBERS_AT_ONCE", {"cpu": 1})
     monkeypatch.setattr("kvfold.number_format.FEWEST_TOKENS", 16)
+    monkeypatch.setattr("kvfold.runtime.native.serves", lambda *_: False)
     for name in ("unpack", "unpack_scaled"):
-        monkeypatch.setattr(
-            f"kvfold.runtime.buffers.{name}", functools.partial(_watched, getattr(buffers, name), sizes)
-        )
+        monkeypatch.setattr(f"kvfold.runtime.packed.{name}", functools.partial(_watched, getattr(packed, name), sizes))
     cache = FoldedCache(folded.plan)
     with torch.no_grad():
         network(ids[:, :40], past_key_values=cache)

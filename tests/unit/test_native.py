@@ -7,8 +7,11 @@ import sys
 import pytest
 import torch
 
+from kvfold.number_format import BITS, NumberFormat
+from kvfold.quantize import pack, unpack
 from kvfold.runtime import native
 from kvfold.runtime.attend import decode_attention, grouped_attention
+from kvfold.runtime.packed import PackedTokens
 
 compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="this machine has no C++ compiler")
 SHAPES = {  # batch, query heads, key heads, width, value heads, width, tokens
@@ -69,6 +72,51 @@ def test_bfloat16_costs_the_rounding_of_probabilities(name, queries, masked):
     exact = mask if mask is None or mask.dtype == torch.bool else mask.double()
     wanted, _ = grouped_attention(q.double(), z.double(), y.double(), exact, scale=0.2)
     torch.testing.assert_close(decode_attention(q, z, y, mask, scale=0.2).double(), wanted, atol=1e-2, rtol=1e-2)
+
+
+FORMS = {
+    **{f"{bits}_bits": NumberFormat(tiers=((64, bits),)) for bits in BITS},
+    "odd": NumberFormat(tiers=((13, 3),)),
+    "tiers": NumberFormat(tiers=((24, 8), (40, 5), (71, 3), (130, 1))),
+    "float8": NumberFormat(tiers=((77, 8),), scales="float8"),
+}
+
+
+@compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(4, 4, 4), (12, 2, 1), (9, 9, 1)])
+@pytest.mark.parametrize("name", FORMS)
+def test_packed_tokens_are_read_as_unpack_reads_them(name, heads, dtype, masked):
+    (N, C, U), form, S = heads, FORMS[name], 301
+    q, z, y = tensors((2, N, C, form.width, U, form.width, S), dtype)
+    y = y * 10.0 ** torch.randint(-3, 4, (2, U, S, 1))  # scales far apart
+    rows = [torch.nn.functional.pad(pack(x, form), (0, 0, 4, 3))[:, :, 4:-3] for x in (z, y)]
+    z, y = (PackedTokens(row, form, dtype) for row in rows)
+    mask = masked((2, N, S), 1)
+    assert native.serves(q, z, y)
+    exact = (unpack(row, form, torch.float64) for row in rows)
+    mask64 = mask if mask is None or mask.dtype == torch.bool else mask.double()
+    wanted, _ = grouped_attention(q.double(), *exact, mask64, scale=0.2)
+    error = (decode_attention(q, z, y, mask, scale=0.2).double() - wanted).norm() / wanted.norm()
+    assert error < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@compiler
+def test_one_side_may_be_packed():
+    form = FORMS["4_bits"]
+    q, z, y = tensors((2, 6, 3, 64, 2, 40, 200), torch.float32)
+    packed = PackedTokens(pack(z, form), form, torch.float32)
+    wanted, _ = grouped_attention(q, unpack(packed.rows, form, torch.float32), y, None, scale=0.2)
+    torch.testing.assert_close(decode_attention(q, packed, y, None, scale=0.2), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_formats_of_other_methods_are_left_to_torch():
+    form = NumberFormat(tiers=((64, 4),), scales="affine")
+    q, z, _ = tensors((1, 2, 2, 64, 2, 64, 20), torch.float32)
+    packed = PackedTokens(pack(z, form), form, torch.float32)
+    assert not native.serves(q, packed, packed)
+    wanted, _ = grouped_attention(q, packed.read(0, 20), packed.read(0, 20), None, scale=0.2)
+    torch.testing.assert_close(decode_attention(q, packed, packed, None, scale=0.2), wanted)
 
 
 @compiler

@@ -5,39 +5,27 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <limits>
 #include <numeric>
 #include <vector>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+
+#include "lanes.h"
+#include "unpack.h"
 
 namespace {
 
-constexpr int LANES = 16, BLOCK_BYTES = 1 << 17, MOST_TOKENS = 512;
+constexpr int BLOCK_BYTES = 1 << 17, MOST_TOKENS = 512;
 constexpr int KEYS_AHEAD = 8192, VALUES_AHEAD = 4096;  // bytes that are fetched before their turn; measured
-constexpr int STRIP = 4;      // columns that are made ready at a time, in lanes
+constexpr int STRIP = 4;     // columns that are made ready at a time, in lanes
 constexpr int FEW_ROWS = 4;  // up to so many, columns of values are made ready for each of them anew
-typedef float Lanes __attribute__((vector_size(4 * LANES)));
-typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
-struct bfloat16 {
-  uint16_t bits;
-  bfloat16() = default;
-  explicit bfloat16(float x) {  // to the nearest, ties to even
-    uint32_t word;
-    std::memcpy(&word, &x, 4);
-    bits = (word + 0x7fff + (word >> 16 & 1)) >> 16;
-  }
-};
-
-// Keys or values [batch, heads, tokens, width]; strides in numbers, that of width is 1.
+// Keys or values [batch, heads, tokens, width]; strides in numbers, that of width is 1. Packed ones: rows of bytes, with
+// strides in bytes; no tiers are float8.
 struct Stored {
   const void *data;
   int64_t heads, width, batch_stride, head_stride, token_stride;
+  int64_t packed, num_tiers;
+  const Tier *tiers;
 
   template <typename T>
   const T *at(int64_t row, int64_t head, int64_t token) const {
@@ -45,91 +33,12 @@ struct Stored {
   }
 };
 
-template <typename V, typename T>
-V load(const T *from, int count = sizeof(V) / sizeof(T)) {
-  V out = {};
-  if (count == sizeof(V) / sizeof(T)) std::memcpy(&out, from, sizeof out);
-  else std::memcpy(&out, from, count * sizeof(T));
-  return out;
-}
-
-// How numbers of a type meet queries and weights: STEP of them at a time, weights of PAIR tokens at a time.
+// Numbers of some tokens of one head.
 template <typename T>
-struct Numbers {
-  using Query = float;
-  using Operand = Lanes;
-  static constexpr int STEP = LANES, PAIR = 1;
-
-  static Lanes wide(const float *x, int count) { return load<Lanes>(x, count); }
-  static Lanes wide(const bfloat16 *x, int count) {
-    return (Lanes)(__builtin_convertvector(load<Halves>(x, count), Integers) << 16);
-  }
-  static Operand stored(const T *x, int count = STEP) { return wide(x, count); }
-  static Operand query(const Query *x) { return load<Lanes>(x); }
-  static void multiply(Lanes &sum, Operand a, Operand b) { sum += a * b; }
-
-  // Columns of a token, ready to be weighed.
-  static void columns(const T *token, const T *, int count, Lanes *out) { out[0] = wide(token, count); }
-  static void weigh(Lanes &sum, const Query *weight, Lanes x) { sum += weight[0] * x; }
+struct Tokens {
+  const T *data;
+  int64_t stride;
 };
-
-#ifdef __AVX512BF16__
-template <>
-struct Numbers<bfloat16> {
-  using Query = bfloat16;
-  using Operand = __m512bh;
-  static constexpr int STEP = 2 * LANES, PAIR = 2;
-  typedef uint16_t Shorts __attribute__((vector_size(64)));
-
-  static Operand stored(const bfloat16 *x, int count = STEP) { return load<Operand>(x, count); }
-  static Operand query(const Query *x) { return load<Operand>(x); }
-  static void multiply(Lanes &sum, Operand a, Operand b) { sum = (Lanes)_mm512_dpbf16_ps((__m512)sum, a, b); }
-
-  // Numbers of two tokens side by side, as the product of pairs wants them.
-  static void columns(const bfloat16 *token, const bfloat16 *next, int count, Lanes *out) {
-    const Shorts a = load<Shorts>(token, count), b = load<Shorts>(next, count);
-    out[0] = (Lanes)__builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10,
-                                            42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47);
-    out[1] = (Lanes)__builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25,
-                                            57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63);
-  }
-  static void weigh(Lanes &sum, const Query *weight, Lanes x) {
-    int32_t pair;
-    std::memcpy(&pair, weight, 4);
-    sum = (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)x);
-  }
-};
-#endif
-
-// The sums of 16 vectors.
-inline Lanes sums_of(const Lanes *x) {
-  Lanes a[8], b[4], c[2];
-  for (int i = 0; i < 8; ++i)
-    a[i] = __builtin_shufflevector(x[i], x[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           __builtin_shufflevector(x[i], x[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  for (int i = 0; i < 4; ++i)
-    b[i] = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-           __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  for (int i = 0; i < 2; ++i)
-    c[i] = __builtin_shufflevector(b[i], b[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-           __builtin_shufflevector(b[i], b[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  return __builtin_shufflevector(c[0], c[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-         __builtin_shufflevector(c[0], c[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-}
-
-// e^x for x <= 0, to 2e-7.
-inline Lanes exp_of(Lanes x) {
-  const Lanes low = Lanes{} - 87.0f;
-  x = x > low ? x : low;
-  const Integers power = __builtin_convertvector(x * 1.44269504f - 0.5f, Integers);
-  const Lanes n = __builtin_convertvector(power, Lanes), r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Lanes y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  return (y * r * r + r + 1.0f) * (Lanes)((power + 127) << 23);
-}
 
 // Scores of ROWS queries with 16 / ROWS tokens at a time. q [ROWS, padded width]; out [ROWS, stride].
 template <typename T, int ROWS>
@@ -230,8 +139,6 @@ void add_many(int rows, const typename Numbers<T>::Query *weights, int w_stride,
                         sums + int64_t(row) * padded + v, padded);
 }
 
-int pad(int width, int step) { return (width + step - 1) / step * step; }
-
 // What one thread needs for the query rows of a group of heads, and what it has found so far.
 template <typename T>
 struct Running {
@@ -240,23 +147,33 @@ struct Running {
   int rows, r_padded, v_padded, block;
   std::vector<Query> queries, weights;
   std::vector<float> scores;
+  std::vector<T> unpacked;
   std::vector<Lanes> strip = std::vector<Lanes>(MOST_TOKENS * STRIP);
 
-  Running(int rows, int R, int V)
+  Running(int rows, int R, int V, bool packed)
       : rows(rows), r_padded(pad(R, N::STEP)), v_padded(pad(V, N::STEP)),
         block(std::clamp(BLOCK_BYTES / int(sizeof(T)) / std::max(R, V) / LANES * LANES, LANES, MOST_TOKENS)),
-        queries(int64_t(rows) * r_padded), weights(int64_t(rows) * block), scores(int64_t(rows) * block) {}
+        queries(int64_t(rows) * r_padded), weights(int64_t(rows) * block), scores(int64_t(rows) * block),
+        unpacked(packed ? int64_t(block) * (pad(std::max(R, V), CODES) + CODES) : 0) {}
 
   void take(const float *q, int R) {
     for (int row = 0; row < rows; ++row)
       for (int r = 0; r < R; ++r) queries[row * r_padded + r] = Query(q[row * R + r]);
   }
 
-  void score_head(int first, int count, const T *keys, int64_t stride, int width, int tokens) {
+  // Stored numbers where they lie; packed ones are turned back into numbers, until the next call.
+  Tokens<T> numbers(const Stored &x, int64_t row, int64_t head, int64_t start, int tokens) {
+    if (!x.packed) return {x.at<T>(row, head, start), x.token_stride};
+    const int64_t stride = pad(x.width, CODES) + CODES;
+    unpack(x.at<uint8_t>(row, head, start), x.token_stride, x.tiers, x.num_tiers, x.width, tokens, unpacked.data(), stride);
+    return {unpacked.data(), stride};
+  }
+
+  void score_head(int first, int count, Tokens<T> keys, int width, int tokens) {
     for (int row = first; row < first + count;) {
       const int left = first + count - row, now = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
       auto run = now == 8 ? score<T, 8> : now == 4 ? score<T, 4> : now == 2 ? score<T, 2> : score<T, 1>;
-      run(queries.data() + int64_t(row) * r_padded, r_padded, keys, stride, width, tokens,
+      run(queries.data() + int64_t(row) * r_padded, r_padded, keys.data, keys.stride, width, tokens,
           scores.data() + int64_t(row) * block, block);
       row += now;
     }
@@ -293,16 +210,16 @@ struct Running {
     largest = highest;
   }
 
-  void add_head(int first, int count, const T *values, int64_t stride, int width, int tokens, float *sums) {
+  void add_head(int first, int count, Tokens<T> values, int width, int tokens, float *sums) {
     if (count > FEW_ROWS) {
-      add_many<T>(count, weights.data() + int64_t(first) * block, block, values, stride, width, tokens,
-                  sums + int64_t(first) * v_padded, v_padded, strip.data());
+      add_many<T>(count, weights.data() + int64_t(first) * block, block, values.data, values.stride, width,
+                  tokens, sums + int64_t(first) * v_padded, v_padded, strip.data());
       return;
     }
     for (int row = first; row < first + count;) {
       const int left = first + count - row, now = left >= 4 ? 4 : left >= 2 ? 2 : 1;
       auto run = now == 4 ? add<T, 4> : now == 2 ? add<T, 2> : add<T, 1>;
-      run(weights.data() + int64_t(row) * block, block, values, stride, width, tokens,
+      run(weights.data() + int64_t(row) * block, block, values.data, values.stride, width, tokens,
           sums + int64_t(row) * v_padded, v_padded);
       row += now;
     }
@@ -319,7 +236,7 @@ void decode(const float *q, float scale, const Stored k, const Stored v, const f
   std::vector<float> parts(tasks * splits * size);
 #pragma omp parallel num_threads(threads)
   {
-    Running<T> run(rows, R, V);
+    Running<T> run(rows, R, V, k.packed || v.packed);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks * splits; ++task) {
       const int64_t split = task % splits, group = task / splits % groups, b = task / splits / groups;
@@ -330,14 +247,14 @@ void decode(const float *q, float scale, const Stored k, const Stored v, const f
       for (int start = split * per_split; start < end; start += run.block) {
         const int count = std::min(run.block, end - start), k_heads = k.heads / groups, v_heads = v.heads / groups;
         for (int c = 0; c < k_heads; ++c)
-          run.score_head(c * (rows / k_heads), rows / k_heads, k.at<T>(b, group * k_heads + c, start), k.token_stride, R,
+          run.score_head(c * (rows / k_heads), rows / k_heads, run.numbers(k, b, group * k_heads + c, start, count), R,
                          count);
         for (int row = 0; row < rows; ++row) {
           const float *added = bias ? bias + b * bias_batch + (group * rows + row) * bias_head + start : nullptr;
           run.softmax(row, count, scale, added, sums + int64_t(row) * v_padded, largest[row], total[row]);
         }
         for (int u = 0; u < v_heads; ++u)
-          run.add_head(u * (rows / v_heads), rows / v_heads, v.at<T>(b, group * v_heads + u, start), v.token_stride, V,
+          run.add_head(u * (rows / v_heads), rows / v_heads, run.numbers(v, b, group * v_heads + u, start, count), V,
                        count, sums);
       }
     }

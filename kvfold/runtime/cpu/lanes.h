@@ -1,0 +1,117 @@
+// Vectors of 16 numbers: how stored numbers of a type meet queries and weights, sums over lanes, the exponential.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int LANES = 16;
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+struct bfloat16 {
+  uint16_t bits;
+  bfloat16() = default;
+  explicit bfloat16(float x) {  // to the nearest, ties to even
+    uint32_t word;
+    std::memcpy(&word, &x, 4);
+    bits = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+  }
+};
+
+template <typename V, typename T>
+V load(const T *from, int count = sizeof(V) / sizeof(T)) {
+  V out = {};
+  if (count == sizeof(V) / sizeof(T)) std::memcpy(&out, from, sizeof out);
+  else std::memcpy(&out, from, count * sizeof(T));
+  return out;
+}
+
+// How numbers of a type meet queries and weights: STEP of them at a time, weights of PAIR tokens at a time.
+template <typename T>
+struct Numbers {
+  using Query = float;
+  using Operand = Lanes;
+  static constexpr int STEP = LANES, PAIR = 1;
+
+  static Lanes wide(const float *x, int count) { return load<Lanes>(x, count); }
+  static Lanes wide(const bfloat16 *x, int count) {
+    return (Lanes)(__builtin_convertvector(load<Halves>(x, count), Integers) << 16);
+  }
+  static Operand stored(const T *x, int count = STEP) { return wide(x, count); }
+  static Operand query(const Query *x) { return load<Lanes>(x); }
+  static void multiply(Lanes &sum, Operand a, Operand b) { sum += a * b; }
+
+  // Columns of a token, ready to be weighed.
+  static void columns(const T *token, const T *, int count, Lanes *out) { out[0] = wide(token, count); }
+  static void weigh(Lanes &sum, const Query *weight, Lanes x) { sum += weight[0] * x; }
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Numbers<bfloat16> {
+  using Query = bfloat16;
+  using Operand = __m512bh;
+  static constexpr int STEP = 2 * LANES, PAIR = 2;
+  typedef uint16_t Shorts __attribute__((vector_size(64)));
+
+  static Operand stored(const bfloat16 *x, int count = STEP) { return load<Operand>(x, count); }
+  static Operand query(const Query *x) { return load<Operand>(x); }
+  static void multiply(Lanes &sum, Operand a, Operand b) { sum = (Lanes)_mm512_dpbf16_ps((__m512)sum, a, b); }
+
+  // Numbers of two tokens side by side, as the product of pairs wants them.
+  static void columns(const bfloat16 *token, const bfloat16 *next, int count, Lanes *out) {
+    const Shorts a = load<Shorts>(token, count), b = load<Shorts>(next, count);
+    out[0] = (Lanes)__builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10,
+                                            42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47);
+    out[1] = (Lanes)__builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25,
+                                            57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63);
+  }
+  static void weigh(Lanes &sum, const Query *weight, Lanes x) {
+    int32_t pair;
+    std::memcpy(&pair, weight, 4);
+    sum = (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)x);
+  }
+};
+#endif
+
+// The sums of 16 vectors.
+inline Lanes sums_of(const Lanes *x) {
+  Lanes a[8], b[4], c[2];
+  for (int i = 0; i < 8; ++i)
+    a[i] = __builtin_shufflevector(x[i], x[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           __builtin_shufflevector(x[i], x[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  for (int i = 0; i < 4; ++i)
+    b[i] = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+           __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  for (int i = 0; i < 2; ++i)
+    c[i] = __builtin_shufflevector(b[i], b[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           __builtin_shufflevector(b[i], b[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  return __builtin_shufflevector(c[0], c[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+         __builtin_shufflevector(c[0], c[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
+
+// e^x for x <= 0, to 2e-7.
+inline Lanes exp_of(Lanes x) {
+  const Lanes low = Lanes{} - 87.0f;
+  x = x > low ? x : low;
+  const Integers power = __builtin_convertvector(x * 1.44269504f - 0.5f, Integers);
+  const Lanes n = __builtin_convertvector(power, Lanes), r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Lanes y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  return (y * r * r + r + 1.0f) * (Lanes)((power + 127) << 23);
+}
+
+inline int pad(int width, int step) { return (width + step - 1) / step * step; }
+
+}  // namespace
