@@ -16,6 +16,7 @@ namespace {
 
 constexpr int BLOCK_BYTES = 1 << 17, MOST_TOKENS = 512;
 constexpr int KEYS_AHEAD = 8192, VALUES_AHEAD = 4096;  // bytes that are fetched before their turn; measured
+constexpr int MANY_ROWS = 16, WORDS = 64;  // for so many queries keys are transposed, so many words at a time
 constexpr int STRIP = 4;     // columns that are made ready at a time, in lanes
 constexpr int FEW_ROWS = 4;  // up to so many, columns of values are made ready for each of them anew
 
@@ -63,6 +64,55 @@ void score(const typename Numbers<T>::Query *q, int q_stride, const T *keys, int
     const Lanes found = sums_of(sums);
     for (int row = 0; row < ROWS; ++row)
       std::memcpy(out + row * out_stride + s, (const float *)&found + row * TOKENS, TOKENS * sizeof(float));
+  }
+}
+
+// Adds to the scores of ROWS queries with 32 tokens what some of their numbers give. Both in words of 4 bytes, a number or a
+// pair: q [ROWS, stride], keys [words, 32 tokens]. out [ROWS, stride].
+template <typename T, int ROWS>
+void score_tile(const int32_t *q, int q_stride, const Lanes *keys, int words, float *out, int out_stride) {
+  using Operand = typename Numbers<T>::Operand;
+  Lanes sums[ROWS][2];
+  for (int row = 0; row < ROWS; ++row) std::memcpy(sums[row], out + row * out_stride, sizeof sums[row]);
+  for (int r = 0; r < words; ++r)
+    for (int row = 0; row < ROWS; ++row) {
+      const Integers query = Integers{} + q[row * q_stride + r];
+      for (int i = 0; i < 2; ++i) Numbers<T>::multiply(sums[row][i], (Operand)query, (Operand)keys[2 * r + i]);
+    }
+  for (int row = 0; row < ROWS; ++row) std::memcpy(out + row * out_stride, sums[row], sizeof sums[row]);
+}
+
+// Scores of many queries: words of 32 tokens are transposed, so that scores lie side by side and need not be summed over lanes.
+template <typename T>
+void score_many(int rows, const typename Numbers<T>::Query *q, int q_stride, const T *keys, int64_t stride, int width,
+                int tokens, float *out, int out_stride) {
+  constexpr int PER_WORD = 4 / sizeof(T), STEP = LANES * PER_WORD, AT_ONCE = WORDS * PER_WORD;
+  const int32_t *query = (const int32_t *)q;
+  const int query_stride = q_stride / PER_WORD;
+  Lanes turned[2 * WORDS];
+  for (int s = 0; s < tokens; s += 2 * LANES) {
+    for (int row = 0; row < rows; ++row) std::fill_n(out + row * out_stride + s, 2 * LANES, 0.0f);
+    for (int first = 0; first < width; first += AT_ONCE) {
+      const int words = pad(std::min(width - first, AT_ONCE), STEP) / PER_WORD;
+      for (int i = 0; i < 2 * words; i += LANES) {  // 16 words of 16 tokens
+        const int half = i / words, from = first + (i - half * words) * PER_WORD;
+        Lanes part[LANES];
+        for (int t = 0; t < LANES; ++t) {
+          const T *key = keys + std::min(s + half * LANES + t, tokens - 1) * stride + from;
+          __builtin_prefetch(key + AT_ONCE);
+          part[t] = load<Lanes>(key, std::min(width - from, STEP));
+        }
+        transpose(part);
+        for (int t = 0; t < LANES; ++t) turned[2 * (i - half * words + t) + half] = part[t];
+      }
+      for (int row = 0; row < rows;) {
+        const int left = rows - row, now = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        auto run = now == 8 ? score_tile<T, 8> : now == 4 ? score_tile<T, 4> : now == 2 ? score_tile<T, 2> : score_tile<T, 1>;
+        run(query + int64_t(row) * query_stride + first / PER_WORD, query_stride, turned, words,
+            out + int64_t(row) * out_stride + s, out_stride);
+        row += now;
+      }
+    }
   }
 }
 
@@ -124,8 +174,11 @@ void add_many(int rows, const typename Numbers<T>::Query *weights, int w_stride,
     Lanes *next_lanes = strip;
     for (int s = 0; s < tokens; s += N::PAIR) {
       const T *token = values + s * stride + v, *next = s + 1 < tokens ? token + stride : token;
-      for (int i = 0; i < STEPS; ++i, next_lanes += PARTS)
+      for (int i = 0; i < STEPS; ++i, next_lanes += PARTS) {
+        __builtin_prefetch(token + (STEPS + i) * N::STEP);
+        __builtin_prefetch(next + (STEPS + i) * N::STEP);
         N::columns(token + i * N::STEP, next + i * N::STEP, N::STEP, next_lanes);
+      }
     }
     int row = 0;
     for (; row + 4 <= rows; row += 4)
@@ -152,9 +205,11 @@ struct Running {
 
   Running(int rows, int R, int V, bool packed)
       : rows(rows), r_padded(pad(R, N::STEP)), v_padded(pad(V, N::STEP)),
-        block(std::clamp(BLOCK_BYTES / int(sizeof(T)) / std::max(R, V) / LANES * LANES, LANES, MOST_TOKENS)),
+        block(block_of((rows >= MANY_ROWS ? 4 : 1) * BLOCK_BYTES / int(sizeof(T)) / std::max(R, V))),
         queries(int64_t(rows) * r_padded), weights(int64_t(rows) * block), scores(int64_t(rows) * block),
         unpacked(packed ? int64_t(block) * (pad(std::max(R, V), CODES) + CODES) : 0) {}
+
+  static int block_of(int tokens) { return std::clamp(tokens / (2 * LANES), 1, MOST_TOKENS / (2 * LANES)) * 2 * LANES; }
 
   void take(const float *q, int R) {
     for (int row = 0; row < rows; ++row)
@@ -170,6 +225,13 @@ struct Running {
   }
 
   void score_head(int first, int count, Tokens<T> keys, int width, int tokens) {
+    if constexpr (sizeof(Query) == sizeof(T)) {
+      if (count >= MANY_ROWS) {
+        score_many<T>(count, queries.data() + int64_t(first) * r_padded, r_padded, keys.data, keys.stride, width, tokens,
+                      scores.data() + int64_t(first) * block, block);
+        return;
+      }
+    }
     for (int row = first; row < first + count;) {
       const int left = first + count - row, now = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
       auto run = now == 8 ? score<T, 8> : now == 4 ? score<T, 4> : now == 2 ? score<T, 2> : score<T, 1>;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -110,6 +111,26 @@ inline Lanes exp_of(Lanes x) {
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   return (y * r * r + r + 1.0f) * (Lanes)((power + 127) << 23);
+}
+
+// Lanes whose number has the bit D change places with vectors whose number has it.
+template <int D, int... L>
+inline void exchange(Lanes *x, std::integer_sequence<int, L...>) {
+  for (int i = 0; i < LANES; ++i) {
+    if (i & D) continue;
+    const Lanes a = x[i], b = x[i + D];
+    x[i] = __builtin_shufflevector(a, b, (L & D ? LANES + L - D : L)...);
+    x[i + D] = __builtin_shufflevector(a, b, (L & D ? LANES + L : L + D)...);
+  }
+}
+
+// 16 vectors: lane i of vector j becomes lane j of vector i.
+inline void transpose(Lanes *x) {
+  const std::make_integer_sequence<int, LANES> lanes;
+  exchange<8>(x, lanes);
+  exchange<4>(x, lanes);
+  exchange<2>(x, lanes);
+  exchange<1>(x, lanes);
 }
 
 inline int pad(int width, int step) { return (width + step - 1) / step * step; }
