@@ -60,7 +60,8 @@ results-frontier: $(VENV)/installed
 DECODE := --prefills 0 --threads 2
 SHAPE := --shape llama2-7b --layers 2 --dtype bfloat16 $(DECODE)
 results-bits: $(VENV)/installed
-	$(BIN)/kvfold bench $(SHAPE) --preset int8 --preset int4 --preset fp8 --context 4096 --steps 10 --markdown results/decode-step-bits.md
+	$(BIN)/kvfold bench $(SHAPE) --preset int8 --preset int4 --preset int2 --preset fp8 --preset auto:kv_budget=0.25,prefer=speed \
+	  --context 4096 --steps 10 --markdown results/decode-step-bits.md
 
 # Low-rank methods side by side at equal bytes, ours and the peers', on two held-out texts, for one model:
 # make results-width MODEL=folder VALID=books-valid.txt SHIFTED=wikitext2-valid.txt CALIBRATION=books-train.txt.xz [PALU_GROUP=3]
@@ -103,8 +104,9 @@ results-autoencoder: $(VENV)/installed
 # A decode step of two layers of Llama-2-7B's shape at a quarter: latents that queries meet as they lie, and keys rebuilt on
 # read, from one latent per layer and from one per four heads
 results-on-read: $(VENV)/installed
-	$(BIN)/kvfold bench $(SHAPE) --steps 4 --preset fast:kv_budget=0.25 --preset small:kv_budget=0.25 \
-	  --preset small:kv_budget=0.25,width.latent=group,width.group_size=4 --markdown results/decode-step-on-read.md
+	$(BIN)/kvfold bench $(SHAPE) --steps 4 --preset fast:kv_budget=0.25 --preset auto:kv_budget=0.25,prefer=speed --preset small:kv_budget=0.25 \
+	  --preset small:kv_budget=0.25,width.latent=group,width.group_size=4 --preset auto:kv_budget=0.25 \
+	  --markdown results/decode-step-on-read.md
 
 results-solve: $(VENV)/installed
 	$(BIN)/python benchmarks/solve_layer.py --json results/solve-layer.json

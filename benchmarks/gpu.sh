@@ -26,7 +26,7 @@ trap 'rm -rf "$scratch"' EXIT
 { nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || echo "no GPU"
   $python -c "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"; } | tee "$out/hardware.txt"
 
-$python -m pytest -q tests/gpu tests/contracts/test_runtime.py tests/unit/test_quantize.py 2>&1 | tee "$out/tests.txt" | tail -3
+$python -m pytest -q tests/gpu tests/contracts/test_runtime.py tests/unit/test_quantize.py tests/unit/test_triton_products.py 2>&1 | tee "$out/tests.txt" | tail -3
 
 $python -m kvfold.cli compare kvfold/models/books-6l --preset gqa --preset svd_w --preset svd_a:width.latent=group \
   --preset svd_a --preset int4:kv_budget=null --preset auto --kv-budget 1/2 --kv-budget 1/6 --num-samples 64 --seq-len 256 --out "$scratch/compare" | tail -1 > "$out/compare.json"
@@ -37,8 +37,11 @@ bench() { # NAME, then options
   $python -m kvfold.cli bench --layers "$layers" --batch "${BATCH:-32}" "$@" --plot "$out/$name.svg" | tee "$out/$name.txt" | tail -1 > "$out/$name.json"
 }
 for context in ${CONTEXTS:-2048 8192}; do
-  bench "llama2-7b-$context" --shape llama2-7b --context "$context" --kv-heads 16 --kv-heads 8 --preset int8 --preset int4 --preset fp8
+  bench "llama2-7b-$context" --shape llama2-7b --context "$context" --kv-heads 16 --kv-heads 8 --preset int8 --preset int4 --preset fp8 \
+    --preset auto:kv_budget=0.25,prefer=speed --preset auto:kv_budget=0.25
 done
+# Packed numbers by torch's operations, beside Triton's kernels above.
+KVFOLD_NATIVE=0 bench llama2-7b-2048-torch --shape llama2-7b --context 2048 --preset int8 --preset int4 --preset auto:kv_budget=0.25,prefer=speed
 bench llama2-13b-2048 --shape llama2-13b --context 2048 --kv-heads 20 --kv-heads 10
 # The nine configurations of arXiv 2406.09297, all of Pythia-160M's layers.
 bench mlkv-pythia-160m --shape pythia-160m --layers 12 --dtype float16 --memory "${MEMORY:-8GB}" --context 2048 \

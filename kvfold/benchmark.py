@@ -24,7 +24,7 @@ from kvfold.loading import default_dtype, load_plan, load_weights, resolve_devic
 from kvfold.plan import CachePlan
 from kvfold.progress import track
 from kvfold.recipe import Recipe, preset_recipe
-from kvfold.runtime import native
+from kvfold.runtime import gpu, native
 from kvfold.runtime.attention import FoldedAttention
 from kvfold.runtime.cache import FoldedCache
 from kvfold.shapes import Shape
@@ -121,6 +121,8 @@ def bench(
     settings = {"batch": batch, "context": context, "dtype": dtype, "steps": steps, "device": _hardware(device)}
     if device == "cpu":
         settings |= {"threads": torch.get_num_threads(), "kernel": "torch" if native.library() is None else "kvfold"}
+    else:
+        settings["kernel_of_packed"] = "triton" if gpu.works(torch.device(device)) else "torch"
     settings |= {"memory": memory} if memory else {}
     settings |= shape.facts() if shape else {}
     return _race(contestants, settings, device, prefills)

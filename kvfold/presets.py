@@ -79,15 +79,6 @@ PRESETS = {
         "latents of rotated keys, which kernels read as they lie; widths by measured damage",
         {"width": {"method": "attended"}, "allocate": "measured"},
     ),
-    "quick": Preset(
-        "as auto, with latents of rotated keys: queries meet packed numbers as they lie, and no key is rebuilt",
-        {
-            "width": {"method": "attended"},
-            "bits": {"method": "mixed"},
-            "allocate": "measured",
-            "calibration": {"data": "self"},
-        },
-    ),
     "served": Preset(
         "latents in heads of ordinary size, which vLLM serves; sizes by measured damage (the default of --runtime vllm)",
         {

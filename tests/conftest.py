@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # read when Triton is imported
+
 from tiny import MODELS, make_tiny, save_tiny
 
 import kvfold

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvfold.number_format import tokens_at_once
 from kvfold.runtime import native
-from kvfold.runtime.packed import Operand, Stored, read_all
+from kvfold.runtime.packed import Operand, PackedTokens, Stored, read_all
 
 LARGEST_CODE = 128
 
@@ -84,6 +84,20 @@ def _decode_by_mm(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor |
         for u in range(U):
             torch.mm(probs[b, u], y_BUSV[b, u], out=out[b, u])
     return out.view(B, N, 1, V).transpose(1, 2)
+
+
+def packed_attention(
+    q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, mask: Tensor | None, *, scale: float, softcap: float | None = None
+) -> Tensor:
+    """Few query tokens over packed numbers that `gpu.serves`: the scores exist, the numbers never do."""
+    from kvfold.runtime import triton_products as products
+
+    assert isinstance(z_BCSR, PackedTokens) and isinstance(y_BUSV, PackedTokens), "gpu.serves() was asked"
+    scores_BNTS = products.scores(q_BNTR * scale, z_BCSR)
+    if softcap is not None:
+        scores_BNTS = softcap * torch.tanh(scores_BNTS / softcap)
+    out_BNTV = products.weighted(softmax(scores_BNTS, mask), y_BUSV, q_BNTR.dtype)
+    return out_BNTV.to(q_BNTR.dtype).transpose(1, 2)
 
 
 def chunked_attention(

@@ -14,11 +14,12 @@ from transformers import PretrainedConfig
 from kvfold.attention import AttentionLayer
 from kvfold.plan import CacheSpec
 from kvfold.quantize import roundtrip
-from kvfold.runtime import native
+from kvfold.runtime import gpu, native
 from kvfold.runtime.attend import (
     chunked_attention,
     decode_attention,
     grouped_attention,
+    packed_attention,
     prefill_attention,
     with_alibi,
 )
@@ -268,6 +269,9 @@ class FoldedAttention(nn.Module):
         q = self._absorb(q)
         if q.shape[2] <= FEW_TOKENS and self.layer.softcap is None and native.serves(q, z, y):
             return self._lead_values_back(decode_attention(q, z, y, mask, scale=self.scaling))
+        if q.shape[2] <= FEW_TOKENS and gpu.serves(q, z, y):
+            out = packed_attention(q, z, y, mask, scale=self.scaling, softcap=self.layer.softcap)
+            return self._lead_values_back(out)
         out = chunked_attention(
             q,
             functools.partial(read_for_product, z),

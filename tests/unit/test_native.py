@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
+from packed_forms import FORMS, distance
 
-from kvfold.number_format import BITS, NumberFormat
+from kvfold.number_format import NumberFormat
 from kvfold.quantize import pack, unpack
 from kvfold.runtime import native
 from kvfold.runtime.attend import decode_attention, grouped_attention
@@ -74,14 +75,6 @@ def test_bfloat16_costs_the_rounding_of_probabilities(name, queries, masked):
     torch.testing.assert_close(decode_attention(q, z, y, mask, scale=0.2).double(), wanted, atol=1e-2, rtol=1e-2)
 
 
-FORMS = {
-    **{f"{bits}_bits": NumberFormat(tiers=((64, bits),)) for bits in BITS},
-    "odd": NumberFormat(tiers=((13, 3),)),
-    "tiers": NumberFormat(tiers=((24, 8), (40, 5), (71, 3), (130, 1))),
-    "float8": NumberFormat(tiers=((77, 8),), scales="float8"),
-}
-
-
 @compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [(4, 4, 4), (12, 2, 1), (9, 9, 1)])
@@ -97,8 +90,7 @@ def test_packed_tokens_are_read_as_unpack_reads_them(name, heads, dtype, masked)
     exact = (unpack(row, form, torch.float64) for row in rows)
     mask64 = mask if mask is None or mask.dtype == torch.bool else mask.double()
     wanted, _ = grouped_attention(q.double(), *exact, mask64, scale=0.2)
-    error = (decode_attention(q, z, y, mask, scale=0.2).double() - wanted).norm() / wanted.norm()
-    assert error < (1e-6 if dtype == torch.float32 else 1e-2)
+    assert distance(decode_attention(q, z, y, mask, scale=0.2), wanted) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
 @compiler

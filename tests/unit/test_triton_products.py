@@ -1,0 +1,104 @@
+"""The GPU's products with packed numbers, by Triton's interpreter where there is no GPU, are those of unpacked ones."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from packed_forms import FORMS, distance
+
+from kvfold.quantize import pack, unpack
+from kvfold.runtime import gpu
+from kvfold.runtime import triton_products as products
+from kvfold.runtime.attend import grouped_attention, packed_attention
+from kvfold.runtime.packed import PackedTokens
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EXACT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def packed(form, heads, tokens, dtype, seed):
+    """A view into a larger storage, and the numbers in it."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, heads, tokens + 9, form.width, generator=generator)
+    x = x * 10.0 ** torch.randint(-2, 2, (2, heads, tokens + 9, 1), generator=generator)
+    rows = pack(x, form).to(DEVICE)[:, :, 4 : tokens + 4]
+    return PackedTokens(rows, form, dtype), unpack(rows, form, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("name", FORMS)
+def test_products_with_packed_numbers(name, dtype):
+    form = FORMS[name]
+    x, numbers = packed(form, 2, 77, dtype, seed=0)
+    q = torch.randn(2, 6, 2, form.width, device=DEVICE).to(dtype)
+    weights = torch.randn(2, 6, 2, 77, device=DEVICE).softmax(-1)
+    numbers = numbers.repeat_interleave(3, dim=1)
+    assert distance(products.scores(q, x), q.double() @ numbers.transpose(2, 3)) < EXACT[dtype]
+    assert distance(products.weighted(weights, x, dtype), weights.double() @ numbers) < EXACT[dtype]
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("heads", [(2, 2, 2), (8, 2, 1), (9, 1, 3)])
+def test_attention_of_a_step(heads, softcap):
+    N, C, U = heads
+    (z, keys), (y, values) = (packed(FORMS["tiers"], n, 140, torch.float32, seed=n) for n in (C, U))
+    q = torch.randn(2, N, 3, FORMS["tiers"].width, device=DEVICE)
+    seen = torch.ones(2, 1, 3, 140, dtype=torch.bool, device=DEVICE).tril(137)
+    seen[0, ..., :50] = False
+    for mask in (None, seen, torch.zeros(seen.shape, device=DEVICE).masked_fill(~seen, torch.finfo(torch.float32).min)):
+        found = packed_attention(q, z, y, mask, scale=0.1, softcap=softcap)
+        exact = mask if mask is None or mask.dtype == torch.bool else mask.double()
+        wanted, _ = grouped_attention(q.double(), keys, values, exact, scale=0.1, softcap=softcap)
+        assert distance(found, wanted) < 1e-5
+
+
+def test_sums_over_many_tokens_are_split():
+    x, numbers = packed(FORMS["4_bits"], 1, 2 * products.TOKENS_PER_SPLIT + 5, torch.float32, seed=0)
+    weights = torch.randn(2, 1, 1, x.shape[2], device=DEVICE).softmax(-1)
+    assert distance(products.weighted(weights, x, torch.float32), weights.double() @ numbers) < 1e-5
+
+
+def test_the_kernels_are_tried_before_they_serve(monkeypatch, caplog):
+    device = torch.device(DEVICE)
+    gpu.works.cache_clear()
+    assert gpu.works(device), caplog.text
+    gpu.works.cache_clear()
+    monkeypatch.setattr(products, "scores", lambda q, keys: q.new_zeros(2, 6, 1, 1100).float())
+    assert not gpu.works(device) and "off by 1" in caplog.text
+    gpu.works.cache_clear()
+    monkeypatch.setattr(products, "scores", lambda q, keys: 1 / 0)
+    assert not gpu.works(device) and "ZeroDivisionError" in caplog.text
+    gpu.works.cache_clear()
+
+
+COMPILE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from kvfold.number_format import NumberFormat
+from kvfold.runtime import triton_products as products
+
+TYPES = {"q": "*bf16", "weights": "*fp32", "rows": "*u8", "out": "*fp32"}
+for scales, bits in (("exponent", 3), ("float8", 8)):
+    tier = {"bits": bits, "float8": scales == "float8"}
+    for kernel, own in ((products._scores, {"ADD": True}), (products._weighted, {"SPLIT": products.TOKENS_PER_SPLIT})):
+        constants = products._constants(tier, torch.bfloat16, 32) | own | {"TOKENS": products.WEIGHED_TOKENS}
+        options = {"num_warps": constants.pop("num_warps")}
+        types = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernel.arg_names}
+        source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert "mma" in made.asm["ptx"] and made.asm["cubin"]
+"""
+
+
+def test_the_kernels_compile_for_a_gpu(tmp_path):
+    """Down to its machine code, for which none is needed. The interpreter does not see what a compiler refuses."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_cpu_is_not_asked():
+    x, _ = packed(FORMS["4_bits"], 1, 20, torch.float32, seed=0)
+    assert not gpu.serves(torch.randn(2, 1, 1, 64), x, x)
