@@ -73,7 +73,8 @@ def main() -> None:
         plot = frontier_plot(list(curves.items()), f"{comparison['model']}, books it never saw, no training")
         (RESULTS / f"{file.parent.name}.svg").write_text(SVG + plot)
         (RESULTS / f"{file.parent.name}.md").write_text((file.parent / "table.md").read_text())
-    columns = "KL auto | perplexity auto | best of the others within as many bytes | its KL | auto / it"
+    columns = "KL auto | perplexity auto | KL auto, --prefer speed"
+    columns += " | best of the others within as many bytes | its KL | auto / it"
     write("frontier.md", columns, lines)
     write("frontier-shifted.md", columns, shifted)
     write("frontier-ablation.md", "KL, shared out | KL, equal shares | equal shares, 4 bits", ablation)
@@ -112,7 +113,9 @@ def beside(points: list[Point]) -> list[str]:
         assert ours.asked is not None
         others = [p for p in points if not p.preset.startswith("auto") and p.kept <= ours.asked * (1 + 1e-9)]
         best = min(others, key=lambda p: p.kl, default=None)
+        speed = next((p for p in points if p.preset == NAMES["auto:prefer=speed"] and p.asked == ours.asked), None)
         line = f"1/{1 / ours.asked:.0f} | {ours.kl:.5f} | {ours.perplexity_change:+.2f} %"
+        line += f" | {speed.kl if speed else math.nan:.5f}"
         if best is None:
             lines.append(f"{line} | none is that small | | |")
         else:
