@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -74,15 +75,17 @@ def _cut(rows: Tensor, form: NumberFormat) -> list[Tensor]:
     return [part.contiguous() for part in rows.split(sizes, dim=-1)]
 
 
-def roundtrip(x_BCTR: Tensor, form: NumberFormat | None) -> Tensor:
-    """What a cache would give back. Gradients pass as if nothing was lost (straight through)."""
+def roundtrip(
+    x_BCTR: Tensor, form: NumberFormat | None, packing: Callable[[Tensor, NumberFormat], Tensor] = pack
+) -> Tensor:
+    """What a cache that packs so would give back. Gradients pass as if nothing was lost (straight through)."""
     if form is None:
         return x_BCTR
     whole = x_BCTR.shape[2] // form.block * form.block  # tokens of a block that is not full stay exact
     if not whole:
         return x_BCTR
     stored = x_BCTR[:, :, :whole]
-    seen = torch.cat([unpack(pack(stored, form), form, x_BCTR.dtype), x_BCTR[:, :, whole:].detach()], dim=2)
+    seen = torch.cat([unpack(packing(stored, form), form, x_BCTR.dtype), x_BCTR[:, :, whole:].detach()], dim=2)
     return x_BCTR + (seen - x_BCTR).detach() if x_BCTR.requires_grad else seen
 
 

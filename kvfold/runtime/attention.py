@@ -215,7 +215,8 @@ class FoldedAttention(nn.Module):
             return tuple(x.to(hidden_BTD.device) for x in state.stored[self.owner])  # type: ignore[return-value]
         new_z, new_y = self._new_keys_values(hidden_BTD, rotary)
         if not hasattr(cache, "owned"):  # without kvfold's own cache numbers lose what it would lose
-            new_z, new_y = roundtrip(new_z, self.spec.k_bits), roundtrip(new_y, self.spec.v_bits)
+            new_z = roundtrip(new_z, self.spec.k_bits, native.pack)
+            new_y = roundtrip(new_y, self.spec.v_bits, native.pack)
         z: Stored = new_z
         y: Stored = new_y
         if cache is not None:

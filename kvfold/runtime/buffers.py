@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvfold.number_format import NumberFormat
 from kvfold.plan import CACHE_BLOCK, round_up
-from kvfold.quantize import pack
+from kvfold.runtime.native import pack
 from kvfold.runtime.packed import PackedTokens, Stored
 
 

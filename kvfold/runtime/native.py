@@ -1,4 +1,4 @@
-"""The CPU's own decode kernel (cpu/decode.cpp): compiled when it is first needed, kept for later runs, called through ctypes.
+"""The CPU's own kernels (cpu/decode.cpp, pack.cpp): compiled when first needed, kept for later runs, called through ctypes.
 
 Why: torch's fused kernel reads the cache of a step at a tenth (one query per head) to a quarter of the speed of a copy, this
 one at about 0.8 (results/speed-llama2-7b.md). Where there is no compiler, torch's operations serve as before.
@@ -18,12 +18,15 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvfold import quantize
+from kvfold.number_format import NumberFormat
 from kvfold.runtime.packed import PackedTokens, Stored
 
 SOURCES = Path(__file__).with_name("cpu")
@@ -50,9 +53,12 @@ class _Stored(ctypes.Structure):
     def __init__(self, x_BCSR: Stored) -> None:
         rows, packed = _rows(x_BCSR), isinstance(x_BCSR, PackedTokens)
         tiers = x_BCSR.form.tiers if isinstance(x_BCSR, PackedTokens) and x_BCSR.form.scales == "exponent" else ()
-        flat = (ctypes.c_int32 * (2 * len(tiers)))(*itertools.chain(*tiers))
         shape, strides = x_BCSR.shape, rows.stride()
-        super().__init__(rows.data_ptr(), shape[1], shape[3], *strides[:3], packed, len(tiers), flat)
+        super().__init__(rows.data_ptr(), shape[1], shape[3], *strides[:3], packed, len(tiers), _flat(tiers))
+
+
+def _flat(tiers: Sequence[tuple[int, int]]) -> Any:
+    return (ctypes.c_int32 * (2 * len(tiers)))(*itertools.chain(*tiers))
 
 
 def _rows(x: Stored) -> Tensor:
@@ -90,7 +96,7 @@ def _compiled() -> Path:
     if not file.exists():
         with tempfile.TemporaryDirectory(dir=file.parent) as scratch:  # another process may be compiling it, too
             made = Path(scratch) / file.name
-            command = [*compiler, *FLAGS, str(SOURCES / "decode.cpp"), "-o", str(made)]
+            command = [*compiler, *FLAGS, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
             os.replace(made, file)
     return file
@@ -125,6 +131,37 @@ def serves(q: Tensor, z: Stored, y: Stored) -> bool:
     plain = all(x.device.type == "cpu" and x.stride(-1) == 1 for x in tensors)
     known = all(x.dtype == q.dtype and (isinstance(x, Tensor) or x.form.scales in SCALES) for x in (z, y))
     return plain and known and q.dtype in DTYPES and not torch.compiler.is_compiling() and library() is not None
+
+
+def pack(x_BCTR: Tensor, form: NumberFormat) -> Tensor:
+    """As `quantize.pack`, by the kernel where it can: equal but for scales whose errors differ by a rounding."""
+    x = x_BCTR.detach()
+    known = (
+        form.scales == "exponent"
+        and x.device.type == "cpu"
+        and type(x) is Tensor
+        and x.dtype in (*DTYPES, torch.float16)
+    )
+    kernel = (
+        library() if known and x.numel() and not torch.compiler.is_compiling() and not torch.jit.is_tracing() else None
+    )
+    if kernel is None:
+        return quantize.pack(x_BCTR, form)
+    numbers = torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)
+    rows = torch.empty(*x.shape[:3], form.row_bytes, dtype=torch.uint8, device=x.device)
+    tried = (ctypes.c_int32 * len(form.tiers))(*(quantize.TRIED[bits] for _, bits in form.tiers))
+    kernel.kvfold_pack(
+        ctypes.c_void_p(numbers.data_ptr()),
+        ctypes.c_int64(numbers.numel() // form.width),
+        ctypes.c_int(form.width),
+        ctypes.c_int(len(form.tiers)),
+        _flat(form.tiers),
+        tried,
+        ctypes.c_void_p(rows.data_ptr()),
+        ctypes.c_int(form.row_bytes),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    return rows
 
 
 def decode(q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, bias: Tensor | None, *, scale: float) -> Tensor:

@@ -61,8 +61,8 @@ inline Words plane(const uint8_t *from) {
   return (x | x << 7) & 0x0101010101010101;
 }
 
-// 64 codes of a tier, from `at` on. Nothing behind the tier's bytes is touched where `last`.
-template <int BITS, bool last>
+// 64 codes of a tier, from `at` on. What lies behind the tier's bytes is not touched where `careful`.
+template <int BITS, bool careful>
 inline Words codes_at(const uint8_t *row, int numbers, int at) {
   Words codes = {};
   const auto add = [&](auto part) {
@@ -71,7 +71,7 @@ inline Words codes_at(const uint8_t *row, int numbers, int at) {
       const uint8_t *from = row + at / 8 * PART;
       const int bytes = (numbers * PART + 7) / 8;
       uint8_t copy[CODES];
-      if (last) from = (const uint8_t *)std::memcpy(copy, from, bytes - at / 8 * PART);
+      if (careful) from = (const uint8_t *)std::memcpy(copy, from, bytes - at / 8 * PART);
       codes = (codes << PART) | plane<PART>(from);
       row += bytes;
     }
@@ -117,17 +117,23 @@ inline __m512i last_half(Words codes) { return _mm512_cvtepu8_epi16(_mm512_extra
 
 inline __m512i narrow(Lanes low, Lanes high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
 
-template <>
-inline void Meaning<8, bfloat16>::write(Words codes, bfloat16 *to) const {
-  Bytes bytes[CODES / LANES];
-  std::memcpy(bytes, &codes, sizeof bytes);
-  for (int i = 0; i < CODES / LANES; i += 2) {
-    const Lanes low = number(bytes[i]) * scale + lowest, high = number(bytes[i + 1]) * scale + lowest;
-    _mm512_storeu_si512(to + i * LANES, narrow(low, high));
-  }
-}
+// Converted 32 at a time.
+template <int BITS>
+struct Converted {
+  Meaning<BITS, float> meaning;
 
-// Up to 7 bits are looked up among the numbers that they can mean.
+  explicit Converted(float scale) : meaning(scale) {}
+
+  void write(Words codes, bfloat16 *to) const {
+    Lanes numbers[CODES / LANES];
+    meaning.write(codes, (float *)numbers);
+    for (int i = 0; i < CODES / LANES; i += 2) _mm512_storeu_si512(to + i * LANES, narrow(numbers[i], numbers[i + 1]));
+  }
+};
+template <> struct Meaning<8, bfloat16> : Converted<8> { using Converted::Converted; };
+template <> struct Meaning<7, bfloat16> : Converted<7> { using Converted::Converted; };
+
+// Up to 6 bits are looked up among the numbers that they can mean.
 template <int BITS>
 struct Table {
   static constexpr int PARTS = BITS <= 5 ? 1 : 1 << (BITS - 5);  // of 32 numbers
@@ -160,20 +166,21 @@ template <> struct Meaning<3, bfloat16> : Table<3> { using Table::Table; };
 template <> struct Meaning<4, bfloat16> : Table<4> { using Table::Table; };
 template <> struct Meaning<5, bfloat16> : Table<5> { using Table::Table; };
 template <> struct Meaning<6, bfloat16> : Table<6> { using Table::Table; };
-template <> struct Meaning<7, bfloat16> : Table<7> { using Table::Table; };
 #endif
 
 // A tier of some tokens -> rows of numbers; up to 63 more are written behind each.
 template <int BITS, typename T>
 void unpack_tier(const uint8_t *codes, const uint8_t *exponents, int64_t row_stride, int numbers, int tokens, T *to,
                  int64_t stride) {
+  const int64_t careless = tokens - 1 - CODES / row_stride;  // tokens behind which a row's worth of the block follows
   for (int s = 0; s < tokens; ++s, codes += row_stride, exponents += row_stride, to += stride) {
     __builtin_prefetch(codes + ROWS_AHEAD);
     __builtin_prefetch(codes + ROWS_AHEAD + 64);
     const Meaning<BITS, T> meaning(SCALES.of[*exponents]);
     int at = 0;
     for (; at + CODES <= numbers; at += CODES) meaning.write(codes_at<BITS, false>(codes, numbers, at), to + at);
-    if (at < numbers) meaning.write(codes_at<BITS, true>(codes, numbers, at), to + at);
+    if (at == numbers) continue;
+    meaning.write(s < careless ? codes_at<BITS, false>(codes, numbers, at) : codes_at<BITS, true>(codes, numbers, at), to + at);
   }
 }
 
