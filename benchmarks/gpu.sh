@@ -26,7 +26,7 @@ trap 'rm -rf "$scratch"' EXIT
 { nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || echo "no GPU"
   $python -c "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"; } | tee "$out/hardware.txt"
 
-$python -m pytest -q tests/gpu tests/contracts/test_runtime.py tests/unit/test_quantize.py tests/unit/test_triton_products.py 2>&1 | tee "$out/tests.txt" | tail -3
+$python -m pytest -q tests/gpu tests/contracts/test_runtime.py tests/unit/test_quantize.py tests/unit/test_triton_kernels.py 2>&1 | tee "$out/tests.txt" | tail -3
 
 $python -m kvfold.cli compare kvfold/models/books-6l --preset gqa --preset svd_w --preset svd_a:width.latent=group \
   --preset svd_a --preset int4:kv_budget=null --preset auto --kv-budget 1/2 --kv-budget 1/6 --num-samples 64 --seq-len 256 --out "$scratch/compare" | tail -1 > "$out/compare.json"

@@ -90,13 +90,13 @@ def packed_attention(
     q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, mask: Tensor | None, *, scale: float, softcap: float | None = None
 ) -> Tensor:
     """Few query tokens over packed numbers that `gpu.serves`: the scores exist, the numbers never do."""
-    from kvfold.runtime import triton_products as products
+    from kvfold.runtime import triton_kernels as kernels
 
     assert isinstance(z_BCSR, PackedTokens) and isinstance(y_BUSV, PackedTokens), "gpu.serves() was asked"
-    scores_BNTS = products.scores(q_BNTR * scale, z_BCSR)
+    scores_BNTS = kernels.scores(q_BNTR * scale, z_BCSR)
     if softcap is not None:
         scores_BNTS = softcap * torch.tanh(scores_BNTS / softcap)
-    out_BNTV = products.weighted(softmax(scores_BNTS, mask), y_BUSV, q_BNTR.dtype)
+    out_BNTV = kernels.weighted(softmax(scores_BNTS, mask), y_BUSV, q_BNTR.dtype)
     return out_BNTV.to(q_BNTR.dtype).transpose(1, 2)
 
 

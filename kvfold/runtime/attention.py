@@ -24,6 +24,7 @@ from kvfold.runtime.attend import (
     with_alibi,
 )
 from kvfold.runtime.packed import Operand, PackedTokens, Stored, read, read_all, read_for_product
+from kvfold.runtime.packing import pack
 
 FEW_TOKENS = 16
 """A step of at most so many tokens (speculative decoding, short chunks) is bound by the cache's bytes, like one of one."""
@@ -215,8 +216,8 @@ class FoldedAttention(nn.Module):
             return tuple(x.to(hidden_BTD.device) for x in state.stored[self.owner])  # type: ignore[return-value]
         new_z, new_y = self._new_keys_values(hidden_BTD, rotary)
         if not hasattr(cache, "owned"):  # without kvfold's own cache numbers lose what it would lose
-            new_z = roundtrip(new_z, self.spec.k_bits, native.pack)
-            new_y = roundtrip(new_y, self.spec.v_bits, native.pack)
+            new_z = roundtrip(new_z, self.spec.k_bits, pack)
+            new_y = roundtrip(new_y, self.spec.v_bits, pack)
         z: Stored = new_z
         y: Stored = new_y
         if cache is not None:

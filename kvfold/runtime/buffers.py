@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kvfold.number_format import NumberFormat
 from kvfold.plan import CACHE_BLOCK, round_up
-from kvfold.runtime.native import pack
 from kvfold.runtime.packed import PackedTokens, Stored
+from kvfold.runtime.packing import pack
 
 
 class Buffer(ABC):

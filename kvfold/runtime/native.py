@@ -133,20 +133,15 @@ def serves(q: Tensor, z: Stored, y: Stored) -> bool:
     return plain and known and q.dtype in DTYPES and not torch.compiler.is_compiling() and library() is not None
 
 
-def pack(x_BCTR: Tensor, form: NumberFormat) -> Tensor:
-    """As `quantize.pack`, by the kernel where it can: equal but for scales whose errors differ by a rounding."""
-    x = x_BCTR.detach()
-    known = (
-        form.scales == "exponent"
-        and x.device.type == "cpu"
-        and type(x) is Tensor
-        and x.dtype in (*DTYPES, torch.float16)
-    )
-    kernel = (
-        library() if known and x.numel() and not torch.compiler.is_compiling() and not torch.jit.is_tracing() else None
-    )
-    if kernel is None:
-        return quantize.pack(x_BCTR, form)
+def packs(x: Tensor) -> bool:
+    """Whether the kernel packs these numbers."""
+    return x.device.type == "cpu" and x.dtype in (*DTYPES, torch.float16) and library() is not None
+
+
+def pack(x: Tensor, form: NumberFormat) -> Tensor:
+    """Numbers [B, C, T, R] -> rows of an `exponent` format [B, C, T, row_bytes]."""
+    kernel = library()
+    assert kernel is not None, "packs() was asked"
     numbers = torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)
     rows = torch.empty(*x.shape[:3], form.row_bytes, dtype=torch.uint8, device=x.device)
     tried = (ctypes.c_int32 * len(form.tiers))(*(quantize.TRIED[bits] for _, bits in form.tiers))

@@ -1,8 +1,9 @@
-"""Products of queries or probabilities with packed numbers, on a GPU by Triton: no number exists outside the chip.
+"""Packed numbers on a GPU by Triton: packing, and products of queries or probabilities with them.
 
-Why: torch's operations write every stored number several times on its way from bytes to a product; `attend.py` has them as
-the obvious version. The scores of a step (one float32 per query and token) do exist: they are few beside what is stored.
-Triton's interpreter runs the same kernels on a CPU, in the tests.
+Why: torch's operations take dozens of calls to pack a token, and write every stored number several times on its way from
+bytes to a product; `quantize.py` and `attend.py` have them as the obvious version. Here no number exists outside the chip.
+The scores of a step (one float32 per query and token) do: they are few beside what is stored. Triton's interpreter runs the
+same kernels on a CPU, in the tests.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvfold.number_format import packed_bytes
+from kvfold.number_format import NumberFormat, packed_bytes
+from kvfold.quantize import TRIED
 from kvfold.runtime.packed import PackedTokens
 
 SCORED_TOKENS, WEIGHED_TOKENS, NUMBERS, MOST_QUERIES = 64, 32, 64, 64
@@ -120,13 +122,77 @@ def _weighted(
     tl.store(to + ((query * out_width)[:, None] + number[None, :]), total, mask=here & inside)
 
 
+@triton.jit
+def _codes(x, scale, BITS: tl.constexpr):
+    """Around zero."""
+    half: tl.constexpr = 1 << (BITS - 1)
+    code = tl.floor(tl.minimum(tl.maximum(x / scale, -half), half))
+    return tl.minimum(code, half - 1)
+
+
+@triton.jit
+def _store_plane(to, code, width, shift: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr):
+    per_byte: tl.constexpr = 8 // PART
+    part = tl.reshape((code >> shift) & ((1 << PART) - 1), (BLOCK // per_byte, per_byte))
+    byte = tl.sum(part << (tl.arange(0, per_byte) * PART)[None, :], axis=1)
+    number = tl.arange(0, BLOCK // per_byte)
+    tl.store(to + number, byte.to(tl.uint8), mask=number < (width + per_byte - 1) // per_byte)
+    return to + (width + per_byte - 1) // per_byte
+
+
+@triton.jit
+def _pack(
+    x, rows, width, x_width, row_bytes, tier, first_byte, first,
+    BITS: tl.constexpr, TRIED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A tier of one row: of the scales worth trying the one with the least squared error, and the codes in it."""
+    row = tl.program_id(0).to(tl.int64)
+    number = tl.arange(0, BLOCK)
+    inside = number < width
+    numbers = tl.load(x + row * x_width + first + number, mask=inside, other=0).to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(numbers), axis=0), 1.1754943508222875e-38) / ((1 << (BITS - 1)) - 0.5)
+    highest = tl.minimum(tl.maximum(tl.ceil(tl.log2(largest) * 8), -128), 127)
+    best, least = highest, largest * 0 + float("inf")
+    for i in range(TRIED):
+        exponent = tl.maximum(highest - i, -128)
+        scale = tl.exp2(exponent / 8)
+        lost = tl.where(inside, (_codes(numbers, scale, BITS) + 0.5) * scale - numbers, 0)
+        error = tl.sum(lost * lost, axis=0)
+        best, least = tl.where(error < least, exponent, best), tl.minimum(error, least)
+    rows += row * row_bytes
+    tl.store(rows + tier, (best + 128).to(tl.uint8))
+    code = tl.where(inside, _codes(numbers, tl.exp2(best / 8), BITS).to(tl.int32) + (1 << (BITS - 1)), 0)
+    to = rows + first_byte
+    if BITS & 8:
+        to = _store_plane(to, code, width, 0, 8, BLOCK)
+    if BITS & 4:
+        to = _store_plane(to, code, width, BITS & 3, 4, BLOCK)
+    if BITS & 2:
+        to = _store_plane(to, code, width, BITS & 1, 2, BLOCK)
+    if BITS & 1:
+        to = _store_plane(to, code, width, 0, 1, BLOCK)
+
+
+def pack(x_BCTR: Tensor, form: NumberFormat) -> Tensor:
+    """Numbers -> rows of an `exponent` format [B, C, T, row_bytes]."""
+    rows = x_BCTR.new_empty(*x_BCTR.shape[:3], form.row_bytes, dtype=torch.uint8)
+    x = x_BCTR.reshape(-1)
+    for tier in _tiers(form):
+        block = max(triton.next_power_of_2(tier["width"]), 16)
+        _pack[(x.numel() // form.width,)](
+            x, rows, tier["width"], form.width, form.row_bytes, *_places(tier),
+            BITS=tier["bits"], TRIED=TRIED[tier["bits"]], BLOCK=block,
+        )  # fmt: skip
+    return rows
+
+
 def scores(q_BNTR: Tensor, keys: PackedTokens) -> Tensor:
     """q . k [B, N, T, S] in float32."""
     B, N, T, R = q_BNTR.shape
     C, S = keys.shape[1:3]
     queries = N // C * T
     q, out = q_BNTR.reshape(-1), q_BNTR.new_empty(B, N, T, S, dtype=torch.float32)
-    for tier in _tiers(keys):
+    for tier in _tiers(keys.form):
         grid = (triton.cdiv(S, SCORED_TOKENS), triton.cdiv(queries, _tile(queries)), B * C)
         _scores[grid](
             q, keys.rows, out, queries, S, tier["width"], C, R, *keys.rows.stride()[:3], *_places(tier),
@@ -141,7 +207,7 @@ def weighted(weights_BNTS: Tensor, values: PackedTokens, dtype: torch.dtype) -> 
     U, V = values.shape[1], values.shape[3]
     queries, splits = N // U * T, triton.cdiv(S, TOKENS_PER_SPLIT)
     weights, parts = weights_BNTS.reshape(-1), weights_BNTS.new_empty(splits, B, N, T, V)
-    for tier in _tiers(values):
+    for tier in _tiers(values.form):
         blocks = triton.cdiv(tier["width"], NUMBERS)
         grid = (blocks * splits, triton.cdiv(queries, _tile(queries)), B * U)
         _weighted[grid](
@@ -152,11 +218,11 @@ def weighted(weights_BNTS: Tensor, values: PackedTokens, dtype: torch.dtype) -> 
     return parts.sum(0)
 
 
-def _tiers(x: PackedTokens) -> list[dict[str, int]]:
+def _tiers(form: NumberFormat) -> list[dict[str, int]]:
     """Where the numbers of every tier lie in a row, and in a head."""
-    float8, found = x.form.scales == "float8", []
-    byte, first = 0 if float8 else len(x.form.tiers), 0
-    for index, (numbers, bits) in enumerate(x.form.tiers):
+    float8, found = form.scales == "float8", []
+    byte, first = 0 if float8 else len(form.tiers), 0
+    for index, (numbers, bits) in enumerate(form.tiers):
         found.append({"tier": index, "width": numbers, "bits": bits, "byte": byte, "first": first, "float8": float8})
         byte, first = byte + packed_bytes(numbers, bits), first + numbers
     return found

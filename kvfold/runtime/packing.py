@@ -1,0 +1,24 @@
+"""Numbers -> packed rows, by the device's kernel where there is one: torch's operations take dozens of calls per tier."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvfold import quantize
+from kvfold.number_format import NumberFormat
+from kvfold.runtime import gpu, native
+
+
+def pack(x_BCTR: Tensor, form: NumberFormat) -> Tensor:
+    """As `quantize.pack`: equal but for scales whose errors differ by a rounding."""
+    x = x_BCTR.detach()
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
+    if form.scales == "exponent" and x.numel() and not recorded:
+        if native.packs(x):
+            return native.pack(x, form)
+        if x.device.type == "cuda" and gpu.works(x.device):
+            from kvfold.runtime import triton_kernels as kernels
+
+            return kernels.pack(x, form)
+    return quantize.pack(x, form)
