@@ -121,8 +121,9 @@ def bench(
     settings = {"batch": batch, "context": context, "dtype": dtype, "steps": steps, "device": _hardware(device)}
     if device == "cpu":
         settings |= {"threads": torch.get_num_threads(), "kernel": "torch" if native.library() is None else "kvfold"}
-    else:
-        settings["kernel_of_packed"] = "triton" if gpu.works(torch.device(device)) else "torch"
+    elif device.startswith("cuda"):
+        works = gpu.works_for(torch.empty(0, device=device, dtype=getattr(torch, dtype)))
+        settings["kernel_of_packed"] = "triton" if works else "torch"
     settings |= {"memory": memory} if memory else {}
     settings |= shape.facts() if shape else {}
     return _race(contestants, settings, device, prefills)

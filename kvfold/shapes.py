@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kvfold.allocate import SIDES, Axes, Curves, Request, allocate, choose_layout, limits_of
+from kvfold.allocate import Axes, Curves, Request, allocate, choose_layout, limits_of
 from kvfold.architectures.base import Architecture, architecture, empty_model
 from kvfold.errors import RecipeError
 from kvfold.plan import CONFIG_KEY, CachePlan
@@ -99,9 +98,12 @@ class Shape:
 
 def _curves(request: Request) -> Curves:
     """What could be stored if all numbers mattered as FALL says."""
-    curves = {}
-    for layer, side in itertools.product(request.owners, SIDES):
-        shapes = request.allowed(layer, request.shapes(layer, side))
+    curves, layers = {}, {layer.index: layer for layer in request.owners}
+    for (owner, side), options in request.options.items():
+        if owner in request.limits.keep_layers:
+            curves[owner, side] = [(shape, 0.0) for shape in options]
+            continue
+        shapes = request.allowed(layers[owner], request.shapes(layers[owner], side))
         spectrum = [math.exp(-FALL * n / shapes[-1].width) for n in range(shapes[-1].width)]
-        curves[layer.index, side] = request.axes.bits.curve(shapes, spectrum, 1.0)
+        curves[owner, side] = request.axes.bits.curve(shapes, spectrum, 1.0)
     return curves

@@ -93,10 +93,13 @@ def packed_attention(
     from kvfold.runtime import triton_kernels as kernels
 
     assert isinstance(z_BCSR, PackedTokens) and isinstance(y_BUSV, PackedTokens), "gpu.serves() was asked"
-    scores_BNTS = kernels.scores(q_BNTR * scale, z_BCSR)
+    scores_BNTS = kernels.scores(q_BNTR, z_BCSR) * scale
     if softcap is not None:
         scores_BNTS = softcap * torch.tanh(scores_BNTS / softcap)
-    out_BNTV = kernels.weighted(softmax(scores_BNTS, mask), y_BUSV, q_BNTR.dtype)
+    T, S = scores_BNTS.shape[2:]
+    part = _additive(mask, T, S, 0, S, q_BNTR)
+    weights_BNTS = (scores_BNTS if part is None else scores_BNTS + part).softmax(-1)
+    out_BNTV = kernels.weighted(weights_BNTS, y_BUSV, q_BNTR.dtype)
     return out_BNTV.to(q_BNTR.dtype).transpose(1, 2)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from kvfold.attention import AttentionLayer
+from kvfold.number_format import ELSEWHERE
 from kvfold.plan import CacheSpec
 from kvfold.quantize import roundtrip
 from kvfold.runtime import gpu, native
@@ -271,7 +272,8 @@ class FoldedAttention(nn.Module):
         q = self._absorb(q)
         if q.shape[2] <= FEW_TOKENS and self.layer.softcap is None and native.serves(q, z, y):
             return self._lead_values_back(decode_attention(q, z, y, mask, scale=self.scaling))
-        if q.shape[2] <= FEW_TOKENS and gpu.serves(q, z, y):
+        scores = q.shape[0] * q.shape[1] * q.shape[2] * z.shape[2]
+        if q.shape[2] <= FEW_TOKENS and scores <= ELSEWHERE and gpu.serves(q, z, y):
             out = packed_attention(q, z, y, mask, scale=self.scaling, softcap=self.layer.softcap)
             return self._lead_values_back(out)
         out = chunked_attention(

@@ -4,32 +4,42 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvfold.number_format import NumberFormat
 from kvfold.quantize import pack, unpack
-from kvfold.runtime.packed import PackedTokens, Stored
+from kvfold.runtime.packed import PackedTokens, Stored, recorded
 
 SCALES = ("exponent", "float8")
 """Of packed numbers that the kernels read."""
-TRIED = NumberFormat(tiers=((24, 8), (40, 5), (33, 3)))
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TRIALS = (NumberFormat(tiers=((24, 8), (40, 5), (33, 3))), NumberFormat(tiers=((65, 8),), scales="float8"))
+QUERIES = (1, 20)
+"""Per stored head: a small tile, and a larger one with more warps."""
 TOLERANCE = 2e-2
-"""Of products in bfloat16, relative to the largest."""
+"""Of products, relative to the largest."""
 
 
 def serves(q: Tensor, z: Stored, y: Stored) -> bool:
     """Whether the kernels take these tensors, and nobody wants gradients or a graph of it."""
-    if q.device.type != "cuda" or torch.compiler.is_compiling() or (torch.is_grad_enabled() and q.requires_grad):
+    if not (isinstance(z, PackedTokens) and isinstance(y, PackedTokens)) or recorded(q, z.rows, y.rows):
         return False
-    known = (isinstance(x, PackedTokens) and x.form.scales in SCALES and x.rows.stride(-1) == 1 for x in (z, y))
-    return all(known) and works(q.device)
+    known = all(x.form.scales in SCALES and x.rows.stride(-1) == 1 and x.device == q.device for x in (z, y))
+    return known and not (torch.is_grad_enabled() and q.requires_grad) and works_for(q)
+
+
+def works_for(x: Tensor) -> bool:
+    """Whether the kernels can be used with numbers of this dtype where they are."""
+    return x.device.type == "cuda" and x.dtype in DTYPES and works(x.device, x.dtype)
 
 
 @functools.cache
-def works(device: torch.device) -> bool:
+def works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels can be compiled here, and give what torch's operations give; if not, one line in the log says so.
 
     KVFOLD_NATIVE=0 leaves them out.
@@ -37,40 +47,35 @@ def works(device: torch.device) -> bool:
     if os.environ.get("KVFOLD_NATIVE") == "0":
         return False
     try:
-        error = _error(device)
-    except (
-        Exception
-    ) as problem:  # no triton, no compiler for it, a device that it does not know: torch serves all of them
-        error, detail = None, f"{type(problem).__name__}: {problem}".splitlines()[0]
-    else:
-        detail = f"they are off by {error:.2g}"
-    if error is None or not error < TOLERANCE:
-        logging.getLogger(__name__).warning(
-            "packed caches on %s are read by torch's operations, not by kvfold's Triton kernels (%s)", device, detail
-        )
-        return False
-    return True
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            errors = [error for form in TRIALS for count in QUERIES for error in _errors(form, count, device, dtype)]
+        detail = f"they are off by {max(errors, key=lambda error: (math.isnan(error), error)):.2g}"
+    except Exception as problem:
+        # no triton, no compiler for it, a device that it does not know: torch serves all of them
+        errors, detail = [math.inf], f"{type(problem).__name__}: {problem}".splitlines()[0]
+    if all(error < TOLERANCE for error in errors):  # what is no number is not
+        return True
+    logging.getLogger(__name__).warning(
+        "packed caches on %s are read by torch's operations, not by kvfold's Triton kernels (%s)", device, detail
+    )
+    return False
 
 
-def _error(device: torch.device) -> float:
+def _errors(form: NumberFormat, queries: int, device: torch.device, dtype: torch.dtype) -> list[float]:
     """Of both products on a small case, relative to the largest number; and how much more packing loses."""
     from kvfold.runtime import triton_kernels as kernels
 
-    generator = torch.Generator().manual_seed(0)
-    x, q = (
-        torch.randn(2, 3, 1100, TRIED.width, generator=generator),
-        torch.randn(2, 6, 1, TRIED.width, generator=generator),
-    )
-    packed = PackedTokens(pack(x, TRIED).to(device), TRIED, torch.bfloat16)
-    stored = unpack(packed.rows, TRIED, torch.float32)
-    some = x[:, :, :9].to(device)
-    again = unpack(kernels.pack(some, TRIED), TRIED, torch.float32)
-    numbers = stored.repeat_interleave(2, dim=1)
-    q = q.to(device, torch.bfloat16)
+    options: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "device": "cpu", "dtype": torch.float32}
+    x, q = torch.randn(2, 3, 1100, form.width, **options), torch.randn(2, 3 * queries, 1, form.width, **options)
+    packed = PackedTokens(pack(x, form).to(device), form, dtype)
+    stored = unpack(packed.rows, form, torch.float32)
+    numbers, q = stored.repeat_interleave(queries, dim=1), q.to(device, dtype)
     wanted = q.float() @ numbers.transpose(2, 3)
-    scores = kernels.scores(q, packed)
     weights = wanted.softmax(-1)
-    averaged = kernels.weighted(weights, packed, q.dtype)
-    pairs = ((scores, wanted), (averaged, weights @ numbers))
-    off = max(float((found - sought).abs().max() / sought.abs().max()) for found, sought in pairs)
-    return max(off, float((again - some).square().sum() / (stored[:, :, :9] - some).square().sum()) - 1)
+    pairs = [(kernels.scores(q, packed), wanted), (kernels.weighted(weights, packed, dtype), weights @ numbers)]
+    errors = [float((found - sought).abs().max() / sought.abs().max()) for found, sought in pairs]
+    if form.scales == "exponent":
+        some = x[:, :, :9].to(device)
+        again = unpack(kernels.pack(some, form), form, torch.float32)
+        errors.append(float((again - some).square().sum() / (stored[:, :, :9] - some).square().sum()) - 1)
+    return errors

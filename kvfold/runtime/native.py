@@ -27,10 +27,19 @@ from torch import Tensor
 
 from kvfold import quantize
 from kvfold.number_format import NumberFormat
-from kvfold.runtime.packed import PackedTokens, Stored
+from kvfold.runtime.packed import PackedTokens, Stored, recorded
 
 SOURCES = Path(__file__).with_name("cpu")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-strict-aliasing",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+)
 DTYPES = (torch.bfloat16, torch.float32)
 SCALES = ("exponent", "float8")
 """Of packed numbers that it reads."""
@@ -89,7 +98,7 @@ def _compiled() -> Path:
     found = shutil.which(compiler[0])
     if found is None:
         raise OSError(f"there is no {compiler[0]}")
-    sources = [file.read_text() for file in sorted(SOURCES.iterdir()) if file.is_file()]
+    sources = [file.read_bytes() for file in sorted(SOURCES.glob("*.[ch]*"))]
     facts = (sources, FLAGS, found, compiler, platform.machine(), _processor())
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     file = _folder() / f"decode-{key}.so"
@@ -124,13 +133,11 @@ def _processor() -> str:
 def serves(q: Tensor, z: Stored, y: Stored) -> bool:
     """Whether the kernel takes these tensors, and nobody wants gradients or a graph of it."""
     tensors = (q, _rows(z), _rows(y))
-    if torch.jit.is_tracing() or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
-        return False  # not real numbers, or somebody records what is done with them
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if recorded(*tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         return False
     plain = all(x.device.type == "cpu" and x.stride(-1) == 1 for x in tensors)
     known = all(x.dtype == q.dtype and (isinstance(x, Tensor) or x.form.scales in SCALES) for x in (z, y))
-    return plain and known and q.dtype in DTYPES and not torch.compiler.is_compiling() and library() is not None
+    return plain and known and q.dtype in DTYPES and library() is not None
 
 
 def packs(x: Tensor) -> bool:
@@ -173,6 +180,7 @@ def decode(q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, bias: Tensor | None, 
     splits = min(max(1, -(-TASKS_PER_THREAD * threads // (B * groups))), -(-S // 256))
     if bias is not None:  # a row per query; one token's mask need not be copied for that
         bias = bias.expand(B, N, T, S)[:, :, 0] if T == 1 else bias.expand(B, N, T, S).reshape(B, N * T, S)
+        bias = bias if bias.stride(-1) == 1 else torch.empty(bias.shape, **exact).copy_(bias)
     kernel = library()
     assert kernel is not None, "serves() was asked"
     kernel.kvfold_decode(

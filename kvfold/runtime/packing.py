@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kvfold import quantize
 from kvfold.number_format import NumberFormat
 from kvfold.runtime import gpu, native
+from kvfold.runtime.packed import recorded
 
 
 def pack(x_BCTR: Tensor, form: NumberFormat) -> Tensor:
     """As `quantize.pack`: equal but for scales whose errors differ by a rounding."""
     x = x_BCTR.detach()
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
-    if form.scales == "exponent" and x.numel() and not recorded:
+    if form.scales == "exponent" and x.numel() and not recorded(x):
         if native.packs(x):
             return native.pack(x, form)
-        if x.device.type == "cuda" and gpu.works(x.device):
+        if gpu.works_for(x):
             from kvfold.runtime import triton_kernels as kernels
 
             return kernels.pack(x, form)

@@ -2,13 +2,14 @@
 
 Why: torch's operations take dozens of calls to pack a token, and write every stored number several times on its way from
 bytes to a product; `quantize.py` and `attend.py` have them as the obvious version. Here no number exists outside the chip.
-The scores of a step (one float32 per query and token) do: they are few beside what is stored. Triton's interpreter runs the
-same kernels on a CPU, in the tests.
+The scores of a step (one float32 per query and token) do. Triton's interpreter runs the same kernels on a CPU, in the tests.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+from typing import Any
 
 import torch
 import triton
@@ -23,6 +24,8 @@ SCORED_TOKENS, WEIGHED_TOKENS, NUMBERS, MOST_QUERIES = 64, 32, 64, 64
 """Of a tile. More would not fit into registers (as ptxas counts them)."""
 TOKENS_PER_SPLIT = 1024
 """Of a sum over tokens that one program takes."""
+CHANGING = ["tokens", "tier", "first_byte", "first", "blocks", "part_stride", "batch_stride", "head_stride"]
+"""What differs from step to step or tier to tier: kernels are not to be compiled again for it."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """The interpreter cannot multiply matrices of bfloat16."""
 
@@ -68,7 +71,7 @@ def _scale(rows, token, row_stride, tier, seen, FLOAT8: tl.constexpr):
     return scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _scores(
     q, rows, out, queries, tokens, width, heads, q_width, batch_stride, head_stride, row_stride, tier, first_byte, first,
     BITS: tl.constexpr, FLOAT8: tl.constexpr, ADD: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
@@ -96,7 +99,7 @@ def _scores(
     tl.store(to, total, mask=seen_here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _weighted(
     weights, rows, out, queries, tokens, width, heads, out_width, batch_stride, head_stride, row_stride, tier, first_byte,
     first, blocks, part_stride,
@@ -140,7 +143,7 @@ def _store_plane(to, code, width, shift: tl.constexpr, PART: tl.constexpr, BLOCK
     return to + (width + per_byte - 1) // per_byte
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _pack(
     x, rows, width, x_width, row_bytes, tier, first_byte, first,
     BITS: tl.constexpr, TRIED: tl.constexpr, BLOCK: tl.constexpr,
@@ -177,12 +180,13 @@ def pack(x_BCTR: Tensor, form: NumberFormat) -> Tensor:
     """Numbers -> rows of an `exponent` format [B, C, T, row_bytes]."""
     rows = x_BCTR.new_empty(*x_BCTR.shape[:3], form.row_bytes, dtype=torch.uint8)
     x = x_BCTR.reshape(-1)
-    for tier in _tiers(form):
-        block = max(triton.next_power_of_2(tier["width"]), 16)
-        _pack[(x.numel() // form.width,)](
-            x, rows, tier["width"], form.width, form.row_bytes, *_places(tier),
-            BITS=tier["bits"], TRIED=TRIED[tier["bits"]], BLOCK=block,
-        )  # fmt: skip
+    with _device_of(x_BCTR):
+        for tier in _tiers(form):
+            block = max(triton.next_power_of_2(tier["width"]), 16)
+            _pack[(x.numel() // form.width,)](
+                x, rows, tier["width"], form.width, form.row_bytes, *_places(tier),
+                BITS=tier["bits"], TRIED=TRIED[tier["bits"]], BLOCK=block,
+            )  # fmt: skip
     return rows
 
 
@@ -192,12 +196,13 @@ def scores(q_BNTR: Tensor, keys: PackedTokens) -> Tensor:
     C, S = keys.shape[1:3]
     queries = N // C * T
     q, out = q_BNTR.reshape(-1), q_BNTR.new_empty(B, N, T, S, dtype=torch.float32)
-    for tier in _tiers(keys.form):
-        grid = (triton.cdiv(S, SCORED_TOKENS), triton.cdiv(queries, _tile(queries)), B * C)
-        _scores[grid](
-            q, keys.rows, out, queries, S, tier["width"], C, R, *keys.rows.stride()[:3], *_places(tier),
-            **_constants(tier, q_BNTR.dtype, queries), TOKENS=SCORED_TOKENS, ADD=tier["tier"] > 0,
-        )  # fmt: skip
+    with _device_of(q_BNTR):
+        for tier in _tiers(keys.form):
+            grid = (triton.cdiv(S, SCORED_TOKENS), triton.cdiv(queries, _tile(queries)), B * C)
+            _scores[grid](
+                q, keys.rows, out, queries, S, tier["width"], C, R, *keys.rows.stride()[:3], *_places(tier),
+                **_constants(tier, q_BNTR.dtype, queries), TOKENS=SCORED_TOKENS, ADD=tier["tier"] > 0,
+            )  # fmt: skip
     return out
 
 
@@ -207,15 +212,21 @@ def weighted(weights_BNTS: Tensor, values: PackedTokens, dtype: torch.dtype) -> 
     U, V = values.shape[1], values.shape[3]
     queries, splits = N // U * T, triton.cdiv(S, TOKENS_PER_SPLIT)
     weights, parts = weights_BNTS.reshape(-1), weights_BNTS.new_empty(splits, B, N, T, V)
-    for tier in _tiers(values.form):
-        blocks = triton.cdiv(tier["width"], NUMBERS)
-        grid = (blocks * splits, triton.cdiv(queries, _tile(queries)), B * U)
-        _weighted[grid](
-            weights, values.rows, parts, queries, S, tier["width"], U, V, *values.rows.stride()[:3], *_places(tier),
-            blocks, parts.stride(0), **_constants(tier, dtype, queries),
-            TOKENS=WEIGHED_TOKENS, SPLIT=TOKENS_PER_SPLIT,
-        )  # fmt: skip
+    with _device_of(weights_BNTS):
+        for tier in _tiers(values.form):
+            blocks = triton.cdiv(tier["width"], NUMBERS)
+            grid = (blocks * splits, triton.cdiv(queries, _tile(queries)), B * U)
+            _weighted[grid](
+                weights, values.rows, parts, queries, S, tier["width"], U, V, *values.rows.stride()[:3], *_places(tier),
+                blocks, parts.stride(0), **_constants(tier, dtype, queries),
+                TOKENS=WEIGHED_TOKENS, SPLIT=TOKENS_PER_SPLIT,
+            )  # fmt: skip
     return parts.sum(0)
+
+
+def _device_of(x: Tensor) -> Any:
+    """Triton launches on the current device, wherever tensors are."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _tiers(form: NumberFormat) -> list[dict[str, int]]:

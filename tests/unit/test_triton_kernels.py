@@ -10,6 +10,9 @@ from packed_forms import FORMS, distance
 
 from kvfold.quantize import pack, unpack
 from kvfold.runtime import gpu
+
+pytest.importorskip("triton")  # for Linux only
+
 from kvfold.runtime import triton_kernels as kernels
 from kvfold.runtime.attend import grouped_attention, packed_attention
 from kvfold.runtime.packed import PackedTokens
@@ -80,35 +83,43 @@ def test_sums_over_many_tokens_are_split():
     assert distance(kernels.weighted(weights, x, torch.float32), weights.double() @ numbers) < 1e-5
 
 
-def test_the_kernels_are_tried_before_they_serve(monkeypatch, caplog):
-    device = torch.device(DEVICE)
+BROKEN = {
+    "scores": (lambda q, keys: q.new_zeros(2, 6, 1, 1100).float(), "off by"),
+    "weighted": (lambda weights, values, dtype: torch.full((2, 6, 1, values.shape[3]), torch.nan), "off by nan"),
+    "pack": (lambda x, form: 1 / 0, "ZeroDivisionError"),
+}
+
+
+@pytest.mark.parametrize("name", [None, *BROKEN])
+def test_the_kernels_are_tried_before_they_serve(name, monkeypatch, caplog):
+    monkeypatch.setattr(gpu, "QUERIES", (2,))
+    monkeypatch.setattr(gpu, "TRIALS", gpu.TRIALS[:1])
+    if name is not None:
+        monkeypatch.setattr(kernels, name, BROKEN[name][0])
     gpu.works.cache_clear()
-    assert gpu.works(device), caplog.text
-    gpu.works.cache_clear()
-    monkeypatch.setattr(kernels, "scores", lambda q, keys: q.new_zeros(2, 6, 1, 1100).float())
-    assert not gpu.works(device) and "off by 1" in caplog.text
-    gpu.works.cache_clear()
-    monkeypatch.setattr(kernels, "scores", lambda q, keys: 1 / 0)
-    assert not gpu.works(device) and "ZeroDivisionError" in caplog.text
+    assert gpu.works(torch.device(DEVICE), torch.bfloat16) == (name is None), caplog.text
+    assert name is None or BROKEN[name][1] in caplog.text
     gpu.works.cache_clear()
 
 
 COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from kvfold.number_format import NumberFormat
 from kvfold.runtime import triton_kernels as kernels
 
 TYPES = {"q": "*bf16", "weights": "*fp32", "rows": "*u8", "out": "*fp32"}
-for scales, bits in (("exponent", 3), ("float8", 8)):
+for scales, bits in (("exponent", 3), ("exponent", 8), ("float8", 8)):
     tier = {"bits": bits, "float8": scales == "float8"}
     if scales == "exponent":
-        constants = {"BITS": 7, "TRIED": 4, "BLOCK": 1024}
+        constants = {"BITS": bits, "TRIED": 4, "BLOCK": 1024}
         types = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernels._pack.arg_names}
         source = triton.compiler.ASTSource(fn=kernels._pack, signature=types | {"x": "*bf16"}, constexprs=constants)
         assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
-    for kernel, own in ((kernels._scores, {"ADD": True}), (kernels._weighted, {"SPLIT": kernels.TOKENS_PER_SPLIT})):
-        constants = kernels._constants(tier, torch.bfloat16, 32) | own | {"TOKENS": kernels.WEIGHED_TOKENS}
+    for kernel, own in (
+        (kernels._scores, {"ADD": True, "TOKENS": kernels.SCORED_TOKENS}),
+        (kernels._weighted, {"SPLIT": kernels.TOKENS_PER_SPLIT, "TOKENS": kernels.WEIGHED_TOKENS}),
+    ):
+        constants = kernels._constants(tier, torch.bfloat16, 32) | own
         options = {"num_warps": constants.pop("num_warps")}
         types = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernel.arg_names}
         source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)

@@ -93,6 +93,7 @@ uint8_t *pack_tier(const float *x, Tier tier, int tried, uint8_t *exponent, uint
 // x [rows, width] -> out [rows, bytes of a row]; tried: scales per tier.
 extern "C" void kvfold_pack(const float *x, int64_t rows, int width, int num_tiers, const Tier *tiers, const int32_t *tried,
                             uint8_t *out, int row_bytes, int threads) {
+  threads = std::clamp<int64_t>(rows * width / 4096, 1, threads);  // few numbers are not worth waking others
 #pragma omp parallel num_threads(threads)
   {
     std::vector<uint8_t> codes(width);

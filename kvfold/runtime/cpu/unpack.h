@@ -37,7 +37,7 @@ inline Words plane(const uint8_t *from) {
   if constexpr (PART == 8) return load<Words>(from);
   if constexpr (PART == 4) {
     typedef uint32_t Source __attribute__((vector_size(32)));
-    Words x = __builtin_convertvector(load<Source>((const uint32_t *)from), Words);
+    Words x = __builtin_convertvector(load<Source>(from), Words);
     x = (x | x << 16) & 0x0000ffff0000ffff;
     x = (x | x << 8) & 0x00ff00ff00ff00ff;
     return (x | x << 4) & 0x0f0f0f0f0f0f0f0f;
@@ -45,7 +45,7 @@ inline Words plane(const uint8_t *from) {
   if constexpr (PART == 2) {
     typedef uint16_t Source __attribute__((vector_size(16)));
     typedef uint32_t Wider __attribute__((vector_size(32)));
-    const Wider wider = __builtin_convertvector(load<Source>((const uint16_t *)from), Wider);
+    const Wider wider = __builtin_convertvector(load<Source>(from), Wider);
     Words x = __builtin_convertvector(wider, Words);
     x = (x | x << 24) & 0x000000ff000000ff;
     x = (x | x << 12) & 0x000f000f000f000f;
@@ -172,7 +172,7 @@ template <> struct Meaning<6, bfloat16> : Table<6> { using Table::Table; };
 template <int BITS, typename T>
 void unpack_tier(const uint8_t *codes, const uint8_t *exponents, int64_t row_stride, int numbers, int tokens, T *to,
                  int64_t stride) {
-  const int64_t careless = tokens - 1 - CODES / row_stride;  // tokens behind which a row's worth of the block follows
+  const int64_t free_to_overread = tokens - 1 - CODES / std::max<int64_t>(row_stride, 1);  // so many tokens, as others follow
   for (int s = 0; s < tokens; ++s, codes += row_stride, exponents += row_stride, to += stride) {
     __builtin_prefetch(codes + ROWS_AHEAD);
     __builtin_prefetch(codes + ROWS_AHEAD + 64);
@@ -180,7 +180,7 @@ void unpack_tier(const uint8_t *codes, const uint8_t *exponents, int64_t row_str
     int at = 0;
     for (; at + CODES <= numbers; at += CODES) meaning.write(codes_at<BITS, false>(codes, numbers, at), to + at);
     if (at == numbers) continue;
-    meaning.write(s < careless ? codes_at<BITS, false>(codes, numbers, at) : codes_at<BITS, true>(codes, numbers, at), to + at);
+    meaning.write(s < free_to_overread ? codes_at<BITS, false>(codes, numbers, at) : codes_at<BITS, true>(codes, numbers, at), to + at);
   }
 }
 
