@@ -128,6 +128,16 @@ def test_no_number_packs_as_some_number(value):
 
 
 @compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("token", [0, 150, 299])
+def test_a_key_that_is_no_number_is_not_hidden(token, dtype):
+    q, z, y = tensors(SHAPES["grouped"], dtype)
+    z[1, 2, token, 5] = torch.nan
+    wanted, _ = grouped_attention(q, z, y, None, scale=0.2)
+    assert torch.equal(decode_attention(q, z, y, None, scale=0.2).isnan(), wanted.isnan())
+
+
+@compiler
 def test_masks_of_any_strides():
     q, z, y = tensors(SHAPES["grouped"], torch.float32, queries=2)
     mask = torch.randn(300, 2).T[None, None]

@@ -248,9 +248,11 @@ struct Running {
     for (int i = 0; bias && i < tokens; ++i) s[i] += bias[i];
     std::fill(s + tokens, s + pad(tokens, LANES), -std::numeric_limits<float>::infinity());
     Lanes most = load<Lanes>(s);
+    Integers no_number = most != most;
     for (int i = LANES; i < tokens; i += LANES) {
       const Lanes x = load<Lanes>(s + i);
       most = x > most ? x : most;
+      no_number |= x != x;
     }
     float highest = largest;
     for (int lane = 0; lane < LANES; ++lane) highest = std::max(highest, most[lane]);
@@ -269,6 +271,8 @@ struct Running {
     if (shrink != 1.0f)
       for (int i = 0; i < v_padded; ++i) sums[i] *= shrink;
     total = total * shrink + sum;
+    for (int lane = 0; lane < LANES; ++lane)  // comparisons above would hide it
+      if (no_number[lane]) total = std::numeric_limits<float>::quiet_NaN();
     largest = highest;
   }
 

@@ -125,9 +125,15 @@ struct Converted {
   explicit Converted(float scale) : meaning(scale) {}
 
   void write(Words codes, bfloat16 *to) const {
-    Lanes numbers[CODES / LANES];
-    meaning.write(codes, (float *)numbers);
-    for (int i = 0; i < CODES / LANES; i += 2) _mm512_storeu_si512(to + i * LANES, narrow(numbers[i], numbers[i + 1]));
+    const __m512i x = (__m512i)codes;
+    const Lanes a = converted(_mm512_castsi512_si128(x)), b = converted(_mm512_extracti32x4_epi32(x, 1));
+    const Lanes c = converted(_mm512_extracti32x4_epi32(x, 2)), d = converted(_mm512_extracti32x4_epi32(x, 3));
+    _mm512_storeu_si512(to, narrow(a, b));
+    _mm512_storeu_si512(to + CODES / 2, narrow(c, d));
+  }
+
+  Lanes converted(__m128i codes) const {
+    return (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)) * meaning.scale + meaning.lowest;
   }
 };
 template <> struct Meaning<8, bfloat16> : Converted<8> { using Converted::Converted; };
