@@ -6,15 +6,19 @@ nothing is ever expanded to N heads. Queries q [B, N, T, R] are already absorbed
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvfold.number_format import tokens_at_once
-from kvfold.runtime import native
-from kvfold.runtime.packed import Operand, PackedTokens, Stored, read_all
+from kvfold.number_format import ELSEWHERE, tokens_at_once
+from kvfold.runtime import gpu, native
+from kvfold.runtime.packed import Operand, PackedTokens, Stored, read_all, read_for_product
+
+FEW_TOKENS = 16
+"""A step of at most so many tokens (speculative decoding, short chunks) is bound by the cache's bytes, like one of one."""
 
 LARGEST_CODE = 128
 
@@ -49,11 +53,10 @@ def grouped_attention(
 def decode_attention(q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, mask: Tensor | None, *, scale: float) -> Tensor:
     """Few query tokens: the queries of a stored head become the rows of one product, so each number is read once."""
     B, N, T, R = q_BNTR.shape
-    C, S = z_BCSR.shape[1:3]
+    C = z_BCSR.shape[1]
     U, V = y_BUSV.shape[1], y_BUSV.shape[3]
     if native.serves(q_BNTR, z_BCSR, y_BUSV):
-        bias = _additive(mask, T, S, 0, S, q_BNTR)
-        return native.decode(q_BNTR, z_BCSR, y_BUSV, None if bias is None else bias.float(), scale=scale)
+        return _native_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale)
     z_BCSR, y_BUSV = read_all(z_BCSR), read_all(y_BUSV)
     if T > 1:
         return grouped_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale)[0]
@@ -66,6 +69,12 @@ def decode_attention(q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, mask: Tenso
     if q_BNTR.device.type == "cpu" and q_BNTR.dtype != torch.float32 and not torch.is_grad_enabled():
         return _decode_by_mm(q_BNTR, z_BCSR, y_BUSV, mask, scale)
     return grouped_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale)[0]
+
+
+def _native_attention(q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, mask: Tensor | None, scale: float) -> Tensor:
+    T, S = q_BNTR.shape[2], z_BCSR.shape[2]
+    bias = _additive(mask, T, S, 0, S, q_BNTR)
+    return native.decode(q_BNTR, z_BCSR, y_BUSV, None if bias is None else bias.float(), scale=scale)
 
 
 def _decode_by_mm(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -84,6 +93,30 @@ def _decode_by_mm(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor |
         for u in range(U):
             torch.mm(probs[b, u], y_BUSV[b, u], out=out[b, u])
     return out.view(B, N, 1, V).transpose(1, 2)
+
+
+def attend_packed(
+    q_BNTR: Tensor,
+    z_BCSR: Stored,
+    y_BUSV: Stored,
+    mask: Tensor | None,
+    *,
+    numbers: int,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Over a cache that is packed, at least in part: by the device's kernel, or with a piece of it at a time as numbers.
+
+    numbers: as in `chunked_attention`.
+    """
+    B, N, T, _ = q_BNTR.shape
+    S = z_BCSR.shape[2]
+    if T <= FEW_TOKENS and softcap is None and native.serves(q_BNTR, z_BCSR, y_BUSV):
+        return _native_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale)
+    if T <= FEW_TOKENS and B * N * T * S <= ELSEWHERE and gpu.serves(q_BNTR, z_BCSR, y_BUSV):
+        return packed_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale, softcap=softcap)
+    keys, values = (functools.partial(read_for_product, x) for x in (z_BCSR, y_BUSV))
+    return chunked_attention(q_BNTR, keys, values, S, mask, numbers=numbers, scale=scale, softcap=softcap)
 
 
 def packed_attention(

@@ -12,23 +12,19 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from kvfold.attention import AttentionLayer
-from kvfold.number_format import ELSEWHERE
 from kvfold.plan import CacheSpec
 from kvfold.quantize import roundtrip
-from kvfold.runtime import gpu, native
 from kvfold.runtime.attend import (
+    FEW_TOKENS,
+    attend_packed,
     chunked_attention,
     decode_attention,
     grouped_attention,
-    packed_attention,
     prefill_attention,
     with_alibi,
 )
 from kvfold.runtime.packed import Operand, PackedTokens, Stored, read, read_all, read_for_product
 from kvfold.runtime.packing import pack
-
-FEW_TOKENS = 16
-"""A step of at most so many tokens (speculative decoding, short chunks) is bound by the cache's bytes, like one of one."""
 
 
 class GroupedLinear(nn.Module):
@@ -268,24 +264,8 @@ class FoldedAttention(nn.Module):
         return prefill_attention(q, keys, values, mask, scale=self.scaling, dropout=dropout), None
 
     def _attend_packed(self, q: Tensor, z: Stored, y: Stored, mask: Tensor | None) -> Tensor:
-        """Over a cache of which only a piece at a time is turned back into numbers."""
-        q = self._absorb(q)
-        if q.shape[2] <= FEW_TOKENS and self.layer.softcap is None and native.serves(q, z, y):
-            return self._lead_values_back(decode_attention(q, z, y, mask, scale=self.scaling))
-        scores = q.shape[0] * q.shape[1] * q.shape[2] * z.shape[2]
-        if q.shape[2] <= FEW_TOKENS and scores <= ELSEWHERE and gpu.serves(q, z, y):
-            out = packed_attention(q, z, y, mask, scale=self.scaling, softcap=self.layer.softcap)
-            return self._lead_values_back(out)
-        out = chunked_attention(
-            q,
-            functools.partial(read_for_product, z),
-            functools.partial(read_for_product, y),
-            z.shape[2],
-            mask,
-            numbers=self._numbers_at_a_time,
-            scale=self.scaling,
-            softcap=self.layer.softcap,
-        )
+        numbers, softcap = self._numbers_at_a_time, self.layer.softcap
+        out = attend_packed(self._absorb(q), z, y, mask, numbers=numbers, scale=self.scaling, softcap=softcap)
         return self._lead_values_back(out)
 
     def _eager(self, wants_probs: bool = False) -> bool:

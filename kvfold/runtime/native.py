@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kvfold import quantize
 from kvfold.number_format import NumberFormat
-from kvfold.runtime.packed import PackedTokens, Stored, recorded
+from kvfold.runtime.packed import KERNEL_SCALES, PackedTokens, Stored, recorded
 
 SOURCES = Path(__file__).with_name("cpu")
 FLAGS = (
@@ -41,8 +41,6 @@ FLAGS = (
     "-shared",
 )
 DTYPES = (torch.bfloat16, torch.float32)
-SCALES = ("exponent", "float8")
-"""Of packed numbers that it reads."""
 TASKS_PER_THREAD = 4
 """A long cache of few heads is split until there are so many."""
 SECONDS = 120
@@ -136,7 +134,7 @@ def serves(q: Tensor, z: Stored, y: Stored) -> bool:
     if recorded(*tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         return False
     plain = all(x.device.type == "cpu" and x.stride(-1) == 1 for x in tensors)
-    known = all(x.dtype == q.dtype and (isinstance(x, Tensor) or x.form.scales in SCALES) for x in (z, y))
+    known = all(x.dtype == q.dtype and (isinstance(x, Tensor) or x.form.scales in KERNEL_SCALES) for x in (z, y))
     return plain and known and q.dtype in DTYPES and library() is not None
 
 

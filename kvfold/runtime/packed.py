@@ -11,6 +11,9 @@ from kvfold.quantize import Scaled, unpack, unpack_scaled
 Operand = Tensor | list[Scaled]
 """Heads of some tokens [B, heads, tokens, width], or their tiers: a number is (code + 1/2) times its token's scale."""
 
+KERNEL_SCALES = ("exponent", "float8")
+"""Scales of packed numbers that kernels read; torch's operations read the others."""
+
 
 def recorded(*tensors: Tensor) -> bool:
     """Whether somebody records or transforms what is done with these tensors, so that their memory means nothing."""

@@ -9,8 +9,6 @@
 
 namespace {
 
-constexpr int STEPS_PER_OCTAVE = 8, BIAS = 128;
-
 // The largest whole number that is not larger, for |x| < 2^31.
 inline Lanes floor_of(Lanes x) {
   const Lanes cut = __builtin_convertvector(__builtin_convertvector(x, Integers), Lanes);

@@ -10,6 +10,7 @@
 namespace {
 
 constexpr int CODES = 64;         // that are unpacked at a time
+constexpr int STEPS_PER_OCTAVE = 8, BIAS = 128;
 constexpr int ROWS_AHEAD = 4096;  // bytes that are fetched before their turn
 typedef uint64_t Words __attribute__((vector_size(CODES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
@@ -26,7 +27,7 @@ struct Tier {
 struct Scales {
   float of[256];
   Scales() {
-    for (int e = 0; e < 256; ++e) of[e] = std::exp2((e - 128) / 8.0f);
+    for (int e = 0; e < 256; ++e) of[e] = std::exp2(float(e - BIAS) / STEPS_PER_OCTAVE);
   }
 };
 const Scales SCALES;
@@ -117,7 +118,7 @@ inline __m512i last_half(Words codes) { return _mm512_cvtepu8_epi16(_mm512_extra
 
 inline __m512i narrow(Lanes low, Lanes high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
 
-// Converted 32 at a time.
+// Seven and eight bits are converted: a table of what they can mean would cost more.
 template <int BITS>
 struct Converted {
   Meaning<BITS, float> meaning;
@@ -186,7 +187,8 @@ void unpack_tier(const uint8_t *codes, const uint8_t *exponents, int64_t row_str
     int at = 0;
     for (; at + CODES <= numbers; at += CODES) meaning.write(codes_at<BITS, false>(codes, numbers, at), to + at);
     if (at == numbers) continue;
-    meaning.write(s < free_to_overread ? codes_at<BITS, false>(codes, numbers, at) : codes_at<BITS, true>(codes, numbers, at), to + at);
+    const bool careless = s < free_to_overread;
+    meaning.write(careless ? codes_at<BITS, false>(codes, numbers, at) : codes_at<BITS, true>(codes, numbers, at), to + at);
   }
 }
 
