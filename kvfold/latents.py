@@ -122,14 +122,14 @@ class _Block:
 
 def damages(terms: Terms, layers: int, shapes: Sequence[StoredShape]) -> list[float]:
     """Per (heads, width): the share of the terms' energy that is lost, times the number of layers."""
-    total = sum(_energy(terms(position)) for position in range(layers)).clamp_min(TINY)  # type: ignore[union-attr]
+    total = sum(energy(terms(position)) for position in range(layers)).clamp_min(TINY)  # type: ignore[union-attr]
     kept = {heads: _kept(terms, layers, heads) for heads in {shape.num_heads for shape in shapes}}
     return [layers * max(float(1 - kept[shape.num_heads][shape.width] / total), 0.0) for shape in shapes]
 
 
 def spectrum(terms: Terms, layers: int, heads: int) -> list[float]:
     """What every number of `heads` latents saves, in the units of `damages`, summed over the heads."""
-    total = sum(_energy(terms(position)) for position in range(layers)).clamp_min(TINY)  # type: ignore[union-attr]
+    total = sum(energy(terms(position)) for position in range(layers)).clamp_min(TINY)  # type: ignore[union-attr]
     return [max(layers * float(saved), 0.0) for saved in _kept(terms, layers, heads).diff() / total]
 
 
@@ -143,10 +143,11 @@ def part_of(term: Term, columns: Tensor) -> Term:
 def lost_energy(term: Term, width: int) -> float:
     """What one latent of `width` numbers loses of the owner's term."""
     kept = _kept(lambda position: term, 1, 1)
-    return float((_energy(term) - kept[width]).clamp_min(TINY))
+    return float((energy(term) - kept[width]).clamp_min(TINY))
 
 
-def _energy(term: Term) -> Tensor:
+def energy(term: Term) -> Tensor:
+    """What losing everything costs."""
     return term.second_FF.trace() if term.metric_FF is None else (term.metric_FF * term.second_FF).sum()
 
 

@@ -43,11 +43,11 @@ def _plain(bits: int) -> Preset:
 
 PRESETS = {
     "auto": Preset(
-        "low rank and few bits, shared out over layers, keys and values by measured damage (the default)",
+        "low rank and few bits, shared out over layers, keys and values by expected nats (the default)",
         {
-            "width": {"method": "attended", "rope": "on_read"},
+            "width": {"method": "fisher", "rope": "on_read"},
             "bits": {"method": "mixed"},
-            "allocate": "measured",
+            "allocate": "greedy",
             "calibration": {"data": "self"},
         },
     ),
@@ -76,21 +76,21 @@ PRESETS = {
         "small networks beside the latents, trained on calibration text", {"width": {"method": "autoencoder"}}
     ),
     "fast": Preset(
-        "latents of rotated keys, which kernels read as they lie; widths by measured damage",
-        {"width": {"method": "attended"}, "allocate": "measured"},
+        "latents of rotated keys, which kernels read as they lie; widths by expected nats",
+        {"width": {"method": "fisher"}, "allocate": "greedy"},
     ),
     "served": Preset(
-        "latents in heads of ordinary size, which vLLM serves; sizes by measured damage (the default of --runtime vllm)",
+        "latents in heads of ordinary size, which vLLM serves; sizes by expected nats (the default of --runtime vllm)",
         {
-            "width": {"method": "attended", "latent": "group", "v_latent": "group"},
-            "allocate": "measured",
+            "width": {"method": "fisher", "latent": "group", "v_latent": "group"},
+            "allocate": "greedy",
             "runtime": "vllm",
             "calibration": {"data": "self"},
         },
     ),
     "small": Preset(
-        "latents of keys before rotation, rebuilt on read; widths by measured damage",
-        {"width": {"method": "attended", "rope": "on_read"}, "allocate": "measured"},
+        "latents of keys before rotation, rebuilt on read; widths by expected nats",
+        {"width": {"method": "fisher", "rope": "on_read"}, "allocate": "greedy"},
     ),
     **{f"int{bits}": _plain(bits) for bits in (8, 4, 3, 2)},
     "int4_rotated": Preset(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 STDERR = Console(stderr=True)
+
+SECONDS_WORTH_SAYING = 20
 
 Item = TypeVar("Item")
 
@@ -18,3 +22,20 @@ def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=STDERR, transient=True, disable=not STDERR.is_terminal) as progress:
         yield from progress.track(items, total=total, description=description)
+
+
+@contextmanager
+def say_if_long(what: str, times: float) -> Iterator[None]:
+    """Time the body, and say how long `what` will take, which is so many times as long, where that is worth a sentence."""
+    started = time.perf_counter()
+    yield
+    seconds = times * (time.perf_counter() - started)
+    if seconds >= SECONDS_WORTH_SAYING:
+        STDERR.print(f"{what} will take about {duration(seconds)}", highlight=False)
+
+
+def duration(seconds: float) -> str:
+    """For people: 40 seconds, 7 minutes, 2.5 hours."""
+    if seconds < 100:
+        return f"{round(seconds, -1):.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
