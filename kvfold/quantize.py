@@ -70,9 +70,10 @@ def unpack_scaled(rows_BCSX: Tensor, form: NumberFormat, dtype: torch.dtype) -> 
 
 
 def _cut(rows: Tensor, form: NumberFormat) -> list[Tensor]:
-    """Scales, and the codes of every tier, each without gaps in memory."""
-    sizes = [form.row_bytes - form.code_bytes, *(packed_bytes(*tier) for tier in form.tiers)]
-    return [part.contiguous() for part in rows.split(sizes, dim=-1)]
+    """Scales, in memory of their own where float16 ones are not at an odd address, and the codes of every tier, each without
+    gaps."""
+    scales, *codes = rows.split([form.row_bytes - form.code_bytes, *(packed_bytes(*tier) for tier in form.tiers)], dim=-1)
+    return [scales.clone(memory_format=torch.contiguous_format), *(part.contiguous() for part in codes)]
 
 
 def roundtrip(

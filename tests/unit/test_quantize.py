@@ -13,6 +13,7 @@ FORMATS = [
     NumberFormat(tiers=((8, 7), (16, 3), (11, 1))),
     NumberFormat(tiers=((12, 3),)),
     NumberFormat(tiers=((16, 4),), scales="affine"),
+    NumberFormat(tiers=((12, 3),), scales="affine"),
     NumberFormat(tiers=((24, 3), (8, 2)), scales="affine", group_size=4),
     NumberFormat(tiers=((12, 2),), scales="channel", block=4),
     NumberFormat(tiers=((12, 5),), scales="channel", block=8),
@@ -41,6 +42,14 @@ def test_every_dtype_is_packed_alike(form, dtype):
     x = numbers(form, dtype)
     assert torch.equal(pack(x, form), pack(x.float(), form))
     assert unpack(pack(x, form), form, dtype).dtype == dtype
+
+
+@pytest.mark.parametrize("form", [form for form in FORMATS if form.block == 1], ids=str)
+def test_any_token_is_read_alone(form):
+    """At whatever address its row begins."""
+    rows = pack(numbers(form)[:1, :1], form)
+    alone = [unpack(rows[:, :, t : t + 1], form, torch.float32) for t in range(16)]
+    torch.testing.assert_close(torch.cat(alone, 2), unpack(rows, form, torch.float32))
 
 
 @pytest.mark.parametrize("bits", BITS)
