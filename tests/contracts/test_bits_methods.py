@@ -37,7 +37,17 @@ CASES = {
         ({"method": "identity"}, {"k_bits": 4, "v_bits": 4, "block": 16}),
         (LATENT, {"k_bits": 4, "v_bits": 4, "block": 8}),
     ],
-    "mixed": [(LATENT, {}), (LATENT | {"rope": "on_read"}, {}), ({"method": "logit"}, {"tiers": 2, "least": 2})],
+    "turboquant": [
+        ({"method": "orthogonal", "sides": "keys"}, {}),
+        ({"method": "identity"}, {"k_bits": 8}),
+        (LATENT, {"k_bits": 3, "v_bits": 3, "norm_correction": False}),
+    ],
+    "mixed": [
+        ({"method": "kvtc", "multiple": 4}, {}),
+        (LATENT, {}),
+        (LATENT | {"rope": "on_read"}, {}),
+        ({"method": "logit"}, {"tiers": 2, "least": 2}),
+    ],
 }
 WHOLE = ("identity", "orthogonal")
 METHODS = [
