@@ -52,6 +52,12 @@ class Orthogonal(LowRankWidth):
             spec = dataclasses.replace(spec, v_bits=None)
         return super()._stored_latents(group, spec)
 
+    def value_latents(self, group: LayerGroup, spec: CacheSpec) -> Latents:
+        if self.sides == "both":
+            return super().value_latents(group, spec)
+        eye_UVV = torch.eye(spec.v_head_dim, dtype=torch.float64).expand(spec.num_v_heads, -1, -1)
+        return Latents(eye_UVV, lambda position: eye_UVV)
+
     def _all(self, group: LayerGroup) -> Term:
         everything: Tensor = torch.eye(group.owner.num_kv_heads * group.owner.head_dim, dtype=torch.float64)
         return Term(everything, everything)
