@@ -121,7 +121,7 @@ PRESETS = {
     "kvtc": Preset(
         "principal components of keys before rotation and of values, in mixed bits (KVTC, arXiv 2511.01815, without entropy"
         " coding and exact tokens)",
-        {"width": {"method": "kvtc"}, "bits": {"method": "mixed"}},
+        {"width": {"method": "kvtc"}, "bits": {"method": "mixed"}, "allocate": "greedy"},
     ),
     "mlkv": Preset(
         "neighbouring layers share mean-pooled heads (arXiv 2406.09297)",

@@ -19,6 +19,9 @@ class Kvtc(LowRankWidth):
     For the bits method `mixed`, which shares bits out along the spectrum by dynamic programming, as the paper does. Without
     what the paper has beside that: components across all layers (here a layer's cache is filled before the next layer has
     run), entropy coding (rows have one size), and exact numbers of the first 4 and the newest 128 tokens.
+
+    Since the paper shares bits out over all layers at once, the preset has `allocate: greedy`, which does so, too, by squared
+    error, though relative to what each side has. The same share for every layer loses more.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"keys_before_rotation", "values"})
