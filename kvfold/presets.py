@@ -41,6 +41,18 @@ def _plain(bits: int) -> Preset:
     )
 
 
+def _turboquant(k_bits: int, v_bits: int) -> Preset:
+    """As vLLM's cache dtypes; keys of 8 bits are float8, which vLLM does not turn. vLLM also keeps the first two and the last
+    two layers as they are, which is the recipe's `keep_layers`."""
+    keys = "float8" if k_bits == 8 else f"turned, {k_bits} bits by Lloyd-Max levels"
+    width = {"method": "identity"} if k_bits == 8 else {"method": "orthogonal", "sides": "keys"}
+    return Preset(
+        f"keys {keys}, values {v_bits} bits (TurboQuant, arXiv 2504.19874, in vLLM's form; vLLM also keeps two layers at"
+        " either end: keep_layers)",
+        {"width": width, "bits": {"method": "turboquant", "k_bits": k_bits, "v_bits": v_bits}},
+    )
+
+
 PRESETS = {
     "auto": Preset(
         "low rank and few bits, shared out over layers, keys and values by expected nats (the default)",
@@ -101,6 +113,15 @@ PRESETS = {
     "kivi": Preset(
         "2 bits, keys per channel and values per token (after KIVI, arXiv 2402.02750)",
         {"width": {"method": "identity"}, "bits": {"method": "kivi"}},
+    ),
+    "turboquant_k8v4": _turboquant(8, 4),
+    "turboquant_4bit_nc": _turboquant(4, 4),
+    "turboquant_k3v4_nc": _turboquant(3, 4),
+    "turboquant_3bit_nc": _turboquant(3, 3),
+    "kvtc": Preset(
+        "principal components of keys before rotation and of values, in mixed bits (KVTC, arXiv 2511.01815, without entropy"
+        " coding and exact tokens)",
+        {"width": {"method": "kvtc"}, "bits": {"method": "mixed"}, "allocate": "greedy"},
     ),
     "mlkv": Preset(
         "neighbouring layers share mean-pooled heads (arXiv 2406.09297)",

@@ -26,11 +26,12 @@ VARIANTS = {
     "autoencoder": [{"hidden": 8, "steps": 5}],
     "attended": [{}, {"rope": "on_read"}, {"latent": "group", "v_latent": "group", "grouping": "similar"}],
     "logit": [{}, {"latent": "group"}, {"v_latent": "layer"}],
+    "orthogonal": [{}, {"sides": "keys"}],
     "procrustes": [{}, {"grouping": "similar"}, {"merge": "align"}],
     "svd_a": [{}, {"latent": "group"}, {"v_latent": "layer"}],
     "svd_w": [{}, {"latent": "group"}, {"v_latent": "layer"}],
 }
-LOW_RANK = ("attended", "autoencoder", "eigen_attention", "kq_svd", "logit", "palu", "svd_a", "svd_w")
+LOW_RANK = ("attended", "autoencoder", "eigen_attention", "kq_svd", "kvtc", "logit", "palu", "svd_a", "svd_w")
 METHODS = [
     pytest.param(method, fields, id="-".join([method, *map(str, fields.values())]))
     for method in registry.names("width")
@@ -65,7 +66,7 @@ halving_on_qwen2 = pytest.mark.parametrize(("method", "fields"), HALVING)
 
 def asked(model, method, fields, heads):
     """As many numbers as `heads` of the source's have, as a budget; or as heads, where positions are stored beside them."""
-    if method in ("autoencoder", "palu", "eigen_attention") or fields.get("rope") == "on_read":
+    if method in ("autoencoder", "palu", "eigen_attention", "kvtc") or fields.get("rope") == "on_read":
         return {"kv_budget": None}, fields | {"kv_heads": heads}
     return {"kv_budget": heads / kv_heads(model)}, fields
 
