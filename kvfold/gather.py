@@ -16,7 +16,7 @@ from kvfold import data, processes
 from kvfold.attention import AttentionWeights
 from kvfold.calibrate import Statistics, calibrate
 from kvfold.depth.base import Sample, Targets
-from kvfold.errors import DataError
+from kvfold.errors import CheckpointError, DataError
 from kvfold.fold import read_layer
 from kvfold.linalg import Moment
 from kvfold.loading import Source, load_weights, warn_if_too_long
@@ -149,14 +149,25 @@ def _pairs(targets: Targets, joint: bool) -> set[tuple[int, int]]:
 
 
 def self_sampled(source: Source, run_dir: Path, *, num_samples: int, seq_len: int, seed: int, device: str) -> Tensor:
-    """[num_samples, seq_len] tokens that the original model draws; kept in `run_dir`, since drawing them takes long."""
-    file = run_dir / f"samples-{source.checkpoint.fingerprint()}-{num_samples}x{seq_len}-{seed}.safetensors"
+    """[num_samples, seq_len] tokens that the original model draws, half of them as chats where it has a chat template; kept in
+    `run_dir`, since drawing them takes long."""
+    chat = _chat_opening(source.checkpoint.path)
+    kind = f"{num_samples}x{seq_len}-{seed}{'-chat' if chat else ''}"
+    file = run_dir / f"samples-{source.checkpoint.fingerprint()}-{kind}.safetensors"
     if not file.exists():
         model = load_weights(source.checkpoint.path, source.dtype, device)
-        tokens_BT = data.sample_from_model(model, num_samples=num_samples, seq_len=seq_len, seed=seed)
+        tokens_BT = data.sample_from_model(model, num_samples=num_samples, seq_len=seq_len, seed=seed, chat=chat)
         make_folder(file.parent)
         write_tensors(file, {"tokens": tokens_BT}, {})
     return load_file(file)["tokens"]
+
+
+def _chat_opening(path: Path) -> list[int]:
+    """Models without a tokenizer, which only tests have, have no chats."""
+    try:
+        return data.chat_opening(data.load_tokenizer(path))
+    except CheckpointError:
+        return []
 
 
 def layer_group(

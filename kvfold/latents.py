@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvfold.linalg import block_powers, discarded_energy, eigh_descending, powers, times, top_eigenvectors
+from kvfold.linalg import block_roots, discarded_energy, eigh_descending, powers, times, top_eigenvectors
 from kvfold.number_format import StoredShape
 
 TINY = torch.finfo(torch.float64).tiny
@@ -53,16 +53,17 @@ def solve(terms: Terms, layers: int, heads: int, width: int) -> Latents:
 
 
 def _solve_alone(term: Term, heads: int, width: int) -> Latents:
-    """E = leading eigenvectors of S C S, A = E^T S, B = S^-1 E: exact at full width whatever the data."""
+    """With S^T S the metric, E = leading eigenvectors of S C S^T, A = E^T S, B = S^-1 E: exact at full width whatever the
+    data."""
     pairs = []
     for position, second in enumerate(blocks(term.second_FF, heads)):
         if term.metric_FF is None:
             basis = top_eigenvectors(second, width)
             pairs.append((basis.T, basis))
         else:
-            root, inverse = block_powers(blocks(term.metric_FF, heads)[position], 0.5, -0.5)
+            root, inverse = block_roots(blocks(term.metric_FF, heads)[position])
             basis = top_eigenvectors(times(root, times(root, second).T), width)
-            pairs.append((times(root, basis).T, times(inverse, basis)))
+            pairs.append((times(root.mT, basis).T, times(inverse, basis)))
     back_CFR = torch.stack([back for _, back in pairs])
     return Latents(torch.stack([a for a, _ in pairs]), lambda position: back_CFR)
 
@@ -158,7 +159,7 @@ def _kept(terms: Terms, layers: int, heads: int) -> Tensor:
         kept = torch.zeros(term.second_FF.shape[0] // heads + 1, dtype=torch.float64)
         for position, second in enumerate(blocks(term.second_FF, heads)):
             if term.metric_FF is not None:
-                (root,) = block_powers(blocks(term.metric_FF, heads)[position], 0.5)
+                root, _ = block_roots(blocks(term.metric_FF, heads)[position])
                 second = times(root, times(root, second).T)
             kept += (1 - discarded_energy(second)) * second.trace()
         return kept

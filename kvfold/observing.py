@@ -65,8 +65,8 @@ class LayerObserver:
             self.cross.sums = {label: processes.summed(self.cross.sums[label]) for label in sorted(self.cross.sums)}
         for name in sorted(self.kept):
             x_TF, gradient_TF = (torch.cat(parts) for parts in zip(*self.kept.pop(name), strict=True))
-            gradient_TKH = gradient_TF.unflatten(1, (self.layer.num_kv_heads, -1))
-            self.own[WEIGHTED + name], self.own[METRIC + name] = fit(x_TF, gradient_TKH, processes.summed)
+            found = fit(x_TF, gradient_TF, self.layer.num_kv_heads, processes.summed)
+            self.own[WEIGHTED + name], self.own[METRIC + name] = found
 
     def moments(self, tokens: int) -> dict[str, Tensor]:
         """The tensors of the layer's file."""

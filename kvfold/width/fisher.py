@@ -1,4 +1,4 @@
-"""fisher: latents that keep what predictions depend on, with errors counted in nats: the most accurate closed forms of kvfold."""
+"""fisher: latents that keep what predictions depend on, errors counted in nats: the most accurate closed forms of kvfold."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import dataclasses
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from kvfold.errors import RecipeError
-from kvfold.latents import Term, energy
+from kvfold.latents import Term, blocks, energy
 from kvfold.lowrank import LowRankWidth
 from kvfold.sensitivity import METRIC, WEIGHTED, sensitivities
 from kvfold.width.base import LayerGroup
@@ -58,16 +59,21 @@ class Fisher(LowRankWidth):
     def key_term(self, group: LayerGroup, position: int) -> Term:
         # scores that are capped notice a constant, unless keys get their mean back
         returned = self.rebuilds_on_read and group.owner.rotary_dim > 0
-        return self._term(group, self._keys, centred=returned or group.owner.softcap is None)
+        moment = group.moments(0)[WEIGHTED + self._keys]
+        capped = group.owner.softcap is not None and not returned
+        second_FF = moment.second_FF if capped else moment.covariance_FF
+        return Term(second_FF, second_FF, _metric(group, self._keys, self.latent))
 
     def value_term(self, group: LayerGroup, position: int) -> Term:
-        return self._term(group, "values", centred=True)
-
-    def _term(self, group: LayerGroup, name: str, *, centred: bool) -> Term:
-        moment = group.moments(0)[WEIGHTED + name]
-        second_FF = moment.covariance_FF if centred else moment.second_FF
-        return Term(second_FF, second_FF, torch.block_diag(*group.moments(0)[METRIC + name].second_FF))
+        covariance_FF = group.moments(0)[WEIGHTED + "values"].covariance_FF
+        return Term(covariance_FF, covariance_FF, _metric(group, "values", self.v_latent))
 
     def scale(self, side: str, group: LayerGroup) -> float:
         term = self.key_term(group, 0) if side == "keys" else self.value_term(group, 0)
         return float(energy(term)) / 2
+
+
+def _metric(group: LayerGroup, name: str, latent: str) -> Tensor:
+    """[F, F]. Where heads are stored in groups, whichever those are, every head for itself."""
+    metric_FF = torch.block_diag(*group.moments(0)[METRIC + name].second_FF)
+    return torch.block_diag(*blocks(metric_FF, group.owner.num_kv_heads)) if latent == "group" else metric_FF

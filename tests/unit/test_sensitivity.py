@@ -58,18 +58,17 @@ def test_labels_are_drawn_from_the_models_predictions():
 
 
 def planted(weight_T):
-    """Vectors and gradients with these weights, of two heads of three numbers."""
+    """Vectors and gradients with these weights."""
     torch.manual_seed(0)
-    roots = torch.randn(2, 3, 3)
-    gradient = torch.einsum("tkh,khi->tki", torch.randn(len(weight_T), 2, 3), roots)
-    metric = torch.einsum("khi,khj->kij", roots, roots).double()
-    return torch.randn(len(weight_T), 6) + 2, gradient * weight_T.sqrt()[:, None, None], metric
+    root = torch.randn(6, 6)
+    gradient = torch.randn(len(weight_T), 6) @ root
+    return torch.randn(len(weight_T), 6) + 2, gradient * weight_T.sqrt()[:, None], (root.T @ root)[None].double()
 
 
 def test_equal_tokens_give_plain_moments():
     """Gradients of equal size still differ from token to token, which must not bend the moments of x."""
     x, gradient, metric = planted(torch.ones(20_000))
-    moment, found = fit(x, gradient)
+    moment, found = fit(x, gradient, 2)
     assert_close(moment.mean_F, x.double().mean(0), tolerance=0.02)
     assert_close(moment.covariance_FF, x.double().T.cov(correction=0), tolerance=0.05)
     assert_close(found.second_FF / found.second_FF.norm(), metric / metric.norm(), tolerance=0.05)
@@ -82,7 +81,7 @@ def test_tokens_that_all_look_at_weigh_more():
     weight[::50] = 100.0
     x, gradient, metric = planted(weight)
     x[::50] += 10
-    moment, found = fit(x, gradient)
+    moment, found = fit(x, gradient, 2)
     assert moment.mean_F.mean() > x.mean() + 3
     assert_close(found.second_FF / found.second_FF.norm(), metric / metric.norm(), tolerance=0.05)
 
@@ -90,10 +89,20 @@ def test_tokens_that_all_look_at_weigh_more():
 def test_expected_damages_are_nats():
     """Of errors that do not depend on the token."""
     x, gradient, _ = planted(torch.ones(20_000))
-    error = 0.1 * torch.randn(20_000, 2, 3)
-    moments = torch.einsum("tki,tkj->kij", error, error).double() / len(error)
-    expected = float((fit(x, gradient)[1].second_FF * moments).sum())
-    assert 0.6 < expected / float((gradient * error).sum((1, 2)).square().mean()) < 1.1
+    error = 0.1 * torch.randn(20_000, 6)
+    expected = float((fit(x, gradient, 2)[1].second_FF[0] * (error.T @ error).double() / len(error)).sum())
+    assert 0.6 < expected / float((gradient * error).sum(1).square().mean()) < 1.1
+
+
+def test_large_layers_have_a_metric_for_each_head(monkeypatch):
+    x, gradient, _ = planted(torch.ones(20_000))
+    together = fit(x, gradient, 2)[1].second_FF
+    monkeypatch.setattr("kvfold.sensitivity.TOGETHER", 5)
+    apart = fit(x, gradient, 2)[1].second_FF
+    assert together.shape == (1, 6, 6) and apart.shape == (2, 3, 3)
+    for head, block in enumerate(apart):
+        part = slice(3 * head, 3 * head + 3)
+        assert_close(block, together[0, part, part], tolerance=0.15)
 
 
 def test_statistics_of_gradients_do_not_depend_on_interruptions(tiny_dir, tmp_path, monkeypatch):
