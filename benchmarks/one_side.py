@@ -30,12 +30,12 @@ METHODS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("svd_a", {}),
         ("kq_svd", {}),
         ("logit", {}),
-        ("attended", {}),
+        ("fisher", {}),
         ("palu", {}),
         ("eigen_attention", {}),
-        ("attended", {"rope": "on_read"}),
+        ("fisher", {"rope": "on_read"}),
     ],
-    "values": [("svd_a", {}), ("kq_svd", {}), ("logit", {}), ("attended", {"sweeps": 0}), ("attended", {})],
+    "values": [("svd_a", {}), ("kq_svd", {}), ("logit", {}), ("fisher", {})],
 }
 """logit folds values by the W_O metric with their mean in a bias, kq_svd by the W_O metric alone."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from kvfold.attention import AttentionLayer
 from kvfold.bits.base import BitsMethod, noise_share
 from kvfold.depth.base import DepthMethod, Sample, Targets
 from kvfold.errors import BudgetError, RecipeError
+from kvfold.hulls import SLACK, Choice, Curve, Curves, Key, best_within
 from kvfold.length.base import LengthMethod
 from kvfold.number_format import StoredShape
 from kvfold.plan import ITEMSIZE, POSITION_BYTES, CachePlan, CacheSpec, SourceLayer
@@ -20,7 +20,6 @@ from kvfold.servable import VLLM_WIDTHS
 from kvfold.width.base import LayerGroup, WidthMethod
 
 SIDES = ("keys", "values")
-SLACK = 1 + 1e-9
 SMALLEST_BUDGET = 1 / 256
 """Where the search for the smallest cache begins."""
 BISECTIONS = 9
@@ -28,15 +27,6 @@ BISECTIONS = 9
 
 Groups = Callable[[int], LayerGroup]
 """Owner's index -> the layers that use its cache, with what damage is computed from."""
-
-Key = tuple[int, str]
-"""Owner of a cache, and a side of it."""
-
-Curve = list[tuple[StoredShape, float]]
-"""What a side can store with the damage of each, from few bytes to many."""
-
-Curves = dict[Key, Curve]
-Choice = dict[Key, StoredShape]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +191,7 @@ def allocate(request: Request, *, kv_budget: float | None, strategy: str, curves
         chosen = _trimmed(request, _uniform(request, options, kv_budget), options, budget)
     else:
         found = curves()
-        chosen = spent(request, found, cheapest(request, found, budget), budget)
+        chosen = best_within(budget, found, request.cost)
     _check_budget(request, chosen, kv_budget)
     return request.plan(chosen)
 
@@ -215,7 +205,7 @@ def _in_pairs(request: Request, kv_budget: float, budget: float, curves: Callabl
     else:
         found = curves()
         both = {(i, side): [(s, lost + dict(found[i, values])[s]) for s, lost in found[i, side]] for i, side in options}
-        chosen = spent(request, both, cheapest(request, both, budget / 2), budget / 2)
+        chosen = best_within(budget / 2, both, request.cost)
     return {(i, side): chosen[i, keys] for i, side in request.options}
 
 
@@ -312,8 +302,8 @@ def expected_curves(request: Request, groups: Groups) -> Curves:
 
 
 def expected_curve(request: Request, groups: Groups, owner: int, side: str, noise: float = 1.0) -> Curve:
-    """What one side can store, from few bytes to many, with the damage that its method expects, in nats where the method knows
-    them. noise: what errors of quantization cost, where those of leaving numbers out cost 1."""
+    """What one side can store, from few bytes to many, with the damage that its method expects, in nats where the method
+    knows them. noise: what errors of quantization cost, where those of leaving numbers out cost 1."""
     scale = request.axes.width.scale(side, groups(owner))
     return [(shape, scale * lost) for shape, lost in _relative_curve(request, groups, owner, side, noise)]
 
@@ -327,69 +317,6 @@ def _relative_curve(request: Request, groups: Groups, owner: int, side: str, noi
         return [(shape, lost + max(1 - lost, 0) * noise_share(shape.form)) for shape, lost in left_out]
     shapes = request.allowed(layer, request.shapes(layer, side))
     return bits.curve(shapes, width.spectrum(side, groups(owner), shapes[-1].num_heads), noise)
-
-
-def cheapest(request: Request, curves: Curves, budget: float) -> Choice:
-    """Start from the smallest shapes and buy, step by step, where a stored byte saves the most damage.
-
-    Steps lie on the lower convex hull of each (bytes, damage) curve, so that gains fall and greedy is optimal but for
-    the last step.
-    """
-    hulls = {key: lower_hull(points, request.cost) for key, points in curves.items()}
-    position = dict.fromkeys(hulls, 0)
-    left = budget * SLACK - sum(request.cost(hull[0][0]) for hull in hulls.values())
-    steps = [(-_gain(hull[0], hull[1], request.cost), key) for key, hull in hulls.items() if len(hull) > 1]
-    heapq.heapify(steps)
-    while steps:
-        _, key = heapq.heappop(steps)
-        hull, at = hulls[key], position[key]
-        price = request.cost(hull[at + 1][0]) - request.cost(hull[at][0])
-        if price > left:
-            continue
-        left -= price
-        position[key] = at + 1
-        if at + 2 < len(hull):
-            heapq.heappush(steps, (-_gain(hull[at + 1], hull[at + 2], request.cost), key))
-    return {key: hull[position[key]][0] for key, hull in hulls.items()}
-
-
-def spent(request: Request, curves: Curves, chosen: Choice, budget: float) -> Choice:
-    """What is left of the budget buys the best steps that still fit, of all points and not only those of the hulls."""
-    chosen = dict(chosen)
-    damage = {key: dict(points) for key, points in curves.items()}
-    while True:
-        left = budget * SLACK - request.total(chosen)
-        gains = {
-            (key, shape): damage[key][chosen[key]] - lost
-            for key, points in curves.items()
-            for shape, lost in points
-            if request.cost(shape) - request.cost(chosen[key]) <= left
-        }
-        if not gains or max(gains.values()) <= 0:
-            return chosen
-        key, shape = max(gains, key=lambda step: gains[step])
-        chosen[key] = shape
-
-
-Cost = Callable[[StoredShape], float]
-
-
-def _gain(point: tuple[StoredShape, float], larger: tuple[StoredShape, float], cost: Cost) -> float:
-    return (point[1] - larger[1]) / (cost(larger[0]) - cost(point[0]))
-
-
-def lower_hull(points: Sequence[tuple[StoredShape, float]], cost: Cost) -> Curve:
-    """The points of a falling curve that no line between two others undercuts, from few bytes to many."""
-    hull: Curve = []
-    for point in points:
-        if hull and cost(point[0]) <= cost(hull[-1][0]) * SLACK:
-            if point[1] >= hull[-1][1]:
-                continue
-            hull.pop()
-        while len(hull) > 1 and _gain(hull[-2], hull[-1], cost) <= _gain(hull[-1], point, cost):
-            hull.pop()
-        hull.append(point)
-    return hull
 
 
 def _check_budget(request: Request, chosen: Choice, kv_budget: float) -> None:

@@ -18,12 +18,11 @@ from kvfold.attention import AttentionLayer
 from kvfold.checkpoint import Checkpoint, read_json
 from kvfold.cross_moments import CrossMoments
 from kvfold.errors import DataError
-from kvfold.fold import read_layer, source_dtype
+from kvfold.fold import source_dtype
 from kvfold.linalg import Moment
 from kvfold.observing import SENSITIVITIES, STATISTICS, LayerObserver
 from kvfold.passes import Passes
 from kvfold.plan import ITEMSIZE
-from kvfold.seen import EFFECTS
 from kvfold.storage import make_folder, require_space, write_tensors, write_text
 from kvfold.streaming import StreamedModel
 
@@ -91,7 +90,7 @@ def calibrate(
     passes = Passes(model, _own(tokens_BT), folder, cross, getattr(torch, dtype))
 
     def observer(layer: AttentionLayer) -> LayerObserver:
-        return LayerObserver(needs, cross, device, layer, _output_metric(checkpoint, arch, layer, needs))
+        return LayerObserver(needs, cross, device, layer)
 
     def keep(seen: LayerObserver) -> None:
         seen.gather()
@@ -128,14 +127,6 @@ def _bytes(
     hidden = model.layers[0].hidden_size
     per_token = 4 * (hidden + size * len(cross.needs) * cross.most_kept())
     return 8 * matrices * size**2 + (per_token + entering_itemsize * hidden * len(model.layers)) * tokens_BT.numel()
-
-
-def _output_metric(checkpoint: Checkpoint, arch: Architecture, layer: AttentionLayer, needs: frozenset[str]) -> Tensor:
-    """W_O^n.T W_O^n of every query head [N, H, H], in float32; nothing where no statistic asks."""
-    if not needs & set(EFFECTS):
-        return torch.empty(0)
-    heads_DNH = read_layer(checkpoint, arch, layer).o_proj.unflatten(1, (layer.num_attention_heads, -1))
-    return torch.einsum("dnh,dni->nhi", heads_DNH, heads_DNH).float()
 
 
 def _key(checkpoint: Checkpoint, tokens_BT: Tensor, seed: int) -> str:

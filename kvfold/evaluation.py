@@ -121,8 +121,8 @@ def check_vocabularies(model: Any, base: Any) -> None:
 
 
 class Predictions:
-    """A model's logits of windows that are asked for again, for one folded model after the other: computed once, and kept as far
-    as NUMBERS_KEPT allows."""
+    """A model's logits of windows that are asked for again, for one folded model after the other: computed once, and kept as
+    far as NUMBERS_KEPT allows."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.left = model, NUMBERS_KEPT

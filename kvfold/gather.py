@@ -149,8 +149,8 @@ def _pairs(targets: Targets, joint: bool) -> set[tuple[int, int]]:
 
 
 def self_sampled(source: Source, run_dir: Path, *, num_samples: int, seq_len: int, seed: int, device: str) -> Tensor:
-    """[num_samples, seq_len] tokens that the original model draws, half of them as chats where it has a chat template; kept in
-    `run_dir`, since drawing them takes long."""
+    """[num_samples, seq_len] tokens that the original model draws, half of them as chats where it has a chat template; kept
+    in `run_dir`, since drawing them takes long."""
     chat = _chat_opening(source.checkpoint.path)
     kind = f"{num_samples}x{seq_len}-{seed}{'-chat' if chat else ''}"
     file = run_dir / f"samples-{source.checkpoint.fingerprint()}-{kind}.safetensors"

@@ -17,9 +17,10 @@ from kvfold.arrange import arranged, centred
 from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
 from kvfold.errors import RecipeError
 from kvfold.grouping import GROUPINGS, best_order, head_columns, reordered
-from kvfold.latents import Latents, Term, damages, lost_energy, part_of, solve, spectrum
+from kvfold.latents import Latents, Term, blocks, damages, lost_energy, part_of, solve, spectrum
 from kvfold.number_format import StoredShape
 from kvfold.plan import CacheSpec, divisors
+from kvfold.sensitivity import METRIC
 from kvfold.width.base import LayerGroup, WidthMethod, as_reader, method_name, plain_spec, rope_of
 
 LATENTS = ("layer", "group")
@@ -330,3 +331,10 @@ def value_metric(layer: AttentionLayer, weights: AttentionWeights) -> Tensor:
     """[K*H, K*H]: how far an error of each value head moves the layer's output, blockdiag_k sum_n W_O^n.T W_O^n."""
     heads_DKGH = weights.o_proj.unflatten(1, (layer.num_kv_heads, -1, layer.head_dim))
     return torch.block_diag(*torch.einsum("dkgh,dkgi->khi", heads_DKGH, heads_DKGH))
+
+
+def fisher_metric(group: LayerGroup, name: str, latent: str) -> Tensor:
+    """[F, F]: in which errors of the owner's keys or values (`name`, a statistic) cost nats. Where heads are stored in
+    groups, whichever those are, every head counts for itself."""
+    metric_FF = torch.block_diag(*group.moments(0)[METRIC + name].second_FF)
+    return torch.block_diag(*blocks(metric_FF, group.owner.num_kv_heads)) if latent == "group" else metric_FF

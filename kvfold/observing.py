@@ -11,30 +11,28 @@ from kvfold import processes
 from kvfold.attention import AttentionLayer
 from kvfold.cross_moments import CrossMoments
 from kvfold.linalg import Moment
-from kvfold.seen import EFFECTS, GRADIENTS, VECTORS, Attended, Seen
+from kvfold.seen import GRADIENTS, VECTORS, Seen
 from kvfold.sensitivity import METRIC, WEIGHTED, fit
 
 SENSITIVITIES = frozenset(part + name for name in GRADIENTS for part in (WEIGHTED, METRIC))
 """Statistics that need gradients."""
 
-STATISTICS = frozenset({*VECTORS, *EFFECTS, *SENSITIVITIES})
+STATISTICS = frozenset({*VECTORS, *SENSITIVITIES})
 """What can be gathered of a layer; `seen.py` and `sensitivity.py` say what each is."""
 
 
 @dataclass
 class LayerObserver:
-    """Gathers the statistics `needs` of one layer. output_NHH: W_O^n.T W_O^n of every query head, for EFFECTS."""
+    """Gathers the statistics `needs` of one layer."""
 
     needs: frozenset[str]
     cross: CrossMoments
     device: str
     layer: AttentionLayer
-    output_NHH: Tensor
     own: dict[str, Moment] = field(default_factory=dict)
     kept: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.output_NHH = self.output_NHH.to(self.device)
         self.sensitive = [name for name in GRADIENTS if {WEIGHTED + name, METRIC + name} & self.needs]
 
     def __call__(self, seen: Seen) -> None:
@@ -44,12 +42,6 @@ class LayerObserver:
                 self._update(name, vectors)
             if name in self.cross.needs:
                 self.cross.observe(name, vectors)
-        if effects := sorted(self.needs & set(EFFECTS)):
-            for sequence in seen.sequences():
-                attended = Attended(self.layer, sequence, self.output_NHH)
-                for name in effects:
-                    for vectors in EFFECTS[name](attended):
-                        self._update(name, vectors)
         for (
             name
         ) in self.sensitive:  # tokens are weighed by each other's gradients: all of a layer are kept till the end

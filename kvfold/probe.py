@@ -93,7 +93,7 @@ class Probe:
         costs = [self.request.cost(shape) for shape, _ in points]
         wanted = {min(range(len(points)), key=lambda i: abs(math.log(costs[i] / (share * full)))) for share in SIZES}
         wanted |= {len(points) - 1}  # where numbers are quantized not even all of them lose nothing
-        measured = {i: self._side(owner, side, points[i][0]) for i in sorted(wanted) if points[i][1] > LEAST}
+        measured = {i: self.of_side(owner, side, points[i][0]) for i in sorted(wanted) if points[i][1] > LEAST}
         kls = interpolate([damage for _, damage in points], measured)
         return [(shape, kl) for (shape, _), kl in zip(points, kls, strict=True)]
 
@@ -111,11 +111,11 @@ class Probe:
         )
         if damage <= LEAST:  # numbers without rank: there is nothing to leave out
             return 1.0
-        noisy = self._side(owner, side, shapes[-1]._replace(form=form)) / lost
-        return min(max(noisy / (self._side(owner, side, shape) / damage), 1 / MOST_NOISE), MOST_NOISE)
+        noisy = self.of_side(owner, side, shapes[-1]._replace(form=form)) / lost
+        return min(max(noisy / (self.of_side(owner, side, shape) / damage), 1 / MOST_NOISE), MOST_NOISE)
 
-    def _side(self, owner: int, side: str, shape: StoredShape) -> float:
-        """KL of storing one side so."""
+    def of_side(self, owner: int, side: str, shape: StoredShape) -> float:
+        """KL of storing one side so, all else being as it was."""
         layer, other = self.request.layers[owner], "values" if side == "keys" else "keys"
         # the other side loses nothing: the widest shape of all, whatever a runtime would serve
         chosen = {(owner, side): shape, (owner, other): self.request.widest(layer, other)}

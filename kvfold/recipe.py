@@ -22,7 +22,7 @@ DEFAULT: dict[Any, str] = {"transformers": "auto", "vllm": "served"}
 """Preset of who names none, by runtime."""
 SELECTIONS = ("random", "diverse")
 PREFERENCES = {"size": "on_read", "speed": "applied"}
-"""What to prefer -> how fisher and attended store keys."""
+"""What to prefer -> how fisher stores keys."""
 TYPES: dict[Any, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -74,7 +74,7 @@ class Recipe:
     keep_layers: layers that store every number as it is. min_width: the least share of a layer's numbers to store.
     runtime: `transformers`, or `vllm` for a plan that vLLM's paged cache holds as well: keys and values of one shape, in
         heads of widths that its kernels have.
-    prefer: `size` or `speed`, for the width methods fisher and attended: keys rebuilt on read, or read as they lie.
+    prefer: `size` or `speed`, for width method fisher: keys rebuilt on read, or read as they lie.
     allocate: `uniform` gives every layer the same share, `greedy` shares the budget by expected damage per byte, `measured`
         by KL per byte, measured with one cache folded at a time (the whole model must fit into memory).
     Raises RecipeError on names, fields and values that do not exist or do not fit.
@@ -128,7 +128,7 @@ class Recipe:
         if self.method("bits").by_spectrum and not self.method("width").ordered:
             raise RecipeError(
                 f"width method {self.width['method']!r} stores numbers of equal rank, so that none deserves more bits than"
-                " others; choose a low-rank one, such as attended, or --set bits.method=integer."
+                " others; choose a low-rank one, such as fisher, or --set bits.method=integer."
             )
         if self.allocate == "measured" and self.method("width").joint:
             raise RecipeError(
@@ -197,8 +197,8 @@ def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
 def _prefer(tree: dict[str, Any]) -> None:
     if tree["prefer"] not in PREFERENCES:
         raise RecipeError(registry.unknown("preference", tree["prefer"], PREFERENCES))
-    if tree.get("width", {}).get("method") not in ("fisher", "attended"):
-        raise RecipeError("prefer goes with the width methods fisher and attended (presets auto, fast and small).")
+    if tree.get("width", {}).get("method") != "fisher":
+        raise RecipeError("prefer goes with width method fisher (presets auto, fast and small).")
     tree["width"] = tree["width"] | {"rope": PREFERENCES[tree["prefer"]]}
 
 

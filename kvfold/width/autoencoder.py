@@ -13,9 +13,10 @@ from kvfold.attention import AttentionLayer, FoldedWeights
 from kvfold.errors import RecipeError
 from kvfold.latents import Latents, Term, solve
 from kvfold.linalg import Moment, block_powers, times
-from kvfold.lowrank import LowRankWidth, restore_mean, value_metric
+from kvfold.lowrank import LowRankWidth, fisher_metric, restore_mean
 from kvfold.number_format import StoredShape
 from kvfold.plan import CacheSpec
+from kvfold.sensitivity import METRIC
 from kvfold.width.base import LayerGroup
 
 BATCH = 512
@@ -26,13 +27,15 @@ RATE = 2e-3
 class Autoencoder(LowRankWidth):
     """x' = B z + d(z) with z = A x + e(x), where d and e are networks of one hidden layer (GELU), per group of heads.
 
-    It starts as the best linear latents (`logit`, of keys before rotation) and minimises the same errors by Adam. Keys and
+    It starts as the best linear latents in the metric of `fisher` and minimises the same errors by Adam. Keys and
     values are rebuilt on read, since nothing non-linear can be absorbed.
 
     hidden: width of the networks' hidden layer. steps: of training, of BATCH vectors each.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"keys_before_rotation", "queries_at_keys", "values"})
+    needs: ClassVar[frozenset[str]] = frozenset(
+        {"keys_before_rotation", "values", METRIC + "keys_before_rotation", METRIC + "values"}
+    )
     needs_vectors: ClassVar[frozenset[str]] = frozenset({"keys_before_rotation", "values"})
     centres_values: ClassVar[bool] = True
     centres_keys: ClassVar[bool] = True
@@ -54,11 +57,11 @@ class Autoencoder(LowRankWidth):
 
     def key_term(self, group: LayerGroup, position: int) -> Term:
         keys = group.moments(0)["keys_before_rotation"].covariance_FF
-        return Term(keys, keys, torch.block_diag(*group.moments(0)["queries_at_keys"].second_FF))
+        return Term(keys, keys, fisher_metric(group, "keys_before_rotation", self.latent))
 
     def value_term(self, group: LayerGroup, position: int) -> Term:
         values = group.moments(0)["values"].covariance_FF
-        return Term(values, values, value_metric(group.owner, group.weights(0)))
+        return Term(values, values, fisher_metric(group, "values", self.v_latent))
 
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
         spec = super().spec(layer, keys, values)

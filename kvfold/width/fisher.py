@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from kvfold.errors import RecipeError
-from kvfold.latents import Term, blocks, energy
-from kvfold.lowrank import LowRankWidth
-from kvfold.sensitivity import METRIC, WEIGHTED, sensitivities
+from kvfold.latents import Term, energy
+from kvfold.lowrank import LowRankWidth, fisher_metric
+from kvfold.sensitivity import WEIGHTED, sensitivities
 from kvfold.width.base import LayerGroup
 
 ROPES = ("applied", "on_read")
@@ -62,18 +59,12 @@ class Fisher(LowRankWidth):
         moment = group.moments(0)[WEIGHTED + self._keys]
         capped = group.owner.softcap is not None and not returned
         second_FF = moment.second_FF if capped else moment.covariance_FF
-        return Term(second_FF, second_FF, _metric(group, self._keys, self.latent))
+        return Term(second_FF, second_FF, fisher_metric(group, self._keys, self.latent))
 
     def value_term(self, group: LayerGroup, position: int) -> Term:
         covariance_FF = group.moments(0)[WEIGHTED + "values"].covariance_FF
-        return Term(covariance_FF, covariance_FF, _metric(group, "values", self.v_latent))
+        return Term(covariance_FF, covariance_FF, fisher_metric(group, "values", self.v_latent))
 
     def scale(self, side: str, group: LayerGroup) -> float:
         term = self.key_term(group, 0) if side == "keys" else self.value_term(group, 0)
         return float(energy(term)) / 2
-
-
-def _metric(group: LayerGroup, name: str, latent: str) -> Tensor:
-    """[F, F]. Where heads are stored in groups, whichever those are, every head for itself."""
-    metric_FF = torch.block_diag(*group.moments(0)[METRIC + name].second_FF)
-    return torch.block_diag(*blocks(metric_FF, group.owner.num_kv_heads)) if latent == "group" else metric_FF

@@ -21,7 +21,7 @@ from kvfold.runtime.attend import _weighted
 from kvfold.runtime.cache import FoldedCache
 from kvfold.testing import assert_close, relative_rms
 
-LATENT = {"method": "attended", "multiple": 4}
+LATENT = {"method": "fisher", "multiple": 4}
 CASES = {
     "integer": [
         ({"method": "identity"}, {"k_bits": 4, "v_bits": 4}),

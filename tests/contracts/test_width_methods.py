@@ -24,7 +24,6 @@ from kvfold.width.base import LayerGroup
 
 VARIANTS = {
     "autoencoder": [{"hidden": 8, "steps": 5}],
-    "attended": [{}, {"rope": "on_read"}, {"latent": "group", "v_latent": "group", "grouping": "similar"}],
     "fisher": [{}, {"rope": "on_read"}, {"latent": "group", "v_latent": "group", "grouping": "similar"}],
     "logit": [{}, {"latent": "group"}, {"v_latent": "layer"}],
     "orthogonal": [{}, {"sides": "keys"}],
@@ -32,7 +31,7 @@ VARIANTS = {
     "svd_a": [{}, {"latent": "group"}, {"v_latent": "layer"}],
     "svd_w": [{}, {"latent": "group"}, {"v_latent": "layer"}],
 }
-LOW_RANK = ("attended", "autoencoder", "eigen_attention", "fisher", "kq_svd", "kvtc", "logit", "palu", "svd_a", "svd_w")
+LOW_RANK = ("autoencoder", "eigen_attention", "fisher", "kq_svd", "kvtc", "logit", "palu", "svd_a", "svd_w")
 METHODS = [
     pytest.param(method, fields, id="-".join([method, *map(str, fields.values())]))
     for method in registry.names("width")
@@ -120,8 +119,7 @@ def test_more_numbers_never_mean_more_expected_damage(tiny_dir, model, method, f
     width = registry.load("width", method)(**fields)
     moments, K, F = {}, layer.num_kv_heads, layer.num_kv_heads * layer.head_dim
     for name in width.needs:
-        whole = {"averaged_values": (K, F), "queries": (K, F // K), "metric": (1, F)}
-        size = whole.get(name) or whole.get(name.partition("_")[0]) or (F,)
+        size = {"queries": (K, F // K), "metric": (1, F)}.get(name.partition("_")[0], (F,))
         moments[name] = Moment.zeros(*size)
         moments[name].update(torch.randn(500, *size).cumsum(-1))
     group = LayerGroup(

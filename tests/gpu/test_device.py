@@ -52,7 +52,7 @@ def test_packed_decoding(tiny_dir, tmp_path, bits, rope, dtype):
         "model": str(tiny_dir / "llama_yarn"),
         "out": str(tmp_path / "out"),
         "kv_budget": 0.4 if bits == "mixed" else None,
-        "width": {"method": "attended", "rope": rope} | ({} if bits == "mixed" else {"kv_heads": 4}),
+        "width": {"method": "fisher", "rope": rope} | ({} if bits == "mixed" else {"kv_heads": 4}),
         "bits": {"method": bits} | ({} if bits in ("mixed", "fp8") else {"k_bits": 8, "v_bits": 8}),
         "allocate": "greedy",
         "calibration": {"data": "self", "num_samples": 8, "seq_len": 48},

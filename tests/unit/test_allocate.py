@@ -15,7 +15,6 @@ from kvfold.allocate import (
     allocate,
     check_request,
     expected_curves,
-    lower_hull,
     smallest_under,
 )
 from kvfold.attention import AttentionLayer
@@ -24,6 +23,7 @@ from kvfold.bits.identity import Identity as Bits
 from kvfold.bits.mixed import Mixed
 from kvfold.depth.identity import Identity as Depth
 from kvfold.errors import BudgetError, RecipeError
+from kvfold.hulls import lower_hull
 from kvfold.length.identity import Identity as Length
 from kvfold.linalg import Moment
 from kvfold.number_format import StoredShape

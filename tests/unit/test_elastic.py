@@ -14,7 +14,7 @@ from kvfold.testing import assert_close
 WIDTHS = {
     "svd_a": {"method": "svd_a", "v_latent": "layer"},
     "groups": {"method": "svd_a", "latent": "group", "group_size": 2},
-    "on_read": {"method": "attended", "rope": "on_read"},
+    "on_read": {"method": "fisher", "rope": "on_read"},
 }
 
 

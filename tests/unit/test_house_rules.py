@@ -12,9 +12,9 @@ PACKAGE = Path(kvfold.__file__).parent
 ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 METHOD_FOLDERS = ("width", "depth", "bits", "length")
-MAY_IMPORT = {"attention", "averaging", "errors", "grouping", "latents", "linalg", "lowrank", "number_format", "plan"}
+MAY_IMPORT = {"attention", "errors", "grouping", "latents", "linalg", "lowrank", "number_format", "plan", "sensitivity"}
 RUNTIME_NEVER = {
-    *("allocate", "averaging", "calibrate", "fold", "gather", "grouping", "heal", "latents", "lowrank", "pipeline"),
+    *("allocate", "calibrate", "fold", "gather", "grouping", "heal", "latents", "lowrank", "pipeline"),
     *("probe", "recipe", "streaming"),
     *METHOD_FOLDERS,
 }

@@ -71,7 +71,7 @@ def test_what_was_measured_serves_other_budgets(folded, monkeypatch):
 def test_bits_are_shared_out_by_what_was_measured(folded):
     """The layer that adds next to nothing gets next to nothing; a plan under a KL keeps its promise, about, on other text."""
     root, run = folded
-    fields = {"width": {"method": "attended", "multiple": 4}, "bits": {"method": "mixed"}, "allocate": "measured"}
+    fields = {"width": {"method": "fisher", "multiple": 4}, "bits": {"method": "mixed"}, "allocate": "measured"}
     plan = run("auto", kv_budget=0.1, **fields).plan
     sizes = [spec.bytes_per_token(4) for spec in plan.owned]
     assert sizes[2] < min(sizes[:2]) / 2 and 0.08 < plan.kv_budget <= 0.1
@@ -84,7 +84,7 @@ def test_bits_are_shared_out_by_what_was_measured(folded):
 
 def test_the_plain_cache_in_8_bits_is_taken_where_it_loses_less(folded, monkeypatch):
     root, run = folded
-    fields = {"width": {"method": "attended", "multiple": 4}, "bits": {"method": "mixed"}, "allocate": "measured"}
+    fields = {"width": {"method": "fisher", "multiple": 4}, "bits": {"method": "mixed"}, "allocate": "measured"}
     tight = run("tight", kv_budget=0.2, **fields)  # 8 bits of 32 and their scales take more
     assert any(spec.k_bits.tiers != ((8, 8),) for spec in tight.plan.owned)
     monkeypatch.setattr("kvfold.probe.Probe.kl_of", lambda self, plan, width=None: float(width is None))

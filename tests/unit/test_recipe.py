@@ -54,7 +54,7 @@ def test_another_method_drops_the_presets_fields():
         ({"kv_budget": 0.5, "target_kl": 0.1}, [], "give one of them"),
         ({"target_kl": 0}, [], "above 0"),
         ({"preset": "auto", "prefer": "sped"}, [], "Did you mean 'speed'"),
-        ({"preset": "svd_a", "prefer": "speed"}, [], "goes with width method attended"),
+        ({"preset": "svd_a", "prefer": "speed"}, [], "goes with width method fisher"),
         ({"min_width": 2.0}, [], "0 to 1"),
         ({"keep_layers": ["0"]}, [], "not a list of layer numbers"),
         ({"preset": "xkv"}, ["bits.method=integer"], "not quantized"),

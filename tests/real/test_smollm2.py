@@ -1,0 +1,118 @@
+"""A real model, SmolLM2-135M-Instruct, folded with the defaults: `make real-models`, then `make test-real`.
+
+Bounds are about a quarter above what was measured when they were written (results/real-frontier.md).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import kvfold
+from kvfold.data import first_windows, load_tokenizer
+from kvfold.evaluation import Predictions, evaluate_models
+from kvfold.generation import continue_prompt
+from kvfold.loading import load_plan, load_weights
+from kvfold.recipe import make_recipe
+from kvfold.runtime.cache import FoldedCache
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "lab" / "models" / "real" / "smollm2-135m"
+TEXT = ROOT / "tests" / "data" / "books-valid-slice.txt"
+PROMPTS = (
+    "The capital of France is", "Water boils at", "Once upon a time", "def fibonacci(n):", "The largest planet is",
+    "To make bread you need", "Two plus two is", "She opened the door and", "Photosynthesis is", "In 1969 people first",
+)  # fmt: skip
+
+pytestmark = pytest.mark.skipif(not MODEL.exists(), reason="SmolLM2 is not here: run `make real-models` first")
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("real")
+
+
+@pytest.fixture(scope="session")
+def fold(root):
+    folders = {}
+
+    def run(preset, budget):
+        if (preset, budget) not in folders:
+            fields = {"model": str(MODEL), "preset": preset, "kv_budget": budget, "calibration": {"data": "self"}}
+            recipe = make_recipe(fields | {"out": str(root / f"{preset}-{budget}")})
+            folders[preset, budget] = kvfold.compress(recipe, run_dir=root / "run", device="cpu").out
+        return folders[preset, budget]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def windows():
+    return first_windows(load_tokenizer(MODEL), TEXT, seq_len=1024, max_tokens=2048)
+
+
+@pytest.fixture(scope="session")
+def original():
+    return Predictions(load_weights(MODEL, "float32", "cpu"))
+
+
+@pytest.fixture(scope="session")
+def kl(fold, windows, original):
+    def measure(preset, budget):
+        folder = fold(preset, budget)
+        return evaluate_models(load_weights(folder, "float32", "cpu"), original, windows, load_plan(folder)[0]).kl
+
+    return measure
+
+
+@pytest.mark.parametrize(("budget", "bound"), [(0.25, 0.015), (0.125, 0.12)])
+def test_the_default_fold_loses_little(kl, budget, bound):
+    assert kl("auto", budget) < bound
+
+
+def test_order_of_methods_at_a_quarter(kl):
+    """Within as many bytes: kvfold's default, then its fast form, plain 4 bits, and low rank alone as in the paper."""
+    auto, int4, svd_a = kl("auto", 0.25), kl("int4", None), kl("svd_a", 0.25)
+    assert auto < int4 / 5 < svd_a / 5
+
+
+def test_greedy_continuations_stay_close(fold, original):
+    """Of ten prompts most of the first 16 tokens are the original's own at a quarter of the bytes."""
+    model, tokenizer = load_weights(fold("auto", 0.25), "float32", "cpu"), load_tokenizer(MODEL)
+    same = 0
+    for prompt in PROMPTS:
+        ours, theirs = (
+            continue_prompt(which, tokenizer, prompt, 16, do_sample=False)[0] for which in (model, original.model)
+        )
+        same += ours == theirs
+    assert same >= 6
+
+
+@torch.no_grad()
+def test_cached_equals_uncached_at_4096_tokens(fold, windows):
+    """A prompt in chunks, then tokens one by one, out of a packed cache."""
+    folder = fold("auto", 0.125)
+    model, plan = load_weights(folder, "float32", "cpu"), load_plan(folder)[0]
+    ids = windows.flatten().repeat(3)[None, :4096]
+    expected = model(ids, use_cache=False, logits_to_keep=8).logits[0]
+    cache, logits = FoldedCache(plan), []
+    for start, end in ((0, 1500), (1500, 4088), *((i, i + 1) for i in range(4088, 4096))):
+        logits.append(model(ids[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1])
+    expected, found = (x.log_softmax(-1) for x in (expected, torch.stack(logits[2:])))
+    assert float((expected.exp() * (expected - found)).sum(-1).mean()) < 1e-4
+    assert cache.nbytes_allocated == plan.kv_bytes(4096, dtype="float32")
+
+
+@torch.no_grad()
+def test_evaluation_is_what_the_real_cache_gives(fold, windows, original, kl):
+    """KL of the first 256 tokens, token by token through a cache, as evaluation without a cache has it."""
+    folder = fold("auto", 0.125)
+    model, plan = load_weights(folder, "float32", "cpu"), load_plan(folder)[0]
+    ids = windows[:1, :256]
+    cache = FoldedCache(plan)
+    steps = [model(step, past_key_values=cache, use_cache=True).logits[0] for step in ids.split(1, dim=1)]
+    q, p = torch.cat(steps)[:-1].log_softmax(-1), original(ids[0]).log_softmax(-1)
+    stepwise = float((p.exp() * (p - q)).sum(-1).mean())
+    assert stepwise == pytest.approx(evaluate_models(model, original, ids, plan).kl, rel=0.02)
