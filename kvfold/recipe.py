@@ -40,8 +40,7 @@ class Calibration:
 
     data: a .txt, .jsonl or .parquet file (also .xz and .gz), a data set name on the hub, or `self` (the model samples
         its own text). None where the method reads weights only.
-    num_samples, seq_len: sequences (0: as many as it takes until the leading directions stop moving, 32 to 512), and tokens
-        per sequence (0 takes the model's context length, at most 2,048).
+    num_samples, seq_len: sequences, and tokens per sequence; 0 takes 64 of 256.
     select: `random` places of the text, or `diverse`: of eight times as many those whose words differ most.
     config, split, text_field: of a data set.
     """
@@ -75,8 +74,8 @@ class Recipe:
     runtime: `transformers`, or `vllm` for a plan that vLLM's paged cache holds as well: keys and values of one shape, in
         heads of widths that its kernels have.
     prefer: `size` or `speed`, for width method fisher: keys rebuilt on read, or read as they lie.
-    allocate: `uniform` gives every layer the same share, `greedy` shares the budget by expected damage per byte, `measured`
-        by KL per byte, measured with one cache folded at a time (the whole model must fit into memory).
+    allocate: `uniform` gives every layer the same share, `greedy` shares the budget by the damage per byte that the
+        method expects (in nats: fisher), `measured` by KL per byte, measured with one cache folded at a time (the whole model must fit into memory).
     Raises RecipeError on names, fields and values that do not exist or do not fit.
     """
 

@@ -86,9 +86,9 @@ def cells(row: Row, columns: list[str]) -> list[str]:
         f"{e.kv_bytes_per_token:,}",
         f"{row.kv_bytes_at_32k / 1e6:.1f}",
         _change(e),
-        f"{e.kl:.4f}",
+        f"{e.kl:.5f}",
         f"{e.top1_agreement:.1%}",
-        *(cell for other in row.further for cell in (_change(other), f"{other.kl:.4f}")),
+        *(cell for other in row.further for cell in (_change(other), f"{other.kl:.5f}")),
     ]
 
 
