@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/models/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: demo test test-real test-vllm lint check results results-frontier results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats real-models clean
+.PHONY: demo test test-real test-vllm lint check results results-frontier results-auto results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats real-models clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -59,6 +59,13 @@ results-frontier: $(VENV)/installed
 	  --data $(CALIBRATION) --num-samples 128 --seq-len 256 --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 16384 \
 	  --out runs/frontier-$(notdir $(MODEL))
 	$(BIN)/python benchmarks/frontier.py
+
+# The default alone, at the settings of the frontier: make results-auto MODEL=... VALID=... SHIFTED=... CALIBRATION=...
+results-auto: $(VENV)/installed
+	$(BIN)/kvfold compare $(MODEL) --preset auto --preset auto:prefer=speed $(addprefix --kv-budget ,1/4 1/8 1/16 1/32) \
+	  --data $(CALIBRATION) --num-samples 128 --seq-len 256 --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 16384 \
+	  --out runs/auto-$(notdir $(MODEL))
+	cp runs/auto-$(notdir $(MODEL))/table.md results/auto-$(notdir $(MODEL)).md
 
 # A decode step with packed caches, of two layers of Llama-2-7B's shape
 DECODE := --prefills 0 --threads 2
@@ -181,8 +188,7 @@ REAL_PRESETS := $(FIXED) $(TURBOQUANT:%=%:kv_budget=null) svd_a:width.v_latent=l
 results-real-frontier: $(VENV)/installed
 	$(BIN)/kvfold compare $(REAL) $(addprefix --preset ,$(REAL_PRESETS)) $(addprefix --kv-budget ,1/2 1/4 1/8 1/16 1/32) \
 	  --data $(CALIBRATION) $(ON_REAL) --out runs/real-frontier
-	cp runs/real-frontier/table.md results/real-frontier.md
-	cp runs/real-frontier/frontier.svg results/real-frontier.svg
+	$(BIN)/python benchmarks/frontier.py --real runs/real-frontier
 
 # What more or longer calibration text buys at 1/8
 CALIBRATED = auto:calibration.num_samples=$(1),calibration.seq_len=$(2)

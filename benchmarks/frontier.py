@@ -1,6 +1,7 @@
 """The frontier of bytes and quality over all models that `make results-frontier` compared: one table, and a plot per model.
 
     python benchmarks/frontier.py [RUNS]
+    python benchmarks/frontier.py --real FOLDER      # the same of one comparison: results/real.md, and its plot and table
 
 At every budget `auto` stands beside the best of the others that take at most as many bytes. Every point of another method is
 compared with `auto` at the same budget, or, where it has one size only, at the largest budget within it.
@@ -28,6 +29,9 @@ NAMES = {
 }
 RESULTS = Path("results")
 LEAST = 1e-8
+COLUMNS = (
+    "KL auto | perplexity auto | KL auto, --prefer speed | best of the others within as many bytes | its KL | auto / it"
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class Point:
 def main() -> None:
     """Write results/frontier.md, -shifted.md (further texts) and -ablation.md, per model a table and a plot, and
     frontier.json: how many points of others there are, and which lose less."""
+    if sys.argv[1:2] == ["--real"]:
+        real(Path(sys.argv[2]))
+        return
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
     lines: list[str] = []
     shifted: list[str] = []
@@ -68,20 +75,37 @@ def main() -> None:
                         beaten.append(
                             f"{where}: {point.preset} at {point.kept:.4f}: {point.kl:.2e}, auto {ours.kl:.2e}"
                         )
-        first = read(comparison, 0)
-        curves = {p.preset: [(q.kept, max(q.kl, LEAST)) for q in first if q.preset == p.preset] for p in first}
-        plot = frontier_plot(list(curves.items()), f"{comparison['model']}, books it never saw, no training")
-        (RESULTS / f"{file.parent.name}.svg").write_text(SVG + plot)
-        (RESULTS / f"{file.parent.name}.md").write_text((file.parent / "table.md").read_text())
-    columns = "KL auto | perplexity auto | KL auto, --prefer speed"
-    columns += " | best of the others within as many bytes | its KL | auto / it"
-    write("frontier.md", columns, lines)
-    write("frontier-shifted.md", columns, shifted)
+        illustrate(file, comparison)
+    write("frontier.md", COLUMNS, lines)
+    write("frontier-shifted.md", COLUMNS, shifted)
     write("frontier-ablation.md", "KL, shared out | KL, equal shares | equal shares, 4 bits", ablation)
     print(f"{seen} points of other methods; better than auto at the same budget: {len(beaten)}", *beaten, sep="\n")
     counted = json.dumps({"points": seen, "better_than_auto": beaten})
     (RESULTS / "frontier.json").write_text(counted + "\n")
     print(counted)
+
+
+def real(folder: Path) -> None:
+    """Of one comparison: results/real.md over all its texts, and its own table and plot."""
+    file = folder / "comparison.json"
+    comparison = json.loads(file.read_text())
+    texts = [comparison["evaluated_on"].partition(".")[0], *comparison["also_on"]]
+    lines = [
+        f"| {comparison['model']} | {text.removesuffix('.txt')} | {line}"
+        for index, text in enumerate(texts)
+        for line in beside(read(comparison, index))
+    ]
+    write("real.md", COLUMNS, lines)
+    illustrate(file, comparison)
+
+
+def illustrate(file: Path, comparison: dict[str, Any]) -> None:
+    """The plot of a comparison on its first text, and its table."""
+    first = read(comparison, 0)
+    curves = {p.preset: [(q.kept, max(q.kl, LEAST)) for q in first if q.preset == p.preset] for p in first}
+    plot = frontier_plot(list(curves.items()), f"{comparison['model']}, books it never saw, no training")
+    (RESULTS / f"{file.parent.name}.svg").write_text(SVG + plot)
+    (RESULTS / f"{file.parent.name}.md").write_text((file.parent / "table.md").read_text())
 
 
 def read(comparison: dict[str, Any], index: int) -> list[Point]:

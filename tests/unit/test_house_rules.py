@@ -87,9 +87,10 @@ def test_the_file_tree_in_the_readme_is_complete():
     assert not missing and not [f.name for f in folders if f"{f.name}/" not in tree]
 
 
-def test_the_readme_shows_the_numbers_of_results():
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_pages_show_the_numbers_of_results(page):
     """A table between `<!-- results/X.md -->` and `<!-- end -->` is the file's own."""
-    found = re.findall(r"<!-- (results/\S+\.md) -->\n(.*?)<!-- end -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    found = re.findall(r"<!-- (results/\S+\.md) -->\n(.*?)<!-- end -->", (ROOT / page).read_text(), re.DOTALL)
     assert found
     for name, table in found:
         assert table.strip() in (ROOT / name).read_text(), name

@@ -13,7 +13,7 @@ import kvfold
 from kvfold.cli import app
 from kvfold.demonstration import MODEL
 from kvfold.errors import RecipeError
-from kvfold.evaluation import evaluate_models
+from kvfold.evaluation import Predictions, evaluate_models
 from kvfold.linalg import Moment
 from kvfold.loading import load, load_weights
 from kvfold.runtime.cache import FoldedCache
@@ -200,3 +200,19 @@ def test_svd_a_keeps_the_most_energy_of_any_basis():
     error = (x - x @ basis @ basis.T).square().sum()
     right = torch.linalg.svd(x, full_matrices=False).Vh[:8]
     assert_close(error, (x - x @ right.T @ right).square().sum())
+
+
+def test_the_original_predicts_a_window_once(monkeypatch):
+    """However many folded models are compared with it; windows beyond what is kept are computed again."""
+    model, windows = load_weights(MODEL, "float32", "cpu"), torch.randint(5, 4000, (2, 12))
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    known = Predictions(model)
+    first = [known(window) for window in windows]
+    assert (
+        all(torch.equal(known(window), logits) for window, logits in zip(windows, first, strict=True))
+        and len(calls) == 2
+    )
+    monkeypatch.setattr("kvfold.evaluation.NUMBERS_KEPT", first[0].numel())
+    known = Predictions(model)
+    assert [known(window) is not None for window in (*windows, *windows)] and len(calls) == 5
