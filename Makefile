@@ -181,7 +181,7 @@ results-recall: $(VENV)/installed
 # On the real model (make real-models), each part by itself in about half an hour on two cores:
 # make results-real-frontier VALID=books-valid.txt SHIFTED=wikitext2-valid.txt CALIBRATION=books-train.txt
 REAL := lab/models/real/smollm2-135m
-ON_REAL := --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 4096
+ON_REAL = --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 4096
 TURBOQUANT := turboquant_k8v4 turboquant_4bit_nc turboquant_k3v4_nc turboquant_3bit_nc
 REAL_PRESETS := $(FIXED) $(TURBOQUANT:%=%:kv_budget=null) svd_a:width.v_latent=layer $(PALU_LAYER),bits.method=integer kvtc \
   fast small auto auto:prefer=speed

@@ -86,7 +86,7 @@ class StreamedModel:
     def advance(self, layer: AttentionLayer, hidden_BTD: Tensor, observe: Observer) -> None:
         """Replace the hidden states that enter `layer` by those that leave it, in place."""
         with self._loaded(layer) as run:
-            for part in hidden_BTD.split(self._rows(hidden_BTD)):
+            for part in hidden_BTD.split(_rows(hidden_BTD)):
                 left, seen = run(part.to(self.device))
                 observe(seen)
                 part.copy_(left)
@@ -97,7 +97,7 @@ class StreamedModel:
         The layer runs once more to get there. Its observer sees the gradients by rotated keys and values as well.
         """
         with self._loaded(layer) as run, torch.enable_grad():
-            rows = self._rows(hidden_BTD)
+            rows = _rows(hidden_BTD)
             for part, gradient in zip(hidden_BTD.split(rows), gradient_BTD.split(rows), strict=True):
                 entered = part.to(self.device).requires_grad_()
                 left, seen = run(entered)
@@ -139,11 +139,6 @@ class StreamedModel:
             total_1TD += torch.autograd.grad(logits_KV, leaf_1TD, _score(logits_KV.detach(), draws_T[kept]))[0]
         return total_1TD[0]
 
-    def _rows(self, hidden_BTD: Tensor) -> int:
-        """Sequences that run at once; two batches at least: how far moments still move is seen between the halves of the
-        text."""
-        return max(min(TOKENS_PER_BATCH // hidden_BTD.shape[1], -(-len(hidden_BTD) // 2)), 1)
-
     @contextmanager
     def _loaded(self, layer: AttentionLayer) -> Iterator[Callable[[Tensor], tuple[Tensor, Seen]]]:
         """A function that runs `layer`: hidden states of some sequences -> those that leave it, and what attention saw."""
@@ -178,6 +173,11 @@ class StreamedModel:
         state = {name: self.checkpoint.read(prefix + name).to(self.device, torch.float32) for name in names}
         module.load_state_dict(state, assign=True, strict=skip is None)
         module.requires_grad_(False)
+
+
+def _rows(hidden_BTD: Tensor) -> int:
+    """Sequences that run at once."""
+    return max(TOKENS_PER_BATCH // hidden_BTD.shape[1], 1)
 
 
 def _unload(module: torch.nn.Module) -> None:

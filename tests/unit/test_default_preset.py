@@ -17,9 +17,8 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """With expected instead of measured damage, which would take a minute."""
     root = tmp_path_factory.mktemp("default")
-    quick = ["--set", "allocate=greedy", "--num-samples", 8, "--seq-len", 128, "--run-dir", root / "run"]
+    quick = ["--num-samples", 8, "--seq-len", 128, "--run-dir", root / "run"]
     run("compress", MODEL, "--kv-budget", "1/8", *quick, "--out", root / "eighth")
     return root / "eighth"
 
@@ -42,13 +41,13 @@ def test_fixed_sizes_are_compared_once_and_plans_are_drawn(folder, tmp_path):
     text.write_text("It was a dark night, and the old man went out to look at the sea. " * 60)
     found, _ = run(
         "compare", MODEL, "--preset", "int8:kv_budget=null", "--preset", "kivi:kv_budget=null",
-        "--preset", "auto:allocate=greedy", "--kv-budget", "1/2", "--kv-budget", "1/8", "--num-samples", 4, "--seq-len", 128,
+        "--preset", "auto", "--kv-budget", "1/2", "--kv-budget", "1/8", "--num-samples", 4, "--seq-len", 128,
         "--max-tokens", 512, "--eval-data", text, "--out", tmp_path / "out",
     )  # fmt: skip
     rows = {(row["preset"], row["asked_budget"]): row for row in found["rows"]}
-    assert [row["preset"] for row in found["rows"]] == ["int8", "kivi", "auto:allocate=greedy", "auto:allocate=greedy"]
+    assert [row["preset"] for row in found["rows"]] == ["int8", "kivi", "auto", "auto"]
     assert rows["int8", None]["kl"] < rows["kivi", None]["kl"]
-    assert rows["auto:allocate=greedy", 0.125]["kl"] < rows["kivi", None]["kl"]
+    assert rows["auto", 0.125]["kl"] < rows["kivi", None]["kl"]
     assert (tmp_path / "out" / "frontier.svg").read_text().startswith("<?xml")
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<svg") == 4 and "What every layer stores" in page
