@@ -178,12 +178,13 @@ results-recall: $(VENV)/installed
 	$(BIN)/kvfold evaluate $(FOLDED) --against $(MODEL) --recall $(LENGTHS) > runs/recall.txt
 	tail -n 1 runs/recall.txt > results/recall-$(notdir $(FOLDED)).json
 
-# On the real model (make real-models), each part by itself in about half an hour on two cores:
+# On the real model (make real-models), each part by itself in about half an hour on two cores (kivi, which evaluation decodes
+# token by token, would take as long again):
 # make results-real-frontier VALID=books-valid.txt SHIFTED=wikitext2-valid.txt CALIBRATION=books-train.txt
 REAL := lab/models/real/smollm2-135m
 ON_REAL = --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 4096
 TURBOQUANT := turboquant_k8v4 turboquant_4bit_nc turboquant_k3v4_nc turboquant_3bit_nc
-REAL_PRESETS := $(FIXED) $(TURBOQUANT:%=%:kv_budget=null) svd_a:width.v_latent=layer $(PALU_LAYER),bits.method=integer kvtc \
+REAL_PRESETS := $(filter-out kivi:%,$(FIXED)) $(TURBOQUANT:%=%:kv_budget=null) svd_a:width.v_latent=layer $(PALU_LAYER),bits.method=integer kvtc \
   fast small auto auto:prefer=speed
 results-real-frontier: $(VENV)/installed
 	$(BIN)/kvfold compare $(REAL) $(addprefix --preset ,$(REAL_PRESETS)) $(addprefix --kv-budget ,1/2 1/4 1/8 1/16 1/32) \
