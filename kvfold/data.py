@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from kvfold.errors import CheckpointError, DataError
-from kvfold.progress import track
+from kvfold.progress import say_if_long, track
 
 CHARS_PER_TOKEN = 10
 """More than a token of any usual text takes, so that a slice of text is rarely too short."""
@@ -129,7 +129,8 @@ def sample_from_model(model: Any, *, num_samples: int, seq_len: int, seed: int, 
     sampled = []
     for number, batch in enumerate(track(batches, "sampling text", len(batches))):
         opening = torch.tensor([chat]).repeat(len(batch), 1) if chat and number % 2 else _beginning(model, len(batch))
-        sampled.append(_continued(model, opening.to(model.device), seq_len))
+        with say_if_long("sampling calibration text", 0 if number else len(batches)):
+            sampled.append(_continued(model, opening.to(model.device), seq_len))
     return torch.cat(sampled)
 
 
