@@ -23,6 +23,7 @@ from kvfold.loading import Source, load_weights, warn_if_too_long
 from kvfold.progress import track
 from kvfold.recipe import Recipe
 from kvfold.seen import VECTORS, Seen
+from kvfold.sensitivity import WEIGHTED
 from kvfold.storage import make_folder, write_tensors
 from kvfold.streaming import StreamedModel
 from kvfold.width.base import LayerGroup, WidthMethod
@@ -36,6 +37,10 @@ SAMPLE_TOKENS = 4096
 
 NUM_SAMPLES, SEQ_LEN = 64, 256
 """Calibration sequences, and tokens of each, where the recipe leaves them open: more buys little (docs/log.md)."""
+
+ROTATED = frozenset({"keys", WEIGHTED + "keys"})
+NUM_ROTATED, ROTATED_LEN = 16, 1024
+"""The same where rotated keys are seen: they differ from position to position, and only long text has late ones."""
 
 POOL = 8
 """`select: diverse` chooses among so many times the sequences that are wanted."""
@@ -51,8 +56,10 @@ class Material:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        self.num_samples = self.recipe.calibration.num_samples or NUM_SAMPLES
-        self.seq_len = self.recipe.calibration.seq_len or min(SEQ_LEN, self.source.seq_len)
+        calibration, rotated = self.recipe.calibration, bool(self.recipe.method("width").needs & ROTATED)
+        rotated = rotated and any(layer.rotary_dim for layer in self.source.layers)
+        self.num_samples = calibration.num_samples or (NUM_ROTATED if rotated else NUM_SAMPLES)
+        self.seq_len = calibration.seq_len or min(ROTATED_LEN if rotated else SEQ_LEN, self.source.seq_len)
 
     def statistics(
         self,

@@ -17,11 +17,15 @@ Dtype = Annotated[
 ]
 NumSamples = Annotated[
     int | None,
-    typer.Option(help="Calibration sequences (default 64).", min=1, show_default=False),
+    typer.Option(
+        help="Calibration sequences (default 64; 16 where keys are stored after rotation).", min=1, show_default=False
+    ),
 ]
 SeqLen = Annotated[
     int | None,
-    typer.Option(help="Tokens per calibration sequence (default 256).", min=2, show_default=False),
+    typer.Option(
+        help="Tokens of each (default 256; 1,024 where keys are stored after rotation).", min=2, show_default=False
+    ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of calibration (default 0).", show_default=False)]
 PRESET_HELP = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items() if name not in MLKV_PAPER)

@@ -40,7 +40,8 @@ class Calibration:
 
     data: a .txt, .jsonl or .parquet file (also .xz and .gz), a data set name on the hub, or `self` (the model samples
         its own text). None where the method reads weights only.
-    num_samples, seq_len: sequences, and tokens per sequence; 0 takes 64 of 256.
+    num_samples, seq_len: sequences, and tokens per sequence; 0 takes 64 of 256, or 16 of 1,024 where keys are stored after
+        rotation.
     select: `random` places of the text, or `diverse`: of eight times as many those whose words differ most.
     config, split, text_field: of a data set.
     """

@@ -15,9 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kvfold
-from kvfold import calibrate as calibrate_module
 from kvfold import fold as fold_module
-from kvfold import storage
+from kvfold import passes, storage
 from kvfold.demonstration import MODEL
 from kvfold.errors import BudgetError, CheckpointError, DataError, KvfoldError, OutputError, RecipeError
 from kvfold.recipe import make_recipe
@@ -286,11 +285,12 @@ def test_a_disk_that_fills_up(source, monkeypatch):
     assert digests(compress(source, source.parent / "out").out) == expected
 
 
-def test_interrupted_anywhere_continues_with_the_same_result(source, monkeypatch):
+@pytest.mark.parametrize("method", ["svd_a", "fisher"])
+def test_interrupted_anywhere_continues_with_the_same_result(source, monkeypatch, method):
     """The process dies at every write in turn; each time the same command goes on, and the result is the same."""
     monkeypatch.setattr(fold_module, "MAX_SHARD_BYTES", 60_000)
-    monkeypatch.setattr(calibrate_module, "SECONDS_BETWEEN_SAVES", 0)
-    options = {"method": "svd_a", "calibration": {"data": "self", "num_samples": 4, "seq_len": 32}}
+    monkeypatch.setattr(passes, "SECONDS_BETWEEN_SAVES", 0)
+    options = {"method": method, "calibration": {"data": "self", "num_samples": 4, "seq_len": 32}}
     expected = digests(compress(source, source.parent / "expected", **options).out)
     out, replace, writes = source.parent / "out", os.replace, []
 
@@ -326,7 +326,7 @@ def test_other_text_after_an_interruption_starts_anew(source, monkeypatch):
     text, out = source.parent / "text.txt", source.parent / "out"
     options = {"method": "svd_a", "calibration": CALIBRATION | {"data": str(text)}}
     text.write_text(" ".join(f"t{i * 7 % 200}" for i in range(3000)))
-    monkeypatch.setattr(calibrate_module, "SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr(passes, "SECONDS_BETWEEN_SAVES", 0)
     with monkeypatch.context() as patch:
         patch.setattr(kvfold.pipeline, "_complete", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):

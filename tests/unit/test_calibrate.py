@@ -7,8 +7,10 @@ from transformers import DynamicCache
 
 from kvfold.architectures.base import architecture
 from kvfold.calibrate import STATISTICS, calibrate
+from kvfold.gather import Material
 from kvfold.linalg import Moment
 from kvfold.loading import open_source
+from kvfold.recipe import make_recipe
 from kvfold.streaming import StreamedModel
 from kvfold.testing import assert_close
 
@@ -149,3 +151,19 @@ def test_an_interrupted_run_still_knows_the_owners_vectors(tiny_dir, tmp_path, m
     resumed = calibrate(source.checkpoint, source.arch, ids, run_dir=tmp_path / "cut", **options)
     for reader in (1, 2):
         assert torch.equal(resumed.cross(reader, 0, {"keys"})["keys"], whole.cross(reader, 0, {"keys"})["keys"])
+
+
+def test_rotated_keys_are_calibrated_on_longer_text(tiny_dir, tmp_path):
+    """They differ from position to position; what is not rotated, or is taken before rotation, needs many sequences instead."""
+    found = {}
+    for model, width in (
+        ("llama_mha", {"method": "fisher"}),
+        ("llama_mha", {"method": "fisher", "rope": "on_read"}),
+        ("bloom_alibi", {"method": "fisher"}),
+        ("llama_mha", {"method": "svd_a"}),
+    ):
+        fields = {"model": str(tiny_dir / model), "out": "out", "kv_budget": 0.5, "width": width}
+        material = Material(make_recipe(fields), open_source(tiny_dir / model), tmp_path)
+        found[model, *width.values()] = (material.num_samples, material.seq_len)
+    assert found["llama_mha", "fisher"] == found["llama_mha", "svd_a"] == (16, 512)  # the model's context
+    assert found["llama_mha", "fisher", "on_read"] == found["bloom_alibi", "fisher"] == (64, 256)
