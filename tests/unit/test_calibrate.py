@@ -154,7 +154,7 @@ def test_an_interrupted_run_still_knows_the_owners_vectors(tiny_dir, tmp_path, m
 
 
 def test_rotated_keys_are_calibrated_on_longer_text(tiny_dir, tmp_path):
-    """They differ from position to position; what is not rotated, or is taken before rotation, needs many sequences instead."""
+    """They differ from position to position; what is not rotated, or taken before rotation, needs many sequences instead."""
     found = {}
     for model, width in (
         ("llama_mha", {"method": "fisher"}),
@@ -164,6 +164,6 @@ def test_rotated_keys_are_calibrated_on_longer_text(tiny_dir, tmp_path):
     ):
         fields = {"model": str(tiny_dir / model), "out": "out", "kv_budget": 0.5, "width": width}
         material = Material(make_recipe(fields), open_source(tiny_dir / model), tmp_path)
-        found[model, *width.values()] = (material.num_samples, material.seq_len)
+        found[(model, *width.values())] = (material.num_samples, material.seq_len)
     assert found["llama_mha", "fisher"] == found["llama_mha", "svd_a"] == (16, 512)  # the model's context
     assert found["llama_mha", "fisher", "on_read"] == found["bloom_alibi", "fisher"] == (64, 256)
