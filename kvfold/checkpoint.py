@@ -124,13 +124,28 @@ class Checkpoint:
                 yield file
 
 
+def gguf_files(model: str | Path) -> list[Path]:
+    """The GGUF files that a model consists of: itself, or what a folder without safetensors holds of them."""
+    path = Path(model)
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        return sorted(path.glob("*.gguf"))
+    return [path] if path.is_file() and path.suffix == ".gguf" else []
+
+
 def locate(model: str | Path) -> Path:
     """The local folder of a model: itself, or the hub's snapshot. Raises CheckpointError if there is neither."""
     path = Path(model)
+    if files := gguf_files(model):
+        raise CheckpointError(
+            f"{files[0]} is a GGUF file, which only `kvfold compress` reads. Compress it; what it was dequantized into is"
+            " then the folder dequantized-* in the run folder, and can be given here."
+        )
     if path.is_dir():
         return path
     if path.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
-        raise CheckpointError(f"{model} is not a folder; give a model folder with config.json and *.safetensors.")
+        raise CheckpointError(
+            f"{model} is not a folder; give a model folder with config.json and *.safetensors, or a GGUF file to compress."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -28,7 +28,9 @@ PRESET_HELP = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.it
 PRESET_HELP += f"; {', '.join(MLKV_PAPER)}: the configurations of arXiv 2406.09297 for 12 layers of 12 heads"
 
 
-OptionalModel = Annotated[str | None, typer.Argument(help="Model folder, or model id on the hub.", show_default=False)]
+OptionalModel = Annotated[
+    str | None, typer.Argument(help="Model folder, model id on the hub, or a GGUF file.", show_default=False)
+]
 PresetName = Annotated[str | None, typer.Option(help=PRESET_HELP, show_default="auto")]
 KvBudget = Annotated[
     str | None, typer.Option(help="Bytes kept / bytes of the original cache: 0.25 or 1/4.", show_default=False)

@@ -33,6 +33,7 @@ from kvfold.checkpoint import Checkpoint
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.fold import fold, folded_config
 from kvfold.gather import TRAINING_TOKENS, Material, layer_group
+from kvfold.gguf import dequantized
 from kvfold.loading import Source, load_plan, open_source, resolve_device
 from kvfold.output import copy_side_files, partial_folder, publish, refuse_out
 from kvfold.plan import CachePlan
@@ -64,7 +65,8 @@ def compress(
     overwrite: bool = False,
     device: str = "auto",
 ) -> Folded:
-    """Fold `recipe.model` into the new folder `recipe.out`. A dictionary is taken as `make_recipe` takes it.
+    """Fold `recipe.model` (a folder, hub id or GGUF file) into the new folder `recipe.out`. A dictionary is taken as
+    `make_recipe` takes it.
 
     `run_dir` keeps the statistics for later folds of the same model and text (default: `<out>.run`). The result grows in
     `<out>.partial` and gets its name when it is complete; the same call continues an interrupted one. Under torchrun or
@@ -79,7 +81,9 @@ def compress(
     device = processes.start(processes.own_device(resolve_device(device)))
     processes.wait_for_all()
     clock = _Clock()
-    source = open_source(recipe.model)
+    with processes.first_before_others():
+        folder = dequantized(recipe.model, run_dir)
+    source = open_source(folder)
     axes = Axes(**{axis: recipe.method(axis) for axis in ("depth", "width", "bits", "length")})
     limits = limits_of(recipe)
     material = Material(recipe, source, run_dir, device)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers as tf
+from sinks import add_sink
 from torch import Tensor
 
 from kvfold.architectures.base import architecture
@@ -74,6 +75,17 @@ MODELS |= {
     "olmo2_flat_norm": (tf.Olmo2Config, {"rms_norm_eps": 1e-6}),
     "granite_scale": (tf.GraniteConfig, {"attention_multiplier": 0.3}),
 }
+SINKS = {
+    "llama_sink": (
+        tf.LlamaConfig,
+        {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 16},
+    ),
+    "qwen2_sink": (tf.Qwen2Config, {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}),
+    "qwen3_sink": (tf.Qwen3Config, {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}),
+}
+"""With habits of trained models: sinks.py."""
+
+MODELS |= SINKS
 MIXED_WINDOWS = ("qwen3_norm_window", "gemma2_softcap", "gemma3_norm")
 FULL_ATTENTION = ("llama_mha", "llama_yarn", "qwen2_bias_tied")
 
@@ -89,7 +101,7 @@ def make_tiny(name: str, *, seed: int = 0, **changes: object) -> tf.PreTrainedMo
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return add_sink(model) if name in SINKS else model
 
 
 def save_tiny(model: tf.PreTrainedModel, folder: Path) -> Path:

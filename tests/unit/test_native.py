@@ -1,8 +1,10 @@
 """The CPU's decode kernel gives what the obvious attention gives, and nothing breaks where it cannot be compiled."""
 
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,3 +218,32 @@ def test_without_a_compiler_torch_serves(setting, tmp_path):
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert ("no no-such-compiler" in done.stderr) == (name == "CXX")
+
+
+SANITIZED = """
+import torch
+from kvfold.number_format import NumberFormat
+from kvfold.quantize import pack
+from kvfold.runtime import native
+from kvfold.runtime.packed import PackedTokens
+
+form = NumberFormat(tiers=((13, 5), (8, 3)))
+for dtype in (torch.float32, torch.bfloat16):
+    for heads in (1, 2, 3, 7, 9, 17, 19):
+        q, z, y = (torch.randn(1, n, s, 21, dtype=dtype) for n, s in ((heads, 1), (1, 35), (1, 35)))
+        native.decode(q, z, y, None, scale=0.1)
+        native.decode(q, *(PackedTokens(pack(x, form), form, dtype) for x in (z, y)), None, scale=0.1)
+print("inside its memory")
+"""
+
+
+@compiler
+def test_the_kernel_stays_inside_its_memory(tmp_path):
+    """Of every number of queries per head: results may be right all the same, and the process die much later."""
+    sanitizer = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(sanitizer).is_absolute():
+        pytest.skip("this compiler has no address sanitizer")
+    settings = {"CXX": "env -u LD_PRELOAD c++ -fsanitize=address", "LD_PRELOAD": sanitizer, "ASAN_OPTIONS": "detect_leaks=0"}
+    environment = os.environ | settings | {"XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", SANITIZED], env=environment, capture_output=True, text=True)
+    assert done.stdout == "inside its memory\n", done.stderr[-3000:]

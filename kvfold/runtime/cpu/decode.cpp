@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "lanes.h"
@@ -40,6 +41,14 @@ struct Tokens {
   const T *data;
   int64_t stride;
 };
+
+// Calls run(rows, first) for all rows from `first` on: AT_ONCE at a time, the rest in halves of that, `rows` being a constant.
+// (Both the number and its function picked by one condition each: g++ 12 with AVX-512 took the function of two for a last one.)
+template <int AT_ONCE, typename Run>
+void in_parts(int first, int end, const Run &run) {
+  for (; first + AT_ONCE <= end; first += AT_ONCE) run(std::integral_constant<int, AT_ONCE>(), first);
+  if constexpr (AT_ONCE > 1) in_parts<AT_ONCE / 2>(first, end, run);
+}
 
 // Scores of ROWS queries with 16 / ROWS tokens at a time. q [ROWS, padded width]; out [ROWS, stride].
 template <typename T, int ROWS>
@@ -105,13 +114,10 @@ void score_many(int rows, const typename Numbers<T>::Query *q, int q_stride, con
         transpose(part);
         for (int t = 0; t < LANES; ++t) turned[2 * (i - half * words + t) + half] = part[t];
       }
-      for (int row = 0; row < rows;) {
-        const int left = rows - row, now = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        auto run = now == 8 ? score_tile<T, 8> : now == 4 ? score_tile<T, 4> : now == 2 ? score_tile<T, 2> : score_tile<T, 1>;
-        run(query + int64_t(row) * query_stride + first / PER_WORD, query_stride, turned, words,
-            out + int64_t(row) * out_stride + s, out_stride);
-        row += now;
-      }
+      in_parts<8>(0, rows, [&](auto now, int row) {
+        score_tile<T, now>(query + int64_t(row) * query_stride + first / PER_WORD, query_stride, turned, words,
+                           out + int64_t(row) * out_stride + s, out_stride);
+      });
     }
   }
 }
@@ -232,13 +238,10 @@ struct Running {
         return;
       }
     }
-    for (int row = first; row < first + count;) {
-      const int left = first + count - row, now = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      auto run = now == 8 ? score<T, 8> : now == 4 ? score<T, 4> : now == 2 ? score<T, 2> : score<T, 1>;
-      run(queries.data() + int64_t(row) * r_padded, r_padded, keys.data, keys.stride, width, tokens,
-          scores.data() + int64_t(row) * block, block);
-      row += now;
-    }
+    in_parts<8>(first, first + count, [&](auto now, int row) {
+      score<T, now>(queries.data() + int64_t(row) * r_padded, r_padded, keys.data, keys.stride, width, tokens,
+                    scores.data() + int64_t(row) * block, block);
+    });
   }
 
   // Scores become weights relative to the running maximum; sums so far shrink with it.
@@ -282,13 +285,10 @@ struct Running {
                   tokens, sums + int64_t(first) * v_padded, v_padded, strip.data());
       return;
     }
-    for (int row = first; row < first + count;) {
-      const int left = first + count - row, now = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      auto run = now == 4 ? add<T, 4> : now == 2 ? add<T, 2> : add<T, 1>;
-      run(weights.data() + int64_t(row) * block, block, values.data, values.stride, width, tokens,
-          sums + int64_t(row) * v_padded, v_padded);
-      row += now;
-    }
+    in_parts<4>(first, first + count, [&](auto now, int row) {
+      add<T, now>(weights.data() + int64_t(row) * block, block, values.data, values.stride, width, tokens,
+                  sums + int64_t(row) * v_padded, v_padded);
+    });
   }
 };
 
