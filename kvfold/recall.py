@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from kvfold.errors import DataError, RecipeError
 from kvfold.evaluation import NUMBERS_AT_ONCE, load_pair
 from kvfold.loading import Loaded, default_seq_len, warn_if_too_long
 from kvfold.plan import CachePlan
-from kvfold.progress import announce, track
+from kvfold.progress import say_if_long, track
 from kvfold.uncertainty import defined, ratio, ratio_stderr, stderr
 
 KEY = 16
@@ -106,7 +105,7 @@ def measure_recall(
     lengths = list(lengths) or _default_lengths(base.model.config.to_dict())
     warn_if_too_long(max(lengths), base.model.config.to_dict())
     drawn = _trials(base, filler, lengths, trials, seed)
-    announce("recall", _seconds(model.model, base.model, drawn, model.plan))
+    _say_how_long(model.model, base.model, drawn, model.plan)
     return [row for one in drawn for row in recall_at(model.model, base.model, *one, model.plan)]
 
 
@@ -205,15 +204,14 @@ def value_log_probs(model: Any, cache: Any, question_BQP: Tensor, *, token_by_to
     return logs.unflatten(0, question_BQP.shape[:2])
 
 
-def _seconds(model: Any, base: Any, drawn: Sequence[tuple[Tensor, Tensor]], plan: CachePlan) -> float:
-    """How long everything will take, from what the beginning of the first context takes."""
+def _say_how_long(model: Any, base: Any, drawn: Sequence[tuple[Tensor, Tensor]], plan: CachePlan) -> None:
+    """From what the beginning of the first context takes; twice, since a first run compiles kernels and asks for memory."""
     context_1S, question_1QP = drawn[0][0][:1, :TIMED], drawn[0][1][:1]
-    for _ in range(2):  # the first run also compiles kernels and asks for memory
-        start = time.perf_counter()
-        _answers(model, base, context_1S, question_1QP, len(DEPTHS), plan)
     timed = context_1S.numel() + question_1QP.numel()
     tokens = sum(fill_BT.numel() + 2 * passage_BDP.numel() for fill_BT, passage_BDP in drawn)
-    return (time.perf_counter() - start) / timed * tokens
+    _answers(model, base, context_1S, question_1QP, len(DEPTHS), plan)
+    with say_if_long("recall", tokens / timed):
+        _answers(model, base, context_1S, question_1QP, len(DEPTHS), plan)
 
 
 def _default_lengths(config: dict[str, Any]) -> list[int]:

@@ -1,6 +1,7 @@
 """`kvfold evaluate --recall`: a hand-made copier, the packaged model, and folds of it."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,6 @@ from kvfold.cli import app
 from kvfold.demonstration import MODEL
 from kvfold.errors import DataError, RecipeError
 from kvfold.loading import load_weights
-from kvfold.progress import announce
 from kvfold.recall import (
     DEPTHS,
     KEY,
@@ -206,11 +206,13 @@ def test_a_short_memory_finds_only_what_is_near():
 
 
 def test_the_control_asks_the_same_of_another_context():
-    """A copier whose filler holds the first passage of every trial finds that one anywhere: the passage adds nothing."""
+    """Every trial's filler holds the first passages of all: they are found anywhere, and hiding them adds nothing."""
     copier, fill, passages = Copier(memory=10_000), draw(3, 320), draw_passages(3)
-    fill[:, 40:136] = passages[:, 0].reshape(1, -1)[:, :96]
+    for trial, passage in enumerate(passages[:, 0]):  # between the places of hidden ones, 64 tokens apart
+        fill[:, 64 * trial + PASSAGE : 64 * trial + 64] = passage
     first, *others = recall_at(copier, copier, fill, passages, ONE_STEP)
-    assert first.control > 0.5 and first.gain < 2 and all(row.control < 0.2 and row.gain > 3 for row in others)
+    assert first.accuracy == first.control == 1 and first.gain == 0
+    assert all(row.control < 0.2 and row.gain > 3 for row in others)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -281,11 +283,10 @@ def test_what_keeps_its_last_tokens_exactly_is_asked_token_by_token(tmp_path, mo
     assert set(steps) == {("KvfoldLlamaForCausalLM", True), ("LlamaForCausalLM", False)}
 
 
-def test_long_work_is_announced(capsys):
-    announce("recall", 19)
-    announce("recall", 50)
-    announce("recall", 300)
-    assert capsys.readouterr().err == "recall takes about 50 seconds.\nrecall takes about 5 minutes.\n"
+def test_it_is_said_beforehand_how_long_it_will_take(monkeypatch, capsys):
+    monkeypatch.setattr("kvfold.progress.SECONDS_WORTH_SAYING", 0)
+    measure_recall(MODEL, against=MODEL, lengths=[LEAST_LENGTH], trials=2)
+    assert re.fullmatch(r"recall will take about \d+ (seconds|minutes)\n", capsys.readouterr().err)
 
 
 def test_lengths(monkeypatch):
