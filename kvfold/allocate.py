@@ -312,8 +312,14 @@ def expected_curves(request: Request, groups: Groups) -> Curves:
 
 
 def expected_curve(request: Request, groups: Groups, owner: int, side: str, noise: float = 1.0) -> Curve:
-    """What one side can store, from few bytes to many, with the damage that its method expects. noise: what errors of
-    quantization cost, where those of leaving numbers out cost 1."""
+    """What one side can store, from few bytes to many, with the damage that its method expects, in nats where the method knows
+    them. noise: what errors of quantization cost, where those of leaving numbers out cost 1."""
+    scale = request.axes.width.scale(side, groups(owner))
+    return [(shape, scale * lost) for shape, lost in _relative_curve(request, groups, owner, side, noise)]
+
+
+def _relative_curve(request: Request, groups: Groups, owner: int, side: str, noise: float) -> Curve:
+    """The same as shares of what losing everything would cost."""
     width, bits, options = request.axes.width, request.axes.bits, request.options[owner, side]
     layer = request.layers[owner]
     if not bits.by_spectrum or owner in request.limits.keep_layers:

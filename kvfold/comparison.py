@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvfold.data import first_windows, load_tokenizer
 from kvfold.errors import BudgetError
-from kvfold.evaluation import Evaluation, evaluate_models
+from kvfold.evaluation import Evaluation, Predictions, evaluate_models
 from kvfold.gather import Material, self_sampled
 from kvfold.generation import continue_prompt
 from kvfold.linalg import discarded_energy
@@ -86,8 +86,9 @@ def compare(
     source = open_source(model)
     fields = {"model": str(model), "calibration": calibration, "seed": seed}
     first = make_recipe(fields | {"out": str(out / "unused")})
+    material = Material(first, source, out / "run", device)
     cases = _cases(fields, presets, budgets, out)
-    energy = _energies(first, source, out / "run", device)
+    energy = _energies(material, _shared_needs(recipe for _, _, recipe in cases))
     seq_len = first.calibration.seq_len or source.seq_len
     files: list[str | Path | None] = [*eval_files] or [None]
     texts = [_windows(source, file, seq_len, max_tokens, seed, out / "run", device) for file in files]
@@ -97,11 +98,11 @@ def compare(
     names = [Path(file).name for file in eval_files] or ["text sampled by the model"]
     result = Comparison(
         model=source.checkpoint.path.resolve().name if Path(model).is_dir() else str(model),
-        calibration=f"{text} ({first.calibration.num_samples or 'as many as needed'} x {seq_len} tokens, seed {seed})",
+        calibration=f"{text} ({material.num_samples} x {material.seq_len} tokens, seed {seed})",
         evaluated_on=f"{names[0]}, {texts[0].numel()} tokens",
         also_on=names[1:],
         prompt=prompt,
-        continuation=bench.continue_prompt(bench.base),
+        continuation=bench.continue_prompt(bench.base.model),
         rows=rows,
         energy=energy,
     )
@@ -122,7 +123,7 @@ class _Bench:
     def __post_init__(self) -> None:
         path = self.source.checkpoint.path
         self.dtype = default_dtype(self.source.dtype, self.device)
-        self.base = load_weights(path, self.dtype, self.device)
+        self.base = Predictions(load_weights(path, self.dtype, self.device))
         self.tokenizer = load_tokenizer(path)
 
     def run(self, preset: str, budget: float | None, recipe: Recipe) -> Row:
@@ -171,12 +172,19 @@ def _windows(
     return self_sampled(source, run_dir, num_samples=count, seq_len=seq_len, seed=seed, device=device)
 
 
-def _energies(recipe: Recipe, source: Source, run_dir: Path, device: str) -> dict[str, list[list[float]]]:
+def _shared_needs(recipes: Iterable[Recipe]) -> frozenset[str]:
+    """What all folds together ask of the calibration text, gathered at once: they find it on disk. Only layers that share a
+    cache need more, pairs of layers."""
+    widths = [recipe.method("width") for recipe in recipes]
+    return frozenset().union(*(width.needs for width in widths))
+
+
+def _energies(material: Material, shared: frozenset[str]) -> dict[str, list[list[float]]]:
     """Per statistic and layer: the share of energy in the 1, 2, ... leading directions."""
-    statistics = Material(recipe, source, run_dir, device).statistics(ENERGY_NEEDS)
+    statistics = material.statistics(ENERGY_NEEDS | shared)
     assert statistics is not None, "energies need statistics"
     energy: dict[str, list[list[float]]] = {name: [] for name in sorted(ENERGY_NEEDS)}
-    for layer in source.layers:
+    for layer in material.source.layers:
         for name, moment in statistics.layer(layer.index, ENERGY_NEEDS).items():
             lost = discarded_energy(moment.second_FF)[1:]
             energy[name].append([round(1 - float(share), 5) for share in lost])

@@ -6,7 +6,7 @@ import gzip
 import lzma
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ CHARS_PER_TOKEN = 10
 OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 SAMPLE_BATCH = 32
+MARK = "kvfold-mark"
+"""Stands for the words of a user."""
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -115,31 +117,51 @@ def most_diverse(tokens_PT: Tensor, num_samples: int) -> Tensor:
 
 
 @torch.no_grad()
-def sample_from_model(model: Any, *, num_samples: int, seq_len: int, seed: int) -> Tensor:
-    """[num_samples, seq_len] tokens that the model itself draws (temperature 1) after its begin-of-text token."""
-    config = model.config
-    start = next((t for t in (config.bos_token_id, config.eos_token_id) if isinstance(t, int)), None)
-    model.generation_config = (
-        GenerationConfig()
-    )  # the model's own would bend its distribution: penalties, top-p and the like
+def sample_from_model(
+    model: Any, *, num_samples: int, seq_len: int, seed: int, chat: Sequence[int] = ()
+) -> Tensor:
+    """[num_samples, seq_len] tokens that the model itself draws (temperature 1) after its begin-of-text token.
+
+    chat: tokens that open a conversation; every second batch goes on from there, since that is what the model will serve.
+    """
+    model.generation_config = GenerationConfig()  # its own would bend its distribution: penalties, top-p and the like
     torch.manual_seed(seed)
-    rows = []
-    batches = range(0, num_samples, SAMPLE_BATCH)
-    for first in track(batches, "sampling text", len(batches)):
-        shape = (min(SAMPLE_BATCH, num_samples - first), 1)
-        prompt = torch.randint(config.vocab_size, shape) if start is None else torch.full(shape, start)
-        prompt = prompt.to(model.device)
-        out = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=seq_len - 1,
-            min_new_tokens=seq_len - 1,
-            do_sample=True,
-            top_k=0,
-            pad_token_id=0,
-        )
-        rows.append(out.cpu())
-    return torch.cat(rows)
+    rows = min(SAMPLE_BATCH, -(-num_samples // 2)) if chat else SAMPLE_BATCH
+    batches = torch.arange(num_samples).split(rows)
+    sampled = []
+    for number, batch in enumerate(track(batches, "sampling text", len(batches))):
+        opening = torch.tensor([chat]).repeat(len(batch), 1) if chat and number % 2 else _beginning(model, len(batch))
+        sampled.append(_continued(model, opening.to(model.device), seq_len))
+    return torch.cat(sampled)
+
+
+def _beginning(model: Any, rows: int) -> Tensor:
+    """[rows, 1]: the begin-of-text token, or any where there is none."""
+    start = next((t for t in (model.config.bos_token_id, model.config.eos_token_id) if isinstance(t, int)), None)
+    return torch.randint(model.config.vocab_size, (rows, 1)) if start is None else torch.full((rows, 1), start)
+
+
+def _continued(model: Any, opening_BT: Tensor, seq_len: int) -> Tensor:
+    """[B, seq_len]: end-of-text tokens do not end it."""
+    new = seq_len - opening_BT.shape[1]
+    if new <= 0:
+        return opening_BT[:, :seq_len].cpu()
+    mask = torch.ones_like(opening_BT)
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": True, "top_k": 0, "pad_token_id": 0}
+    return model.generate(opening_BT, attention_mask=mask, **options).cpu()
+
+
+def chat_opening(tokenizer: Any) -> list[int]:
+    """What stands before the first words of a user in the tokenizer's chat template; nothing where it has none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    try:
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
+    except Exception as error:  # templates are programs, and may refuse this for any reason
+        warnings.warn(f"the chat template cannot be used for calibration text: {error}")
+        return []
+    before, found, _ = chat.partition(MARK)
+    return tokenizer(before, add_special_tokens=False)["input_ids"] if found else []
 
 
 def _draw(tokenizer: Any, text: str, seq_len: int, rng: random.Random) -> list[int] | None:

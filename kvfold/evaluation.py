@@ -22,6 +22,8 @@ from kvfold.runtime.cache import FoldedCache
 
 NUMBERS_AT_ONCE = 2**24
 """Float64 log-probabilities (positions x vocabulary) that are in memory at once."""
+NUMBERS_KEPT = 2**29
+"""Logits of the original that are kept for the next folded model."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +120,35 @@ def check_vocabularies(model: Any, base: Any) -> None:
         )
 
 
+class Predictions:
+    """A model's logits of windows that are asked for again, for one folded model after the other: computed once, and kept as far
+    as NUMBERS_KEPT allows."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.left = model, NUMBERS_KEPT
+        self.known: dict[bytes, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, window_T: Tensor) -> Tensor:
+        """[T - 1, vocabulary]: of every token after the first."""
+        key = window_T.cpu().numpy().tobytes()
+        if key in self.known:
+            return self.known[key]
+        logits_TV = self.model(window_T[None].to(self.model.device), use_cache=False).logits[0, :-1]
+        if logits_TV.numel() <= self.left:
+            self.left -= logits_TV.numel()
+            self.known[key] = logits_TV.clone()
+        return logits_TV
+
+
 @torch.no_grad()
 def evaluate_models(model: Any, base: Any, windows_WT: Tensor, plan: CachePlan) -> Evaluation:
-    """The same for loaded models and token windows [windows, tokens]."""
-    check_vocabularies(model, base)
+    """The same for loaded models and token windows [windows, tokens]. `base`: the original, or its Predictions."""
+    base = base if isinstance(base, Predictions) else Predictions(base)
+    check_vocabularies(model, base.model)
     per_window = torch.stack(
         [
-            _measure(logits[:-1], _logits(base, window), window.to(base.device))
+            _measure(logits[:-1], base(window), window.to(base.model.device))
             for window, logits in _folded_logits(model, windows_WT, plan)
         ]
     )
@@ -166,11 +190,6 @@ def logits_step_by_step(model: Any, tokens_BT: Tensor, plan: CachePlan) -> Tenso
     cache = FoldedCache(plan)
     steps = [model(step, past_key_values=cache, use_cache=True).logits for step in tokens_BT.split(1, dim=1)]
     return torch.cat(steps, dim=1)
-
-
-def _logits(model: Any, window_T: Tensor) -> Tensor:
-    """Predictions [T - 1, vocabulary] of every token after the first."""
-    return model(window_T[None].to(model.device), use_cache=False).logits[0, :-1]
 
 
 def _measure(logits_TV: Tensor, base_logits_TV: Tensor, window_T: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from kvfold import data, processes
 from kvfold.attention import AttentionWeights
 from kvfold.calibrate import Statistics, calibrate
 from kvfold.depth.base import Sample, Targets
-from kvfold.errors import DataError
+from kvfold.errors import CheckpointError, DataError
 from kvfold.fold import read_layer
 from kvfold.linalg import Moment
 from kvfold.loading import Source, load_weights, warn_if_too_long
@@ -35,11 +34,8 @@ SAMPLE_TOKENS = 4096
 """Of the calibration tokens, so many show their keys and values to a depth method."""
 
 
-FEWEST, MOST = 32, 512
-"""Calibration sequences where the recipe leaves their number open."""
-
-SETTLED = 0.05
-"""Movement between the two halves of the text below which more of it changes little (docs/log.md)."""
+NUM_SAMPLES, SEQ_LEN = 64, 256
+"""Calibration sequences, and tokens of each, where the recipe leaves them open: more buys little (docs/log.md)."""
 
 POOL = 8
 """`select: diverse` chooses among so many times the sequences that are wanted."""
@@ -55,8 +51,8 @@ class Material:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        self.num_samples = self.recipe.calibration.num_samples or FEWEST
-        self.drawn: dict[int, Tensor] = {}
+        self.num_samples = self.recipe.calibration.num_samples or NUM_SAMPLES
+        self.seq_len = self.recipe.calibration.seq_len or min(SEQ_LEN, self.source.seq_len)
 
     def statistics(
         self,
@@ -68,27 +64,17 @@ class Material:
         """Moments of all layers, calibrated now or reused; None if none are needed."""
         if not needs:
             return None
-        while True:
-            statistics = calibrate(
-                self.source.checkpoint,
-                self.source.arch,
-                tokens_BT := self.tokens(),
-                needs=needs,
-                run_dir=self.run_dir,
-                pairs=_pairs(targets, joint),
-                needs_cross=needs_cross,
-                device=self.device,
-            )
-            if self.recipe.calibration.num_samples or statistics.moved <= SETTLED:
-                return statistics
-            if self.num_samples == MOST or len(tokens_BT) < self.num_samples:
-                warnings.warn(
-                    f"after {len(tokens_BT)} sequences the leading directions of the two halves of the calibration text still"
-                    f" differ by {statistics.moved:.0%} of what they leave out; give more text, or longer sequences"
-                    " (--seq-len)."
-                )
-                return statistics
-            self.num_samples *= 2
+        return calibrate(
+            self.source.checkpoint,
+            self.source.arch,
+            self.tokens(),
+            needs=needs,
+            run_dir=self.run_dir,
+            pairs=_pairs(targets, joint),
+            needs_cross=needs_cross,
+            device=self.device,
+            seed=self.recipe.seed,
+        )
 
     @torch.no_grad()
     def sample(self, names: Iterable[str] = ("keys", "values"), tokens: int = SAMPLE_TOKENS) -> Sample:
@@ -106,10 +92,12 @@ class Material:
 
     def tokens(self) -> Tensor:
         """[num_samples, seq_len] calibration tokens. Raises DataError where the recipe names no text."""
-        if self.num_samples not in self.drawn:  # reading and tokenising a large text takes longer than using it
-            with processes.first_before_others():  # what a model samples is kept
-                self.drawn[self.num_samples] = self._draw()
-        return self.drawn[self.num_samples]
+        return self._tokens
+
+    @functools.cached_property
+    def _tokens(self) -> Tensor:
+        with processes.first_before_others():  # what a model samples is kept
+            return self._draw()
 
     def _draw(self) -> Tensor:
         calibration = self.recipe.calibration
@@ -121,7 +109,7 @@ class Material:
             )
         size: dict[str, Any] = {
             "num_samples": self.num_samples * (POOL if calibration.select == "diverse" else 1),
-            "seq_len": calibration.seq_len or self.source.seq_len,
+            "seq_len": self.seq_len,
             "seed": self.recipe.seed,
         }
         warn_if_too_long(size["seq_len"], self.source.checkpoint.config)
@@ -161,14 +149,25 @@ def _pairs(targets: Targets, joint: bool) -> set[tuple[int, int]]:
 
 
 def self_sampled(source: Source, run_dir: Path, *, num_samples: int, seq_len: int, seed: int, device: str) -> Tensor:
-    """[num_samples, seq_len] tokens that the original model draws; kept in `run_dir`, since drawing them takes long."""
-    file = run_dir / f"samples-{source.checkpoint.fingerprint()}-{num_samples}x{seq_len}-{seed}.safetensors"
+    """[num_samples, seq_len] tokens that the original model draws, half of them as chats where it has a chat template; kept in
+    `run_dir`, since drawing them takes long."""
+    chat = _chat_opening(source.checkpoint.path)
+    kind = f"{num_samples}x{seq_len}-{seed}{'-chat' if chat else ''}"
+    file = run_dir / f"samples-{source.checkpoint.fingerprint()}-{kind}.safetensors"
     if not file.exists():
         model = load_weights(source.checkpoint.path, source.dtype, device)
-        tokens_BT = data.sample_from_model(model, num_samples=num_samples, seq_len=seq_len, seed=seed)
+        tokens_BT = data.sample_from_model(model, num_samples=num_samples, seq_len=seq_len, seed=seed, chat=chat)
         make_folder(file.parent)
         write_tensors(file, {"tokens": tokens_BT}, {})
     return load_file(file)["tokens"]
+
+
+def _chat_opening(path: Path) -> list[int]:
+    """Models without a tokenizer, which only tests have, have no chats."""
+    try:
+        return data.chat_opening(data.load_tokenizer(path))
+    except CheckpointError:
+        return []
 
 
 def layer_group(

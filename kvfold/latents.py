@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvfold.linalg import block_powers, discarded_energy, eigh_descending, powers, times, top_eigenvectors
+from kvfold.linalg import block_roots, discarded_energy, eigh_descending, powers, times, top_eigenvectors
 from kvfold.number_format import StoredShape
 
 TINY = torch.finfo(torch.float64).tiny
@@ -53,16 +53,17 @@ def solve(terms: Terms, layers: int, heads: int, width: int) -> Latents:
 
 
 def _solve_alone(term: Term, heads: int, width: int) -> Latents:
-    """E = leading eigenvectors of S C S, A = E^T S, B = S^-1 E: exact at full width whatever the data."""
+    """With S^T S the metric, E = leading eigenvectors of S C S^T, A = E^T S, B = S^-1 E: exact at full width whatever the
+    data."""
     pairs = []
     for position, second in enumerate(blocks(term.second_FF, heads)):
         if term.metric_FF is None:
             basis = top_eigenvectors(second, width)
             pairs.append((basis.T, basis))
         else:
-            root, inverse = block_powers(blocks(term.metric_FF, heads)[position], 0.5, -0.5)
+            root, inverse = block_roots(blocks(term.metric_FF, heads)[position])
             basis = top_eigenvectors(times(root, times(root, second).T), width)
-            pairs.append((times(root, basis).T, times(inverse, basis)))
+            pairs.append((times(root.mT, basis).T, times(inverse, basis)))
     back_CFR = torch.stack([back for _, back in pairs])
     return Latents(torch.stack([a for a, _ in pairs]), lambda position: back_CFR)
 
@@ -122,14 +123,14 @@ class _Block:
 
 def damages(terms: Terms, layers: int, shapes: Sequence[StoredShape]) -> list[float]:
     """Per (heads, width): the share of the terms' energy that is lost, times the number of layers."""
-    total = sum(_energy(terms(position)) for position in range(layers)).clamp_min(TINY)  # type: ignore[union-attr]
+    total = sum(energy(terms(position)) for position in range(layers)).clamp_min(TINY)  # type: ignore[union-attr]
     kept = {heads: _kept(terms, layers, heads) for heads in {shape.num_heads for shape in shapes}}
     return [layers * max(float(1 - kept[shape.num_heads][shape.width] / total), 0.0) for shape in shapes]
 
 
 def spectrum(terms: Terms, layers: int, heads: int) -> list[float]:
     """What every number of `heads` latents saves, in the units of `damages`, summed over the heads."""
-    total = sum(_energy(terms(position)) for position in range(layers)).clamp_min(TINY)  # type: ignore[union-attr]
+    total = sum(energy(terms(position)) for position in range(layers)).clamp_min(TINY)  # type: ignore[union-attr]
     return [max(layers * float(saved), 0.0) for saved in _kept(terms, layers, heads).diff() / total]
 
 
@@ -143,10 +144,11 @@ def part_of(term: Term, columns: Tensor) -> Term:
 def lost_energy(term: Term, width: int) -> float:
     """What one latent of `width` numbers loses of the owner's term."""
     kept = _kept(lambda position: term, 1, 1)
-    return float((_energy(term) - kept[width]).clamp_min(TINY))
+    return float((energy(term) - kept[width]).clamp_min(TINY))
 
 
-def _energy(term: Term) -> Tensor:
+def energy(term: Term) -> Tensor:
+    """What losing everything costs."""
     return term.second_FF.trace() if term.metric_FF is None else (term.metric_FF * term.second_FF).sum()
 
 
@@ -157,7 +159,7 @@ def _kept(terms: Terms, layers: int, heads: int) -> Tensor:
         kept = torch.zeros(term.second_FF.shape[0] // heads + 1, dtype=torch.float64)
         for position, second in enumerate(blocks(term.second_FF, heads)):
             if term.metric_FF is not None:
-                (root,) = block_powers(blocks(term.metric_FF, heads)[position], 0.5)
+                root, _ = block_roots(blocks(term.metric_FF, heads)[position])
                 second = times(root, times(root, second).T)
             kept += (1 - discarded_energy(second)) * second.trace()
         return kept

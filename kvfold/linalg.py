@@ -88,6 +88,19 @@ def block_powers(moment_FF: Tensor, *exponents: float) -> list[Tensor]:
     return [torch.stack(power) for power in zip(*found, strict=True)]
 
 
+def block_roots(moment_FF: Tensor) -> tuple[Tensor, Tensor]:
+    """S and its inverse with S^T S = the matrix, as blocks [n, F/n, F/n]: by Cholesky, which takes a hundredth of the time of
+    an eigendecomposition, or where that fails by the symmetric root with floored eigenvalues."""
+    blocks_nbb = diagonal_blocks(moment_FF).double()
+    lower, failed = torch.linalg.cholesky_ex(blocks_nbb)
+    diagonal = lower.diagonal(dim1=1, dim2=2)
+    if bool(failed.any()) or bool((diagonal.amin(1) < RELATIVE_FLOOR**0.5 * diagonal.amax(1)).any()):
+        root, inverse = block_powers(moment_FF, 0.5, -0.5)
+        return root, inverse
+    eye = torch.eye(lower.shape[1]).to(lower).expand_as(lower)
+    return lower.mT, torch.linalg.solve_triangular(lower, eye, upper=False).mT
+
+
 def diagonal_blocks(matrix_FF: Tensor) -> Tensor:
     """The smallest equal blocks [n, F/n, F/n] on the diagonal outside which everything is zero."""
     F = len(matrix_FF)

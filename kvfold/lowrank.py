@@ -203,7 +203,7 @@ class LowRankWidth(WidthMethod):
         if not self.centres_keys:
             return offset_CF
         own_CF, owner_CF = (
-            group.moments(i)["keys_before_rotation"].mean_F.unflatten(0, (len(back_CFR), -1)) for i in (position, 0)
+            group.moments(i)[self.stored_statistics[0]].mean_F.unflatten(0, (len(back_CFR), -1)) for i in (position, 0)
         )
         return offset_CF + own_CF - torch.einsum("cfr,crg,cg->cf", back_CFR, keys.a_CRF, owner_CF)
 
@@ -237,9 +237,10 @@ class LowRankWidth(WidthMethod):
     def missing_values(self, group: LayerGroup, position: int, values: Latents) -> Tensor:
         """[K, H]: the layer's own mean values, without what the latents say of the owner's."""
         back_UFV = values.back(position)
-        owner_UF = group.moments(0)["values"].mean_F.unflatten(0, (back_UFV.shape[0], -1))
+        stored = self.stored_statistics[1]
+        owner_UF = group.moments(0)[stored].mean_F.unflatten(0, (back_UFV.shape[0], -1))
         seen_F = torch.einsum("ufv,uvg,ug->uf", back_UFV, values.a_CRF, owner_UF).flatten()
-        return (group.moments(position)["values"].mean_F - seen_F).unflatten(0, (group.owner.num_kv_heads, -1))
+        return (group.moments(position)[stored].mean_F - seen_F).unflatten(0, (group.owner.num_kv_heads, -1))
 
 
 def restore_mean(folded: FoldedWeights, missing_KH: Tensor) -> FoldedWeights:

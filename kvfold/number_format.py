@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 from kvfold.errors import PlanError
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
-SCALES = ("exponent", "affine", "channel", "float8")
+SCALES = ("exponent", "affine", "channel", "float8", "normal")
 AFFINE_BYTES = 4
 """A scale and a smallest number, float16 each."""
+SCALE_BYTES = {"exponent": 1, "affine": AFFINE_BYTES, "normal": 2}
+NORMAL_BITS = (1, 2, 3, 4, 5, 6)
+"""Of numbers with the levels that suit normal ones; beyond, equal steps are nearly as good."""
 
 NUMBERS_AT_ONCE = {"cpu": 2**21}
 """Numbers of one side that a decode step unpacks or rebuilds at a time, by device: on a CPU they stay in its cache, and
@@ -34,6 +37,8 @@ class NumberFormat:
     `affine`: low + c * scale, both float16, per token, head and `group_size` numbers of a tier (0: the whole tier).
     `channel`: the same per number of a head over `block` tokens; tokens of a block that is not full stay in the checkpoint's
     dtype (KIVI, arXiv 2402.02750). `float8`: no scale, float8 e4m3 numbers, as servers store them.
+    `normal`: level c of the Lloyd-Max quantizer of b bits for normal numbers, times a float16 scale per token, head and tier.
+    `norm_correction`: this scale keeps the norm of a token's numbers, not their root mean square before rounding.
     Raises PlanError where these contradict each other.
     """
 
@@ -41,6 +46,7 @@ class NumberFormat:
     scales: str = "exponent"
     group_size: int = 0
     block: int = 1
+    norm_correction: bool = False
 
     def __post_init__(self) -> None:
         tiers = self.tiers if isinstance(self.tiers, list | tuple) else ()
@@ -51,6 +57,10 @@ class NumberFormat:
             raise PlanError(f"scales = {self.scales!r} is not one of {SCALES}.")
         if self.scales == "float8" and self.tiers != ((self.width, 8),):
             raise PlanError(f"float8 numbers take 8 bits each; tiers are {self.tiers}.")
+        if self.scales == "normal" and not {bits for _, bits in self.tiers} <= set(NORMAL_BITS):
+            raise PlanError(f"normal numbers take {NORMAL_BITS[0]} to {NORMAL_BITS[-1]} bits; tiers are {self.tiers}.")
+        if self.norm_correction and self.scales != "normal":
+            raise PlanError(f"norm_correction goes with normal numbers; scales are {self.scales!r}.")
         if (
             self.block < 1
             or (self.scales == "channel") != (self.block > 1)
@@ -73,7 +83,7 @@ class NumberFormat:
     def scales_per_token(self) -> int:
         """Scales of one token and head: one per tier, or per group of numbers."""
         groups = (numbers // (self.group_size or numbers) for numbers, _ in self.tiers)
-        return {"exponent": len(self.tiers), "affine": sum(groups)}.get(self.scales, 0)
+        return {"exponent": len(self.tiers), "normal": len(self.tiers), "affine": sum(groups)}.get(self.scales, 0)
 
     @property
     def code_bytes(self) -> int:
@@ -83,7 +93,7 @@ class NumberFormat:
     @property
     def row_bytes(self) -> int:
         """Bytes of one token in one head, scales that are its own included."""
-        return self.code_bytes + self.scales_per_token * (AFFINE_BYTES if self.scales == "affine" else 1)
+        return self.code_bytes + self.scales_per_token * SCALE_BYTES.get(self.scales, 0)
 
     @property
     def block_bytes(self) -> int:

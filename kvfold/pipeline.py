@@ -161,7 +161,7 @@ def _or_plain(
     """The plain cache in 8 bits where bits are shared out by measured damage, the budget allows it, and it loses less: with
     much to spend, what is left to lose is the rounding of folded weights, and its weights are the original ones."""
     shares = any(target is not None for target in request.targets)
-    if recipe.allocate != "measured" or not request.axes.bits.by_spectrum or recipe.kv_budget is None or shares:
+    if recipe.allocate == "uniform" or not request.axes.bits.by_spectrum or recipe.kv_budget is None or shares:
         return recipe, request, plan
     simple = dataclasses.replace(recipe, width={"method": "identity"}, bits=PLAIN_BITS, allocate="uniform")
     asked = dataclasses.replace(

@@ -41,13 +41,25 @@ def _plain(bits: int) -> Preset:
     )
 
 
+def _turboquant(k_bits: int, v_bits: int) -> Preset:
+    """As vLLM's cache dtypes; keys of 8 bits are float8, which vLLM does not turn. vLLM also keeps the first two and the last
+    two layers as they are, which is the recipe's `keep_layers`."""
+    keys = "float8" if k_bits == 8 else f"turned, {k_bits} bits by Lloyd-Max levels"
+    width = {"method": "identity"} if k_bits == 8 else {"method": "orthogonal", "sides": "keys"}
+    return Preset(
+        f"keys {keys}, values {v_bits} bits (TurboQuant, arXiv 2504.19874, in vLLM's form; vLLM also keeps two layers at"
+        " either end: keep_layers)",
+        {"width": width, "bits": {"method": "turboquant", "k_bits": k_bits, "v_bits": v_bits}},
+    )
+
+
 PRESETS = {
     "auto": Preset(
-        "low rank and few bits, shared out over layers, keys and values by measured damage (the default)",
+        "low rank and few bits, shared out over layers, keys and values by expected nats (the default)",
         {
-            "width": {"method": "attended", "rope": "on_read"},
+            "width": {"method": "fisher", "rope": "on_read"},
             "bits": {"method": "mixed"},
-            "allocate": "measured",
+            "allocate": "greedy",
             "calibration": {"data": "self"},
         },
     ),
@@ -76,21 +88,21 @@ PRESETS = {
         "small networks beside the latents, trained on calibration text", {"width": {"method": "autoencoder"}}
     ),
     "fast": Preset(
-        "latents of rotated keys, which kernels read as they lie; widths by measured damage",
-        {"width": {"method": "attended"}, "allocate": "measured"},
+        "latents of rotated keys, which kernels read as they lie; widths by expected nats",
+        {"width": {"method": "fisher"}, "allocate": "greedy"},
     ),
     "served": Preset(
-        "latents in heads of ordinary size, which vLLM serves; sizes by measured damage (the default of --runtime vllm)",
+        "latents in heads of ordinary size, which vLLM serves; sizes by expected nats (the default of --runtime vllm)",
         {
-            "width": {"method": "attended", "latent": "group", "v_latent": "group"},
-            "allocate": "measured",
+            "width": {"method": "fisher", "latent": "group", "v_latent": "group"},
+            "allocate": "greedy",
             "runtime": "vllm",
             "calibration": {"data": "self"},
         },
     ),
     "small": Preset(
-        "latents of keys before rotation, rebuilt on read; widths by measured damage",
-        {"width": {"method": "attended", "rope": "on_read"}, "allocate": "measured"},
+        "latents of keys before rotation, rebuilt on read; widths by expected nats",
+        {"width": {"method": "fisher", "rope": "on_read"}, "allocate": "greedy"},
     ),
     **{f"int{bits}": _plain(bits) for bits in (8, 4, 3, 2)},
     "int4_rotated": Preset(
@@ -101,6 +113,15 @@ PRESETS = {
     "kivi": Preset(
         "2 bits, keys per channel and values per token (after KIVI, arXiv 2402.02750)",
         {"width": {"method": "identity"}, "bits": {"method": "kivi"}},
+    ),
+    "turboquant_k8v4": _turboquant(8, 4),
+    "turboquant_4bit_nc": _turboquant(4, 4),
+    "turboquant_k3v4_nc": _turboquant(3, 4),
+    "turboquant_3bit_nc": _turboquant(3, 3),
+    "kvtc": Preset(
+        "principal components of keys before rotation and of values, in mixed bits (KVTC, arXiv 2511.01815, without entropy"
+        " coding and exact tokens)",
+        {"width": {"method": "kvtc"}, "bits": {"method": "mixed"}, "allocate": "greedy"},
     ),
     "mlkv": Preset(
         "neighbouring layers share mean-pooled heads (arXiv 2406.09297)",

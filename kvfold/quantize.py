@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvfold.lloyd_max import lloyd_max, midpoints
 from kvfold.number_format import AFFINE_BYTES, NumberFormat, packed_bytes, planes
 
 STEPS_PER_OCTAVE = 8
@@ -43,6 +44,8 @@ def unpack(rows_BCSX: Tensor, form: NumberFormat, dtype: torch.dtype) -> Tensor:
     if form.scales == "exponent":
         parts = [(codes + 0.5) * scale.to(dtype) for codes, scale in unpack_scaled(rows_BCSX, form, dtype)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    if form.scales == "normal":
+        return _unpack_normal(rows_BCSX, form, dtype)
     scales, *codes = _cut(rows_BCSX, form)
     parts, at = [], 0
     for code, (numbers, bits) in zip(codes, form.tiers, strict=True):
@@ -70,9 +73,12 @@ def unpack_scaled(rows_BCSX: Tensor, form: NumberFormat, dtype: torch.dtype) -> 
 
 
 def _cut(rows: Tensor, form: NumberFormat) -> list[Tensor]:
-    """Scales, and the codes of every tier, each without gaps in memory."""
-    sizes = [form.row_bytes - form.code_bytes, *(packed_bytes(*tier) for tier in form.tiers)]
-    return [part.contiguous() for part in rows.split(sizes, dim=-1)]
+    """Scales, in memory of their own where float16 ones are not at an odd address, and the codes of every tier, each without
+    gaps."""
+    scales, *codes = rows.split(
+        [form.row_bytes - form.code_bytes, *(packed_bytes(*tier) for tier in form.tiers)], dim=-1
+    )
+    return [scales.clone(memory_format=torch.contiguous_format), *(part.contiguous() for part in codes)]
 
 
 def roundtrip(
@@ -97,6 +103,8 @@ def _quantize(x: Tensor, bits: int, form: NumberFormat) -> tuple[Tensor, Tensor]
     """Scales as bytes and codes as uint8, of one tier."""
     if form.scales == "affine":
         return _quantize_affine(x, bits, form.group_size)
+    if form.scales == "normal":
+        return _quantize_normal(x, bits, form.norm_correction)
     exponent = _best_exponent(x, bits)
     half = 2 ** (bits - 1)
     code = (x / torch.exp2(exponent / STEPS_PER_OCTAVE)).floor().clamp(-half, half - 1) + half
@@ -135,6 +143,31 @@ def _over_range(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
     stored = torch.stack([low, scale], dim=-1).to(torch.float16)
     low, scale = stored.to(x.dtype).unbind(-1)
     return stored, ((x - low) / scale).round().clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+def _quantize_normal(x: Tensor, bits: int, norm_correction: bool) -> tuple[Tensor, Tensor]:
+    """The nearest levels of numbers brought to a mean square of 1 (TurboQuant, arXiv 2504.19874, algorithm 1)."""
+    levels, range16 = x.new_tensor(lloyd_max(bits)), torch.finfo(torch.float16)
+    scale = x.square().mean(-1, keepdim=True).sqrt()
+    codes = torch.bucketize((x / scale.clamp_min(range16.tiny)).contiguous(), midpoints(levels))
+    if norm_correction:
+        scale = scale / levels[codes].square().mean(-1, keepdim=True).sqrt()
+    return scale.clamp_max(range16.max).to(torch.float16).view(torch.uint8), codes.to(torch.uint8)
+
+
+def _unpack_normal(rows: Tensor, form: NumberFormat, dtype: torch.dtype) -> Tensor:
+    scales, *codes = _cut(rows, form)
+    scales = scales.view(torch.float16).to(dtype).unsqueeze(-1)
+    parts = [
+        _levels_of(_unpack_codes(code, bits, numbers), bits, dtype).mul_(scale)
+        for code, scale, (numbers, bits) in zip(codes, scales.unbind(-2), form.tiers, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _levels_of(code: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    levels = torch.tensor(lloyd_max(bits), dtype=dtype, device=code.device)
+    return levels.index_select(0, code.flatten().int()).view(code.shape)  # without indices of 8 bytes
 
 
 def _float8(rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,7 @@ DEFAULT: dict[Any, str] = {"transformers": "auto", "vllm": "served"}
 """Preset of who names none, by runtime."""
 SELECTIONS = ("random", "diverse")
 PREFERENCES = {"size": "on_read", "speed": "applied"}
-"""What to prefer -> how attended stores keys."""
+"""What to prefer -> how fisher and attended store keys."""
 TYPES: dict[Any, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -74,7 +74,7 @@ class Recipe:
     keep_layers: layers that store every number as it is. min_width: the least share of a layer's numbers to store.
     runtime: `transformers`, or `vllm` for a plan that vLLM's paged cache holds as well: keys and values of one shape, in
         heads of widths that its kernels have.
-    prefer: `size` or `speed`, for width method attended: keys rebuilt on read, or read as they lie.
+    prefer: `size` or `speed`, for the width methods fisher and attended: keys rebuilt on read, or read as they lie.
     allocate: `uniform` gives every layer the same share, `greedy` shares the budget by expected damage per byte, `measured`
         by KL per byte, measured with one cache folded at a time (the whole model must fit into memory).
     Raises RecipeError on names, fields and values that do not exist or do not fit.
@@ -197,8 +197,8 @@ def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
 def _prefer(tree: dict[str, Any]) -> None:
     if tree["prefer"] not in PREFERENCES:
         raise RecipeError(registry.unknown("preference", tree["prefer"], PREFERENCES))
-    if tree.get("width", {}).get("method") != "attended":
-        raise RecipeError("prefer goes with width method attended (presets auto, fast and small).")
+    if tree.get("width", {}).get("method") not in ("fisher", "attended"):
+        raise RecipeError("prefer goes with the width methods fisher and attended (presets auto, fast and small).")
     tree["width"] = tree["width"] | {"rope": PREFERENCES[tree["prefer"]]}
 
 

@@ -5,6 +5,8 @@ Slow and obvious on purpose. Tests compare every runtime with it. It never build
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import struct
 
@@ -222,6 +224,10 @@ def _decoded_token(row: list[int], form: NumberFormat) -> list[float]:
             scale = 2 ** ((scales.pop(0) - 128) / 8)
             numbers += [(code + 0.5 - 2 ** (bits - 1)) * scale for code in codes]
             continue
+        if form.scales == "normal":
+            scale, scales = _float16(scales[:2]), scales[2:]
+            numbers += [_normal_levels(bits)[code] * scale for code in codes]
+            continue
         size = form.group_size or count
         for start in range(0, count, size):
             low, step = _float16(scales[:2]), _float16(scales[2:4])
@@ -251,6 +257,24 @@ def _codes(row: list[int], start: int, count: int, bits: int) -> list[int]:
             codes[j] = codes[j] << part | piece
         start += -(-count // per_byte)
     return codes
+
+
+@functools.cache
+def _normal_levels(bits: int) -> list[float]:
+    """Of the quantizer with the least squared error for normal numbers: every level is the mean of what is nearest to it.
+    Lloyd's iteration from equal steps finds them."""
+    levels, moved = [(i + 0.5) * 6 / 2**bits - 3 for i in range(2**bits)], 1.0
+    while moved > 1e-11:
+        edges = [-math.inf, *((a + b) / 2 for a, b in itertools.pairwise(levels)), math.inf]
+        means = [_normal_mean(low, high) for low, high in itertools.pairwise(edges)]
+        levels, moved = means, max(abs(a - b) for a, b in zip(means, levels, strict=True))
+    return levels
+
+
+def _normal_mean(low: float, high: float) -> float:
+    """Of the normal numbers between two bounds."""
+    density = [math.exp(-x * x / 2) / math.sqrt(2 * math.pi) for x in (low, high)]
+    return (density[0] - density[1]) / ((math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2))) / 2)
 
 
 def _float16(pair: list[int]) -> float:

@@ -25,13 +25,18 @@ POOLED_ABOVE = 2**27
 
 
 class Seen(NamedTuple):
-    """q [B, N, T, H] and k [B, K, T, H] after rotation, v [B, K, T, H]; cos and sin [1 or B, T, r], None without rotation."""
+    """q [B, N, T, H] and k [B, K, T, H] after rotation, v [B, K, T, H]; cos and sin [1 or B, T, r], None without rotation.
+
+    k_gradient, v_gradient: of sampled labels' log-probabilities by k and v (`streaming.py`), where they are asked for.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     cos: Tensor | None
     sin: Tensor | None
+    k_gradient: Tensor | None = None
+    v_gradient: Tensor | None = None
 
     def sequences(self) -> Iterator[Seen]:
         """One sequence after the other, each still with its batch dimension."""
@@ -39,6 +44,10 @@ class Seen(NamedTuple):
             row = slice(b, b + 1)
             tables = (None if x is None else x[row] if len(x) > 1 else x for x in (self.cos, self.sin))
             yield Seen(self.q[row], self.k[row], self.v[row], *tables)
+
+    def detached(self) -> Seen:
+        """Without the graph that gradients need."""
+        return self._replace(q=self.q.detach(), k=self.k.detach(), v=self.v.detach())
 
 
 def _flat(x_BKTH: Tensor) -> Tensor:
@@ -66,6 +75,24 @@ VECTORS: dict[str, Callable[[Seen], Tensor]] = {
     "queries_before_rotation": lambda seen: _per_kv_head(_unrotated(seen.q, seen.cos, seen.sin), seen.k.shape[1]),
 }
 """Statistic -> the vectors [tokens, K*H] whose moment it is; `queries...` are [vectors, K, H], a moment per head."""
+
+
+def _before_rotation(gradient_BKTH: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """Gradients by keys before rotation: rotation is linear, and its transpose turns back."""
+    return gradient_BKTH if cos is None or sin is None else apply_rotary(gradient_BKTH, cos, -sin)
+
+
+GRADIENTS: dict[str, Callable[[Seen], Tensor]] = {
+    "keys": lambda seen: _flat(_known(seen.k_gradient)),
+    "keys_before_rotation": lambda seen: _flat(_before_rotation(_known(seen.k_gradient), seen.cos, seen.sin)),
+    "values": lambda seen: _flat(_known(seen.v_gradient)),
+}
+"""Of VECTORS -> their gradients [tokens, K*H]."""
+
+
+def _known(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None, "gradients are seen on the way down only"
+    return gradient
 
 
 @dataclass(frozen=True)
@@ -117,7 +144,7 @@ def queries_that_matter(attended: Attended) -> Iterator[Tensor]:
 
 def queries_at_keys(attended: Attended) -> Iterator[Tensor]:
     """The same with queries turned as keys before rotation see them: for a key at s, q_t . R_s k = (R_-s q_t) . k."""
-    q, k, _, cos, sin = attended.seen
+    q, k, _, cos, sin, *_ = attended.seen
     T = q.shape[2]
     positions = torch.arange(0, T, -(-T // KEYS_LOOKED_FROM), device=q.device)
     for part_s in positions.split(max(NUMBERS_AT_ONCE // q.numel(), 1)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvfold.architectures.base import Architecture, split_interleaved
@@ -60,7 +61,13 @@ class Bloom(Architecture):
         )
 
     def watch(self, module: Any, observer: Callable[[Tensor, Tensor, Tensor], None]) -> Any:
-        return module.query_key_value.register_forward_hook(lambda m, args, out: observer(*module._reshape(out)))
+        def hook(projection: Any, args: Any, out: Tensor) -> Tensor:
+            heads = module._reshape(out)
+            observer(*heads)
+            # what attention goes on with is made of what was shown, so that gradients by that exist
+            return torch.stack([x.transpose(1, 2) for x in heads], dim=3).flatten(2)
+
+        return module.query_key_value.register_forward_hook(hook)
 
     def layer_output(self, hidden_BTD: Tensor) -> Any:
         return hidden_BTD, None

@@ -91,6 +91,10 @@ class WidthMethod(ABC):
     def spectrum(self, side: str, group: LayerGroup, heads: int) -> Sequence[float]:
         return (self.key_spectrum if side == "keys" else self.value_spectrum)(group, heads)
 
+    def scale(self, side: str, group: LayerGroup) -> float:
+        """What expected damages of a side are to be multiplied by to compare layers and sides; 1 where nothing says how."""
+        return 1.0
+
     @abstractmethod
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
         """The cache that `layer` owns, with the chosen shapes."""

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import FULL_ATTENTION, MODELS, load, logits, step, tokens
 
 import kvfold
@@ -37,7 +38,17 @@ CASES = {
         ({"method": "identity"}, {"k_bits": 4, "v_bits": 4, "block": 16}),
         (LATENT, {"k_bits": 4, "v_bits": 4, "block": 8}),
     ],
-    "mixed": [(LATENT, {}), (LATENT | {"rope": "on_read"}, {}), ({"method": "logit"}, {"tiers": 2, "least": 2})],
+    "turboquant": [
+        ({"method": "orthogonal", "sides": "keys"}, {}),
+        ({"method": "identity"}, {"k_bits": 8}),
+        ({"method": "palu", "multiple": 4}, {"k_bits": 3, "v_bits": 3, "norm_correction": False}),
+    ],
+    "mixed": [
+        ({"method": "kvtc", "multiple": 4}, {}),
+        (LATENT, {}),
+        (LATENT | {"rope": "on_read"}, {}),
+        ({"method": "logit"}, {"tiers": 2, "least": 2}),
+    ],
 }
 WHOLE = ("identity", "orthogonal")
 METHODS = [
@@ -291,6 +302,19 @@ def test_assisted_decoding_over_packed_windows(fold):
 def test_keys_of_windows_keep_their_own_bits(fold):
     plan = fold("mistral_window", {"method": "identity"}, {"method": "kivi", "k_bits": 8, "v_bits": 2}).plan
     assert {(spec.k_bits.tiers[0][1], spec.v_bits.tiers[0][1]) for spec in plan.owned} == {(8, 2)}
+
+
+def test_only_keys_are_turned(fold, tiny_dir):
+    """By an orthogonal matrix, the same for every head."""
+    out = fold("llama_mha", {"method": "orthogonal", "sides": "keys"}, {"method": "turboquant"}).out
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_dir / "llama_mha", out))
+    for layer in range(2):
+        name = f"model.layers.{layer}.self_attn."
+        assert torch.equal(after[f"{name}v_proj.weight"], before[f"{name}v_proj.weight"])
+        assert torch.equal(after[f"{name}o_proj.weight"], before[f"{name}o_proj.weight"])
+        turns = after[f"{name}k_a_proj.weight"]
+        assert_close(turns[0] @ turns[0].T, torch.eye(len(turns[0])))
+        assert turns[0].abs().max() < 0.9 and torch.equal(turns, turns[:1].expand_as(turns))
 
 
 def test_latents_are_as_narrow_as_asked(fold):

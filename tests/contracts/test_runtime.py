@@ -70,7 +70,7 @@ def test_what_is_rebuilt_on_read_equals_the_oracle(shape, fields, implementation
 
 
 @pytest.mark.parametrize("rope", ["applied", "on_read"])
-@pytest.mark.parametrize("scales", ["exponent", "affine", "float8"])
+@pytest.mark.parametrize("scales", ["exponent", "affine", "float8", "normal"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_quantized_latents_equal_the_oracle(shape, scales, rope, monkeypatch):
     """In float64, so that both round to the same codes; the oracle reads the stored bytes bit by bit."""

@@ -25,12 +25,14 @@ from kvfold.width.base import LayerGroup
 VARIANTS = {
     "autoencoder": [{"hidden": 8, "steps": 5}],
     "attended": [{}, {"rope": "on_read"}, {"latent": "group", "v_latent": "group", "grouping": "similar"}],
+    "fisher": [{}, {"rope": "on_read"}, {"latent": "group", "v_latent": "group", "grouping": "similar"}],
     "logit": [{}, {"latent": "group"}, {"v_latent": "layer"}],
+    "orthogonal": [{}, {"sides": "keys"}],
     "procrustes": [{}, {"grouping": "similar"}, {"merge": "align"}],
     "svd_a": [{}, {"latent": "group"}, {"v_latent": "layer"}],
     "svd_w": [{}, {"latent": "group"}, {"v_latent": "layer"}],
 }
-LOW_RANK = ("attended", "autoencoder", "eigen_attention", "kq_svd", "logit", "palu", "svd_a", "svd_w")
+LOW_RANK = ("attended", "autoencoder", "eigen_attention", "fisher", "kq_svd", "kvtc", "logit", "palu", "svd_a", "svd_w")
 METHODS = [
     pytest.param(method, fields, id="-".join([method, *map(str, fields.values())]))
     for method in registry.names("width")
@@ -65,7 +67,7 @@ halving_on_qwen2 = pytest.mark.parametrize(("method", "fields"), HALVING)
 
 def asked(model, method, fields, heads):
     """As many numbers as `heads` of the source's have, as a budget; or as heads, where positions are stored beside them."""
-    if method in ("autoencoder", "palu", "eigen_attention") or fields.get("rope") == "on_read":
+    if method in ("autoencoder", "palu", "eigen_attention", "kvtc") or fields.get("rope") == "on_read":
         return {"kv_budget": None}, fields | {"kv_heads": heads}
     return {"kv_budget": heads / kv_heads(model)}, fields
 
@@ -118,7 +120,8 @@ def test_more_numbers_never_mean_more_expected_damage(tiny_dir, model, method, f
     width = registry.load("width", method)(**fields)
     moments, K, F = {}, layer.num_kv_heads, layer.num_kv_heads * layer.head_dim
     for name in width.needs:
-        size = (K, F // K) if name.startswith("queries") else (K, F) if name == "averaged_values" else (F,)
+        whole = {"averaged_values": (K, F), "queries": (K, F // K), "metric": (1, F)}
+        size = whole.get(name) or whole.get(name.partition("_")[0]) or (F,)
         moments[name] = Moment.zeros(*size)
         moments[name].update(torch.randn(500, *size).cumsum(-1))
     group = LayerGroup(

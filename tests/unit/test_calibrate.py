@@ -84,7 +84,8 @@ def test_statistics_are_reused_and_extended(calibrated):
 
 
 def test_only_one_layer_is_in_memory(calibrated, monkeypatch):
-    """Parameters that hold data whenever one is loaded: first those around the layers, then one layer's and no others."""
+    """Parameters that hold data whenever one is loaded: those around the layers, or one layer's and no others, on the way up
+    and on the way down."""
     streams, counts = [], []
     load_weights = StreamedModel._load
 
@@ -95,7 +96,8 @@ def test_only_one_layer_is_in_memory(calibrated, monkeypatch):
 
     monkeypatch.setattr(StreamedModel, "_load", watch)
     calibrated("llama_mha", tokens(4, 16))
-    assert counts == [{"model.embed_tokens", "model.norm"}, *({f"model.layers.{i}"} for i in range(3))]
+    around, layers = {"model.embed_tokens", "model.norm"}, [{f"model.layers.{i}"} for i in range(3)]
+    assert counts == [around, *layers, around | {"lm_head.weight"}, *reversed(layers)]
     assert _loaded(streams[0].model) == set()
 
 
@@ -132,7 +134,7 @@ def test_an_interrupted_run_still_knows_the_owners_vectors(tiny_dir, tmp_path, m
     source, ids = open_source(tiny_dir / "llama_mha"), tokens(12, 16)
     options = {"needs": frozenset({"keys"}), "pairs": {(1, 0), (2, 0)}, "needs_cross": frozenset({"keys"})}
     whole = calibrate(source.checkpoint, source.arch, ids, run_dir=tmp_path / "whole", **options)
-    monkeypatch.setattr("kvfold.calibrate.SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr("kvfold.passes.SECONDS_BETWEEN_SAVES", 0)
     advance = StreamedModel.advance
 
     def die(stream, layer, *args):

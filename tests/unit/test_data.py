@@ -6,6 +6,7 @@ import lzma
 
 import pytest
 import torch
+from tiny import load
 
 from kvfold import data
 from kvfold.demonstration import MODEL
@@ -94,3 +95,38 @@ def test_self_sampled_text_follows_the_model():
     with torch.no_grad():
         loss = model(rows, labels=rows).loss.item()
     assert loss < 5  # 8.3 for tokens drawn at random
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}"
+
+
+class Letters:
+    """A tokenizer of letters with a chat template."""
+
+    def __init__(self, template):
+        self.chat_template = template
+
+    def apply_chat_template(self, messages, tokenize):
+        import jinja2
+
+        return jinja2.Template(self.chat_template).render(messages=messages)
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [ord(letter) % 200 + 3 for letter in text]}
+
+
+def test_half_of_an_instruct_models_samples_are_chats(tiny_dir):
+    opening = data.chat_opening(Letters(CHATML))
+    assert opening == Letters("")("<|im_start|>user ", False)["input_ids"]
+    model = load(tiny_dir / "llama_mha")
+    sampled = data.sample_from_model(model, num_samples=10, seq_len=30, seed=0, chat=opening)
+    assert sampled.shape == (10, 30)
+    assert (sampled[5:, : len(opening)] == torch.tensor(opening)).all()
+    assert (sampled[:5, 0] == model.config.bos_token_id).all() and not torch.equal(sampled[5], sampled[6])
+
+
+def test_models_without_chats_sample_as_ever(tiny_dir):
+    assert data.chat_opening(Letters(None)) == []
+    assert data.chat_opening(Letters("no words of anybody")) == []
+    with pytest.warns(UserWarning, match="chat template cannot be used"):
+        assert data.chat_opening(Letters("{{ raise }}{% endfor %}")) == []

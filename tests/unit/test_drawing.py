@@ -15,6 +15,7 @@ def test_a_bar_shows_numbers_and_bits():
 def test_a_side_is_described():
     assert described(StoredShape(1, 24, TIERS)) == "1 x 24: 8x6 16x3"
     assert described(StoredShape(4, 32, NumberFormat(tiers=((32, 4),), scales="affine"))) == "4 x 32: 4 bits affine"
+    assert described(StoredShape(4, 32, NumberFormat(tiers=((32, 3),), scales="normal"))) == "4 x 32: 3 bits normal"
     assert described(StoredShape(4, 32)) == "4 x 32"
 
 

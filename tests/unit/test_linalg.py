@@ -2,7 +2,7 @@
 
 import torch
 
-from kvfold.linalg import block_powers, diagonal_blocks, eigh_descending, leading_subspace, powers, times
+from kvfold.linalg import block_powers, block_roots, diagonal_blocks, eigh_descending, leading_subspace, powers, times
 from kvfold.testing import assert_close
 
 
@@ -27,3 +27,13 @@ def test_powers_of_blocks_are_those_of_the_whole():
     assert_close(torch.block_diag(*root), expected, tolerance=1e-9)
     y = torch.randn(12, 5).double()
     assert_close(times(root, y), expected @ y, tolerance=1e-9)
+
+
+def test_block_roots_are_roots():
+    """By Cholesky, and where the matrix is singular by eigenvalues."""
+    for rank in (6, 2):
+        parts = [x.T @ x for x in torch.randn(3, rank, 6, dtype=torch.float64)]
+        root, inverse = block_roots(torch.block_diag(*parts))
+        assert_close(root.mT @ root, torch.stack(parts), tolerance=1e-7)
+        if rank == 6:
+            assert_close(inverse @ root, torch.eye(6, dtype=torch.float64).expand(3, 6, 6), tolerance=1e-7)

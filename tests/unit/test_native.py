@@ -243,7 +243,11 @@ def test_the_kernel_stays_inside_its_memory(tmp_path):
     sanitizer = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not Path(sanitizer).is_absolute():
         pytest.skip("this compiler has no address sanitizer")
-    settings = {"CXX": "env -u LD_PRELOAD c++ -fsanitize=address", "LD_PRELOAD": sanitizer, "ASAN_OPTIONS": "detect_leaks=0"}
+    settings = {
+        "CXX": "env -u LD_PRELOAD c++ -fsanitize=address",
+        "LD_PRELOAD": sanitizer,
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
     environment = os.environ | settings | {"XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", SANITIZED], env=environment, capture_output=True, text=True)
     assert done.stdout == "inside its memory\n", done.stderr[-3000:]

@@ -87,6 +87,8 @@ def test_json_round_trip_and_unknown_fields():
         (lambda: NumberFormat(tiers=((8, 4),), scales="linear"), "not one of"),
         (lambda: NumberFormat(tiers=((8, 4),), scales="float8"), "8 bits each"),
         (lambda: NumberFormat(tiers=((8, 4),), scales="channel"), "block of tokens"),
+        (lambda: NumberFormat(tiers=((8, 7),), scales="normal"), "1 to 6 bits"),
+        (lambda: NumberFormat(tiers=((8, 4),), norm_correction=True), "goes with normal"),
         (lambda: NumberFormat(tiers=((8, 4),), scales="affine", group_size=3), "divides every tier"),
         (lambda: plan(spec(window=5)), "differs from the source"),
         (lambda: plan(spec(), dtype="int3"), "dtype 'int3'"),

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kvfold.bits.base import NOISE, SIZES
-from kvfold.number_format import BITS, NumberFormat
+from kvfold.lloyd_max import lloyd_max
+from kvfold.number_format import BITS, NORMAL_BITS, NumberFormat
 from kvfold.quantize import STEPS_PER_OCTAVE, pack, roundtrip, unpack
 from kvfold.reference import decoded
 
@@ -13,10 +14,14 @@ FORMATS = [
     NumberFormat(tiers=((8, 7), (16, 3), (11, 1))),
     NumberFormat(tiers=((12, 3),)),
     NumberFormat(tiers=((16, 4),), scales="affine"),
+    NumberFormat(tiers=((12, 3),), scales="affine"),
     NumberFormat(tiers=((24, 3), (8, 2)), scales="affine", group_size=4),
     NumberFormat(tiers=((12, 2),), scales="channel", block=4),
     NumberFormat(tiers=((12, 5),), scales="channel", block=8),
     NumberFormat(tiers=((10, 8),), scales="float8"),
+    NumberFormat(tiers=((24, 4),), scales="normal", norm_correction=True),
+    NumberFormat(tiers=((12, 3),), scales="normal"),
+    NumberFormat(tiers=((8, 6), (16, 2), (11, 1)), scales="normal", norm_correction=True),
 ]
 
 
@@ -41,6 +46,58 @@ def test_every_dtype_is_packed_alike(form, dtype):
     x = numbers(form, dtype)
     assert torch.equal(pack(x, form), pack(x.float(), form))
     assert unpack(pack(x, form), form, dtype).dtype == dtype
+
+
+@pytest.mark.parametrize("form", [form for form in FORMATS if form.block == 1], ids=str)
+def test_any_token_is_read_alone(form):
+    """At whatever address its row begins."""
+    rows = pack(numbers(form)[:1, :1], form)
+    alone = [unpack(rows[:, :, t : t + 1], form, torch.float32) for t in range(16)]
+    torch.testing.assert_close(torch.cat(alone, 2), unpack(rows, form, torch.float32))
+
+
+KNOWN_ERRORS = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499}
+"""Of the best levels for normal numbers (Max 1960, table I)."""
+
+
+def test_levels_for_normal_numbers_are_the_published_ones():
+    assert lloyd_max(1) == pytest.approx((-0.7979, 0.7979), abs=1e-4)
+    assert lloyd_max(2) == pytest.approx((-1.5104, -0.4528, 0.4528, 1.5104), abs=1e-4)
+    x = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for bits, error in KNOWN_ERRORS.items():
+        levels = torch.tensor(lloyd_max(bits), dtype=torch.float64)
+        nearest = (x[:, None] - levels).abs().min(1).values
+        assert float(nearest.square().mean()) == pytest.approx(error, rel=0.01)
+
+
+def test_a_normal_row_is_a_scale_and_codes():
+    assert {bits: NumberFormat(tiers=((64, bits),), scales="normal").row_bytes for bits in NORMAL_BITS} == {
+        bits: 2 + 8 * bits for bits in NORMAL_BITS
+    }
+
+
+@pytest.mark.parametrize("norm_correction", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_normal_numbers_are_the_nearest_levels(bits, norm_correction):
+    """One token after the other: brought to a mean square of 1, rounded, and brought back to what it was or to its norm."""
+    form = NumberFormat(tiers=((24, bits),), scales="normal", norm_correction=norm_correction)
+    x, levels = numbers(form), torch.tensor(lloyd_max(bits), dtype=torch.float64)
+    for token, seen in zip(x.flatten(0, 2), roundtrip(x, form).flatten(0, 2), strict=True):
+        size = token.square().mean().sqrt()
+        rounded = levels[(token[:, None] / size - levels).abs().argmin(1)]
+        if norm_correction:
+            size = token.norm() / rounded.norm()
+        torch.testing.assert_close(seen, rounded * size, rtol=1e-3, atol=0)  # a scale is float16
+
+
+def test_norm_correction_keeps_the_norm():
+    x = numbers(NumberFormat(tiers=((24, 3),)))
+    kept, shorter = (
+        roundtrip(x, NumberFormat(tiers=((24, 3),), scales="normal", norm_correction=correct)).norm(dim=-1)
+        for correct in (True, False)
+    )
+    torch.testing.assert_close(kept, x.norm(dim=-1), rtol=1e-3, atol=0)
+    assert (shorter / x.norm(dim=-1)).mean() < 0.99
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -63,6 +63,8 @@ def test_another_method_drops_the_presets_fields():
         ({"preset": "int4"}, ["bits.k_bits=9"], "choose one of"),
         ({"preset": "int4"}, ["bits.group_size=16"], "goes with bits.scales=affine"),
         ({"preset": "kivi"}, ["bits.block=48"], "divides 256"),
+        ({"preset": "turboquant_4bit_nc"}, ["bits.k_bits=7"], "bits.k_bits = 7"),
+        ({"preset": "turboquant_4bit_nc"}, ["width.sides=values"], "width.sides = 'values'"),
         ({"preset": "auto"}, ["bits.least=5", "bits.most=4"], "bits.least = 5"),
     ],
 )

@@ -1,0 +1,138 @@
+"""Gradients of sampled labels, streamed layer by layer, against the whole stock model; and what is made of them."""
+
+import pytest
+import torch
+from tiny import MODELS, load, tokens
+from transformers import DynamicCache
+
+from kvfold.calibrate import calibrate
+from kvfold.loading import open_source
+from kvfold.sensitivity import METRIC, WEIGHTED, fit, sensitivities
+from kvfold.streaming import StreamedModel, _score, ignore
+from kvfold.testing import assert_close
+
+ALL = sensitivities("keys") | sensitivities("keys_before_rotation") | sensitivities("values")
+
+
+class Watched(DynamicCache):
+    """Shows the keys and values of every layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def update(self, keys, values, *args, **kwargs):
+        self.seen += [keys.clone(), values.clone()]
+        return tuple(self.seen[-2:])
+
+
+@pytest.mark.parametrize("model", MODELS)
+@torch.no_grad()
+def test_streamed_gradients_are_those_of_the_whole_model(tiny_dir, model):
+    source, ids = open_source(tiny_dir / model), tokens(4, 21)
+    draws = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0))
+    stream, entering, found = StreamedModel(source.checkpoint, source.arch, "cpu"), [], []
+    hidden = stream.embed(ids)
+    for layer in stream.layers:
+        entering.append(hidden.clone())
+        stream.advance(layer, hidden, ignore)
+    gradient = stream.label_gradients(ids, hidden, draws)
+    for layer in reversed(stream.layers):
+        parts = []
+        stream.retreat(layer, entering[layer.index], gradient, parts.append)
+        found = [torch.cat([getattr(p, name) for p in parts]) for name in ("k_gradient", "v_gradient")] + found
+    network = load(tiny_dir / model, attn_implementation="eager").requires_grad_()
+    with torch.enable_grad():
+        logits = network(ids, past_key_values=(cache := Watched()), use_cache=True).logits
+    scores = torch.stack([_score(row.detach(), drawn) for row, drawn in zip(logits, draws, strict=True)])
+    for ours, theirs in zip(found, torch.autograd.grad(logits, cache.seen, scores), strict=True):
+        assert_close(ours, theirs, tolerance=1e-5)
+
+
+def test_labels_are_drawn_from_the_models_predictions():
+    logits = torch.randn(1, 7).repeat(20_000, 1)
+    scores = _score(logits, torch.rand(20_000, generator=torch.Generator().manual_seed(0)))
+    drawn = (scores + logits.softmax(-1)).round()
+    assert torch.equal(drawn.sum(-1), torch.ones(20_000))
+    assert_close(drawn.mean(0), logits[0].softmax(-1), tolerance=0.03)
+
+
+def planted(weight_T):
+    """Vectors and gradients with these weights."""
+    torch.manual_seed(0)
+    root = torch.randn(6, 6)
+    gradient = torch.randn(len(weight_T), 6) @ root
+    return torch.randn(len(weight_T), 6) + 2, gradient * weight_T.sqrt()[:, None], (root.T @ root)[None].double()
+
+
+def test_equal_tokens_give_plain_moments():
+    """Gradients of equal size still differ from token to token, which must not bend the moments of x."""
+    x, gradient, metric = planted(torch.ones(20_000))
+    moment, found = fit(x, gradient, 2)
+    assert_close(moment.mean_F, x.double().mean(0), tolerance=0.02)
+    assert_close(moment.covariance_FF, x.double().T.cov(correction=0), tolerance=0.05)
+    assert_close(found.second_FF / found.second_FF.norm(), metric / metric.norm(), tolerance=0.05)
+
+
+def test_tokens_that_all_look_at_weigh_more():
+    """One token in fifty is a hundred times as sensitive, and lies elsewhere: the mean moves there, and the metric, which
+    is still that of all, is not bent by it."""
+    weight = torch.ones(20_000)
+    weight[::50] = 100.0
+    x, gradient, metric = planted(weight)
+    x[::50] += 10
+    moment, found = fit(x, gradient, 2)
+    assert moment.mean_F.mean() > x.mean() + 3
+    assert_close(found.second_FF / found.second_FF.norm(), metric / metric.norm(), tolerance=0.05)
+
+
+def test_expected_damages_are_nats():
+    """Of errors that do not depend on the token."""
+    x, gradient, _ = planted(torch.ones(20_000))
+    error = 0.1 * torch.randn(20_000, 6)
+    expected = float((fit(x, gradient, 2)[1].second_FF[0] * (error.T @ error).double() / len(error)).sum())
+    assert 0.6 < expected / float((gradient * error).sum(1).square().mean()) < 1.1
+
+
+def test_large_layers_have_a_metric_for_each_head(monkeypatch):
+    x, gradient, _ = planted(torch.ones(20_000))
+    together = fit(x, gradient, 2)[1].second_FF
+    monkeypatch.setattr("kvfold.sensitivity.TOGETHER", 5)
+    apart = fit(x, gradient, 2)[1].second_FF
+    assert together.shape == (1, 6, 6) and apart.shape == (2, 3, 3)
+    for head, block in enumerate(apart):
+        part = slice(3 * head, 3 * head + 3)
+        assert_close(block, together[0, part, part], tolerance=0.15)
+
+
+def test_statistics_of_gradients_do_not_depend_on_interruptions(tiny_dir, tmp_path, monkeypatch):
+    source, ids = open_source(tiny_dir / "qwen3_norm_window"), tokens(12, 16)
+    whole = calibrate(source.checkpoint, source.arch, ids, needs=ALL, run_dir=tmp_path / "whole")
+    assert not list(whole.folder.glob("entering*")) and not list(whole.folder.glob("gradient*"))
+    monkeypatch.setattr("kvfold.passes.SECONDS_BETWEEN_SAVES", 0)
+    for method, index in (("advance", 1), ("retreat", 0)):  # a fresh run is cut on the way up, then on the way down
+        original = getattr(StreamedModel, method)
+
+        def die(stream, layer, *args, original=original, index=index):
+            if layer.index == index:
+                raise KeyboardInterrupt
+            original(stream, layer, *args)
+
+        monkeypatch.setattr(StreamedModel, method, die)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(source.checkpoint, source.arch, ids, needs=ALL, run_dir=tmp_path / "cut")
+        monkeypatch.setattr(StreamedModel, method, original)
+    resumed = calibrate(source.checkpoint, source.arch, ids, needs=ALL, run_dir=tmp_path / "cut")
+    for index in range(3):
+        for name in ALL:
+            ours, theirs = resumed.layer(index, {name})[name], whole.layer(index, {name})[name]
+            assert torch.equal(ours.second_FF, theirs.second_FF) and torch.equal(ours.mean_F, theirs.mean_F)
+
+
+def test_keys_before_and_after_rotation_cost_the_same(tiny_dir, tmp_path):
+    """An error of a key costs what its rotated form costs: full traces of metric x second moment agree without rotation."""
+    source, ids = open_source(tiny_dir / "gpt2_conv"), tokens(12, 16)
+    found = calibrate(source.checkpoint, source.arch, ids, needs=ALL, run_dir=tmp_path)
+    moments = found.layer(1, ALL)
+    for part in (WEIGHTED, METRIC):
+        assert torch.equal(moments[part + "keys"].second_FF, moments[part + "keys_before_rotation"].second_FF)
