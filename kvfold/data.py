@@ -117,9 +117,7 @@ def most_diverse(tokens_PT: Tensor, num_samples: int) -> Tensor:
 
 
 @torch.no_grad()
-def sample_from_model(
-    model: Any, *, num_samples: int, seq_len: int, seed: int, chat: Sequence[int] = ()
-) -> Tensor:
+def sample_from_model(model: Any, *, num_samples: int, seq_len: int, seed: int, chat: Sequence[int] = ()) -> Tensor:
     """[num_samples, seq_len] tokens that the model itself draws (temperature 1) after its begin-of-text token.
 
     chat: tokens that open a conversation; every second batch goes on from there, since that is what the model will serve.

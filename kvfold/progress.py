@@ -22,7 +22,9 @@ def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]
     """Yield the items, with a bar and the time that is left where stderr is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # rich takes the pace from the last half minute, in which a slow step does not end
-    with Progress(*columns, console=STDERR, transient=True, disable=not STDERR.is_terminal, speed_estimate_period=HOUR) as progress:
+    with Progress(
+        *columns, console=STDERR, transient=True, disable=not STDERR.is_terminal, speed_estimate_period=HOUR
+    ) as progress:
         task = progress.add_task(description, total=total)
         progress.advance(task, 0)  # when it began, so that one step is enough for an estimate
         yield from progress.track(items, total=total, task_id=task)

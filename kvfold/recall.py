@@ -161,9 +161,7 @@ def _measured(model: Any, base: Any, context_BS: Tensor, question_BQP: Tensor, p
     return torch.cat([_answers(model, base, *pair, rows, plan) for pair in batches])
 
 
-def _answers(
-    model: Any, base: Any, context_BS: Tensor, question_BQP: Tensor, rows: int, plan: CachePlan
-) -> Tensor:
+def _answers(model: Any, base: Any, context_BS: Tensor, question_BQP: Tensor, rows: int, plan: CachePlan) -> Tensor:
     """The same for contexts that run together; `rows` of questions at a time."""
     caches = [fill_cache(which, context_BS) for which in (model, base)]
     parts = []

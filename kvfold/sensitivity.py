@@ -38,9 +38,7 @@ def sensitivities(name: str) -> frozenset[str]:
     return frozenset({WEIGHTED + name, METRIC + name})
 
 
-def fit(
-    x_TF: Tensor, gradient_TF: Tensor, heads: int, total: Total = lambda part: part
-) -> tuple[Moment, Moment]:
+def fit(x_TF: Tensor, gradient_TF: Tensor, heads: int, total: Total = lambda part: part) -> tuple[Moment, Moment]:
     """Mean and second moment of x with every token's weight, and the metric, the second moment of a Moment without mean: half
     the sum of metric x E_w[error error^T] is what errors cost, in nats per token.
 

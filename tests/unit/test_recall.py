@@ -57,12 +57,15 @@ class Copier:
         self.memory = memory
 
     def __call__(self, ids, *, past_key_values=None, use_cache, logits_to_keep):
-        assert use_cache and (past_key_values is None or ids.shape[1] < PASSAGE), "contexts, then questions to their cache"
+        assert use_cache and (past_key_values is None or ids.shape[1] < PASSAGE), (
+            "contexts, then questions to their cache"
+        )
         cache = past_key_values or Seen(len(ids))
         cache.tokens = torch.cat([cache.tokens, ids], dim=1)
         ends = range(cache.tokens.shape[1] - min(logits_to_keep, ids.shape[1]) + 1, cache.tokens.shape[1] + 1)
         logits = [
-            torch.stack([self.next(row[max(end - self.memory, 0) : end].tolist()) for end in ends]) for row in cache.tokens
+            torch.stack([self.next(row[max(end - self.memory, 0) : end].tolist()) for end in ends])
+            for row in cache.tokens
         ]
         return SimpleNamespace(logits=torch.stack(logits), past_key_values=cache)
 
@@ -142,7 +145,7 @@ def test_a_model_that_looks_back_does_so_through_its_folded_cache(looker, name):
     rows = recall_at(looker[name], looker["original"], fill, passages, looker[name].kv_plan)
     assert all(row.recalls and row.base_accuracy > 0.8 and row.base_control < 0.1 for row in rows)
     if name in ("identity", "int8", "quarter"):
-        print([(row.kept,row.accuracy,row.base_accuracy) for row in rows])
+        print([(row.kept, row.accuracy, row.base_accuracy) for row in rows])
         assert all(row.kept == pytest.approx(1, abs=0.02) and row.accuracy == row.base_accuracy for row in rows)
     elif name == "tenth":  # still found, by less
         assert all(0.4 < row.kept < 0.8 and row.accuracy > 0.9 and row.kl > 0.01 for row in rows)
@@ -240,7 +243,8 @@ def test_few_bytes_lose_more_and_text_can_be_the_filler(folds, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"The {i}th man went to the sea, and {i * i} ships came." for i in range(80)))
     exact, small = (
-        measure_recall(folds[p], against=MODEL, lengths=[LEAST_LENGTH], trials=2, filler=text) for p in ("identity", "svd_w")
+        measure_recall(folds[p], against=MODEL, lengths=[LEAST_LENGTH], trials=2, filler=text)
+        for p in ("identity", "svd_w")
     )
     assert all(a.kl < 0.01 < b.kl for a, b in zip(exact, small, strict=True))
     with (
@@ -271,7 +275,9 @@ def test_a_ratio_is_shown_where_the_original_recalls(capsys):
 
 
 def test_what_keeps_its_last_tokens_exactly_is_asked_token_by_token(tmp_path, monkeypatch):
-    folder = kvfold.compress(kvfold.make_recipe({"model": str(MODEL), "preset": "kivi", "out": str(tmp_path / "out")})).out
+    folder = kvfold.compress(
+        kvfold.make_recipe({"model": str(MODEL), "preset": "kivi", "out": str(tmp_path / "out")})
+    ).out
     steps = []
 
     def spy(model, cache, questions, *, token_by_token=False):
