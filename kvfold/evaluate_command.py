@@ -36,7 +36,7 @@ def evaluate_command(
     recall: Annotated[
         str | None,
         typer.Option(
-            help="Does it still find a passage far back in its cache? Lengths in tokens: 1024,4096; auto: up to the model's"
+            help="Does it still find passages far back in its cache? Lengths in tokens: 1024,4096; auto: up to the model's"
             " context, at most 2048. Contexts are stretches of --data if there is one, else random tokens.",
             show_default=False,
         ),

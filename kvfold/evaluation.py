@@ -148,7 +148,7 @@ def evaluate_models(model: Any, base: Any, windows_WT: Tensor, plan: CachePlan) 
     check_vocabularies(model, base.model)
     per_window = torch.stack(
         [
-            _measure(logits[:-1], base(window), window.to(base.model.device))
+            compare_tokens(logits[:-1], base(window), window[1:].to(base.model.device)).mean(0)
             for window, logits in _folded_logits(model, windows_WT, plan)
         ]
     )
@@ -192,16 +192,15 @@ def logits_step_by_step(model: Any, tokens_BT: Tensor, plan: CachePlan) -> Tenso
     return torch.cat(steps, dim=1)
 
 
-def _measure(logits_TV: Tensor, base_logits_TV: Tensor, window_T: Tensor) -> Tensor:
-    """[4]: loss, base loss, KL and top-1 agreement of one window, summed in float64."""
-    total = torch.zeros(4, dtype=torch.float64)
-    targets_T = window_T[1:]
+def compare_tokens(logits_TV: Tensor, base_logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """[T, 4] of every predicted token, in float64: loss, base loss, KL and top-1 agreement (1 or 0)."""
     positions = max(NUMBERS_AT_ONCE // base_logits_TV.shape[1], 1)
     parts = (x.split(positions) for x in (logits_TV.to(base_logits_TV.device), base_logits_TV, targets_T))
+    found = []
     for part, base_part, targets in zip(*parts, strict=True):
         log_p, base_log_p = part.double().log_softmax(-1), base_part.double().log_softmax(-1)
-        agree = (part.argmax(-1) == base_part.argmax(-1)).double().sum()
-        losses = [F.nll_loss(log, targets, reduction="sum") for log in (log_p, base_log_p)]
-        kl = F.kl_div(log_p, base_log_p, log_target=True, reduction="sum")
-        total += torch.stack([*losses, kl, agree]).cpu()
-    return total / len(targets_T)
+        losses = [F.nll_loss(log, targets, reduction="none") for log in (log_p, base_log_p)]
+        kl = F.kl_div(log_p, base_log_p, log_target=True, reduction="none").sum(-1)
+        agree = (part.argmax(-1) == base_part.argmax(-1)).double()
+        found.append(torch.stack([*losses, kl, agree], dim=1).cpu())
+    return torch.cat(found)

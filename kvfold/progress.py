@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 STDERR = Console(stderr=True)
 
 SECONDS_WORTH_SAYING = 20
+HOUR = 3600
 
 Item = TypeVar("Item")
 
@@ -20,8 +21,13 @@ Item = TypeVar("Item")
 def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
     """Yield the items, with a bar and the time that is left where stderr is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=STDERR, transient=True, disable=not STDERR.is_terminal) as progress:
-        yield from progress.track(items, total=total, description=description)
+    # rich takes the pace from the last half minute, in which a slow step does not end
+    with Progress(
+        *columns, console=STDERR, transient=True, disable=not STDERR.is_terminal, speed_estimate_period=HOUR
+    ) as progress:
+        task = progress.add_task(description, total=total)
+        progress.advance(task, 0)  # when it began, so that one step is enough for an estimate
+        yield from progress.track(items, total=total, task_id=task)
 
 
 @contextmanager
