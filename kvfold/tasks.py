@@ -106,19 +106,52 @@ def evaluate_tasks(
     `num_fewshot` wins over what presets and tasks say. Raises RecipeError on names that do not exist and without lm-eval,
     DataError on files that cannot be read.
     """
+    (found,) = evaluate_folds(
+        [folded],
+        against=against,
+        tasks=tasks,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+    )
+    return found
+
+
+def evaluate_folds(
+    folds: Sequence[str | Path],
+    *,
+    against: str | Path,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> list[list[TaskScore]]:
+    """The same of several folds of one model, which itself is asked once."""
     runs = _runs(tasks, num_fewshot)
     harness = _harness()
     manager = harness.task_manager([spec for specs in runs.values() for spec in specs if isinstance(spec, str)])
-    check_original(folded, against)
-    found = []
-    for path in (against, folded):
+    for folded in folds:
+        check_original(folded, against)
+    options = {"manager": manager, "limit": limit}
+
+    def answers(path: str | Path) -> dict[int | None, dict[str, Any]]:
         lm = harness.FoldedLM(load(path, dtype=dtype, device=device), batch_size=batch_size)
-        options = {"manager": manager, "limit": limit}
-        found.append({shots: harness.run(lm, specs, num_fewshot=shots, **options) for shots, specs in runs.items()})
+        found = {shots: harness.run(lm, specs, num_fewshot=shots, **options) for shots, specs in runs.items()}
         del lm
         gc.collect()
-    rows = [row for shots in runs for row in scores(found[0][shots], found[1][shots], shots=_shots(runs, shots))]
-    return [*rows, *_averages(tasks, rows)]
+        return found
+
+    base = answers(against)
+    tables = []
+    for folded in folds:
+        found = answers(folded)
+        rows = [row for shots in runs for row in scores(base[shots], found[shots], shots=_shots(runs, shots))]
+        tables.append([*rows, *_averages(tasks, rows)])
+    return tables
 
 
 def _harness() -> Any:

@@ -25,14 +25,17 @@ PLANS = {
     },
     "wide": {"preset": "fast", "runtime": "vllm", "kv_budget": 1 / 2},
     "packed": {"preset": "int4"},
+    "odd_heads": {"model": "qwen2_sink", "runtime": "vllm", "allocate": "uniform", "kv_budget": 1 / 2},
 }
-"""Of the packaged model: sizes that differ from layer to layer, layers that share a cache, one latent for all heads; and one
+"""Of the packaged model: sizes that differ from layer to layer, layers that share a cache, one latent for all heads; and two
 that vLLM cannot serve."""
 CHANGES = {
+    "qwen2_sink": {"hidden_size": 96},
     "gpt2_conv": {"scale_attn_by_inverse_layer_idx": False},
+    "norms_shared": {"layer_types": None, "use_sliding_window": False, "sliding_window": None},
     "qwen3_norm_window": {"layer_types": None, "use_sliding_window": False, "sliding_window": None},
 }
-"""What vLLM's own models of these families do not have."""
+"""What vLLM's own models of these families do not have; its Qwen2 has heads of hidden_size / num_attention_heads."""
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             recipe = PLANS.get(name, {"runtime": "vllm", "allocate": "uniform", "kv_budget": 1 / 2})
             model, tiny = MODEL, recipe.get("model", name)
             if tiny in MODELS:
-                model = save_tiny(make_tiny(tiny, **CHANGES.get(tiny, {})), root / f"{name}.stock")
+                model = save_tiny(make_tiny(tiny, **CHANGES.get(name, {})), root / f"{name}.stock")
             where = {"model": str(model), "out": str(root / name), "calibration": CALIBRATION}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "stored heads of")  # of tiny models, whose heads are padded

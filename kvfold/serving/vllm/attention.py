@@ -47,6 +47,11 @@ class FoldedAttention(nn.Module):
         self.num_heads = layer.num_attention_heads // ranks
         self.groups = max(spec.num_kv_heads // ranks, 1)
         self.rotary_emb = getattr(old, "rotary_emb", None)
+        if (size := getattr(self.rotary_emb, "head_size", layer.head_dim)) != layer.head_dim:
+            raise PlanError(
+                f"head_dim {layer.head_dim}: vLLM's model of this family takes heads of hidden_size / num_attention_heads"
+                f" = {size} numbers, so that it cannot serve this checkpoint, folded or not."
+            )
         self.q_norm, self.k_norm = getattr(old, "q_norm", None), getattr(old, "k_norm", None) if self.owns else None
         for norm in (self.q_norm, self.k_norm):
             for parameter in norm.parameters() if norm is not None else ():
