@@ -5,6 +5,7 @@ Bounds are about a quarter above what was measured when they were written (resul
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,23 @@ from kvfold.runtime.cache import FoldedCache
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "lab" / "models" / "real" / "smollm2-135m"
 TEXT = ROOT / "tests" / "data" / "books-valid-slice.txt"
+CALIBRATION = {"data": "self", "num_samples": 64, "seq_len": 256}
+"""One text for all methods, so that it is sampled once."""
 PROMPTS = (
     "The capital of France is", "Water boils at", "Once upon a time", "def fibonacci(n):", "The largest planet is",
     "To make bread you need", "Two plus two is", "She opened the door and", "Photosynthesis is", "In 1969 people first",
 )  # fmt: skip
 
 pytestmark = pytest.mark.skipif(not MODEL.exists(), reason="SmolLM2 is not here: run `make real-models` first")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _all_cores():
+    """Nothing runs beside this suite; the others take one core per process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +52,7 @@ def fold(root):
 
     def run(preset, budget):
         if (preset, budget) not in folders:
-            fields = {"model": str(MODEL), "preset": preset, "kv_budget": budget, "calibration": {"data": "self"}}
+            fields = {"model": str(MODEL), "preset": preset, "kv_budget": budget, "calibration": CALIBRATION}
             recipe = make_recipe(fields | {"out": str(root / f"{preset}-{budget}")})
             folders[preset, budget] = kvfold.compress(recipe, run_dir=root / "run", device="cpu").out
         return folders[preset, budget]
@@ -79,30 +91,32 @@ def test_order_of_methods_at_a_quarter(kl):
 
 
 def test_greedy_continuations_stay_close(fold, original):
-    """Of ten prompts most of the first 16 tokens are the original's own at a quarter of the bytes."""
+    """Of ten prompts, how many of 16 tokens are the original's own until the first that is not, at a quarter of the bytes."""
     model, tokenizer = load_weights(fold("auto", 0.25), "float32", "cpu"), load_tokenizer(MODEL)
-    same = 0
+    leading = []
     for prompt in PROMPTS:
         ours, theirs = (
-            continue_prompt(which, tokenizer, prompt, 16, do_sample=False)[0] for which in (model, original.model)
+            tokenizer(continue_prompt(which, tokenizer, prompt, 16, do_sample=False)[0])["input_ids"]
+            for which in (model, original.model)
         )
-        same += ours == theirs
-    assert same >= 6
+        leading.append(next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 16))
+    assert sum(leading) / len(leading) >= 8, leading
 
 
 @torch.no_grad()
 def test_cached_equals_uncached_at_4096_tokens(fold, windows):
-    """A prompt in chunks, then tokens one by one, out of a packed cache."""
+    """A prompt in chunks, then tokens one by one, out of a packed cache. In float64: in float32 a number that lies between
+    two codes falls to either side, and 30 layers and 4,096 tokens make of that what quantization itself costs."""
     folder = fold("auto", 0.125)
-    model, plan = load_weights(folder, "float32", "cpu"), load_plan(folder)[0]
+    model, plan = load_weights(folder, "float32", "cpu").double(), load_plan(folder)[0]
     ids = windows.flatten().repeat(3)[None, :4096]
     expected = model(ids, use_cache=False, logits_to_keep=8).logits[0]
     cache, logits = FoldedCache(plan), []
     for start, end in ((0, 1500), (1500, 4088), *((i, i + 1) for i in range(4088, 4096))):
         logits.append(model(ids[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1])
     expected, found = (x.log_softmax(-1) for x in (expected, torch.stack(logits[2:])))
-    assert float((expected.exp() * (expected - found)).sum(-1).mean()) < 1e-4
-    assert cache.nbytes_allocated == plan.kv_bytes(4096, dtype="float32")
+    assert float((expected.exp() * (expected - found)).sum(-1).mean()) < 1e-6
+    assert cache.nbytes_allocated == plan.kv_bytes(4096)  # packed, whatever the dtype
 
 
 @torch.no_grad()
