@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/models/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: demo test test-real test-vllm lint check results results-frontier results-auto results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
+.PHONY: results-real results-real-tasks results-real-recall demo test test-real test-vllm lint check results results-frontier results-auto results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -200,11 +200,28 @@ results-real-calibration: $(VENV)/installed
 	  --out runs/real-calibration
 	cp runs/real-calibration/table.md results/real-calibration.md
 
-# Depth sharing at half and a quarter of the bytes, beside low rank
+# Depth sharing at half and a third of the bytes, beside low rank (xkv, which evaluation decodes token by token, would take hours)
+REAL_DEPTH := --preset gqa --preset cla --preset mlkv --preset shared --preset svd_a
 results-real-depth: $(VENV)/installed
-	$(BIN)/kvfold compare $(REAL) $(DEPTH) --preset auto --kv-budget 1/2 --kv-budget 1/3 --data $(CALIBRATION) $(ON_REAL) \
+	$(BIN)/kvfold compare $(REAL) $(REAL_DEPTH) --preset auto --kv-budget 1/2 --kv-budget 1/3 --data $(CALIBRATION) $(ON_REAL) \
 	  --out runs/real-depth
 	cp runs/real-depth/table.md results/real-depth.md
+
+# Tasks on local files, of the default at a quarter and an eighth and of int4_rotated: make results-real-tasks TASKS="eval/*.jsonl eval/mmlu"
+TASKS ?= $(error give TASKS="FILE ...", files of kvfold evaluate --tasks)
+runs/auto-quarter runs/auto-eighth: $(VENV)/installed
+	$(BIN)/kvfold compress $(REAL) --kv-budget $(if $(findstring quarter,$@),1/4,1/8) --data $(CALIBRATION) --out $@ --run-dir runs/real-run
+runs/int4-rotated: $(VENV)/installed
+	$(BIN)/kvfold compress $(REAL) --preset int4_rotated --out $@ --run-dir runs/real-run
+results-real-tasks: runs/auto-quarter runs/auto-eighth runs/int4-rotated
+	$(BIN)/python benchmarks/task_scores.py $(REAL) $^ --tasks $(TASKS) --limit 500 --markdown results/real-tasks.md
+results-real-recall: runs/auto-eighth
+	$(BIN)/kvfold evaluate runs/auto-eighth --against $(REAL) --recall 512,1024
+
+# All of SmolLM2, about two hours on two cores
+results-real: results-real-frontier results-real-depth results-real-tasks results-real-recall results-real-calibration
+	$(MAKE) results-long MODEL=$(REAL) FOLDED=runs/auto-quarter
+	$(MAKE) results-nats MODEL=$(REAL) NATS="--layers 0 9 18 27"
 
 # Expected nats beside measured ones, side by side: make results-nats MODEL=folder CALIBRATION=... [NATS="--layers 0 9 18"]
 NATS ?=
