@@ -200,7 +200,7 @@ results-real-calibration: $(VENV)/installed
 	  --out runs/real-calibration
 	cp runs/real-calibration/table.md results/real-calibration.md
 
-# Depth sharing at half and a third of the bytes, beside low rank (xkv, which evaluation decodes token by token, would take hours)
+# Depth sharing at half and a third of the bytes, beside low rank (without xkv, which evaluation decodes token by token)
 REAL_DEPTH := --preset gqa --preset cla --preset mlkv --preset shared --preset svd_a
 results-real-depth: $(VENV)/installed
 	$(BIN)/kvfold compare $(REAL) $(REAL_DEPTH) --preset auto --kv-budget 1/2 --kv-budget 1/3 --data $(CALIBRATION) $(ON_REAL) \
@@ -209,14 +209,14 @@ results-real-depth: $(VENV)/installed
 
 # Tasks on local files, of the default at a quarter and an eighth and of int4_rotated: make results-real-tasks TASKS="eval/*.jsonl eval/mmlu"
 TASKS ?= $(error give TASKS="FILE ...", files of kvfold evaluate --tasks)
-runs/auto-quarter runs/auto-eighth: $(VENV)/installed
+runs/auto-quarter runs/auto-eighth: | $(VENV)/installed
 	$(BIN)/kvfold compress $(REAL) --kv-budget $(if $(findstring quarter,$@),1/4,1/8) --data $(CALIBRATION) --out $@ --run-dir runs/real-run
-runs/int4-rotated: $(VENV)/installed
+runs/int4-rotated: | $(VENV)/installed
 	$(BIN)/kvfold compress $(REAL) --preset int4_rotated --out $@ --run-dir runs/real-run
 results-real-tasks: runs/auto-quarter runs/auto-eighth runs/int4-rotated
 	$(BIN)/python benchmarks/task_scores.py $(REAL) $^ --tasks $(TASKS) --limit 500 --markdown results/real-tasks.md
 results-real-recall: runs/auto-eighth
-	$(BIN)/kvfold evaluate runs/auto-eighth --against $(REAL) --recall 512,1024
+	$(MAKE) results-recall MODEL=$(REAL) FOLDED=runs/auto-eighth LENGTHS=512,1024
 
 # All of SmolLM2, about two hours on two cores
 results-real: results-real-frontier results-real-depth results-real-tasks results-real-recall results-real-calibration
