@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kvfold.allocate import Axes, Request, expected_curve
-from kvfold.gather import Material, layer_group
-from kvfold.loading import open_source
-from kvfold.probe import Probe
-from kvfold.recipe import make_recipe, parse_budget
+from kvfold.calibration.material import Material, layer_group
+from kvfold.checkpoint.source import open_source
+from kvfold.compression.allocate import Axes, Request, expected_curve
+from kvfold.compression.probe import Probe
+from kvfold.compression.recipe import make_recipe, parse_budget
 
 Row = dict[str, Any]
 

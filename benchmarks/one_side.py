@@ -13,17 +13,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kvfold.allocate import source_layer
-from kvfold.data import first_windows, load_tokenizer
-from kvfold.evaluation import Evaluation, evaluate_models
-from kvfold.fold import fold, folded_config
-from kvfold.gather import Material, layer_group
-from kvfold.loading import Source, load_weights, open_source
-from kvfold.number_format import StoredShape
-from kvfold.output import copy_side_files
-from kvfold.plan import CachePlan
-from kvfold.recipe import make_recipe
-from kvfold.storage import make_folder
+from kvfold.calibration.material import Material, layer_group
+from kvfold.calibration.text import first_windows, load_tokenizer
+from kvfold.checkpoint.atomic import make_folder
+from kvfold.checkpoint.folder import copy_side_files
+from kvfold.checkpoint.source import Source, load_weights, open_source
+from kvfold.compression.allocate import source_layer
+from kvfold.compression.fold import fold, folded_config
+from kvfold.compression.recipe import make_recipe
+from kvfold.evaluation.texts import Evaluation, evaluate_models
+from kvfold.plan.number_format import StoredShape
+from kvfold.plan.plan import CachePlan
 
 METHODS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "keys": [

@@ -13,9 +13,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvfold.loading import load_plan
-from kvfold.tasks import TaskScore, evaluate_folds
-from kvfold.uncertainty import defined
+from kvfold.checkpoint.source import load_plan
+from kvfold.evaluation.standard_errors import defined
+from kvfold.evaluation.tasks import TaskScore, evaluate_folds
 
 
 def main() -> None:

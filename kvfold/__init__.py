@@ -3,21 +3,21 @@
 Importing it teaches transformers' Auto classes to load folded models; nothing is patched.
 """
 
-from kvfold.comparison import compare
-from kvfold.demonstration import demo
-from kvfold.evaluation import evaluate
-from kvfold.generation import generate
-from kvfold.healing import heal
-from kvfold.healing_recipe import Healing
-from kvfold.inspection import inspect
-from kvfold.loading import load
-from kvfold.pipeline import compress
-from kvfold.plan import CachePlan, CacheSpec
-from kvfold.recall import measure_recall
-from kvfold.recipe import Recipe, load_recipe, make_recipe
-from kvfold.runtime.modeling import register as _register
-from kvfold.tasks import evaluate_tasks
-from kvfold.truncation import truncate
+from kvfold.checkpoint.source import load
+from kvfold.compression.compress import compress
+from kvfold.compression.recipe import Recipe, load_recipe, make_recipe
+from kvfold.compression.truncate import truncate
+from kvfold.evaluation.compare import compare
+from kvfold.evaluation.demo import demo
+from kvfold.evaluation.generate import generate
+from kvfold.evaluation.inspection import inspect
+from kvfold.evaluation.recall import measure_recall
+from kvfold.evaluation.tasks import evaluate_tasks
+from kvfold.evaluation.texts import evaluate
+from kvfold.healing.heal import heal
+from kvfold.healing.recipe import Healing
+from kvfold.plan.plan import CachePlan, CacheSpec
+from kvfold.runtimes.transformers.modeling import register as _register
 from kvfold.version import __version__
 
 __all__ = [

@@ -14,8 +14,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from kvfold import registry
-from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
 from kvfold.errors import CheckpointError
+from kvfold.plan.layer import AttentionLayer, AttentionWeights, FoldedWeights
 
 
 class Architecture(ABC):

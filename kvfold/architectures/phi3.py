@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfold.architectures.base import Architecture
-from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
+from kvfold.plan.layer import AttentionLayer, AttentionWeights, FoldedWeights
 
 
 class Phi3(Architecture):

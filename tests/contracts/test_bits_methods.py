@@ -11,14 +11,14 @@ from tiny import FULL_ATTENTION, MODELS, load, logits, step, tokens
 
 import kvfold
 from kvfold import registry
-from kvfold.evaluation import evaluate_models
-from kvfold.loading import load_plan
-from kvfold.number_format import NumberFormat
-from kvfold.quantize import pack, unpack, unpack_scaled
-from kvfold.recipe import make_recipe
-from kvfold.runtime import packed
-from kvfold.runtime.attend import _weighted
-from kvfold.runtime.cache import FoldedCache
+from kvfold.checkpoint.source import load_plan
+from kvfold.compression.recipe import make_recipe
+from kvfold.evaluation.texts import evaluate_models
+from kvfold.plan.number_format import NumberFormat
+from kvfold.runtimes.kernels import packed_tokens as packed
+from kvfold.runtimes.kernels.attention import _weighted
+from kvfold.runtimes.kernels.codec import pack, unpack, unpack_scaled
+from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.testing import assert_close, relative_rms
 
 LATENT = {"method": "fisher", "multiple": 4}
@@ -174,11 +174,13 @@ def test_a_decode_step_never_unpacks_the_whole_cache(fold, width, bits, monkeypa
     """Peak extra memory is what the plan states."""
     folded = fold("llama_mha", width, bits, small(width))
     network, ids, sizes = load(folded.out), tokens(2, 60), []
-    monkeypatch.setattr("kvfold.number_format.NUMBERS_AT_ONCE", {"cpu": 1})
-    monkeypatch.setattr("kvfold.number_format.FEWEST_TOKENS", 16)
-    monkeypatch.setattr("kvfold.runtime.native.serves", lambda *_: False)
+    monkeypatch.setattr("kvfold.plan.number_format.NUMBERS_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr("kvfold.plan.number_format.FEWEST_TOKENS", 16)
+    monkeypatch.setattr("kvfold.runtimes.kernels.cpu.serves", lambda *_: False)
     for name in ("unpack", "unpack_scaled"):
-        monkeypatch.setattr(f"kvfold.runtime.packed.{name}", functools.partial(_watched, getattr(packed, name), sizes))
+        monkeypatch.setattr(
+            f"kvfold.runtimes.kernels.packed_tokens.{name}", functools.partial(_watched, getattr(packed, name), sizes)
+        )
     cache = FoldedCache(folded.plan)
     with torch.no_grad():
         network(ids[:, :40], past_key_values=cache)

@@ -14,13 +14,13 @@ from tiny import FULL_ATTENTION, MODELS, copy_heads, in_attention, load, logits,
 
 import kvfold
 from kvfold import registry
-from kvfold.fold import read_layer
-from kvfold.linalg import Moment
-from kvfold.loading import load_plan, open_source
-from kvfold.recipe import make_recipe
-from kvfold.runtime.cache import FoldedCache
+from kvfold.checkpoint.source import load_plan, open_source
+from kvfold.compression.fold import read_layer
+from kvfold.compression.recipe import make_recipe
+from kvfold.linalg.eigen import Moment
+from kvfold.methods.width.base import LayerGroup
+from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.testing import assert_close, relative_rms
-from kvfold.width.base import LayerGroup
 
 VARIANTS = {
     "autoencoder": [{"hidden": 8, "steps": 5}],

@@ -8,28 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from kvfold.allocate import (
-    Axes,
-    Limits,
-    Request,
-    allocate,
-    check_request,
-    expected_curves,
-    smallest_under,
-)
-from kvfold.attention import AttentionLayer
-from kvfold.bits.base import NOISE, SIZES
-from kvfold.bits.identity import Identity as Bits
-from kvfold.bits.mixed import Mixed
-from kvfold.depth.identity import Identity as Depth
+from kvfold.compression.allocate import Axes, Limits, Request, allocate, check_request, expected_curves, smallest_under
+from kvfold.compression.hulls import lower_hull
 from kvfold.errors import BudgetError, RecipeError
-from kvfold.hulls import lower_hull
-from kvfold.length.identity import Identity as Length
-from kvfold.linalg import Moment
-from kvfold.number_format import StoredShape
-from kvfold.width.base import LayerGroup
-from kvfold.width.mean_pool import MeanPool
-from kvfold.width.svd_a import SvdA
+from kvfold.linalg.eigen import Moment
+from kvfold.methods.bits.base import NOISE, SIZES
+from kvfold.methods.bits.identity import Identity as Bits
+from kvfold.methods.bits.mixed import Mixed
+from kvfold.methods.depth.identity import Identity as Depth
+from kvfold.methods.length.identity import Identity as Length
+from kvfold.methods.width.base import LayerGroup
+from kvfold.methods.width.mean_pool import MeanPool
+from kvfold.methods.width.svd_a import SvdA
+from kvfold.plan.layer import AttentionLayer
+from kvfold.plan.number_format import StoredShape
 
 
 def layer(index, kv_heads=4, head_dim=4):

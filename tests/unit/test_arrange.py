@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from kvfold.arrange import arranged
-from kvfold.bits.base import NOISE, SIZES, shared_energy
-from kvfold.latents import Latents, Term
-from kvfold.number_format import NumberFormat
-from kvfold.quantize import roundtrip
+from kvfold.linalg.quantization_basis import arranged
+from kvfold.linalg.reduced_rank import Latents, Term
+from kvfold.methods.bits.base import NOISE, SIZES, shared_energy
+from kvfold.plan.number_format import NumberFormat
+from kvfold.runtimes.kernels.codec import roundtrip
 
 
 @pytest.mark.parametrize("tiers", [((64, 4),), ((8, 5), (24, 3), (32, 2))], ids=str)

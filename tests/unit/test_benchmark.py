@@ -7,10 +7,10 @@ from tiny import make_tiny, save_tiny
 from typer.testing import CliRunner
 
 import kvfold
-from kvfold.benchmark import bench
-from kvfold.cli import app
+from kvfold.cli.main import app
 from kvfold.errors import RecipeError
-from kvfold.shapes import SHAPES, Shape
+from kvfold.evaluation.geometries import SHAPES, Shape
+from kvfold.evaluation.speed import bench
 
 
 @pytest.mark.parametrize("model", ["llama_mha", "bloom_alibi", "neox_partial"])

@@ -6,12 +6,12 @@ from tiny import FULL_ATTENTION, MODELS, load, tokens
 from transformers import DynamicCache
 
 from kvfold.architectures.base import architecture
-from kvfold.calibrate import STATISTICS, calibrate
-from kvfold.gather import Material
-from kvfold.linalg import Moment
-from kvfold.loading import open_source
-from kvfold.recipe import make_recipe
-from kvfold.streaming import StreamedModel
+from kvfold.calibration.calibrate import STATISTICS, calibrate
+from kvfold.calibration.layerwise_model import StreamedModel
+from kvfold.calibration.material import Material
+from kvfold.checkpoint.source import open_source
+from kvfold.compression.recipe import make_recipe
+from kvfold.linalg.eigen import Moment
 from kvfold.testing import assert_close
 
 ALL = frozenset(STATISTICS)
@@ -136,7 +136,7 @@ def test_an_interrupted_run_still_knows_the_owners_vectors(tiny_dir, tmp_path, m
     source, ids = open_source(tiny_dir / "llama_mha"), tokens(12, 16)
     options = {"needs": frozenset({"keys"}), "pairs": {(1, 0), (2, 0)}, "needs_cross": frozenset({"keys"})}
     whole = calibrate(source.checkpoint, source.arch, ids, run_dir=tmp_path / "whole", **options)
-    monkeypatch.setattr("kvfold.passes.SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr("kvfold.calibration.passes.SECONDS_BETWEEN_SAVES", 0)
     advance = StreamedModel.advance
 
     def die(stream, layer, *args):

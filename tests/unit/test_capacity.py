@@ -7,10 +7,10 @@ from tiny import make_tiny, save_tiny
 from typer.testing import CliRunner
 
 import kvfold
-from kvfold.capacity import USED, capacity, parse_size
-from kvfold.cli import app
-from kvfold.demonstration import MODEL
+from kvfold.cli.main import app
 from kvfold.errors import RecipeError
+from kvfold.evaluation.demo import MODEL
+from kvfold.evaluation.memory import USED, capacity, parse_size
 
 
 def test_what_fits_is_what_the_bytes_say():

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny import load
 
-from kvfold import data
-from kvfold.demonstration import MODEL
+from kvfold.calibration import text as data
+from kvfold.checkpoint.source import load_weights
 from kvfold.errors import DataError
-from kvfold.loading import load_weights
+from kvfold.evaluation.demo import MODEL
 
 SENTENCE = "The captain walked along the shore, number {}, and said nothing to the other men.\n"
 

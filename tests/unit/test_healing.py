@@ -16,15 +16,15 @@ from tiny import MODELS, load, make_tiny, save_tiny
 
 import kvfold
 from kvfold.architectures.base import architecture
-from kvfold.data import first_windows, load_tokenizer
-from kvfold.documents import IGNORED, pack
+from kvfold.calibration.text import first_windows, load_tokenizer
+from kvfold.checkpoint.source import load_plan
 from kvfold.errors import DataError, HealError, PlanError, RecipeError
-from kvfold.evaluation import evaluate_models
-from kvfold.healing_recipe import make_healing
-from kvfold.loading import load_plan
-from kvfold.objectives import distance, distance_from_top
+from kvfold.evaluation.texts import evaluate_models
+from kvfold.healing.objectives import distance, distance_from_top
+from kvfold.healing.packing import IGNORED, pack
+from kvfold.healing.recipe import make_healing
+from kvfold.healing.trainer import last_checkpoint
 from kvfold.testing import assert_close
-from kvfold.training import last_checkpoint
 
 
 class Words:

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tiny import load, logits, tokens
 
+from kvfold.compression.import_mlkv import import_mlkv
 from kvfold.errors import CheckpointError
-from kvfold.import_mlkv import import_mlkv
-from kvfold.runtime.cache import FoldedCache
+from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.testing import assert_close
 
 L, N, H, D, VOCAB, ROTARY = 6, 4, 8, 32, 211, 4

@@ -2,7 +2,15 @@
 
 import torch
 
-from kvfold.linalg import block_powers, block_roots, diagonal_blocks, eigh_descending, leading_subspace, powers, times
+from kvfold.linalg.eigen import (
+    block_powers,
+    block_roots,
+    diagonal_blocks,
+    eigh_descending,
+    leading_subspace,
+    powers,
+    times,
+)
 from kvfold.testing import assert_close
 
 

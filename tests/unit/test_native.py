@@ -11,11 +11,12 @@ import pytest
 import torch
 from packed_forms import FORMS, distance
 
-from kvfold.number_format import NumberFormat
-from kvfold.quantize import pack, roundtrip, unpack
-from kvfold.runtime import native, packing
-from kvfold.runtime.attend import decode_attention, grouped_attention
-from kvfold.runtime.packed import PackedTokens
+from kvfold.plan.number_format import NumberFormat
+from kvfold.runtimes.kernels import cpu as native
+from kvfold.runtimes.kernels import packing
+from kvfold.runtimes.kernels.attention import decode_attention, grouped_attention
+from kvfold.runtimes.kernels.codec import pack, roundtrip, unpack
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens
 
 compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="this machine has no C++ compiler")
 SHAPES = {  # batch, query heads, key heads, width, value heads, width, tokens
@@ -242,10 +243,10 @@ def test_without_a_compiler_torch_serves(setting, tmp_path):
 
 EDGES = """
 import torch
-from kvfold.number_format import NumberFormat
-from kvfold.quantize import pack
-from kvfold.runtime import native
-from kvfold.runtime.packed import PackedTokens
+from kvfold.plan.number_format import NumberFormat
+from kvfold.runtimes.kernels.codec import pack
+from kvfold.runtimes.kernels import cpu as native
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens
 
 native.SECONDS = 600  # other tests may keep the processor busy
 forms = (NumberFormat(tiers=((13, 5), (8, 3))), NumberFormat(tiers=((64, 4),)))

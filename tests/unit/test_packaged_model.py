@@ -10,13 +10,13 @@ from tiny import make_tiny
 from typer.testing import CliRunner
 
 import kvfold
-from kvfold.cli import app
-from kvfold.demonstration import MODEL
+from kvfold.checkpoint.source import load, load_weights
+from kvfold.cli.main import app
 from kvfold.errors import RecipeError
-from kvfold.evaluation import Predictions, evaluate_models
-from kvfold.linalg import Moment
-from kvfold.loading import load, load_weights
-from kvfold.runtime.cache import FoldedCache
+from kvfold.evaluation.demo import MODEL
+from kvfold.evaluation.texts import Predictions, evaluate_models
+from kvfold.linalg.eigen import Moment
+from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.testing import assert_close
 
 JSON_FIELDS = [
@@ -191,7 +191,7 @@ def test_more_budget_never_loses_more(journey, tmp_path):
 
 def test_svd_a_keeps_the_most_energy_of_any_basis():
     """Eckart-Young: no other orthonormal basis of that size reconstructs the calibration data better."""
-    from kvfold.linalg import top_eigenvectors
+    from kvfold.linalg.eigen import top_eigenvectors
 
     x = torch.randn(400, 24, dtype=torch.float64) @ torch.randn(24, 24, dtype=torch.float64)
     moment = Moment.zeros(24)
@@ -213,6 +213,6 @@ def test_the_original_predicts_a_window_once(monkeypatch):
         all(torch.equal(known(window), logits) for window, logits in zip(windows, first, strict=True))
         and len(calls) == 2
     )
-    monkeypatch.setattr("kvfold.evaluation.NUMBERS_KEPT", first[0].numel())
+    monkeypatch.setattr("kvfold.evaluation.texts.NUMBERS_KEPT", first[0].numel())
     known = Predictions(model)
     assert [known(window) is not None for window in (*windows, *windows)] and len(calls) == 5

@@ -7,9 +7,9 @@ import torch
 from tiny import load, logits, make_tiny, save_tiny, tokens
 
 import kvfold
-from kvfold.evaluation import evaluate_models
-from kvfold.probe import interpolate
-from kvfold.recipe import make_recipe
+from kvfold.compression.probe import interpolate
+from kvfold.compression.recipe import make_recipe
+from kvfold.evaluation.texts import evaluate_models
 
 
 def test_interpolation_goes_through_measured_points_and_never_rises():
@@ -63,7 +63,7 @@ def test_what_was_measured_serves_other_budgets(folded, monkeypatch):
     (file,) = (root / "run").glob("probes-*.json")
     before = json.loads(file.read_text())
     assert len(before) == 3 * 2 * 3  # the two smallest sizes fall together here
-    monkeypatch.setattr("kvfold.probe.Probe._kl", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr("kvfold.compression.probe.Probe._kl", lambda *args: pytest.fail("measured again"))
     run("quarter", allocate="measured", kv_budget=0.25)
     assert json.loads(file.read_text()) == before
 
@@ -87,12 +87,12 @@ def test_the_plain_cache_in_8_bits_is_taken_where_it_loses_less(folded, monkeypa
     fields = {"width": {"method": "fisher", "multiple": 4}, "bits": {"method": "mixed"}, "allocate": "measured"}
     tight = run("tight", kv_budget=0.2, **fields)  # 8 bits of 32 and their scales take more
     assert any(spec.k_bits.tiers != ((8, 8),) for spec in tight.plan.owned)
-    monkeypatch.setattr("kvfold.probe.Probe.kl_of", lambda self, plan, width=None: float(width is None))
+    monkeypatch.setattr("kvfold.compression.probe.Probe.kl_of", lambda self, plan, width=None: float(width is None))
     with pytest.warns(UserWarning, match="the plain cache in 8 bits .* loses less"):
         plain = run("plain", kv_budget=0.3, **fields)
     assert all(spec.k_bits == spec.v_bits and spec.k_bits.tiers == ((8, 8),) for spec in plain.plan.owned)
     assert "method: identity" in (root / "plain" / "recipe.yaml").read_text()
     assert evaluate_models(load(root / "plain"), load(root / "source"), tokens(8, 32), plain.plan).kl < 1e-3
-    monkeypatch.setattr("kvfold.probe.Probe.kl_of", lambda self, plan, width=None: float(width is not None))
+    monkeypatch.setattr("kvfold.compression.probe.Probe.kl_of", lambda self, plan, width=None: float(width is not None))
     kept = run("kept", kv_budget=0.3, **fields).plan
     assert all(spec.k_projection for spec in kept.owned)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from kvfold.bits.base import NOISE, SIZES
-from kvfold.lloyd_max import lloyd_max
-from kvfold.number_format import BITS, NORMAL_BITS, NumberFormat
-from kvfold.quantize import STEPS_PER_OCTAVE, pack, roundtrip, unpack
-from kvfold.reference import decoded
+from kvfold.linalg.lloyd_max import lloyd_max
+from kvfold.methods.bits.base import NOISE, SIZES
+from kvfold.plan.number_format import BITS, NORMAL_BITS, NumberFormat
+from kvfold.runtimes.kernels.codec import STEPS_PER_OCTAVE, pack, roundtrip, unpack
+from kvfold.runtimes.reference import decoded
 
 FORMATS = [
     *(NumberFormat(tiers=((24, bits),)) for bits in BITS),

@@ -4,14 +4,14 @@ import pytest
 from tiny import make_tiny, save_tiny
 
 import kvfold
-from kvfold.allocate import Axes, Request, limits_of
 from kvfold.architectures.base import empty_model
-from kvfold.demonstration import MODEL
+from kvfold.compression.allocate import Axes, Request, limits_of
+from kvfold.compression.recipe import make_recipe, preset_recipe
 from kvfold.errors import BudgetError, PlanError, RecipeError
-from kvfold.recipe import make_recipe, preset_recipe
+from kvfold.evaluation.demo import MODEL
+from kvfold.evaluation.geometries import Shape
 from kvfold.registry import AXES
-from kvfold.servable import VLLM_WIDTHS
-from kvfold.shapes import Shape
+from kvfold.runtimes.vllm.limits import VLLM_WIDTHS
 
 GROUPS = {"method": "svd_w", "latent": "group", "v_latent": "group"}
 

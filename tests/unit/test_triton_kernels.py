@@ -8,14 +8,14 @@ import pytest
 import torch
 from packed_forms import FORMS, distance
 
-from kvfold.quantize import pack, unpack
-from kvfold.runtime import gpu
+from kvfold.runtimes.kernels import gpu
+from kvfold.runtimes.kernels.codec import pack, unpack
 
 pytest.importorskip("triton")  # for Linux only
 
-from kvfold.runtime import triton_kernels as kernels
-from kvfold.runtime.attend import grouped_attention, packed_attention
-from kvfold.runtime.packed import PackedTokens
+from kvfold.runtimes.kernels import triton_kernels as kernels
+from kvfold.runtimes.kernels.attention import grouped_attention, packed_attention
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -105,7 +105,7 @@ def test_the_kernels_are_tried_before_they_serve(name, monkeypatch, caplog):
 COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from kvfold.runtime import triton_kernels as kernels
+from kvfold.runtimes.kernels import triton_kernels as kernels
 
 TYPES = {"q": "*bf16", "weights": "*fp32", "rows": "*u8", "out": "*fp32"}
 for scales, bits in (("exponent", 3), ("exponent", 8), ("float8", 8)):

@@ -1,0 +1,100 @@
+"""The contract of a bits method: in which formats one side of a cache can be stored, and what noise that makes."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from kvfold.errors import RecipeError
+from kvfold.plan.layer import AttentionLayer
+from kvfold.plan.number_format import LEAST_VARIANCE, NumberFormat, StoredShape
+
+FLOAT8_NOISE = 7e-4
+SIZES = (8, 16, 32, 64, 192, 1024)
+NOISE = {
+    1: (0.318, 0.341, 0.355, 0.362, 0.374, 0.406),
+    2: (0.0782, 0.0974, 0.1077, 0.1133, 0.1172, 0.1194),
+    3: (0.0178, 0.0244, 0.0297, 0.0333, 0.0361, 0.0377),
+    4: (0.00436, 0.00604, 0.00756, 0.00897, 0.01058, 0.01139),
+    5: (0.00117, 0.00155, 0.00194, 0.00233, 0.0029, 0.00338),
+    6: (0.0003, 0.0004, 0.0005, 0.0006, 0.00076, 0.00094),
+    7: (7.6e-5, 1e-4, 1.26e-4, 1.52e-4, 1.93e-4, 2.49e-4),
+    8: (2e-5, 2.6e-5, 3.2e-5, 3.9e-5, 5e-5, 6.7e-5),
+}
+"""Squared error as a share of the energy, of normally distributed numbers in tiers of SIZES: a scale for few numbers follows
+them more closely. A test measures it again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitsMethod(ABC):
+    """A way to spend bits on stored numbers. Its dataclass fields are its hyper-parameters, by name in recipes.
+
+    `by_spectrum`: it gives leading numbers more bits, and asks a width method how the numbers differ.
+    """
+
+    by_spectrum: ClassVar[bool] = False
+
+    @abstractmethod
+    def form(self, layer: AttentionLayer, side: str, width: int) -> NumberFormat | None:
+        """How numbers of `side` ("keys" or "values") in heads of `width` are stored where all are alike (methods that go
+        by the spectrum: with the fewest bits); None: as they are."""
+
+    def fits(self, width: int) -> bool:
+        """Whether numbers in heads of `width` can be stored so."""
+        return True
+
+    def stored(self, layer: AttentionLayer, side: str, shapes: Sequence[StoredShape]) -> list[StoredShape]:
+        """Those of `shapes` that fit, each in the one format that this method has for it. Raises RecipeError if none does."""
+        fitting = [shape for shape in shapes if self.fits(shape.width)]
+        if not fitting:
+            raise RecipeError(
+                f"bits: {self} does not divide the {shapes[-1].width} numbers of a head of layer {layer.index}; choose a"
+                " divisor."
+            )
+        return [shape._replace(form=self.form(layer, side, shape.width)) for shape in fitting]
+
+    def curve(
+        self, shapes: Sequence[StoredShape], spectrum: Sequence[float], noise: float
+    ) -> list[tuple[StoredShape, float]]:
+        """Of methods that go by the spectrum: what to store, and the expected damage, from few bytes to many. Never fewer
+        numbers than the first of `shapes`, nor more than the last.
+
+        spectrum: damage that every number of a head saves, from the first on. noise: damage of an error that changes from
+        token to token, per damage of one of the same size that does not.
+        """
+        raise AssertionError("this method stores all numbers alike")
+
+
+CONTRACT = BitsMethod
+
+
+def plain_tiers(width: int, bits: int, **fields: object) -> NumberFormat:
+    """All numbers alike."""
+    return dataclasses.replace(NumberFormat(tiers=((width, bits),)), **fields)  # type: ignore[arg-type]
+
+
+def shared_energy(spectrum: Sequence[float], starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Energy of which numbers `starts` to `ends`, one tier, lose `noise_share` to quantization; 0 where there are none.
+
+    Every number is divided by w, w^4 its variance, then all are turned and share the error: in sum the mean of variance / w^2
+    times the sum of w^2, (sum of roots)^2 / numbers, which is never more than their energy.
+    """
+    variances = np.asarray(spectrum)
+    squares = np.sqrt(np.maximum(variances, LEAST_VARIANCE * variances.max(initial=0.0)))
+    squares = np.maximum(squares, np.finfo(float).tiny)
+    sums = [np.concatenate([[0.0], np.cumsum(terms)]) for terms in (variances / squares, squares)]
+    divided, back = (of[ends] - of[starts] for of in sums)
+    return np.where(ends > starts, divided * back / np.maximum(ends - starts, 1), 0.0)
+
+
+def noise_share(form: NumberFormat | None) -> float:
+    """Expected squared error as a share of the energy of what is stored, about; 0 for numbers that stay as they are."""
+    if form is None:
+        return 0.0
+    shares = [numbers * float(np.interp(numbers, SIZES, NOISE[bits])) for numbers, bits in form.tiers]
+    return FLOAT8_NOISE if form.scales == "float8" else sum(shares) / form.width

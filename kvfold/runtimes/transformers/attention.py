@@ -1,0 +1,379 @@
+"""The one attention module of every folded family."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from kvfold.plan.layer import AttentionLayer
+from kvfold.plan.plan import CacheSpec
+from kvfold.runtimes.kernels.attention import (
+    FEW_TOKENS,
+    attend_packed,
+    chunked_attention,
+    decode_attention,
+    grouped_attention,
+    prefill_attention,
+    with_alibi,
+)
+from kvfold.runtimes.kernels.codec import roundtrip
+from kvfold.runtimes.kernels.packed_tokens import Operand, PackedTokens, Stored, read, read_all, read_for_product
+from kvfold.runtimes.kernels.packing import pack
+
+
+class GroupedLinear(nn.Module):
+    """One small matrix per group: [B, groups, T, in] -> [B, groups, T, out]. weight [groups, out, in], bias [groups, out].
+
+    `heads`: cut each matrix by its rows into those of its group's heads, for x [B, heads, T, ...].
+    `transposed`: go from out to in.
+    All use of the weight passes through here, so that hooks (device_map, offloading, adapters) see it.
+    """
+
+    def __init__(self, groups: int, in_features: int, out_features: int, *, bias: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups, out_features, in_features, **options))
+        self.bias = nn.Parameter(torch.empty(groups, out_features, **options)) if bias else None
+
+    def extra_repr(self) -> str:
+        groups, out_features, in_features = self.weight.shape
+        return f"{groups=}, {in_features=}, {out_features=}"
+
+    def forward(self, x: Tensor, *, heads: int | None = None, transposed: bool = False) -> Tensor:
+        weight = self.weight if heads is None else self.weight.view(heads, -1, self.weight.shape[2])
+        # One product per group over all rows of the batch: a product that broadcasts the weight would copy it for each row.
+        B, G, T, _ = x.shape
+        rows = x.transpose(0, 1).reshape(G, B * T, -1)
+        out = torch.bmm(rows, weight if transposed else weight.transpose(1, 2)).view(G, B, T, -1).transpose(0, 1)
+        return out if self.bias is None or transposed else out + self.bias.view(G, 1, -1)
+
+
+class ForwardState:
+    """What the layers of one forward pass share: the keys and values of owners, for their readers.
+
+    A plain class on purpose: dictionaries and dataclasses among a module's arguments are rebuilt by FSDP and accelerate, so
+    what an owner writes would never reach its readers. A keyword argument, not an attribute, so that gradient checkpointing,
+    threads and two forwards before one backward each see their own.
+    """
+
+    def __init__(self, rotary: Callable[..., tuple[Tensor, Tensor]] | None = None) -> None:
+        self.stored: dict[int, tuple[Stored, Stored]] = {}
+        self.rotary = rotary
+        self.past: dict[int, tuple[Stored, Stored] | None] = {}
+        self.positions_BS: Tensor | None = None
+        self.tables: dict[str | None, tuple[Tensor, Tensor]] = {}
+
+    def tables_of_all(
+        self, hidden_BTD: Tensor, positions_BT: Tensor | None, cache: Any, kind: str | None
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, S, r] of every token that is or was seen, made once per forward and kind of layer."""
+        if kind not in self.tables:
+            if positions_BT is None or self.rotary is None or not hasattr(cache, "see"):
+                raise ValueError(
+                    "keys that are rotated on read need the whole ...ForCausalLM model and kvfold's own cache: leave"
+                    " past_key_values out, or pass kvfold.runtime.cache.FoldedCache(model.kv_plan)."
+                )
+            if self.positions_BS is None:
+                self.positions_BS = cache.see(positions_BT, len(hidden_BTD))
+            self.tables[kind] = self.rotary(hidden_BTD, self.positions_BS, *([] if kind is None else [kind]))
+        return self.tables[kind]
+
+
+CURRENT_STATE: ContextVar[ForwardState | None] = ContextVar("kvfold_state", default=None)
+"""The state of the forward that runs now, for families whose layers drop keyword arguments (BLOOM)."""
+
+
+class FoldedAttention(nn.Module):
+    """Attention of one layer under its cache spec. Takes the place of a family's attention module.
+
+    A layer whose `owner` is another one reads that layer's cache: it has no way to make keys and values itself.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        layer: AttentionLayer,
+        spec: CacheSpec,
+        norms: tuple[nn.Module | None, nn.Module | None],
+        owner: int | None = None,
+        **options: Any,
+    ) -> None:
+        nn.Module.__init__(self)  # the family's own __init__ would build the modules that this one replaces
+        self.config, self.layer, self.spec = config, layer, spec
+        self.layer_idx, self.scaling, self.is_causal = layer.index, layer.scaling, True
+        self.owner = layer.index if owner is None else owner
+        D, N, H, K = layer.hidden_size, layer.num_attention_heads, layer.head_dim, layer.num_kv_heads
+        C, R, U, V = spec.num_kv_heads, spec.head_dim, spec.num_v_heads, spec.v_head_dim
+        absorbed = spec.rope == "none" and not spec.k_projection  # the way back from stored keys is part of q_proj
+        self.q_proj = nn.Linear(D, N * (R if absorbed else H), bias=layer.qkv_bias, **options)
+        self.o_proj = nn.Linear(
+            N * (H if spec.v_projection else V), D, bias=layer.o_bias or spec.output_bias, **options
+        )
+        self.k_b_proj = None
+        if spec.k_projection:
+            self.k_b_proj = GroupedLinear(C, R, K // C * H, bias=spec.k_offset, **options)
+        self.v_b_proj = GroupedLinear(U, V, K // U * H, **options) if spec.v_projection else None
+        self.q_norm, k_norm = norms
+        if self.owner == layer.index:
+            between = spec.rope == "applied" or (spec.rope == "on_read" and layer.qk_norm) or spec.hidden > 0
+            apart = spec.k_projection and between  # something stands between k_proj and what is stored
+            width = layer.rotary_dim if spec.k_partial else H  # numbers of each source head that k_proj gives
+            centred = spec.stored_bias
+            makes_keys = (K * width, layer.qkv_bias) if apart else (C * R, layer.qkv_bias or centred)
+            self.k_proj = nn.Linear(D, makes_keys[0], bias=makes_keys[1], **options)
+            self.k_u_proj = nn.Linear(D, C * R, bias=layer.qkv_bias, **options) if spec.k_partial else None
+            self.v_proj = nn.Linear(
+                D, K * H if spec.hidden else U * V, bias=layer.qkv_bias or (centred and not spec.hidden), **options
+            )
+            self.v_a_proj = GroupedLinear(U, K // U * H, V, **options) if spec.hidden else None
+            self.k_a_proj = GroupedLinear(C, K // C * width, R, bias=centred, **options) if apart else None
+            self.k_norm = k_norm
+        if spec.hidden:
+            for way, groups, width in (("k", C, R), ("v", U, V)):
+                full = K // groups * H
+                for part, inner, outer in (("a", full, width), ("b", width, full)):
+                    up = GroupedLinear(groups, inner, spec.hidden, bias=True, **options)
+                    setattr(self, f"{way}_{part}_up_proj", up)
+                    setattr(self, f"{way}_{part}_down_proj", GroupedLinear(groups, spec.hidden, outer, **options))
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        whose = "" if self.owner == self.layer_idx else f" of layer {self.owner}"
+        bits = "".join(f", {side} {f.tiers}" for side, f in (("keys", s.k_bits), ("values", s.v_bits)) if f)
+        return f"keys {s.num_kv_heads} x {s.head_dim}, values {s.num_v_heads} x {s.v_head_dim}{bits}{whose}"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor | None = None,
+        *,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        layer_past: Any = None,
+        alibi: Tensor | None = None,
+        kv_state: ForwardState | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Takes the arguments of every family: some call the cache layer_past, BLOOM hands over alibi and the residual."""
+        if kwargs.get("cache") is not None:
+            raise ValueError("continuous batching pages full-width keys; use generate() with a folded model.")
+        cache = layer_past if past_key_values is None else past_key_values
+        state = CURRENT_STATE.get() if kv_state is None else kv_state
+        mask = with_alibi(attention_mask, alibi, self.layer.num_attention_heads)
+        q = self._queries(hidden_states, position_embeddings)
+        z, y = self._keys_values(hidden_states, position_embeddings, cache, state)
+        if self.spec.rope == "on_read" or self.spec.hidden:
+            tables = None
+            if self.spec.rope == "on_read" and (self.spec.readers_rotate or self.owner == self.layer_idx):
+                tables = position_embeddings
+                if cache is not None:
+                    state = state or ForwardState()
+                    tables = state.tables_of_all(
+                        hidden_states, kwargs.get("position_ids"), cache, self.layer.rotary_kind
+                    )
+            wants_probs = bool(kwargs.get("output_attentions"))
+            out_BTNH, probs = self._attend_on_read(q, z, y, mask, tables, wants_probs=wants_probs)
+        else:
+            out_BTNH, probs = self._attend(q, z, y, mask, wants_probs=bool(kwargs.get("output_attentions")))
+        return self._output(out_BTNH, residual), probs
+
+    def _queries(self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        q = self._heads(self.q_proj(hidden_BTD), self.layer.num_attention_heads, self.q_norm)
+        return q if rotary is None else apply_rotary(q, *rotary)
+
+    def _heads(self, x_BTF: Tensor, heads: int, norm: nn.Module | None) -> Tensor:
+        """[B, T, heads*width] -> [B, heads, T, width], normalised where the family does."""
+        if norm is not None and self.layer.flat_norm:
+            x_BTF, norm = norm(x_BTF), None
+        x = x_BTF.unflatten(-1, (heads, -1))
+        return (x if norm is None else norm(x)).transpose(1, 2)
+
+    def _output(self, out_BTNH: Tensor, residual: Tensor | None) -> Tensor:
+        out = self.o_proj(out_BTNH.flatten(2))
+        if self.training and self.layer.output_dropout:
+            out = nn.functional.dropout(out, self.layer.output_dropout)
+        return out if residual is None else residual + out
+
+    def _keys_values(
+        self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Any, state: ForwardState | None
+    ) -> tuple[Stored, Stored]:
+        """All tokens that the T queries may see: z [B, C, S, R], y [B, U, S, V]."""
+        if self.owner != self.layer_idx:
+            if state is None or self.owner not in state.stored:
+                raise ValueError(
+                    f"layer {self.layer_idx} reads the cache of layer {self.owner}, which has not run in this forward; call"
+                    " the whole ...ForCausalLM model, not a part of it."
+                )
+            return tuple(x.to(hidden_BTD.device) for x in state.stored[self.owner])  # type: ignore[return-value]
+        new_z, new_y = self._new_keys_values(hidden_BTD, rotary)
+        if not hasattr(cache, "owned"):  # without kvfold's own cache numbers lose what it would lose
+            new_z = roundtrip(new_z, self.spec.k_bits, pack)
+            new_y = roundtrip(new_y, self.spec.v_bits, pack)
+        z: Stored = new_z
+        y: Stored = new_y
+        if cache is not None:
+            z, y = cache.update(new_z, new_y, self.layer_idx)
+            z, y = _with_gradient(z, new_z), _with_gradient(y, new_y)
+        if state is not None:
+            state.stored[self.layer_idx] = (z, y)
+        return z, y
+
+    def _new_keys_values(self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """What the T new tokens add to the cache: z [B, C, T, R], y [B, U, T, V]."""
+        heads = self.spec.num_kv_heads if self.k_a_proj is None else self.layer.num_kv_heads
+        z = self._heads(self.k_proj(hidden_BTD), heads, self.k_norm)
+        if self.spec.rope == "applied" and rotary is not None:
+            z = apply_rotary(z, *rotary)
+        if self.v_a_proj is None:
+            y = self.v_proj(hidden_BTD).unflatten(-1, (-1, self.spec.v_head_dim)).transpose(1, 2)
+        else:
+            y = self._way("v_a", self.v_proj(hidden_BTD).unflatten(-1, (self.spec.num_v_heads, -1)).transpose(1, 2))
+        if self.k_a_proj is not None:
+            z = self._way("k_a", z.unflatten(1, (self.spec.num_kv_heads, -1)).transpose(2, 3).flatten(3))
+        if self.k_u_proj is not None:
+            z = z + self._heads(self.k_u_proj(hidden_BTD), self.spec.num_kv_heads, None)
+        return z, y
+
+    def _attend(
+        self, q: Tensor, z: Stored, y: Stored, mask: Tensor | None, *, wants_probs: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Decoding is bound by the bytes of the cache, so queries are absorbed and stored numbers are read as they lie. A
+        prompt is bound by arithmetic: unless the stored heads suit the fused kernel, they are rebuilt for this one call."""
+        dropout = self.layer.attention_dropout if self.training else 0.0
+        packed = isinstance(z, PackedTokens) or isinstance(y, PackedTokens)
+        if packed and q.shape[2] <= max(FEW_TOKENS, z.shape[2] - 1) and not (wants_probs or dropout):
+            return self._attend_packed(q, z, y, mask), None
+        z, y = read_all(z), read_all(y)
+        if self._eager(wants_probs):
+            out, probs = grouped_attention(
+                self._absorb(q), z, y, mask, scale=self.scaling, dropout=dropout, softcap=self.layer.softcap
+            )
+            return self._lead_values_back(out), probs
+        if q.shape[2] <= FEW_TOKENS and not dropout:
+            return self._lead_values_back(decode_attention(self._absorb(q), z, y, mask, scale=self.scaling)), None
+        if z.shape[1::2] == y.shape[1::2] and z.shape[3] <= self.layer.head_dim:
+            out = prefill_attention(self._absorb(q), z, y, mask, scale=self.scaling, dropout=dropout)
+            return self._lead_values_back(out), None
+        keys, values = self._rebuild(z, "k_b"), self._rebuild(y, "v_b")
+        return prefill_attention(q, keys, values, mask, scale=self.scaling, dropout=dropout), None
+
+    def _attend_packed(self, q: Tensor, z: Stored, y: Stored, mask: Tensor | None) -> Tensor:
+        numbers, softcap = self._numbers_at_a_time, self.layer.softcap
+        out = attend_packed(self._absorb(q), z, y, mask, numbers=numbers, scale=self.scaling, softcap=softcap)
+        return self._lead_values_back(out)
+
+    def _eager(self, wants_probs: bool = False) -> bool:
+        """The fused kernels return no probabilities and cap no scores. A family with alibi only knows eager, and means by it
+        that masks are numbers to add, which they take as well."""
+        asked = self.config._attn_implementation == "eager" and not self.layer.alibi
+        return asked or wants_probs or self.layer.softcap is not None
+
+    def _attend_on_read(
+        self,
+        q: Tensor,
+        z: Stored,
+        y: Stored,
+        mask: Tensor | None,
+        tables: tuple[Tensor, Tensor] | None,
+        *,
+        wants_probs: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Keys are rebuilt and rotated for this call: all at once for a prompt, piece by piece for few tokens, so that the
+        keys of a long cache never exist at once. `tables`: cos and sin of all tokens, None for keys that stay unrotated."""
+        S = z.shape[2]
+        if tables is not None:
+            tables = tables[0][:, -S:], tables[1][:, -S:]
+
+        def keys(start: int, end: int) -> Tensor:
+            part = self._rebuild(read(z, start, end), "k_b")
+            return part if tables is None else apply_rotary(part, *(table[:, start:end] for table in tables))
+
+        def values(start: int, end: int) -> Operand:
+            return self._rebuild(read(y, start, end), "v_b") if self.spec.hidden else read_for_product(y, start, end)
+
+        dropout = self.layer.attention_dropout if self.training else 0.0
+        lead_back = (lambda out: out) if self.spec.hidden else self._lead_values_back
+        packed = isinstance(z, PackedTokens) or isinstance(y, PackedTokens)
+        few = q.shape[2] <= (max(FEW_TOKENS, S - 1) if packed else FEW_TOKENS) and not (wants_probs or dropout)
+        sizes: dict[str, Any] = {"scale": self.scaling, "softcap": self.layer.softcap}
+        if few and (packed or not self._eager()):
+            out = chunked_attention(q, keys, values, S, mask, numbers=self._numbers_at_a_time, **sizes)
+            return lead_back(out), None
+        rebuilt = read_all(y)
+        if self._eager(wants_probs):
+            rebuilt = self._rebuild(rebuilt, "v_b") if self.spec.hidden else rebuilt
+            out, probs = grouped_attention(q, keys(0, S), rebuilt, mask, dropout=dropout, **sizes)
+            return lead_back(out), probs
+        rebuilt = self._rebuild(rebuilt, "v_b")
+        return prefill_attention(q, keys(0, S), rebuilt, mask, scale=self.scaling, dropout=dropout), None
+
+    @property
+    def _numbers_at_a_time(self) -> int:
+        """Of one side of one token, stored or rebuilt."""
+        return max(self.spec.widest, self.layer.num_kv_heads * self.layer.head_dim)
+
+    def _absorb(self, q_BNTH: Tensor) -> Tensor:
+        """Queries [B, N, T, H] -> [B, N, T, R], so that they meet the stored keys directly."""
+        if self.k_b_proj is None:
+            return q_BNTH
+        B, N, T, H = q_BNTH.shape
+        per_kv_head = q_BNTH.reshape(B, self.layer.num_kv_heads, -1, H)
+        return self.k_b_proj(per_kv_head, heads=self.layer.num_kv_heads, transposed=True).reshape(B, N, T, -1)
+
+    def _rebuild(self, z_BCSR: Tensor, way: str) -> Tensor:
+        """Stored heads [B, C, S, R] -> the source's heads [B, K, S, H]; unchanged where there is no way back."""
+        if getattr(self, f"{way}_proj") is None:
+            return z_BCSR
+        return self._way(way, z_BCSR).unflatten(3, (-1, self.layer.head_dim)).transpose(2, 3).flatten(1, 2)
+
+    def _way(self, way: str, x: Tensor) -> Tensor:
+        """In ("k_a", "v_a") or back ("k_b", "v_b"): a linear map of each group, and a network where the plan has one."""
+        out = getattr(self, f"{way}_proj")(x)
+        if self.spec.hidden:
+            inner = nn.functional.gelu(getattr(self, f"{way}_up_proj")(x))
+            out = out + getattr(self, f"{way}_down_proj")(inner)
+        return out
+
+    def _lead_values_back(self, out_BTNV: Tensor) -> Tensor:
+        """Averaged latents [B, T, N, V] -> averaged values of the source's heads [B, T, N, H], if o_proj expects those."""
+        if self.v_b_proj is None:
+            return out_BTNV
+        B, T, N, V = out_BTNV.shape
+        per_kv_head = out_BTNV.transpose(1, 2).reshape(B, self.layer.num_kv_heads, -1, V)
+        return self.v_b_proj(per_kv_head, heads=self.layer.num_kv_heads).reshape(B, N, T, -1).transpose(1, 2)
+
+
+def _with_gradient(stored: Stored, new_BCTR: Tensor) -> Stored:
+    """What is stored, with the gradient of the new tokens passing straight through: bytes have none."""
+    if not isinstance(stored, PackedTokens) or not (torch.is_grad_enabled() and new_BCTR.requires_grad):
+        return stored
+    seen, tokens = read_all(stored), new_BCTR.shape[2]
+    exact = seen[:, :, -tokens:] + (new_BCTR - new_BCTR.detach())
+    return torch.cat([seen[:, :, :-tokens], exact], dim=2)
+
+
+def apply_rotary(x_BNTH: Tensor, cos_BTr: Tensor, sin_BTr: Tensor) -> Tensor:
+    """Rotate the first r numbers of each head, half-split pairs; cos and sin come from the model's own rotary module."""
+    cos, sin = cos_BTr.unsqueeze(1), sin_BTr.unsqueeze(1)
+    rotary_dim = cos.shape[-1]
+    turning, rest = x_BNTH[..., :rotary_dim], x_BNTH[..., rotary_dim:]
+    first, second = turning.chunk(2, dim=-1)
+    turned = (turning * cos + torch.cat((-second, first), dim=-1) * sin).to(x_BNTH.dtype)  # some tables are float32
+    return turned if not rest.shape[-1] else torch.cat((turned, rest), dim=-1)
+
+
+@functools.cache
+def attention_class(
+    family_attention: type[nn.Module], base: type[FoldedAttention] = FoldedAttention
+) -> type[FoldedAttention]:
+    """`base` that is also an instance of the family's class, by which transformers records attentions."""
+    name = base.__name__.removesuffix("Attention") + family_attention.__name__
+    cls = type(name, (base, family_attention), {"__module__": __name__})
+    globals()[name] = cls  # pickle and copy look a class up by its module and name
+    return cls
