@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kvfold.calibration.material import Material, layer_group
+from kvfold.calibration.material import layer_group
 from kvfold.checkpoint.source import open_source
 from kvfold.compression.allocate import Axes, Request, expected_curve
 from kvfold.compression.probe import Probe
-from kvfold.compression.recipe import make_recipe, parse_budget
+from kvfold.compression.recipe import make_recipe, material_of, parse_budget
 
 Row = dict[str, Any]
 
@@ -53,7 +53,7 @@ def measure(options: argparse.Namespace, run_dir: Path) -> list[Row]:
     source = open_source(options.model)
     axes = Axes(**{axis: recipe.method(axis) for axis in ("depth", "width", "bits", "length")})
     request = Request(layers=source.layers, targets=(None,) * len(source.layers), axes=axes, dtype=source.dtype)
-    material = Material(recipe, source, run_dir)
+    material = material_of(recipe, source, run_dir)
     found = material.statistics(axes.width.needs)
     groups = functools.lru_cache(maxsize=1)(
         lambda owner: layer_group(source, request.targets, owner, found, axes.width)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from kvfold import registry
 from kvfold.errors import CheckpointError
-from kvfold.plan.layer import AttentionLayer, AttentionWeights, FoldedWeights
+from kvfold.plan.folded_weights import FoldedWeights
+from kvfold.plan.layer import AttentionLayer, AttentionWeights
 
 
 class Architecture(ABC):

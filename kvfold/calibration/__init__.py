@@ -1,1 +1,1 @@
-"""TODO."""
+"""Text and the original model -> statistics on disk."""

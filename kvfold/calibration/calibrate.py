@@ -20,11 +20,11 @@ from kvfold.calibration.observing import SENSITIVITIES, STATISTICS, LayerObserve
 from kvfold.calibration.passes import Passes
 from kvfold.checkpoint.atomic import make_folder, require_space, write_tensors, write_text
 from kvfold.checkpoint.reader import Checkpoint, read_json
-from kvfold.compression.fold import source_dtype
+from kvfold.checkpoint.source import source_dtype
 from kvfold.errors import DataError
 from kvfold.linalg.eigen import Moment
+from kvfold.plan.cache_spec import ITEMSIZE
 from kvfold.plan.layer import AttentionLayer
-from kvfold.plan.plan import ITEMSIZE
 
 __all__ = ["STATISTICS", "Statistics", "calibrate"]
 

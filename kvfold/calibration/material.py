@@ -15,19 +15,20 @@ from torch import Tensor
 from kvfold import distributed as processes
 from kvfold.calibration import text as data
 from kvfold.calibration.calibrate import Statistics, calibrate
+from kvfold.calibration.calibration import Calibration
 from kvfold.calibration.layerwise_model import StreamedModel
-from kvfold.calibration.sensitivity import WEIGHTED
 from kvfold.calibration.statistics import VECTORS, Seen
 from kvfold.checkpoint.atomic import make_folder, write_tensors
-from kvfold.checkpoint.source import Source, load_weights, warn_if_too_long
-from kvfold.compression.fold import read_layer
-from kvfold.compression.recipe import Recipe
+from kvfold.checkpoint.source import Source, read_layer, warn_if_too_long
+from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.errors import CheckpointError, DataError
 from kvfold.linalg.eigen import Moment
+from kvfold.linalg.sensitivity import WEIGHTED
 from kvfold.methods.depth.base import Sample, Targets
 from kvfold.methods.width.base import LayerGroup, WidthMethod
 from kvfold.plan.layer import AttentionWeights
 from kvfold.progress import track
+from kvfold.runtimes.transformers.load import load_weights
 
 TRAINING_TOKENS = 16_384
 """So many show their vectors to a width method that is trained."""
@@ -49,15 +50,22 @@ POOL = 8
 
 @dataclass
 class Material:
-    """The calibration text of one recipe, and what is made of it when a method asks."""
+    """The calibration text of one recipe, and what is made of it when a method asks.
 
-    recipe: Recipe
+    `width`: the method whose needs choose how much text is taken where nothing says so. `asked_by`: what to name where
+    text is missing.
+    """
+
+    calibration: Calibration
     source: Source
     run_dir: Path
+    width: WidthMethod
+    asked_by: str
+    seed: int = 0
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        calibration, rotated = self.recipe.calibration, bool(self.recipe.method("width").needs & ROTATED)
+        calibration, rotated = self.calibration, bool(self.width.needs & ROTATED)
         rotated = rotated and any(layer.rotary_dim for layer in self.source.layers)
         self.num_samples = calibration.num_samples or (NUM_ROTATED if rotated else NUM_SAMPLES)
         self.seq_len = calibration.seq_len or min(ROTATED_LEN if rotated else SEQ_LEN, self.source.seq_len)
@@ -81,7 +89,7 @@ class Material:
             pairs=_pairs(targets, joint),
             needs_cross=needs_cross,
             device=self.device,
-            seed=self.recipe.seed,
+            seed=self.seed,
         )
 
     @torch.no_grad()
@@ -108,17 +116,16 @@ class Material:
             return self._draw()
 
     def _draw(self) -> Tensor:
-        calibration = self.recipe.calibration
+        calibration = self.calibration
         if calibration.data is None:
-            names = " + ".join(getattr(self.recipe, axis)["method"] for axis in ("depth", "width"))
             raise DataError(
-                f"{names} needs calibration text: give --data FILE, a data set name, or `--data self` (the model samples its"
-                " own)."
+                f"{self.asked_by} needs calibration text: give --data FILE, a data set name, or `--data self` (the model"
+                " samples its own)."
             )
         size: dict[str, Any] = {
             "num_samples": self.num_samples * (POOL if calibration.select == "diverse" else 1),
             "seq_len": self.seq_len,
-            "seed": self.recipe.seed,
+            "seed": self.seed,
         }
         warn_if_too_long(size["seq_len"], self.source.checkpoint.config)
         if calibration.data == "self":
@@ -128,10 +135,10 @@ class Material:
         return data.most_diverse(tokens_BT, self.num_samples) if calibration.select == "diverse" else tokens_BT
 
     def _text(self, size: dict[str, Any]) -> Tensor:
-        calibration = self.recipe.calibration
+        calibration = self.calibration
         assert calibration.data is not None, "_draw asks for a text first"
         return data.sequences(
-            data.load_tokenizer(self.source.checkpoint.path),
+            load_tokenizer(self.source.checkpoint.path),
             calibration.data,
             config=calibration.config,
             split=calibration.split,
@@ -173,7 +180,7 @@ def self_sampled(source: Source, run_dir: Path, *, num_samples: int, seq_len: in
 def _chat_opening(path: Path) -> list[int]:
     """Models without a tokenizer, which only tests have, have no chats."""
     try:
-        return data.chat_opening(data.load_tokenizer(path))
+        return data.chat_opening(load_tokenizer(path))
     except CheckpointError:
         return []
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kvfold import distributed as processes
 from kvfold.calibration.cross_moments import CrossMoments
-from kvfold.calibration.sensitivity import METRIC, WEIGHTED, fit
 from kvfold.calibration.statistics import GRADIENTS, VECTORS, Seen
 from kvfold.linalg.eigen import Moment
+from kvfold.linalg.sensitivity import METRIC, WEIGHTED, fit
 from kvfold.plan.layer import AttentionLayer
 
 SENSITIVITIES = frozenset(part + name for name in GRADIENTS for part in (WEIGHTED, METRIC))

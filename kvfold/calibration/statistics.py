@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kvfold.runtimes.transformers.attention import apply_rotary
+from kvfold.runtimes.kernels.rotary import apply_rotary
 
 
 class Seen(NamedTuple):

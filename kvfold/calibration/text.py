@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from kvfold.errors import CheckpointError, DataError
+from kvfold.errors import DataError
 from kvfold.progress import say_if_long, track
 
 CHARS_PER_TOKEN = 10
@@ -25,20 +25,6 @@ TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv
 SAMPLE_BATCH = 32
 MARK = "kvfold-mark"
 """Stands for the words of a user."""
-
-
-def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a model folder. Raises CheckpointError where it is missing."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # transformers raises whatever the missing file's loader raised
-        files = sorted(p.name for p in Path(path).iterdir()) if Path(path).is_dir() else []
-        raise CheckpointError(
-            f"{path} has no tokenizer that transformers can load ({' '.join(str(error).split())[:160]})."
-            f" It holds {files}. Copy tokenizer.json and tokenizer_config.json of the model into it."
-        ) from error
 
 
 def sequences(

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kvfold.calibration.text import load_tokenizer
 from kvfold.checkpoint.atomic import copy_file, make_folder, write_tensors, write_text
 from kvfold.checkpoint.reader import INDEX, Checkpoint, read_json
+from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.errors import OutputError
 from kvfold.plan.plan import CONFIG_KEY
 
@@ -81,3 +81,7 @@ def publish(partial: Path, out: Path, overwrite: bool) -> None:
         out.rename(replaced)
     partial.rename(out)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+MAX_SHARD_BYTES = 512 * 1024**2
+"""Small shards keep the memory of a fold low: one shard and one layer are in memory at a time."""

@@ -15,12 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from kvfold import registry
 from kvfold.checkpoint.atomic import make_folder, require_space, write_text
-from kvfold.checkpoint.folder import partial_folder, publish, write_weights
+from kvfold.checkpoint.folder import MAX_SHARD_BYTES, partial_folder, publish, write_weights
 from kvfold.checkpoint.reader import gguf_files
-from kvfold.checkpoint.source import without_bars
-from kvfold.compression.fold import MAX_SHARD_BYTES
 from kvfold.errors import CheckpointError
-from kvfold.progress import STDERR
+from kvfold.progress import STDERR, without_bars
 
 UNQUANTIZED = {"F32": torch.float32, "F16": torch.float16}
 OUTPUT = "output.weight"

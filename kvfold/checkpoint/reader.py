@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvfold.errors import CheckpointError
-from kvfold.plan.plan import ITEMSIZE
+from kvfold.plan.cache_spec import ITEMSIZE
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel
 
 from kvfold.architectures.base import Architecture, architecture, empty_model, source_config
-from kvfold.calibration.text import load_tokenizer
-from kvfold.checkpoint.reader import Checkpoint, locate, read_json
-from kvfold.compression.allocate import source_layer
-from kvfold.compression.fold import check_names, source_dtype, under_current_names
-from kvfold.errors import CheckpointError, RecipeError
-from kvfold.plan.layer import AttentionLayer
-from kvfold.plan.plan import CONFIG_KEY, ITEMSIZE, CachePlan, source_plan
+from kvfold.checkpoint.reader import DTYPES, Checkpoint, locate, read_json
+from kvfold.errors import CheckpointError
+from kvfold.plan.layer import AttentionLayer, AttentionWeights
+from kvfold.plan.plan import CONFIG_KEY, CachePlan, source_layer, source_plan
 
 MAX_SEQ_LEN = 2048
 
@@ -43,60 +37,6 @@ class Source:
     def dtype(self) -> str:
         """The dtype of the original cache, as config.json would name it."""
         return source_dtype(self.checkpoint, self.arch, self.layers[0])
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model that is ready to run. `plan` is that of the untouched cache where the model is not folded."""
-
-    path: Path
-    model: Any
-    tokenizer: Any
-    plan: CachePlan
-    folded: bool
-
-
-def load(model: str | Path, *, dtype: str = "auto", device: str = "auto") -> Loaded:
-    """Load a folder or hub id. `auto` dtype is the checkpoint's on a GPU, and float32 on the CPU.
-
-    Raises CheckpointError where the folder is not a model that kvfold knows.
-    """
-    path, device = locate(model), resolve_device(device)
-    plan, folded = load_plan(path)
-    if dtype not in ("auto", *ITEMSIZE):
-        raise RecipeError(f"dtype {dtype!r} is not one of auto, {', '.join(ITEMSIZE)}.")
-    chosen = default_dtype(plan.dtype, device) if dtype == "auto" else dtype
-    tokenizer = load_tokenizer(path)
-    return Loaded(path, load_weights(path, chosen, device), tokenizer, plan, folded)
-
-
-def load_weights(path: Path, dtype: str, device: str) -> PreTrainedModel:
-    """The model of a folder, ready for inference, without transformers' progress bar."""
-    try:
-        with without_bars():
-            options = _kernel(path)
-            return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **options).to(device).eval()
-    except (OSError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Without transformers' progress bars."""
-    had_bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if had_bar:
-            transformers_logging.enable_progress_bar()
-
-
-def _kernel(path: Path) -> dict[str, Any]:
-    """torch's fused kernel, which some versions of transformers choose by themselves, ignores a cap on scores."""
-    config = read_json(path / "config.json")
-    capped = config.get("attn_logit_softcapping") is not None and not config.get(CONFIG_KEY)
-    return {"attn_implementation": "eager"} if capped else {}
 
 
 def load_plan(model: str | Path) -> tuple[CachePlan, bool]:
@@ -129,11 +69,6 @@ def context_len(config: dict[str, Any]) -> int | None:
     return config.get("max_position_embeddings") or config.get("n_positions")
 
 
-def default_dtype(stored: str, device: str) -> str:
-    """The dtype that a model runs in where nothing else is asked for: float32 on the CPU, else as it is stored."""
-    return "float32" if device == "cpu" else stored
-
-
 def warn_if_too_long(seq_len: int, config: dict[str, Any]) -> None:
     """Warn where sequences are longer than the model's positions: it was not trained for that."""
     context = context_len(config) or seq_len
@@ -143,12 +78,56 @@ def warn_if_too_long(seq_len: int, config: dict[str, Any]) -> None:
         )
 
 
-def resolve_device(device: str) -> str:
-    """`auto` is CUDA where there is one."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"--device {device} cannot be used: {' '.join(str(error).split())[:200]}") from error
-    return device
+DEAD_BUFFER = r"rotary_emb\.inv_freq$"
+"""What old checkpoints of any family carry and no current model reads."""
+
+
+def read_layer(checkpoint: Checkpoint, arch: Architecture, layer: AttentionLayer) -> AttentionWeights:
+    """One layer's attention weights in float64."""
+    prefix = arch.attention_prefix(layer.index)
+    return arch.weights(lambda name: checkpoint.read(prefix + name).double(), layer)
+
+
+def source_dtype(checkpoint: Checkpoint, arch: Architecture, layer: AttentionLayer) -> str:
+    """The dtype of a layer's attention weights, as config.json would name it: the original cache has the same."""
+    prefix = arch.attention_prefix(layer.index)
+    found = {stored.dtype for name, stored in checkpoint.tensors.items() if name.startswith(prefix)}
+    if len(found) != 1 or not found <= set(DTYPES):
+        raise CheckpointError(
+            f"{checkpoint.path}: attention of layer {layer.index} is stored as {sorted(found)}; kvfold folds one of"
+            f" {sorted(DTYPES.values())} per layer. Save a converted copy first."
+        )
+    return DTYPES[found.pop()]
+
+
+def under_current_names(checkpoint: Checkpoint, arch: Architecture, model: PreTrainedModel) -> Checkpoint:
+    """The checkpoint with its tensors under the names of the current model, and without the masks and tables that old files
+    of its family carry and no current model reads."""
+    dead = [DEAD_BUFFER, *(model._keys_to_ignore_on_load_unexpected or [])]
+    tensors = {arch.current_name(name): stored for name, stored in checkpoint.tensors.items()}
+    expected = set(model.state_dict())
+    live = {n: t for n, t in tensors.items() if n in expected or not any(re.search(pattern, n) for pattern in dead)}
+    return dataclasses.replace(checkpoint, tensors=live)
+
+
+def check_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
+    """Names of tied tensors that are stored under another name -> that name.
+
+    Raises CheckpointError unless the folder holds exactly the tensors of its model type, tied ones at least once.
+    """
+    expected = set(model.state_dict())
+    found = set(checkpoint.tensors)
+    tied = dict(model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
+    tied |= {other: name for name, other in tied.items()}
+    aliases = {name: tied[name] for name in expected - found if tied.get(name) in found}
+    if missing := sorted(expected - found - set(aliases)):
+        raise CheckpointError(
+            f"{checkpoint.path} lacks {len(missing)} tensors of a {model.config.model_type} model, for example {missing[0]}."
+            " Does config.json belong to these weights?"
+        )
+    if unknown := sorted(found - expected):
+        raise CheckpointError(
+            f"{checkpoint.path} holds {len(unknown)} tensors that a {model.config.model_type} model does not have, for"
+            f" example {unknown[0]}. Does config.json belong to these weights?"
+        )
+    return aliases

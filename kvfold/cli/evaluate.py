@@ -8,16 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from kvfold.cli.options import Device, Dtype, Model, SeqLen, numbers
-from kvfold.evaluation.recall import measure_recall
-from kvfold.evaluation.tasks import TASK_PRESETS, evaluate_tasks
-from kvfold.evaluation.texts import evaluate_texts
-from kvfold.report.tables import print_evaluation, print_json, print_recall, print_tasks, print_texts
+from kvfold.evaluation.task_presets import TASK_PRESETS
 
 TASKS_HELP = "A task of lm-evaluation-harness, a .jsonl file, or the tasks of a paper: " + ", ".join(TASK_PRESETS)
 TASKS_HELP += "; repeatable. Needs the extra eval (lm-eval)."
 
 
-def evaluate_command(
+def command(
     model: Model,
     against: Annotated[str, typer.Option(help="The original model.", show_default=False)],
     data: Annotated[
@@ -49,6 +46,11 @@ def evaluate_command(
     device: Device = "auto",
 ) -> None:
     """Measure what a folded model lost: on texts (loss, perplexity, KL, top-1 agreement), on tasks, in recall."""
+    from kvfold.evaluation.recall import measure_recall
+    from kvfold.evaluation.tasks import evaluate_tasks
+    from kvfold.evaluation.texts import evaluate_texts
+    from kvfold.report.tables import print_evaluation, print_json, print_recall, print_tasks, print_texts
+
     if not (data or tasks or recall):
         raise typer.BadParameter("say what to measure: --data, --tasks or --recall")
     lengths = numbers(None if recall == "auto" else recall, "--recall") or []

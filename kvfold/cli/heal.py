@@ -8,16 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from kvfold.cli.options import Device, Overwrite, SeqLen
-from kvfold.compression.recipe import assignments
-from kvfold.healing.heal import heal
 from kvfold.healing.presets import HEALING_PRESETS
-from kvfold.healing.recipe import make_healing
-from kvfold.report.tables import print_json
 
 HEALING_HELP = "; ".join(f"{name}: {preset.about}" for name, preset in HEALING_PRESETS.items())
 
 
-def heal_command(
+def command(
     folded: Annotated[str, typer.Argument(help="Folder that kvfold wrote.", show_default=False)],
     data: Annotated[str, typer.Option(help="Text to train on, as in compress.", show_default=False)],
     out: Annotated[str, typer.Option(help="Folder to write.", show_default=False)],
@@ -48,6 +44,11 @@ def heal_command(
     device: Device = "auto",
 ) -> None:
     """Train a folded model for a while, so that it forgets what folding took: uptraining, LoRA, distillation."""
+    from kvfold.compression.recipe import assignments
+    from kvfold.healing.heal import heal
+    from kvfold.healing.recipe import make_healing
+    from kvfold.report.tables import print_json
+
     fields: dict[str, Any] = {
         "folded": folded,
         "data": data,

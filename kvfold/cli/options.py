@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kvfold.compression.presets import MLKV_PAPER, PRESETS
-from kvfold.runtimes.vllm.limits import RUNTIMES
+from kvfold.registry import names
 
 Model = Annotated[str, typer.Argument(help="Model folder, or model id on the hub.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
@@ -49,7 +49,7 @@ TargetKl = Annotated[
 Runtime = Annotated[
     str | None,
     typer.Option(
-        help=f"What will read the cache: {', '.join(RUNTIMES)}; for vllm only plans that it serves are made.",
+        help=f"What will read the cache: {', '.join(names('runtimes'))}; for vllm only plans that it serves are made.",
         show_default="transformers",
     ),
 ]
@@ -107,3 +107,8 @@ def numbers(text: str | None, option: str = "--keep-layers") -> list[int] | None
         return None if text is None else [int(number) for number in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a list of numbers, such as 0,1", param_hint=option) from None
+
+
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """Those options that were given."""
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Everything that writes a folder with another cache: compress, truncate, export, import."""

@@ -14,10 +14,11 @@ from kvfold.methods.bits.base import BitsMethod, noise_share
 from kvfold.methods.depth.base import DepthMethod, Sample, Targets
 from kvfold.methods.length.base import LengthMethod
 from kvfold.methods.width.base import LayerGroup, WidthMethod
+from kvfold.plan.cache_spec import ITEMSIZE, POSITION_BYTES, CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.number_format import StoredShape
-from kvfold.plan.plan import ITEMSIZE, POSITION_BYTES, CachePlan, CacheSpec, SourceLayer
-from kvfold.runtimes.vllm.limits import VLLM_WIDTHS
+from kvfold.plan.plan import CachePlan, source_layer
+from kvfold.runtimes.base import runtime
 
 SIDES = ("keys", "values")
 SMALLEST_BUDGET = 1 / 256
@@ -52,9 +53,10 @@ class Limits:
 
 def limits_of(recipe: Any) -> Limits:
     """What a recipe says of them, its runtime's included."""
-    served = recipe.runtime == "vllm"
-    widths = VLLM_WIDTHS if served else ()
-    return Limits(keep_layers=recipe.keep_layers, min_width=recipe.min_width, one_shape=served, widths=widths)
+    where = runtime(recipe.runtime)
+    return Limits(
+        keep_layers=recipe.keep_layers, min_width=recipe.min_width, one_shape=where.one_shape, widths=where.widths
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,7 @@ class Request:
         if both := [shape for shape in keys if shape in values]:
             return both
         raise RecipeError(
-            f"runtime vllm stores keys and values in one shape, and layer {owner} has none that suits both (keys:"
+            f"this runtime stores keys and values in one shape, and layer {owner} has none that suits both (keys:"
             f" {keys[0].num_heads} heads and so on, values: {values[0].num_heads}); set width.latent and width.v_latent to"
             " the same, and leave bits out."
         )
@@ -233,16 +235,6 @@ def smallest_under(target_kl: float, plan: Callable[[float], CachePlan], kl: Cal
         else:
             low = middle
     return best
-
-
-def source_layer(layer: AttentionLayer) -> SourceLayer:
-    """What byte accounting needs to know of an original layer."""
-    return SourceLayer(
-        num_attention_heads=layer.num_attention_heads,
-        num_kv_heads=layer.num_kv_heads,
-        head_dim=layer.head_dim,
-        window=layer.window,
-    )
 
 
 def check_request(request: Request, kv_budget: float | None) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from kvfold.compression.recipe import Recipe
 from kvfold.plan.plan import CachePlan
+from kvfold.runtimes.base import runtime, servable_by
 
 CONTEXTS = (2_048, 8_192, 32_768)
 
@@ -63,8 +65,7 @@ def write_card_text(recipe: Recipe, plan: CachePlan, *, version: str, parameters
         for n in CONTEXTS
     ]
     source_read = source_read_bytes(plan, CONTEXTS[-1])
-    read, obstacle = plan.kv_read_bytes(CONTEXTS[-1]), plan.servable_by()["vllm"]
-    serving = f"vLLM serves it without flags (`pip install 'kvfold[vllm]'`): `vllm serve {recipe.out}`."
+    read = plan.kv_read_bytes(CONTEXTS[-1])
     return CARD.format(
         model=recipe.model,
         name=Path(recipe.out).name,
@@ -84,8 +85,17 @@ def write_card_text(recipe: Recipe, plan: CachePlan, *, version: str, parameters
         parameters=parameters[1],
         version=version,
         recipe=recipe.to_yaml(),
-        serving=serving if obstacle is None else f"vLLM does not serve it: {obstacle}",
+        serving=" ".join(_serving(plan, recipe.out)),
     )
+
+
+def _serving(plan: CachePlan, out: str) -> Iterator[str]:
+    """A sentence per runtime that has a command to serve with."""
+    for name, obstacle in servable_by(plan).items():
+        command = runtime(name).serve_command(out)
+        if command:
+            serves = f"{name} serves it without flags (`pip install 'kvfold[{name}]'`): `{command}`."
+            yield serves if obstacle is None else f"{name} does not serve it: {obstacle}"
 
 
 def source_read_bytes(plan: CachePlan, context_len: int) -> int:

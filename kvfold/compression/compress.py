@@ -21,7 +21,7 @@ from kvfold.checkpoint.atomic import write_text
 from kvfold.checkpoint.folder import copy_side_files, partial_folder, publish, refuse_out
 from kvfold.checkpoint.gguf import dequantized
 from kvfold.checkpoint.reader import Checkpoint
-from kvfold.checkpoint.source import Source, load_plan, open_source, resolve_device
+from kvfold.checkpoint.source import Source, load_plan, open_source
 from kvfold.compression.allocate import (
     Axes,
     Curves,
@@ -37,13 +37,15 @@ from kvfold.compression.allocate import (
 from kvfold.compression.card import write_card_text
 from kvfold.compression.fold import fold, folded_config
 from kvfold.compression.probe import PROBE_VERSION, Probe
-from kvfold.compression.recipe import Recipe, make_recipe
+from kvfold.compression.recipe import Recipe, make_recipe, material_of
 from kvfold.compression.widen_mlp import SIZE, widened_size
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.methods.width.base import LayerGroup
 from kvfold.plan.plan import CachePlan
+from kvfold.registry import AXES
+from kvfold.runtimes.base import runtime
+from kvfold.runtimes.transformers.load import resolve_device
 from kvfold.runtimes.transformers.modeling import empty_folded_model
-from kvfold.runtimes.vllm.limits import VLLM_WIDTHS
 from kvfold.version import __version__
 
 PLAIN_BITS = {"method": "integer", "k_bits": 8, "v_bits": 8}
@@ -84,22 +86,11 @@ def compress(
     with processes.first_before_others():
         folder = dequantized(recipe.model, run_dir)
     source = open_source(folder)
-    axes = Axes(**{axis: recipe.method(axis) for axis in ("depth", "width", "bits", "length")})
-    limits = limits_of(recipe)
-    material = Material(recipe, source, run_dir, device)
-    asked = Request(
-        layers=source.layers, targets=(None,) * len(source.layers), axes=axes, dtype=source.dtype, limits=limits
-    )
-    sample = material.sample() if axes.depth.needs_sample else None
-    targets = choose_layout(asked, kv_budget=recipe.kv_budget, sample=sample)
-    request = dataclasses.replace(asked, targets=targets)
-    check_request(request, 1.0 if recipe.target_kl else recipe.kv_budget)
-    _check_runtime(recipe, request)
-    if recipe.keep_parameters:
-        widened_size(source.arch, source.checkpoint.config, len(source.layers), 0)
-    statistics = material.statistics(axes.width.needs, axes.width.needs_cross, targets, axes.width.joint)
-    wanted = axes.width.needs_vectors
-    vectors = material.sample(wanted, TRAINING_TOKENS) if wanted else None
+    material = material_of(recipe, source, run_dir, device)
+    request = _request(recipe, source, material)
+    width, targets = request.axes.width, request.targets
+    statistics = material.statistics(width.needs, width.needs_cross, targets, width.joint)
+    vectors = material.sample(width.needs_vectors, TRAINING_TOKENS) if width.needs_vectors else None
     clock.lap("calibrate")
     if processes.rank():
         processes.wait_for_all()
@@ -107,25 +98,18 @@ def compress(
 
     @functools.lru_cache(maxsize=1)  # keys and values of a group are asked for one after the other
     def groups(owner: int) -> LayerGroup:
-        return layer_group(source, targets, owner, statistics, axes.width, vectors)
+        return layer_group(source, targets, owner, statistics, width, vectors)
 
     probe = functools.cache(functools.partial(_probe, recipe, material, statistics, request, groups))
     plan = _plan(recipe, request, groups, probe)
     _warn_if_far_below(recipe, plan)
-    _warn_if_padded(recipe, plan)
+    if warning := runtime(recipe.runtime).warning(plan):
+        warnings.warn(warning, stacklevel=2)
     recipe, request, plan = _or_plain(recipe, request, plan, probe)
     clock.lap("allocate")
     partial = partial_folder(out, _identity(recipe, source.checkpoint, plan, statistics))
-    fold(
-        source.checkpoint,
-        source.arch,
-        source.layers,
-        plan,
-        request.axes.width,
-        groups,
-        partial,
-        _config(recipe, source, plan),
-    )
+    config = _config(recipe, source, plan)
+    fold(source.checkpoint, source.arch, source.layers, plan, request.axes.width, groups, partial, config)
     _complete(partial, recipe, source, plan)
     publish(partial, out, overwrite)
     clock.lap("fold")
@@ -133,10 +117,27 @@ def compress(
     return Folded(Path(recipe.out), plan, clock.laps)
 
 
+def _request(recipe: Recipe, source: Source, material: Material) -> Request:
+    """What the recipe asks for, with the layout of owners and readers.
+
+    Raises RecipeError and BudgetError where that cannot be, before anything takes long.
+    """
+    axes = Axes(**{axis: recipe.method(axis) for axis in AXES})
+    everyone = (None,) * len(source.layers)
+    asked = Request(layers=source.layers, targets=everyone, axes=axes, dtype=source.dtype, limits=limits_of(recipe))
+    sample = material.sample() if axes.depth.needs_sample else None
+    request = dataclasses.replace(asked, targets=choose_layout(asked, kv_budget=recipe.kv_budget, sample=sample))
+    check_request(request, 1.0 if recipe.target_kl else recipe.kv_budget)
+    _check_runtime(recipe, request)
+    if recipe.keep_parameters:
+        widened_size(source.arch, source.checkpoint.config, len(source.layers), 0)
+    return request
+
+
 def _check_runtime(recipe: Recipe, request: Request) -> None:
     """Raise RecipeError if what is asked for is not what the runtime serves, whatever the budget."""
     widest = request.plan({key: options[-1] for key, options in request.options.items()})
-    if obstacle := widest.servable_by()[recipe.runtime]:
+    if obstacle := runtime(recipe.runtime).obstacle(widest):
         raise RecipeError(f"runtime {recipe.runtime!r}: {obstacle}")
 
 
@@ -244,17 +245,6 @@ def _warn_if_far_below(recipe: Recipe, plan: CachePlan) -> None:
             " come nearer.",
             stacklevel=3,
         )
-
-
-def _warn_if_padded(recipe: Recipe, plan: CachePlan) -> None:
-    if recipe.runtime != "vllm" or all(spec.head_dim in VLLM_WIDTHS for spec in plan.owned):
-        return
-    odd = sorted({spec.head_dim for spec in plan.owned} - {*VLLM_WIDTHS})
-    warnings.warn(
-        f"stored heads of {', '.join(map(str, odd))} numbers are padded by some of vLLM's kernels, whose cache then holds"
-        f" fewer tokens than 1 / kv_budget says; widths without padding: {', '.join(map(str, VLLM_WIDTHS))}.",
-        stacklevel=3,
-    )
 
 
 class _Clock:

@@ -14,8 +14,9 @@ from kvfold.checkpoint.atomic import write_tensors, write_text
 from kvfold.checkpoint.folder import EXPORT_MARKER, copy_side_files, partial_folder, publish, refuse_out
 from kvfold.checkpoint.reader import INDEX, Checkpoint
 from kvfold.errors import CheckpointError, PlanError
-from kvfold.plan.layer import FoldedWeights
-from kvfold.plan.plan import CONFIG_KEY, CachePlan, divisors
+from kvfold.plan.cache_spec import divisors
+from kvfold.plan.folded_weights import FoldedWeights
+from kvfold.plan.plan import CONFIG_KEY, CachePlan
 from kvfold.runtimes.transformers.modeling import MODEL_TYPE_PREFIX
 
 CARD = """# {name}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,25 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from kvfold.architectures.base import Architecture
 from kvfold.checkpoint.atomic import require_space, write_tensors, write_text
-from kvfold.checkpoint.reader import DTYPES, INDEX, SINGLE, Checkpoint
+from kvfold.checkpoint.folder import MAX_SHARD_BYTES
+from kvfold.checkpoint.reader import INDEX, SINGLE, Checkpoint
+from kvfold.checkpoint.source import source_dtype
 from kvfold.compression.allocate import Groups
 from kvfold.compression.widen_mlp import SIZE, widen
 from kvfold.errors import CheckpointError
 from kvfold.methods.width.base import WidthMethod
-from kvfold.plan.layer import AttentionLayer, AttentionWeights
-from kvfold.plan.plan import CONFIG_KEY, ITEMSIZE, CachePlan
+from kvfold.plan.cache_spec import ITEMSIZE
+from kvfold.plan.layer import AttentionLayer
+from kvfold.plan.plan import CONFIG_KEY, CachePlan
 from kvfold.progress import track
 from kvfold.runtimes.transformers.modeling import MODEL_TYPE_PREFIX, empty_folded_model, folded_classes
-
-MAX_SHARD_BYTES = 512 * 1024**2
-"""Small shards keep the memory of a fold low: one shard and one layer are in memory at a time."""
-
-DEAD_BUFFER = r"rotary_emb\.inv_freq$"
-"""What old checkpoints of any family carry and no current model reads."""
 
 
 @dataclass
@@ -84,57 +78,6 @@ def folded_config(checkpoint: Checkpoint, arch: Architecture, plan: CachePlan) -
         "model_type": MODEL_TYPE_PREFIX + arch.model_type,
         CONFIG_KEY: plan.to_dict(),
     }
-
-
-def read_layer(checkpoint: Checkpoint, arch: Architecture, layer: AttentionLayer) -> AttentionWeights:
-    """One layer's attention weights in float64."""
-    prefix = arch.attention_prefix(layer.index)
-    return arch.weights(lambda name: checkpoint.read(prefix + name).double(), layer)
-
-
-def source_dtype(checkpoint: Checkpoint, arch: Architecture, layer: AttentionLayer) -> str:
-    """The dtype of a layer's attention weights, as config.json would name it: the original cache has the same."""
-    prefix = arch.attention_prefix(layer.index)
-    found = {stored.dtype for name, stored in checkpoint.tensors.items() if name.startswith(prefix)}
-    if len(found) != 1 or not found <= set(DTYPES):
-        raise CheckpointError(
-            f"{checkpoint.path}: attention of layer {layer.index} is stored as {sorted(found)}; kvfold folds one of"
-            f" {sorted(DTYPES.values())} per layer. Save a converted copy first."
-        )
-    return DTYPES[found.pop()]
-
-
-def under_current_names(checkpoint: Checkpoint, arch: Architecture, model: PreTrainedModel) -> Checkpoint:
-    """The checkpoint with its tensors under the names of the current model, and without the masks and tables that old files
-    of its family carry and no current model reads."""
-    dead = [DEAD_BUFFER, *(model._keys_to_ignore_on_load_unexpected or [])]
-    tensors = {arch.current_name(name): stored for name, stored in checkpoint.tensors.items()}
-    expected = set(model.state_dict())
-    live = {n: t for n, t in tensors.items() if n in expected or not any(re.search(pattern, n) for pattern in dead)}
-    return dataclasses.replace(checkpoint, tensors=live)
-
-
-def check_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
-    """Names of tied tensors that are stored under another name -> that name.
-
-    Raises CheckpointError unless the folder holds exactly the tensors of its model type, tied ones at least once.
-    """
-    expected = set(model.state_dict())
-    found = set(checkpoint.tensors)
-    tied = dict(model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
-    tied |= {other: name for name, other in tied.items()}
-    aliases = {name: tied[name] for name in expected - found if tied.get(name) in found}
-    if missing := sorted(expected - found - set(aliases)):
-        raise CheckpointError(
-            f"{checkpoint.path} lacks {len(missing)} tensors of a {model.config.model_type} model, for example {missing[0]}."
-            " Does config.json belong to these weights?"
-        )
-    if unknown := sorted(found - expected):
-        raise CheckpointError(
-            f"{checkpoint.path} holds {len(unknown)} tensors that a {model.config.model_type} model does not have, for"
-            f" example {unknown[0]}. Does config.json belong to these weights?"
-        )
-    return aliases
 
 
 def _folded(

@@ -17,14 +17,13 @@ from torch import Tensor
 from kvfold import registry
 from kvfold.architectures.base import Architecture, architecture, empty_model, source_config
 from kvfold.checkpoint.atomic import write_tensors, write_text
-from kvfold.checkpoint.folder import copy_side_files, partial_folder, publish, refuse_out
+from kvfold.checkpoint.folder import MAX_SHARD_BYTES, copy_side_files, partial_folder, publish, refuse_out
 from kvfold.checkpoint.reader import DTYPES, INDEX, SINGLE, Checkpoint, locate, read_json
-from kvfold.compression.allocate import source_layer
-from kvfold.compression.fold import MAX_SHARD_BYTES
 from kvfold.errors import CheckpointError
 from kvfold.methods.depth.contiguous import Contiguous
+from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
-from kvfold.plan.plan import CONFIG_KEY, CachePlan, CacheSpec
+from kvfold.plan.plan import CONFIG_KEY, CachePlan, source_layer
 from kvfold.runtimes.transformers.modeling import MODEL_TYPE_PREFIX, empty_folded_model, folded_classes
 
 PICKLE = "pytorch_model.bin"

@@ -21,15 +21,18 @@ from torch import Tensor, nn
 
 from kvfold.checkpoint.atomic import make_folder, write_text
 from kvfold.checkpoint.reader import read_json
-from kvfold.checkpoint.source import Source, default_dtype, load_weights
+from kvfold.checkpoint.source import Source
 from kvfold.compression.allocate import Curve, Curves, Groups, Request, expected_curve
 from kvfold.methods.bits.base import shared_energy
 from kvfold.methods.width.base import WidthMethod, method_name
+from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.number_format import NumberFormat, StoredShape
-from kvfold.plan.plan import CachePlan, CacheSpec
+from kvfold.plan.plan import CachePlan
 from kvfold.progress import track
 from kvfold.runtimes.kernels.codec import roundtrip
-from kvfold.runtimes.transformers.attention import CURRENT_STATE, FoldedAttention, ForwardState
+from kvfold.runtimes.transformers.attention import FoldedAttention
+from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
+from kvfold.runtimes.transformers.load import default_dtype, load_weights
 
 PROBE_VERSION = 4
 """To be raised when something is measured differently, so that what is on disk is not taken for it."""

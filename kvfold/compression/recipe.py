@@ -13,14 +13,14 @@ from typing import Any
 import yaml
 
 from kvfold import registry
+from kvfold.calibration.calibration import Calibration
+from kvfold.calibration.material import Material
+from kvfold.checkpoint.source import Source
 from kvfold.compression.presets import PRESETS
 from kvfold.errors import RecipeError
-from kvfold.runtimes.vllm.limits import RUNTIMES
+from kvfold.runtimes.base import runtime
 
 ALLOCATIONS = ("uniform", "greedy", "measured")
-DEFAULT: dict[Any, str] = {"transformers": "auto", "vllm": "served"}
-"""Preset of who names none, by runtime."""
-SELECTIONS = ("random", "diverse")
 PREFERENCES = {"size": "on_read", "speed": "applied"}
 """What to prefer -> how fisher stores keys."""
 TYPES: dict[Any, tuple[type, ...]] = {
@@ -32,35 +32,6 @@ TYPES: dict[Any, tuple[type, ...]] = {
     "bool": (bool,),
 }
 """Python types by the annotation of a recipe's or method's field."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """Which text the statistics come from.
-
-    data: a .txt, .jsonl or .parquet file (also .xz and .gz), a data set name on the hub, or `self` (the model samples
-        its own text). None where the method reads weights only.
-    num_samples, seq_len: sequences, and tokens per sequence; 0 takes 64 of 256, or 16 of 1,024 where keys are stored after
-        rotation.
-    select: `random` places of the text, or `diverse`: of eight times as many those whose words differ most.
-    config, split, text_field: of a data set.
-    """
-
-    data: str | None = None
-    num_samples: int = 0
-    seq_len: int = 0
-    select: str = "random"
-    config: str | None = None
-    split: str = "train"
-    text_field: str = "text"
-
-    def __post_init__(self) -> None:
-        if self.num_samples < 0 or self.seq_len < 0:
-            raise RecipeError(
-                f"calibration.num_samples is {self.num_samples} and seq_len {self.seq_len}; neither can be below 0."
-            )
-        if self.select not in SELECTIONS:
-            raise RecipeError(registry.unknown("selection of calibration text", self.select, SELECTIONS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +87,7 @@ class Recipe:
         if not listed or any(isinstance(i, bool) or not isinstance(i, int) for i in self.keep_layers):
             raise RecipeError(f"keep_layers = {self.keep_layers!r} is not a list of layer numbers, such as [0, 1].")
         object.__setattr__(self, "keep_layers", tuple(self.keep_layers))
-        if self.runtime not in RUNTIMES:
-            raise RecipeError(registry.unknown("runtime", self.runtime, RUNTIMES))
+        runtime(self.runtime)
         if self.allocate not in ALLOCATIONS:
             raise RecipeError(registry.unknown("allocation", self.allocate, ALLOCATIONS))
         for axis in registry.AXES:
@@ -169,14 +139,14 @@ def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
     """A recipe from plain data (of YAML or of the command line) with its preset filled in and `a.b=value` applied last.
 
     Fields in `data` win over the preset's. Where neither a preset nor a method of any axis is named, the preset is the
-    runtime's DEFAULT.
+    runtime's own.
     """
     tree: dict[str, Any] = {}
     sets = list(sets)
     chosen = any("method" in (data.get(axis) or {}) for axis in registry.AXES)
     chosen |= any(assignment.partition("=")[0].endswith(".method") for assignment in sets)
-    runtime = {**data, **assignments(s for s in sets if s.startswith("runtime="))}.get("runtime")
-    if preset := data.get("preset") or (None if chosen else DEFAULT.get(runtime, DEFAULT["transformers"])):
+    where = {**data, **assignments(s for s in sets if s.startswith("runtime="))}.get("runtime", Recipe.runtime)
+    if preset := data.get("preset") or (None if chosen else runtime(where).default_preset):
         data = {**data, "preset": preset}
         if preset not in PRESETS:
             raise RecipeError(registry.unknown("preset", preset, PRESETS))
@@ -193,6 +163,13 @@ def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
         _prefer(tree)
     tree["calibration"] = _build(Calibration, tree.get("calibration", {}), "calibration field")
     return _build(Recipe, tree, "recipe field")
+
+
+def material_of(recipe: Recipe, source: Source, run_dir: Path, device: str = "cpu") -> Material:
+    """The calibration text that a recipe asks for."""
+    asked_by = " + ".join(getattr(recipe, axis)["method"] for axis in ("depth", "width"))
+    width = recipe.method("width")
+    return Material(recipe.calibration, source, run_dir, width, asked_by, seed=recipe.seed, device=device)
 
 
 def _prefer(tree: dict[str, Any]) -> None:

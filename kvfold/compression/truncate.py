@@ -9,14 +9,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kvfold.architectures.base import architecture
+from kvfold.architectures.base import architecture, empty_model, source_config
 from kvfold.checkpoint.atomic import write_text
 from kvfold.checkpoint.folder import copy_side_files, partial_folder, publish, refuse_out, write_weights
 from kvfold.checkpoint.reader import Checkpoint
 from kvfold.compression.allocate import SLACK
 from kvfold.errors import BudgetError, CheckpointError
-from kvfold.healing.elastic import MULTIPLE, check_nested, kept_width
-from kvfold.plan.plan import CONFIG_KEY, CachePlan, CacheSpec
+from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.layer import AttentionLayer
+from kvfold.plan.nested import MULTIPLE, check_nested, kept_width
+from kvfold.plan.plan import CONFIG_KEY, CachePlan
+from kvfold.plan.tensors import Shape, tensor_shapes
 from kvfold.runtimes.transformers.modeling import MODEL_TYPE_PREFIX
 
 CARD = """# {name}
@@ -78,30 +81,30 @@ def _narrower(spec: CacheSpec, share: float) -> CacheSpec:
 
 def _tensors(checkpoint: Checkpoint, names: list[str], plan: CachePlan, narrow: CachePlan) -> dict[str, Tensor]:
     """Of one shard; those of attention without what is cut off."""
-    arch = architecture(checkpoint.config["model_type"].removeprefix(MODEL_TYPE_PREFIX))
-    prefixes = {arch.attention_prefix(layer): layer for layer in range(plan.num_layers)}
+    folded = _folded_layers(checkpoint)
     tensors = {}
     for name in names:
         tensors[name] = checkpoint.read(name)
-        for prefix, layer in prefixes.items():
+        for prefix, layer in folded.items():
             if name.startswith(prefix):
-                maps_keys = f"{prefix}k_a_proj.weight" in checkpoint.tensors
-                spec, fewer = plan.cache_of(layer), narrow.cache_of(layer)
-                tensors[name] = _cut(name.removeprefix(prefix), tensors[name], spec, fewer, maps_keys=maps_keys)
+                spec, owns = plan.cache_of(layer.index), plan.owner(layer.index) == layer.index
+                axes = tensor_shapes(layer, spec, owns=owns)[name.removeprefix(prefix)]
+                tensors[name] = _cut(tensors[name], axes, narrow.cache_of(layer.index))
     return tensors
 
 
-def _cut(name: str, tensor: Tensor, spec: CacheSpec, narrow: CacheSpec, *, maps_keys: bool) -> Tensor:
-    """A parameter of attention without its trailing numbers. maps_keys: keys are stored after `k_a_proj`, not `k_proj`."""
-    part, _, kind = name.rpartition(".")
-    absorbed = spec.rope == "none" and not spec.k_projection
-    keys = {"k_a_proj": 1, "k_b_proj": 2 if kind == "weight" else None, "k_u_proj": 0}
-    keys |= {} if maps_keys else {"k_proj": 0}
-    keys |= {"q_proj": 0} if absorbed else {}
-    values = {"v_proj": 0, "v_b_proj": 2}
-    values |= {} if spec.v_projection or kind == "bias" else {"o_proj": 1}
-    for axes, before, after in ((keys, spec.head_dim, narrow.head_dim), (values, spec.v_head_dim, narrow.v_head_dim)):
-        axis = axes.get(part)
-        if axis is not None:
-            return tensor.unflatten(axis, (-1, before)).narrow(axis + 1, 0, after).flatten(axis, axis + 1).contiguous()
-    return tensor
+def _folded_layers(checkpoint: Checkpoint) -> dict[str, AttentionLayer]:
+    """What the names of a folded layer's tensors begin with -> the facts of the layer."""
+    arch = architecture(checkpoint.config["model_type"].removeprefix(MODEL_TYPE_PREFIX))
+    layers = arch.describe(empty_model(arch, source_config(arch, checkpoint.config)))
+    return {arch.attention_prefix(layer.index): layer for layer in layers}
+
+
+def _cut(tensor: Tensor, axes: Shape, narrow: CacheSpec) -> Tensor:
+    """A parameter of attention without the trailing numbers of every stored head."""
+    kept = {"R": narrow.head_dim, "V": narrow.v_head_dim}
+    for place, axis in enumerate(axes):
+        if axis.width_letter in kept:
+            per_head = tensor.unflatten(place, (axis.heads, axis.width))
+            tensor = per_head.narrow(place + 1, 0, kept[axis.width_letter]).flatten(place, place + 1)
+    return tensor.contiguous()

@@ -14,15 +14,17 @@ from typing import Any
 from torch import Tensor
 
 from kvfold.calibration.material import Material, self_sampled
-from kvfold.calibration.text import first_windows, load_tokenizer
+from kvfold.calibration.text import first_windows
 from kvfold.checkpoint.atomic import write_text
-from kvfold.checkpoint.source import Source, default_dtype, load_weights, open_source, resolve_device
+from kvfold.checkpoint.source import Source, open_source
+from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.compression.compress import compress
-from kvfold.compression.recipe import Recipe, make_recipe, preset_recipe
+from kvfold.compression.recipe import Recipe, make_recipe, material_of, preset_recipe
 from kvfold.errors import BudgetError
 from kvfold.evaluation.generate import continue_prompt
 from kvfold.evaluation.texts import Evaluation, Predictions, evaluate_models
 from kvfold.linalg.eigen import discarded_energy
+from kvfold.runtimes.transformers.load import default_dtype, load_weights, resolve_device
 
 CONTEXT = 32_768
 NEW_TOKENS = 32
@@ -86,7 +88,7 @@ def compare(
     source = open_source(model)
     fields = {"model": str(model), "calibration": calibration, "seed": seed}
     first = make_recipe(fields | {"out": str(out / "unused")})
-    material = Material(first, source, out / "run", device)
+    material = material_of(first, source, out / "run", device)
     cases = _cases(fields, presets, budgets, out)
     energy = _energies(material, _shared_needs(recipe for _, _, recipe in cases))
     seq_len = first.calibration.seq_len or source.seq_len

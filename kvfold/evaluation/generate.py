@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from kvfold.checkpoint.source import load
 from kvfold.errors import DataError
+from kvfold.runtimes.transformers.load import load
 
 
 @dataclass(frozen=True)

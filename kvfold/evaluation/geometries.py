@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from kvfold.architectures.base import Architecture, architecture, empty_model
 from kvfold.compression.allocate import Axes, Curves, Request, allocate, choose_layout, limits_of
 from kvfold.compression.recipe import Recipe
 from kvfold.errors import RecipeError
+from kvfold.evaluation.published_shapes import SHAPES
 from kvfold.plan.plan import CONFIG_KEY, CachePlan
 from kvfold.registry import unknown
 from kvfold.runtimes.transformers.modeling import MODEL_TYPE_PREFIX, folded_classes
@@ -26,9 +25,6 @@ POSITIONS = 1_000_000
 FALL = 14.0
 """Of N numbers the n-th is taken to be worth e^(-FALL n / N): `auto` then stores about as many, in about as many bits, as of
 the models that this project trained (at 1/4 seven in ten, of which a third take 8 bits)."""
-
-SHAPES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text())
-"""Name -> what config.json says of it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
 
-from kvfold.checkpoint.source import Loaded
 from kvfold.errors import DataError, RecipeError
 from kvfold.evaluation.task_files import TaskFile
 from kvfold.evaluation.texts import logits_step_by_step
 from kvfold.plan.plan import CachePlan
+from kvfold.runtimes.transformers.load import Loaded
 
 Spec = str | TaskFile
 

@@ -9,6 +9,7 @@ from typing import Any
 from kvfold.checkpoint.source import load_plan
 from kvfold.compression.card import CONTEXTS
 from kvfold.plan.plan import CachePlan
+from kvfold.runtimes.base import servable_by
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Inspection:
             "kv_bytes": {str(n): plan.kv_bytes(n) for n in CONTEXTS},
             "base_kv_bytes": {str(n): plan.source_kv_bytes(n) for n in CONTEXTS},
             "kv_read_bytes": {str(n): plan.kv_read_bytes(n) for n in CONTEXTS},
-            "servable_by": {runtime: obstacle or True for runtime, obstacle in plan.servable_by().items()},
+            "servable_by": {runtime: obstacle or True for runtime, obstacle in servable_by(plan).items()},
         }
 
 

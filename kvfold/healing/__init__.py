@@ -1,1 +1,1 @@
-"""TODO."""
+"""Recovery training of a folded model."""

@@ -7,12 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvfold.errors import PlanError
-from kvfold.plan.plan import CachePlan, CacheSpec
+from kvfold.plan.nested import kept_width
 from kvfold.runtimes.transformers.attention import FoldedAttention
-
-MULTIPLE = 8
-"""Widths are multiples of it, as attention kernels want them; heads that are narrower stay as they are."""
 
 
 class Elastic:
@@ -48,31 +44,3 @@ class Elastic:
 
         if module is not None:
             module.register_forward_hook(hide)
-
-
-def kept_width(width: int, share: float) -> int:
-    """Numbers of a stored head of `width` that stay at `share`."""
-    return min(max(round(share * width / MULTIPLE), 1) * MULTIPLE, width)
-
-
-def check_nested(plan: CachePlan) -> None:
-    """Raise PlanError where stored numbers cannot be left out from the end."""
-    for layer, spec in enumerate(plan.caches):
-        obstacle = None if spec is None else _obstacle(spec)
-        if obstacle:
-            raise PlanError(
-                f"layer {layer} {obstacle}; only latents have leading numbers that can do without the rest. Compress with"
-                " --preset fast, small or svd_a."
-            )
-
-
-def _obstacle(spec: CacheSpec) -> str | None:
-    if spec.k_bits is not None or spec.v_bits is not None:
-        return "quantizes what it stores"
-    if spec.hidden:
-        return "stores what a network made"
-    if spec.joint:
-        return "stores latents of several layers"
-    if spec.rope == "applied" and not spec.k_projection:
-        return "stores heads that are rotated as they are"
-    return None

@@ -19,29 +19,25 @@ from torch import Tensor
 from transformers import GenerationConfig, TrainingArguments
 
 from kvfold import distributed as processes
-from kvfold.calibration.text import first_windows, load_tokenizer
+from kvfold.calibration.text import first_windows
 from kvfold.checkpoint.atomic import copy_file, make_folder, write_text
 from kvfold.checkpoint.folder import copy_side_files, partial_folder, publish, refuse_out, write_weights
 from kvfold.checkpoint.reader import DTYPES, Checkpoint
-from kvfold.checkpoint.source import (
-    default_seq_len,
-    load_plan,
-    load_weights,
-    open_source,
-    resolve_device,
-    warn_if_too_long,
-    without_bars,
-)
+from kvfold.checkpoint.source import default_seq_len, load_plan, open_source, warn_if_too_long
+from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.errors import PlanError, RecipeError
-from kvfold.healing.elastic import Elastic, check_nested
+from kvfold.healing.elastic import Elastic
 from kvfold.healing.objectives import CrossEntropy, Distillation, LayerMatch, Objective
 from kvfold.healing.packing import Rows, pack
 from kvfold.healing.recipe import Healing, make_healing
 from kvfold.healing.teacher_cache import keep_teacher_logits
 from kvfold.healing.trainable import choose_trainable, merged
 from kvfold.healing.trainer import METRICS, SHOWN, HealTrainer, last_checkpoint, read_metrics
+from kvfold.plan.nested import check_nested
 from kvfold.plan.plan import CachePlan
+from kvfold.progress import without_bars
 from kvfold.report.plots import SVG, loss_plot
+from kvfold.runtimes.transformers.load import load_weights, resolve_device
 from kvfold.version import __version__
 
 

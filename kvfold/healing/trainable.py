@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from kvfold.errors import RecipeError
-from kvfold.runtimes.transformers.attention import FoldedAttention, GroupedLinear
+from kvfold.runtimes.transformers.attention import FoldedAttention
+from kvfold.runtimes.transformers.projections import GroupedLinear
 
 CHOICES = ("all", "attention", "fold", "lora")
 

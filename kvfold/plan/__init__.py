@@ -1,1 +1,1 @@
-"""TODO."""
+"""The nouns and the format on disk: layers, tensors, cache specs, number formats, bytes, checks. Nothing runs here."""

@@ -13,9 +13,10 @@ import struct
 import torch
 from torch import Tensor
 
-from kvfold.plan.layer import AttentionLayer, AttentionWeights, FoldedWeights
+from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.folded_weights import FoldedWeights
+from kvfold.plan.layer import AttentionLayer, AttentionWeights
 from kvfold.plan.number_format import NumberFormat, packed_bytes
-from kvfold.plan.plan import CacheSpec
 
 NORM_EPS = 1e-6
 

@@ -12,9 +12,8 @@ from transformers import DynamicCache, GPTNeoXConfig
 import kvfold
 from kvfold import registry
 from kvfold.architectures.base import architecture, empty_model
-from kvfold.checkpoint.source import open_source
+from kvfold.checkpoint.source import open_source, read_layer
 from kvfold.compression.allocate import Axes, Request, allocate, choose_layout
-from kvfold.compression.fold import read_layer
 from kvfold.compression.presets import MLKV_PAPER
 from kvfold.compression.recipe import make_recipe
 from kvfold.compression.widen_mlp import widened_size
@@ -22,7 +21,7 @@ from kvfold.errors import PlanError, RecipeError
 from kvfold.linalg.reduced_rank import Term, damages, solve
 from kvfold.methods.bits.identity import Identity as Bits
 from kvfold.methods.length.identity import Identity as Length
-from kvfold.plan.layer import FoldedWeights
+from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.plan.number_format import StoredShape
 from kvfold.plan.plan import CachePlan
 from kvfold.runtimes import reference

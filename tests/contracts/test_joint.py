@@ -10,7 +10,7 @@ import kvfold
 from kvfold.architectures.base import architecture
 from kvfold.compression.recipe import make_recipe
 from kvfold.evaluation.texts import evaluate_models
-from kvfold.plan.layer import FoldedWeights
+from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.runtimes import reference
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.testing import assert_close, relative_rms

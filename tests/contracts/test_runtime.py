@@ -12,14 +12,15 @@ from transformers import DynamicCache
 
 from kvfold.architectures.base import architecture, source_config
 from kvfold.checkpoint.source import load_plan
-from kvfold.plan.layer import FoldedWeights
+from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.plan.number_format import NumberFormat
-from kvfold.plan.plan import CacheSpec
 from kvfold.runtimes import reference
 from kvfold.runtimes.kernels.attention import chunked_attention, decode_attention, grouped_attention, prefill_attention
 from kvfold.runtimes.kernels.codec import pack
-from kvfold.runtimes.transformers.attention import ForwardState, attention_class
+from kvfold.runtimes.transformers.attention import attention_class
 from kvfold.runtimes.transformers.cache import FoldedCache
+from kvfold.runtimes.transformers.forward_state import ForwardState
 from kvfold.testing import TOLERANCE, assert_close, relative_rms
 
 SHAPES = [  # key heads, width, value heads, width, key projection, value projection; the source has 4 heads of 16
@@ -119,7 +120,8 @@ def _stored_and_read(head_TR, form):
 
 
 def _one_layer_plan(spec):
-    from kvfold.plan.plan import CachePlan, SourceLayer
+    from kvfold.plan.cache_spec import SourceLayer
+    from kvfold.plan.plan import CachePlan
 
     source = SourceLayer(num_attention_heads=8, num_kv_heads=4, head_dim=16)
     return CachePlan(dtype="float32", source=(source,), caches=(spec,), kv_sharing_target_layer=(None,))

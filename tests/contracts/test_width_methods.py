@@ -14,8 +14,7 @@ from tiny import FULL_ATTENTION, MODELS, copy_heads, in_attention, load, logits,
 
 import kvfold
 from kvfold import registry
-from kvfold.checkpoint.source import load_plan, open_source
-from kvfold.compression.fold import read_layer
+from kvfold.checkpoint.source import load_plan, open_source, read_layer
 from kvfold.compression.recipe import make_recipe
 from kvfold.linalg.eigen import Moment
 from kvfold.methods.width.base import LayerGroup

@@ -329,7 +329,7 @@ def test_other_text_after_an_interruption_starts_anew(source, monkeypatch):
     text.write_text(" ".join(f"t{i * 7 % 200}" for i in range(3000)))
     monkeypatch.setattr(passes, "SECONDS_BETWEEN_SAVES", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(kvfold.pipeline, "_complete", lambda *args: 1 / 0)
+        patch.setattr("kvfold.compression.compress._complete", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             compress(source, out, **options)
     assert len(list(source.parent.glob("out.partial/*.safetensors"))) > 4
@@ -343,7 +343,7 @@ def test_kill_9_and_again(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "kvfold.cli.main",
+        "kvfold",
         "compress",
         str(MODEL),
         "--preset",

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 import kvfold
 from kvfold.cli.main import app
 from kvfold.errors import RecipeError
-from kvfold.evaluation.geometries import SHAPES, Shape
+from kvfold.evaluation.geometries import Shape
+from kvfold.evaluation.published_shapes import SHAPES
 from kvfold.evaluation.speed import bench
 
 

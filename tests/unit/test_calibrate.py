@@ -8,9 +8,8 @@ from transformers import DynamicCache
 from kvfold.architectures.base import architecture
 from kvfold.calibration.calibrate import STATISTICS, calibrate
 from kvfold.calibration.layerwise_model import StreamedModel
-from kvfold.calibration.material import Material
 from kvfold.checkpoint.source import open_source
-from kvfold.compression.recipe import make_recipe
+from kvfold.compression.recipe import make_recipe, material_of
 from kvfold.linalg.eigen import Moment
 from kvfold.testing import assert_close
 
@@ -163,7 +162,7 @@ def test_rotated_keys_are_calibrated_on_longer_text(tiny_dir, tmp_path):
         ("llama_mha", {"method": "svd_a"}),
     ):
         fields = {"model": str(tiny_dir / model), "out": "out", "kv_budget": 0.5, "width": width}
-        material = Material(make_recipe(fields), open_source(tiny_dir / model), tmp_path)
+        material = material_of(make_recipe(fields), open_source(tiny_dir / model), tmp_path)
         found[(model, *width.values())] = (material.num_samples, material.seq_len)
     assert found["llama_mha", "fisher"] == found["llama_mha", "svd_a"] == (16, 512)  # the model's context
     assert found["llama_mha", "fisher", "on_read"] == found["bloom_alibi", "fisher"] == (64, 256)

@@ -9,9 +9,9 @@ import torch
 from tiny import load
 
 from kvfold.calibration import text as data
-from kvfold.checkpoint.source import load_weights
 from kvfold.errors import DataError
 from kvfold.evaluation.demo import MODEL
+from kvfold.runtimes.transformers.load import load_weights
 
 SENTENCE = "The captain walked along the shore, number {}, and said nothing to the other men.\n"
 

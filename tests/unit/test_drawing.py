@@ -1,7 +1,8 @@
 """Plans as pictures."""
 
+from kvfold.plan.cache_spec import CacheSpec, SourceLayer
 from kvfold.plan.number_format import NumberFormat, StoredShape
-from kvfold.plan.plan import CachePlan, CacheSpec, SourceLayer
+from kvfold.plan.plan import CachePlan
 from kvfold.report.plots import CELLS, bar, described, frontier_plot, plan_plot
 
 TIERS = NumberFormat(tiers=((8, 6), (16, 3)))

@@ -7,8 +7,9 @@ from tiny import MODELS, load, logits, make_tiny, save_tiny, tokens
 
 import kvfold
 from kvfold.errors import BudgetError, CheckpointError, PlanError
-from kvfold.healing.elastic import Elastic, kept_width
-from kvfold.runtimes.transformers.attention import GroupedLinear
+from kvfold.healing.elastic import Elastic
+from kvfold.plan.nested import kept_width
+from kvfold.runtimes.transformers.projections import GroupedLinear
 from kvfold.testing import assert_close
 
 WIDTHS = {

@@ -100,7 +100,7 @@ def test_uneven_layers_are_an_obstacle(fold, tmp_path):
 
 def test_fused_bloom_has_nothing_but_linear_layers(fold):
     """Grouped svd_a without rotation: ordinary projections, fewer and smaller heads."""
-    from kvfold.runtimes.transformers.attention import GroupedLinear
+    from kvfold.runtimes.transformers.projections import GroupedLinear
 
     for model in ("bloom_alibi", "opt_learned", "gpt2_conv"):
         network = load(fold(model, "svd_a", kv_budget=0.5, latent="group").out)

@@ -16,8 +16,9 @@ from tiny import MODELS, load, make_tiny, save_tiny
 
 import kvfold
 from kvfold.architectures.base import architecture
-from kvfold.calibration.text import first_windows, load_tokenizer
+from kvfold.calibration.text import first_windows
 from kvfold.checkpoint.source import load_plan
+from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.errors import DataError, HealError, PlanError, RecipeError
 from kvfold.evaluation.texts import evaluate_models
 from kvfold.healing.objectives import distance, distance_from_top

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import COMMON, load, logits, make_tiny, save_tiny, tokens
 
 import kvfold
-from kvfold.calibration.text import load_tokenizer
+from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.compression.recipe import make_recipe
 from kvfold.evaluation.demo import MODEL
 from kvfold.runtimes.transformers.cache import FoldedCache

@@ -10,13 +10,14 @@ from tiny import make_tiny
 from typer.testing import CliRunner
 
 import kvfold
-from kvfold.checkpoint.source import load, load_weights
+from kvfold.calibration.text import sample_from_model
 from kvfold.cli.main import app
 from kvfold.errors import RecipeError
 from kvfold.evaluation.demo import MODEL
 from kvfold.evaluation.texts import Predictions, evaluate_models
 from kvfold.linalg.eigen import Moment
 from kvfold.runtimes.transformers.cache import FoldedCache
+from kvfold.runtimes.transformers.load import load, load_weights
 from kvfold.testing import assert_close
 
 JSON_FIELDS = [
@@ -53,7 +54,7 @@ def journey(tmp_path_factory):
 
 
 def _sampled(seed):
-    return kvfold.data.sample_from_model(load_weights(MODEL, "float32", "cpu"), num_samples=8, seq_len=256, seed=seed)
+    return sample_from_model(load_weights(MODEL, "float32", "cpu"), num_samples=8, seq_len=256, seed=seed)
 
 
 def test_compress_says_what_it_made(journey):

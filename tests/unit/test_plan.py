@@ -5,8 +5,9 @@ import json
 import pytest
 
 from kvfold.errors import PlanError
+from kvfold.plan.cache_spec import CacheSpec, SourceLayer
 from kvfold.plan.number_format import NumberFormat
-from kvfold.plan.plan import CachePlan, CacheSpec, SourceLayer, source_plan
+from kvfold.plan.plan import CachePlan, source_plan
 
 SOURCE = SourceLayer(num_attention_heads=8, num_kv_heads=4, head_dim=16)
 WINDOWED = SourceLayer(num_attention_heads=8, num_kv_heads=4, head_dim=16, window=300)

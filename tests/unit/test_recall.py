@@ -12,7 +12,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 import kvfold
-from kvfold.checkpoint.source import load_weights
 from kvfold.cli.main import app
 from kvfold.errors import DataError, RecipeError
 from kvfold.evaluation.demo import MODEL
@@ -28,6 +27,7 @@ from kvfold.evaluation.recall import (
     recall_at,
     value_log_probs,
 )
+from kvfold.runtimes.transformers.load import load_weights
 from kvfold.testing import assert_close
 
 VOCAB = 97

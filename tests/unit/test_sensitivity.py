@@ -7,8 +7,8 @@ from transformers import DynamicCache
 
 from kvfold.calibration.calibrate import calibrate
 from kvfold.calibration.layerwise_model import StreamedModel, _score, ignore
-from kvfold.calibration.sensitivity import METRIC, WEIGHTED, fit, sensitivities
 from kvfold.checkpoint.source import open_source
+from kvfold.linalg.sensitivity import METRIC, WEIGHTED, fit, sensitivities
 from kvfold.testing import assert_close
 
 ALL = sensitivities("keys") | sensitivities("keys_before_rotation") | sensitivities("values")
@@ -97,7 +97,7 @@ def test_expected_damages_are_nats():
 def test_large_layers_have_a_metric_for_each_head(monkeypatch):
     x, gradient, _ = planted(torch.ones(20_000))
     together = fit(x, gradient, 2)[1].second_FF
-    monkeypatch.setattr("kvfold.calibration.sensitivity.TOGETHER", 5)
+    monkeypatch.setattr("kvfold.linalg.sensitivity.TOGETHER", 5)
     apart = fit(x, gradient, 2)[1].second_FF
     assert together.shape == (1, 6, 6) and apart.shape == (2, 3, 3)
     for head, block in enumerate(apart):

@@ -10,15 +10,16 @@ import torch
 from typer.testing import CliRunner
 
 import kvfold
-from kvfold.checkpoint.source import load
 from kvfold.cli.main import app
 from kvfold.errors import DataError, KvfoldError, RecipeError
 from kvfold.evaluation import tasks
 from kvfold.evaluation.demo import MODEL
 from kvfold.evaluation.standard_errors import ratio_stderr, stderr
 from kvfold.evaluation.task_files import read_task_file
-from kvfold.evaluation.tasks import TASK_PRESETS, evaluate_tasks
+from kvfold.evaluation.task_presets import TASK_PRESETS
+from kvfold.evaluation.tasks import evaluate_tasks
 from kvfold.report.tables import print_tasks
+from kvfold.runtimes.transformers.load import load
 
 CHOICES = [
     {

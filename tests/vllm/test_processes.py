@@ -58,7 +58,7 @@ def test_two_processes_give_the_tokens_of_one(folder, tmp_path):
 
 
 def test_bench_measures_both(folder, tmp_path):
-    command = [sys.executable, "-m", "kvfold.cli.main", "bench", str(folder("shared")), "--against", str(MODEL)]
+    command = [sys.executable, "-m", "kvfold", "bench", str(folder("shared")), "--against", str(MODEL)]
     command += [
         "--engine",
         "vllm",

@@ -1,1 +1,1 @@
-"""Axis `bits`: how many bits a stored number takes. One file is one method."""
+"""How many bits a number takes: quantization of keys and values."""

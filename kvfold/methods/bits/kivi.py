@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from kvfold.errors import RecipeError
 from kvfold.methods.bits.base import BitsMethod, plain_tiers
+from kvfold.plan.cache_spec import CACHE_BLOCK
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.number_format import BITS, NumberFormat
-from kvfold.plan.plan import CACHE_BLOCK
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""Axis `depth`: which layers own a cache, and which read an earlier layer's. One file is one method."""
+"""Which layers own a cache and which read it: cross-layer sharing of keys and values."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from kvfold.errors import RecipeError
 from kvfold.methods.depth.base import DepthMethod, Sample, Targets, by_window, targets_of
+from kvfold.plan.cache_spec import divisors
 from kvfold.plan.layer import AttentionLayer
-from kvfold.plan.plan import divisors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kvfold.errors import RecipeError
 from kvfold.methods.depth.base import DepthMethod, Sample, Targets, by_window, targets_of
+from kvfold.plan.cache_spec import divisors
 from kvfold.plan.layer import AttentionLayer
-from kvfold.plan.plan import divisors
 
 RIDGE = 1e-3
 """Of the mean variance of the owner's numbers: few tokens must not look like a perfect fit."""

@@ -1,1 +1,1 @@
-"""Axis `length`: which tokens stay in a cache. One file is one method."""
+"""Which tokens stay: eviction."""

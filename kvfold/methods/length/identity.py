@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvfold.methods.length.base import LengthMethod
+from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
-from kvfold.plan.plan import CacheSpec
 
 
 @dataclass(frozen=True, kw_only=True)

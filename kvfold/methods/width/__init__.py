@@ -1,1 +1,1 @@
-"""Axis `width`: how many numbers one cache stores per token. One file is one method."""
+"""How many dims a token takes in one cache: merging of heads, and low rank."""

@@ -13,15 +13,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvfold.calibration.sensitivity import METRIC
 from kvfold.errors import RecipeError
 from kvfold.linalg.quantization_basis import arranged, centred
 from kvfold.linalg.reduced_rank import Latents, Term, blocks, damages, lost_energy, part_of, solve, spectrum
+from kvfold.linalg.sensitivity import METRIC
 from kvfold.methods.width._head_grouping import GROUPINGS, best_order, head_columns, reordered
 from kvfold.methods.width.base import LayerGroup, WidthMethod, as_reader, method_name, plain_spec, rope_of
-from kvfold.plan.layer import AttentionLayer, AttentionWeights, FoldedWeights
+from kvfold.plan.cache_spec import CacheSpec, divisors
+from kvfold.plan.folded_weights import FoldedWeights
+from kvfold.plan.layer import AttentionLayer, AttentionWeights
 from kvfold.plan.number_format import StoredShape
-from kvfold.plan.plan import CacheSpec, divisors
 
 LATENTS = ("layer", "group")
 

@@ -9,15 +9,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvfold.calibration.sensitivity import METRIC
 from kvfold.errors import RecipeError
 from kvfold.linalg.eigen import Moment, block_powers, times
 from kvfold.linalg.reduced_rank import Latents, Term, solve
+from kvfold.linalg.sensitivity import METRIC
 from kvfold.methods.width._low_rank import LowRankWidth, fisher_metric, restore_mean
 from kvfold.methods.width.base import LayerGroup
-from kvfold.plan.layer import AttentionLayer, FoldedWeights
+from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.folded_weights import FoldedWeights
+from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.number_format import StoredShape
-from kvfold.plan.plan import CacheSpec
 
 BATCH = 512
 RATE = 2e-3

@@ -11,9 +11,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvfold.linalg.eigen import Moment
-from kvfold.plan.layer import AttentionLayer, AttentionWeights, FoldedWeights
+from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.folded_weights import FoldedWeights
+from kvfold.plan.layer import AttentionLayer, AttentionWeights
 from kvfold.plan.number_format import StoredShape
-from kvfold.plan.plan import CacheSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,10 @@ from kvfold.errors import RecipeError
 from kvfold.linalg.reduced_rank import Term, damages, solve
 from kvfold.methods.width._low_rank import value_metric
 from kvfold.methods.width.base import LayerGroup, WidthMethod, plain_spec
-from kvfold.plan.layer import AttentionLayer, FoldedWeights
+from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.folded_weights import FoldedWeights
+from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.number_format import StoredShape
-from kvfold.plan.plan import CacheSpec
 
 METRICS = ("logit", "none")
 

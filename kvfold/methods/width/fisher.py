@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from kvfold.calibration.sensitivity import WEIGHTED, sensitivities
 from kvfold.errors import RecipeError
 from kvfold.linalg.reduced_rank import Term, energy
+from kvfold.linalg.sensitivity import WEIGHTED, sensitivities
 from kvfold.methods.width._low_rank import LowRankWidth, fisher_metric
 from kvfold.methods.width.base import LayerGroup
 

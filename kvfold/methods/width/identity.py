@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from kvfold.methods.width.base import LayerGroup, WidthMethod, as_reader, plain_spec
-from kvfold.plan.layer import AttentionLayer, FoldedWeights
+from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.folded_weights import FoldedWeights
+from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.number_format import StoredShape
-from kvfold.plan.plan import CacheSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from kvfold.errors import RecipeError
 from kvfold.methods.width.base import LayerGroup, WidthMethod, as_reader, plain_spec
-from kvfold.plan.layer import AttentionLayer, AttentionWeights, FoldedWeights
+from kvfold.plan.cache_spec import CacheSpec, divisors
+from kvfold.plan.folded_weights import FoldedWeights
+from kvfold.plan.layer import AttentionLayer, AttentionWeights
 from kvfold.plan.number_format import StoredShape
-from kvfold.plan.plan import CacheSpec, divisors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from kvfold.errors import RecipeError
 from kvfold.linalg.reduced_rank import Latents, Term
 from kvfold.methods.width._low_rank import LowRankWidth
 from kvfold.methods.width.base import LayerGroup
+from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.number_format import StoredShape
-from kvfold.plan.plan import CacheSpec
 
 SIDES = ("both", "keys")
 

@@ -14,9 +14,10 @@ from kvfold.linalg.reduced_rank import Term, solve
 from kvfold.methods.width._head_grouping import GROUPINGS, best_order, head_columns, reordered_weights
 from kvfold.methods.width._low_rank import fuse_keys, lead_values_back, store_values, value_metric
 from kvfold.methods.width.base import LayerGroup, WidthMethod, plain_spec
-from kvfold.plan.layer import AttentionLayer, FoldedWeights
+from kvfold.plan.cache_spec import CacheSpec, divisors
+from kvfold.plan.folded_weights import FoldedWeights
+from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.number_format import StoredShape
-from kvfold.plan.plan import CacheSpec, divisors
 
 SWEEPS = 20
 """Of alternating alignment; it settles long before."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Codecs of packed numbers and attention over them: in torch, C++ and Triton."""

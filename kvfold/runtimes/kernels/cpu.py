@@ -1,4 +1,4 @@
-"""The CPU's own kernels (cpu/decode.cpp, pack.cpp): compiled when first needed, kept for later runs, called through ctypes.
+"""The CPU's own kernels (cpp/decode.cpp, pack.cpp): compiled when first needed, kept for later runs, called through ctypes.
 
 Why: torch's fused kernel reads the cache of a step at a tenth (one query per head) to a quarter of the speed of a copy, this
 one at about 0.8 (results/speed-llama2-7b.md). Where there is no compiler, torch's operations serve as before.
@@ -29,7 +29,7 @@ from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels import codec as quantize
 from kvfold.runtimes.kernels.packed_tokens import KERNEL_SCALES, PackedTokens, Stored, recorded
 
-SOURCES = Path(__file__).with_name("cpu")
+SOURCES = Path(__file__).with_name("cpp")
 FLAGS = (
     "-std=c++17",
     "-O3",

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
-from kvfold.plan.plan import CacheSpec
+from kvfold.plan.tensors import tensor_shapes
 from kvfold.runtimes.kernels.attention import (
     FEW_TOKENS,
     attend_packed,
@@ -25,67 +24,9 @@ from kvfold.runtimes.kernels.attention import (
 from kvfold.runtimes.kernels.codec import roundtrip
 from kvfold.runtimes.kernels.packed_tokens import Operand, PackedTokens, Stored, read, read_all, read_for_product
 from kvfold.runtimes.kernels.packing import pack
-
-
-class GroupedLinear(nn.Module):
-    """One small matrix per group: [B, groups, T, in] -> [B, groups, T, out]. weight [groups, out, in], bias [groups, out].
-
-    `heads`: cut each matrix by its rows into those of its group's heads, for x [B, heads, T, ...].
-    `transposed`: go from out to in.
-    All use of the weight passes through here, so that hooks (device_map, offloading, adapters) see it.
-    """
-
-    def __init__(self, groups: int, in_features: int, out_features: int, *, bias: bool = False, **options: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(groups, out_features, in_features, **options))
-        self.bias = nn.Parameter(torch.empty(groups, out_features, **options)) if bias else None
-
-    def extra_repr(self) -> str:
-        groups, out_features, in_features = self.weight.shape
-        return f"{groups=}, {in_features=}, {out_features=}"
-
-    def forward(self, x: Tensor, *, heads: int | None = None, transposed: bool = False) -> Tensor:
-        weight = self.weight if heads is None else self.weight.view(heads, -1, self.weight.shape[2])
-        # One product per group over all rows of the batch: a product that broadcasts the weight would copy it for each row.
-        B, G, T, _ = x.shape
-        rows = x.transpose(0, 1).reshape(G, B * T, -1)
-        out = torch.bmm(rows, weight if transposed else weight.transpose(1, 2)).view(G, B, T, -1).transpose(0, 1)
-        return out if self.bias is None or transposed else out + self.bias.view(G, 1, -1)
-
-
-class ForwardState:
-    """What the layers of one forward pass share: the keys and values of owners, for their readers.
-
-    A plain class on purpose: dictionaries and dataclasses among a module's arguments are rebuilt by FSDP and accelerate, so
-    what an owner writes would never reach its readers. A keyword argument, not an attribute, so that gradient checkpointing,
-    threads and two forwards before one backward each see their own.
-    """
-
-    def __init__(self, rotary: Callable[..., tuple[Tensor, Tensor]] | None = None) -> None:
-        self.stored: dict[int, tuple[Stored, Stored]] = {}
-        self.rotary = rotary
-        self.past: dict[int, tuple[Stored, Stored] | None] = {}
-        self.positions_BS: Tensor | None = None
-        self.tables: dict[str | None, tuple[Tensor, Tensor]] = {}
-
-    def tables_of_all(
-        self, hidden_BTD: Tensor, positions_BT: Tensor | None, cache: Any, kind: str | None
-    ) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, S, r] of every token that is or was seen, made once per forward and kind of layer."""
-        if kind not in self.tables:
-            if positions_BT is None or self.rotary is None or not hasattr(cache, "see"):
-                raise ValueError(
-                    "keys that are rotated on read need the whole ...ForCausalLM model and kvfold's own cache: leave"
-                    " past_key_values out, or pass kvfold.runtime.cache.FoldedCache(model.kv_plan)."
-                )
-            if self.positions_BS is None:
-                self.positions_BS = cache.see(positions_BT, len(hidden_BTD))
-            self.tables[kind] = self.rotary(hidden_BTD, self.positions_BS, *([] if kind is None else [kind]))
-        return self.tables[kind]
-
-
-CURRENT_STATE: ContextVar[ForwardState | None] = ContextVar("kvfold_state", default=None)
-"""The state of the forward that runs now, for families whose layers drop keyword arguments (BLOOM)."""
+from kvfold.runtimes.kernels.rotary import apply_rotary
+from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
+from kvfold.runtimes.transformers.projections import projections
 
 
 class FoldedAttention(nn.Module):
@@ -93,6 +34,16 @@ class FoldedAttention(nn.Module):
 
     A layer whose `owner` is another one reads that layer's cache: it has no way to make keys and values itself.
     """
+
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    o_proj: Any
+    k_a_proj: Any
+    k_b_proj: Any
+    k_u_proj: Any
+    v_a_proj: Any
+    v_b_proj: Any
 
     def __init__(
         self,
@@ -107,39 +58,10 @@ class FoldedAttention(nn.Module):
         self.config, self.layer, self.spec = config, layer, spec
         self.layer_idx, self.scaling, self.is_causal = layer.index, layer.scaling, True
         self.owner = layer.index if owner is None else owner
-        D, N, H, K = layer.hidden_size, layer.num_attention_heads, layer.head_dim, layer.num_kv_heads
-        C, R, U, V = spec.num_kv_heads, spec.head_dim, spec.num_v_heads, spec.v_head_dim
-        absorbed = spec.rope == "none" and not spec.k_projection  # the way back from stored keys is part of q_proj
-        self.q_proj = nn.Linear(D, N * (R if absorbed else H), bias=layer.qkv_bias, **options)
-        self.o_proj = nn.Linear(
-            N * (H if spec.v_projection else V), D, bias=layer.o_bias or spec.output_bias, **options
-        )
-        self.k_b_proj = None
-        if spec.k_projection:
-            self.k_b_proj = GroupedLinear(C, R, K // C * H, bias=spec.k_offset, **options)
-        self.v_b_proj = GroupedLinear(U, V, K // U * H, **options) if spec.v_projection else None
-        self.q_norm, k_norm = norms
-        if self.owner == layer.index:
-            between = spec.rope == "applied" or (spec.rope == "on_read" and layer.qk_norm) or spec.hidden > 0
-            apart = spec.k_projection and between  # something stands between k_proj and what is stored
-            width = layer.rotary_dim if spec.k_partial else H  # numbers of each source head that k_proj gives
-            centred = spec.stored_bias
-            makes_keys = (K * width, layer.qkv_bias) if apart else (C * R, layer.qkv_bias or centred)
-            self.k_proj = nn.Linear(D, makes_keys[0], bias=makes_keys[1], **options)
-            self.k_u_proj = nn.Linear(D, C * R, bias=layer.qkv_bias, **options) if spec.k_partial else None
-            self.v_proj = nn.Linear(
-                D, K * H if spec.hidden else U * V, bias=layer.qkv_bias or (centred and not spec.hidden), **options
-            )
-            self.v_a_proj = GroupedLinear(U, K // U * H, V, **options) if spec.hidden else None
-            self.k_a_proj = GroupedLinear(C, K // C * width, R, bias=centred, **options) if apart else None
-            self.k_norm = k_norm
-        if spec.hidden:
-            for way, groups, width in (("k", C, R), ("v", U, V)):
-                full = K // groups * H
-                for part, inner, outer in (("a", full, width), ("b", width, full)):
-                    up = GroupedLinear(groups, inner, spec.hidden, bias=True, **options)
-                    setattr(self, f"{way}_{part}_up_proj", up)
-                    setattr(self, f"{way}_{part}_down_proj", GroupedLinear(groups, spec.hidden, outer, **options))
+        shapes = tensor_shapes(layer, spec, owns=self.owner == layer.index)
+        for name, module in projections(shapes, **options).items():
+            setattr(self, name, module)
+        self.q_norm, self.k_norm = norms[0], norms[1] if "k_norm.weight" in shapes else None
 
     def extra_repr(self) -> str:
         s = self.spec
@@ -356,16 +278,6 @@ def _with_gradient(stored: Stored, new_BCTR: Tensor) -> Stored:
     seen, tokens = read_all(stored), new_BCTR.shape[2]
     exact = seen[:, :, -tokens:] + (new_BCTR - new_BCTR.detach())
     return torch.cat([seen[:, :, :-tokens], exact], dim=2)
-
-
-def apply_rotary(x_BNTH: Tensor, cos_BTr: Tensor, sin_BTr: Tensor) -> Tensor:
-    """Rotate the first r numbers of each head, half-split pairs; cos and sin come from the model's own rotary module."""
-    cos, sin = cos_BTr.unsqueeze(1), sin_BTr.unsqueeze(1)
-    rotary_dim = cos.shape[-1]
-    turning, rest = x_BNTH[..., :rotary_dim], x_BNTH[..., rotary_dim:]
-    first, second = turning.chunk(2, dim=-1)
-    turned = (turning * cos + torch.cat((-second, first), dim=-1) * sin).to(x_BNTH.dtype)  # some tables are float32
-    return turned if not rest.shape[-1] else torch.cat((turned, rest), dim=-1)
 
 
 @functools.cache

@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from kvfold.plan.cache_spec import CACHE_BLOCK, round_up
 from kvfold.plan.number_format import NumberFormat
-from kvfold.plan.plan import CACHE_BLOCK, round_up
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, Stored
 from kvfold.runtimes.kernels.packing import pack
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvfold.errors import PlanError
-from kvfold.plan.plan import CachePlan, CacheSpec, round_up
+from kvfold.plan.cache_spec import CacheSpec, round_up
+from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.kernels.packed_tokens import Stored
 from kvfold.runtimes.transformers.buffers import Buffer, GrowingBuffer, buffer
 
@@ -158,11 +159,9 @@ class ReaderLayer(CacheLayerMixin):
 
 
 class FoldedCache(Cache):
-    """One storage per owning layer. Raises PlanError if the plan is one that this runtime does not serve."""
+    """One storage per owning layer."""
 
     def __init__(self, plan: CachePlan) -> None:
-        if obstacle := plan.servable_by()["transformers"]:
-            raise PlanError(obstacle)
         owned = {index: GrowingLayer(spec) for index, spec in enumerate(plan.caches) if spec is not None}
         layers = [owned.get(index) or ReaderLayer(owned[plan.owner(index)]) for index in range(plan.num_layers)]
         super().__init__(layers=layers)

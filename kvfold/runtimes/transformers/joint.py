@@ -8,17 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
-from kvfold.plan.plan import CacheSpec
 from kvfold.runtimes.kernels.attention import grouped_attention, prefill_attention, softmax, with_alibi
 from kvfold.runtimes.kernels.packed_tokens import Stored, read_all
-from kvfold.runtimes.transformers.attention import (
-    CURRENT_STATE,
-    FoldedAttention,
-    ForwardState,
-    GroupedLinear,
-    apply_rotary,
-)
+from kvfold.runtimes.kernels.rotary import apply_rotary
+from kvfold.runtimes.transformers.attention import FoldedAttention
+from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
+from kvfold.runtimes.transformers.projections import GroupedLinear
 
 
 class JointAttention(FoldedAttention):
@@ -37,21 +34,8 @@ class JointAttention(FoldedAttention):
         users: tuple[int, ...],
         **options: Any,
     ) -> None:
-        nn.Module.__init__(self)
-        self.config, self.layer, self.spec = config, layer, spec
-        self.layer_idx, self.scaling, self.is_causal = layer.index, layer.scaling, True
-        self.owner, self.is_last = users[0], users[-1] == layer.index
-        D, N, H, K = layer.hidden_size, layer.num_attention_heads, layer.head_dim, layer.num_kv_heads
-        C, R, U, V = spec.num_kv_heads, spec.head_dim, spec.num_v_heads, spec.v_head_dim
-        self.q_proj = nn.Linear(D, N * H, bias=layer.qkv_bias, **options)
-        self.k_proj = nn.Linear(D, K * H, bias=layer.qkv_bias, **options)
-        self.v_proj = nn.Linear(D, K * H, bias=layer.qkv_bias, **options)
-        self.o_proj = nn.Linear(N * H, D, bias=layer.o_bias or spec.output_bias, **options)
-        self.k_a_proj = GroupedLinear(C, K // C * H, R, **options)
-        self.k_b_proj = GroupedLinear(C, R, K // C * H, **options)
-        self.v_a_proj = GroupedLinear(U, K // U * H, V, **options)
-        self.v_b_proj = GroupedLinear(U, V, K // U * H, **options)
-        self.q_norm, self.k_norm = norms
+        super().__init__(config, layer, spec, norms, users[0], **options)
+        self.is_last = users[-1] == layer.index
 
     def forward(
         self,
@@ -99,7 +83,7 @@ class JointAttention(FoldedAttention):
         if state is None or not hasattr(cache, "owned"):
             raise ValueError(
                 "a cache that several layers fill together needs the whole ...ForCausalLM model and kvfold's own cache: leave"
-                " past_key_values out, or pass kvfold.runtime.cache.FoldedCache(model.kv_plan)."
+                " past_key_values out, or pass kvfold.FoldedCache(model.kv_plan)."
             )
         if self.owner == self.layer_idx:
             state.stored.pop(self.owner, None)

@@ -14,15 +14,11 @@ from transformers import initialization as init
 from kvfold.architectures.base import Architecture, all_architectures
 from kvfold.errors import CheckpointError, PlanError
 from kvfold.plan.plan import CONFIG_KEY, CachePlan
-from kvfold.runtimes.transformers.attention import (
-    CURRENT_STATE,
-    FoldedAttention,
-    ForwardState,
-    GroupedLinear,
-    attention_class,
-)
+from kvfold.runtimes.transformers.attention import FoldedAttention, attention_class
 from kvfold.runtimes.transformers.cache import FoldedCache
+from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
 from kvfold.runtimes.transformers.joint import JointAttention
+from kvfold.runtimes.transformers.projections import GroupedLinear
 
 MODEL_TYPE_PREFIX = "kvfold_"
 
@@ -46,8 +42,6 @@ class FoldedModel:
         if self.config.kv_compression_config is None:
             raise PlanError(f"the config has no {CONFIG_KEY}; load a folder that `kvfold compress` wrote.")
         plan = self.kv_plan
-        if obstacle := plan.servable_by()["transformers"]:
-            raise PlanError(obstacle)
         self.has_readers = any(target is not None for target in plan.kv_sharing_target_layer)
         self.needs_state = self.has_readers or plan.position_bytes > 0 or plan.joint
         layers = self.architecture.describe(self)  # type: ignore[arg-type]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +18,14 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.selector import get_attn_backend
 
 from kvfold.errors import PlanError
+from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
-from kvfold.plan.plan import CacheSpec
-from kvfold.runtimes.transformers.attention import apply_rotary
+from kvfold.plan.tensors import PROJECTIONS, Axis, Shape, tensor_shapes
+from kvfold.runtimes.kernels.rotary import apply_rotary
 
 LOGGER = init_logger(f"vllm.{__name__}")
 USUAL_WIDTH = 64
 """A head size that every kernel takes."""
-Part = Callable[[Tensor], Tensor]
-"""Of a tensor of the checkpoint, what this rank keeps."""
 
 
 class FoldedAttention(nn.Module):
@@ -35,6 +34,15 @@ class FoldedAttention(nn.Module):
     Under tensor parallelism a rank has its share of the query heads and of the stored heads; where there are fewer stored
     heads than ranks, several ranks store the same ones.
     """
+
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    o_proj: Any
+    k_a_proj: Any
+    k_b_proj: Any
+    k_u_proj: Any
+    v_b_proj: Any
 
     def __init__(
         self, layer: AttentionLayer, spec: CacheSpec, old: nn.Module, stock: Any, target: str | None, vllm_config: Any
@@ -56,36 +64,11 @@ class FoldedAttention(nn.Module):
         for norm in (self.q_norm, self.k_norm):
             for parameter in norm.parameters() if norm is not None else ():
                 parameter.of_rank = _whole
-        groups = _heads(self.groups, self.rank * spec.num_kv_heads // ranks, spec.num_kv_heads)
-        self._make_readers(groups)
-        if self.owns:
-            self._make_writers(groups)
+        shapes = tensor_shapes(layer, spec, owns=self.owns)
+        parts = Parts(self.num_heads, self.rank * self.num_heads, self.groups, self.rank * spec.num_kv_heads // ranks)
+        for name in PROJECTIONS:
+            setattr(self, name, _Projection(name, shapes, parts, spec) if f"{name}.weight" in shapes else None)
         self.attn = self._paged(stock, max(spec.head_dim, spec.v_head_dim), target, vllm_config)
-
-    def _make_readers(self, groups: Part) -> None:
-        """Queries, and what leads from stored heads to the output."""
-        layer, spec = self.layer, self.spec
-        D, N, H, R, V = layer.hidden_size, layer.num_attention_heads, layer.head_dim, spec.head_dim, spec.v_head_dim
-        width = R if spec.rope == "none" and not spec.k_projection else H
-        first, full = self.rank * self.num_heads, layer.num_kv_heads // spec.num_kv_heads * H
-        self.q_proj = _Linear(self.num_heads * width, D, _heads(self.num_heads, first, N), bias=layer.qkv_bias)
-        inner = H if spec.v_projection else V
-        self.o_proj = _Linear(D, self.num_heads * inner, _heads(self.num_heads, first, N, axis=1))
-        if layer.o_bias or spec.output_bias:
-            self.o_proj.bias = _parameter((D,), _whole)
-        self.k_b_proj = _Grouped((self.groups, full, R), groups) if spec.k_projection else None
-        self.v_b_proj = _Grouped((self.groups, full, V), groups) if spec.v_projection else None
-
-    def _make_writers(self, groups: Part) -> None:
-        """What leads to the numbers that are stored."""
-        layer, spec, bias = self.layer, self.spec, self.layer.qkv_bias
-        D, R = layer.hidden_size, spec.head_dim
-        apart = spec.k_projection and spec.rope == "applied"
-        full = layer.num_kv_heads // spec.num_kv_heads * (layer.rotary_dim if spec.k_partial else layer.head_dim)
-        self.k_proj = _Linear(self.groups * (full if apart else R), D, groups, bias=bias)
-        self.k_a_proj = _Grouped((self.groups, R, full), groups) if apart else None
-        self.k_u_proj = _Linear(self.groups * R, D, groups, bias=bias) if spec.k_partial else None
-        self.v_proj = _Linear(self.groups * spec.v_head_dim, D, groups, bias=bias)
 
     def _paged(self, stock: Any, width: int, target: str | None, vllm_config: Any) -> Attention:
         """vLLM's own attention over its paged cache; stored heads are padded to a width that its kernel has."""
@@ -200,39 +183,56 @@ class TransformersFoldedAttention(FoldedAttention):
         return q, turned(k_TF, self.groups * self.layer.num_kv_heads // self.spec.num_kv_heads).flatten(1)
 
 
-class _Linear(nn.Module):
-    """A linear map, of which a rank has a part."""
+class Parts(NamedTuple):
+    """What one rank has: so many query heads, from the first one on, and so many stored heads."""
 
-    def __init__(self, rows: int, columns: int, of_rank: Part, *, bias: bool = False) -> None:
+    num_heads: int
+    first_head: int
+    groups: int
+    first_group: int
+
+
+class _Projection(nn.Module):
+    """One map of a layer, of which a rank has the rows and columns of its heads."""
+
+    def __init__(self, name: str, shapes: Mapping[str, Shape], parts: Parts, spec: CacheSpec) -> None:
         super().__init__()
-        self.weight = _parameter((rows, columns), of_rank)
-        self.bias = _parameter((rows,), of_rank) if bias else None
+        self.weight = _parameter(shapes[f"{name}.weight"], parts, spec)
+        bias = shapes.get(f"{name}.bias")
+        self.bias = None if bias is None else _parameter(bias, parts, spec)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
-class _Grouped(nn.Module):
-    """One matrix per stored head."""
+def _parameter(axes: Shape, parts: Parts, spec: CacheSpec) -> nn.Parameter:
+    """An empty one of a rank's size; `of_rank` cuts it out of the checkpoint's tensor."""
+    cuts = [_share(axis, parts, spec) for axis in axes]
+    sizes = [axis.size if cut is None else axis.size // cut[0] * cut[1] for axis, cut in zip(axes, cuts, strict=True)]
+    parameter = nn.Parameter(torch.empty(*sizes), requires_grad=False)
 
-    def __init__(self, shape: tuple[int, ...], of_rank: Part) -> None:
-        super().__init__()
-        self.weight = _parameter(shape, of_rank)
+    def of_rank(full: Tensor) -> Tensor:
+        for place, cut in enumerate(cuts):
+            if cut is not None:
+                total, count, first = cut
+                full = full.unflatten(place, (total, -1)).narrow(place, first, count).flatten(place, place + 1)
+        return full
 
-
-def _parameter(shape: tuple[int, ...], of_rank: Part) -> nn.Parameter:
-    parameter = nn.Parameter(torch.empty(*shape), requires_grad=False)
     parameter.of_rank = of_rank  # type: ignore[attr-defined]
     return parameter
 
 
+def _share(axis: Axis, parts: Parts, spec: CacheSpec) -> tuple[int, int, int] | None:
+    """(into how many pieces an axis falls, how many of them a rank has, from which on); None where it has the whole."""
+    if axis.head_letter == "N":
+        return axis.heads, parts.num_heads, parts.first_head
+    if axis.head_letter:  # source heads go with the stored head that they are in
+        return spec.num_kv_heads, parts.groups, parts.first_group
+    return None
+
+
 def _whole(full: Tensor) -> Tensor:
     return full
-
-
-def _heads(count: int, first: int, total: int, axis: int = 0) -> Part:
-    """Of a tensor with `total` heads along an axis, `count` from `first` on."""
-    return lambda full: full.unflatten(axis, (total, -1)).narrow(axis, first, count).flatten(axis, axis + 1)
 
 
 def _kernel_width(width: int, cache_dtype: str) -> int:

@@ -8,6 +8,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from kvfold.errors import PlanError
 from kvfold.plan.plan import CONFIG_KEY, CachePlan
+from kvfold.runtimes.vllm.runtime import Vllm
 
 
 class CheckedConfig(VerifyAndUpdateConfig):
@@ -21,7 +22,7 @@ class CheckedConfig(VerifyAndUpdateConfig):
 def check_servable(vllm_config: Any) -> None:
     """Raise PlanError that names the obstacle."""
     plan = CachePlan.from_dict(getattr(vllm_config.model_config.hf_text_config, CONFIG_KEY))
-    if obstacle := plan.servable_by()["vllm"]:
+    if obstacle := Vllm().obstacle(plan):
         raise PlanError(obstacle)
     ranks = vllm_config.parallel_config.tensor_parallel_size
     for layer, spec in enumerate(plan.caches):
