@@ -1,16 +1,14 @@
 """kvfold: make the KV cache of a pretrained decoder smaller, and tell the truth about bytes.
 
-Importing it teaches transformers' Auto classes to load folded models, as soon as transformers' own are there; nothing is
-patched. Everything else is imported when it is first used (PEP 562).
+Importing it teaches transformers' Auto classes to load folded models; nothing is patched. Everything else is imported when it
+is first used (PEP 562).
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any
 
 from kvfold.version import __version__
@@ -39,9 +37,6 @@ _HOME = {
 
 __all__ = ["__version__", *_HOME]
 
-_AUTO = "transformers.models.auto.configuration_auto"
-"""Every Auto class imports it."""
-
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
@@ -53,32 +48,10 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _AfterAuto(MetaPathFinder):
-    """Registers the folded families right after transformers' Auto classes, so that `import kvfold` itself stays cheap."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != _AUTO:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
-
-            def run_and_register(module: Any) -> None:
-                run(module)
-                _register()
-
-            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
-        return spec
+def _is_command() -> bool:
+    """Whether this process is the `kvfold` command: it registers when it needs a model, so that `kvfold --help` is quick."""
+    return Path(sys.argv[0] if sys.argv else "").stem == "kvfold" or sys.orig_argv[1:3] == ["-m", "kvfold"]
 
 
-def _register() -> None:
-    from kvfold.runtimes.transformers.modeling import register
-
-    register()
-
-
-if _AUTO in sys.modules:
-    _register()
-else:
-    sys.meta_path.insert(0, _AfterAuto())
+if not _is_command():
+    importlib.import_module("kvfold.runtimes.transformers")

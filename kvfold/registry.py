@@ -20,6 +20,7 @@ from kvfold.errors import RecipeError
 AXES = ("depth", "width", "bits", "length")
 MODULES = {
     **{axis: f"kvfold.methods.{axis}.{{}}" for axis in AXES},
+    "codecs": "kvfold.plan.codecs.{}",
     "architectures": "kvfold.architectures.{}",
     "runtimes": "kvfold.runtimes.{}.runtime",
 }

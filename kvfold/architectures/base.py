@@ -17,6 +17,7 @@ from kvfold import registry
 from kvfold.errors import CheckpointError
 from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
+from kvfold.plan.naming import MODEL_TYPE_PREFIX
 
 
 class Architecture(ABC):
@@ -143,7 +144,7 @@ def all_architectures() -> list[Architecture]:
 @functools.cache
 def architecture(model_type: str) -> Architecture:
     """The family of a model_type. Raises CheckpointError with the nearest one and the list."""
-    if model_type.startswith("kvfold_"):
+    if model_type.startswith(MODEL_TYPE_PREFIX):
         raise CheckpointError(
             f"model_type is {model_type!r}: this folder is folded already. Fold the original model again instead."
         )

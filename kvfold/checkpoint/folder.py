@@ -13,7 +13,7 @@ from kvfold.checkpoint.atomic import copy_file, make_folder, write_tensors, writ
 from kvfold.checkpoint.reader import INDEX, Checkpoint, read_json
 from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.errors import OutputError
-from kvfold.plan.plan import CONFIG_KEY
+from kvfold.plan.naming import CONFIG_KEY
 
 MARKER = "fold.txt"
 EXPORT_MARKER = "kvfold_export.json"

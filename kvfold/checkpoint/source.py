@@ -15,7 +15,8 @@ from kvfold.architectures.base import Architecture, architecture, empty_model, s
 from kvfold.checkpoint.reader import DTYPES, Checkpoint, locate, read_json
 from kvfold.errors import CheckpointError
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
-from kvfold.plan.plan import CONFIG_KEY, CachePlan, source_layer, source_plan
+from kvfold.plan.naming import CONFIG_KEY
+from kvfold.plan.plan import CachePlan, source_layer, source_plan
 
 MAX_SEQ_LEN = 2048
 

@@ -81,13 +81,18 @@ def command(
         raise RecipeError("give folders and --against MODEL, or --shape NAME with --preset or --kv-heads.")
     geometry = Shape(name=shape, layers=layers) if shape else None
     tokens = parse_size(context, binary=True)
-    what = {"presets": preset or (), "kv_heads": kv_heads or (), "against": against, "dtype": dtype}
+    what: dict[str, Any] = {"presets": preset or (), "kv_heads": kv_heads or (), "against": against, "dtype": dtype}
     if runtime(engine).serves_requests:
         if threads or device != "auto":
             raise RecipeError(
                 f"--engine {engine} goes without --threads and --device: it takes the device that it was built for."
             )
-        sizes = {"requests": batch, "prompt": tokens, "tokens": steps, "memory": parse_size(memory or "1GiB")}
+        sizes: dict[str, Any] = {
+            "requests": batch,
+            "prompt": tokens,
+            "tokens": steps,
+            "memory": parse_size(memory or "1GiB"),
+        }
         _report(_requests(folded or [], geometry, **what, engine=engine, rounds=rounds, **sizes), plot, markdown)
         return
     from kvfold.evaluation.speed import bench

@@ -16,8 +16,8 @@ from kvfold.checkpoint.reader import INDEX, Checkpoint
 from kvfold.errors import CheckpointError, PlanError
 from kvfold.plan.cache_spec import divisors
 from kvfold.plan.folded_weights import FoldedWeights
-from kvfold.plan.plan import CONFIG_KEY, CachePlan
-from kvfold.runtimes.transformers.modeling import MODEL_TYPE_PREFIX
+from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
+from kvfold.plan.plan import CachePlan
 
 CARD = """# {name}
 

@@ -22,9 +22,10 @@ from kvfold.errors import CheckpointError
 from kvfold.methods.width.base import WidthMethod
 from kvfold.plan.cache_spec import ITEMSIZE
 from kvfold.plan.layer import AttentionLayer
-from kvfold.plan.plan import CONFIG_KEY, CachePlan
+from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
+from kvfold.plan.plan import CachePlan
 from kvfold.progress import track
-from kvfold.runtimes.transformers.modeling import MODEL_TYPE_PREFIX, empty_folded_model, folded_classes
+from kvfold.runtimes.transformers.modeling import empty_folded_model, folded_classes
 
 
 @dataclass

@@ -23,8 +23,9 @@ from kvfold.errors import CheckpointError
 from kvfold.methods.depth.contiguous import Contiguous
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
-from kvfold.plan.plan import CONFIG_KEY, CachePlan, source_layer
-from kvfold.runtimes.transformers.modeling import MODEL_TYPE_PREFIX, empty_folded_model, folded_classes
+from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
+from kvfold.plan.plan import CachePlan, source_layer
+from kvfold.runtimes.transformers.modeling import empty_folded_model, folded_classes
 
 PICKLE = "pytorch_model.bin"
 LAYERS, HEADS = "num_key_value_layers", "num_key_value_heads"

@@ -17,10 +17,10 @@ from kvfold.compression.allocate import SLACK
 from kvfold.errors import BudgetError, CheckpointError
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
+from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
 from kvfold.plan.nested import MULTIPLE, check_nested, kept_width
-from kvfold.plan.plan import CONFIG_KEY, CachePlan
+from kvfold.plan.plan import CachePlan
 from kvfold.plan.tensors import Shape, tensor_shapes
-from kvfold.runtimes.transformers.modeling import MODEL_TYPE_PREFIX
 
 CARD = """# {name}
 

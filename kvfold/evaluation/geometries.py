@@ -14,9 +14,10 @@ from kvfold.compression.allocate import Axes, Curves, Request, allocate, choose_
 from kvfold.compression.recipe import Recipe
 from kvfold.errors import RecipeError
 from kvfold.evaluation.published_shapes import SHAPES
-from kvfold.plan.plan import CONFIG_KEY, CachePlan
+from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
+from kvfold.plan.plan import CachePlan
 from kvfold.registry import unknown
-from kvfold.runtimes.transformers.modeling import MODEL_TYPE_PREFIX, folded_classes
+from kvfold.runtimes.transformers.modeling import folded_classes
 
 VOCABULARY = 256
 """Few tokens: two layers must not be drowned by an output layer that serves thirty."""

@@ -12,11 +12,10 @@ from kvfold.errors import PlanError
 from kvfold.plan.cache_spec import ITEMSIZE, POSITION_BYTES, CacheSpec, SourceLayer, round_up
 from kvfold.plan.checks import check_plan
 from kvfold.plan.layer import AttentionLayer
+from kvfold.plan.naming import CONFIG_KEY
 from kvfold.plan.number_format import NumberFormat, tokens_at_once
 
 FORMAT_VERSION = 1
-CONFIG_KEY = "kv_compression_config"
-"""Key of config.json under which the plan lives."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,9 +50,7 @@ def described(side: StoredShape) -> str:
     size = f"{side.num_heads} x {side.width}"
     if side.form is None:
         return size
-    kind = {"float8": " float8", "channel": " per channel", "affine": " affine", "normal": " normal"}.get(
-        side.form.scales, ""
-    )
+    kind = f" {side.form.codec.word}".rstrip()
     if len(side.form.tiers) == 1:
         return f"{size}: {side.form.tiers[0][1]} bits{kind}"
     return f"{size}: {' '.join(f'{n}x{b}' for n, b in side.form.tiers)}{kind}"

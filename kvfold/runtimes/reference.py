@@ -5,10 +5,7 @@ Slow and obvious on purpose. Tests compare every runtime with it. It never build
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
-import struct
 
 import torch
 from torch import Tensor
@@ -16,7 +13,7 @@ from torch import Tensor
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
-from kvfold.plan.number_format import NumberFormat, packed_bytes
+from kvfold.plan.number_format import NumberFormat
 
 NORM_EPS = 1e-6
 
@@ -208,84 +205,9 @@ def _network(weights: FoldedWeights, way: str, group: int, x_TF: Tensor) -> Tens
 
 def decoded(rows_SX: Tensor, form: NumberFormat) -> Tensor:
     """Stored bytes of one head as numbers [tokens, width], one number at a time (docs/format.md)."""
-    rows = [list(row) for row in rows_SX.tolist()]
-    if form.scales == "channel":
-        return torch.tensor([numbers for row in rows for numbers in _decoded_block(row, form)], dtype=torch.float64)
-    return torch.tensor([_decoded_token(row, form) for row in rows], dtype=torch.float64)
-
-
-def _decoded_token(row: list[int], form: NumberFormat) -> list[float]:
-    if form.scales == "float8":
-        return [_float8(byte) for byte in row]
-    scales, at = row[: form.row_bytes - form.code_bytes], form.row_bytes - form.code_bytes
-    numbers: list[float] = []
-    for count, bits in form.tiers:
-        codes, at = _codes(row, at, count, bits), at + packed_bytes(count, bits)
-        if form.scales == "exponent":
-            scale = 2 ** ((scales.pop(0) - 128) / 8)
-            numbers += [(code + 0.5 - 2 ** (bits - 1)) * scale for code in codes]
-            continue
-        if form.scales == "normal":
-            scale, scales = _float16(scales[:2]), scales[2:]
-            numbers += [_normal_levels(bits)[code] * scale for code in codes]
-            continue
-        size = form.group_size or count
-        for start in range(0, count, size):
-            low, step = _float16(scales[:2]), _float16(scales[2:4])
-            scales = scales[4:]
-            numbers += [low + code * step for code in codes[start : start + size]]
-    return numbers
-
-
-def _decoded_block(row: list[int], form: NumberFormat) -> list[list[float]]:
-    ((width, bits),) = form.tiers
-    tokens = []
-    for token in range(form.block):
-        codes = _codes(row, 4 * width + token * form.row_bytes, width, bits)
-        ranges = [row[4 * i : 4 * i + 4] for i in range(width)]
-        tokens.append([_float16(r[:2]) + c * _float16(r[2:]) for c, r in zip(codes, ranges, strict=True)])
-    return tokens
-
-
-def _codes(row: list[int], start: int, count: int, bits: int) -> list[int]:
-    """Every code is cut into planes of 8, 4, 2 or 1 bits, of which a byte holds 8 / part neighbouring ones, the first in its
-    lowest bits."""
-    codes = [0] * count
-    for part in (part for part in (8, 4, 2, 1) if bits & part):
-        per_byte = 8 // part
-        for j in range(count):
-            piece = row[start + j // per_byte] >> part * (j % per_byte) & 2**part - 1
-            codes[j] = codes[j] << part | piece
-        start += -(-count // per_byte)
-    return codes
-
-
-@functools.cache
-def _normal_levels(bits: int) -> list[float]:
-    """Of the quantizer with the least squared error for normal numbers: every level is the mean of what is nearest to it.
-    Lloyd's iteration from equal steps finds them."""
-    levels, moved = [(i + 0.5) * 6 / 2**bits - 3 for i in range(2**bits)], 1.0
-    while moved > 1e-11:
-        edges = [-math.inf, *((a + b) / 2 for a, b in itertools.pairwise(levels)), math.inf]
-        means = [_normal_mean(low, high) for low, high in itertools.pairwise(edges)]
-        levels, moved = means, max(abs(a - b) for a, b in zip(means, levels, strict=True))
-    return levels
-
-
-def _normal_mean(low: float, high: float) -> float:
-    """Of the normal numbers between two bounds."""
-    density = [math.exp(-x * x / 2) / math.sqrt(2 * math.pi) for x in (low, high)]
-    return (density[0] - density[1]) / ((math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2))) / 2)
-
-
-def _float16(pair: list[int]) -> float:
-    return struct.unpack("<e", bytes(pair))[0]
-
-
-def _float8(byte: int) -> float:
-    """e4m3: a sign, four bits of exponent with bias 7, three of mantissa."""
-    sign, exponent, mantissa = -1 if byte & 128 else 1, byte >> 3 & 15, byte & 7
-    return sign * (2**-6 * mantissa / 8 if not exponent else 2.0 ** (exponent - 7) * (1 + mantissa / 8))
+    return torch.tensor(
+        [token for row in rows_SX.tolist() for token in form.codec.read_row(row, form)], dtype=torch.float64
+    )
 
 
 def alibi_slope(head: int, heads: int) -> float:

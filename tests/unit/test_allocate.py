@@ -12,7 +12,6 @@ from kvfold.compression.allocate import Axes, Limits, Request, allocate, check_r
 from kvfold.compression.hulls import lower_hull
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.linalg.eigen import Moment
-from kvfold.methods.bits.base import NOISE, SIZES
 from kvfold.methods.bits.identity import Identity as Bits
 from kvfold.methods.bits.mixed import Mixed
 from kvfold.methods.depth.identity import Identity as Depth
@@ -20,6 +19,7 @@ from kvfold.methods.length.identity import Identity as Length
 from kvfold.methods.width.base import LayerGroup
 from kvfold.methods.width.mean_pool import MeanPool
 from kvfold.methods.width.svd_a import SvdA
+from kvfold.plan.codecs.base import NOISE, SIZES
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.number_format import StoredShape
 

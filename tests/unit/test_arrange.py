@@ -6,7 +6,8 @@ import torch
 
 from kvfold.linalg.quantization_basis import arranged
 from kvfold.linalg.reduced_rank import Latents, Term
-from kvfold.methods.bits.base import NOISE, SIZES, shared_energy
+from kvfold.methods.bits.base import shared_energy
+from kvfold.plan.codecs.base import NOISE, SIZES
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels.codec import roundtrip
 

@@ -9,6 +9,7 @@ import torch
 from tiny import load
 
 from kvfold.calibration import text as data
+from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.errors import DataError
 from kvfold.evaluation.demo import MODEL
 from kvfold.runtimes.transformers.load import load_weights
@@ -18,7 +19,7 @@ SENTENCE = "The captain walked along the shore, number {}, and said nothing to t
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.load_tokenizer(MODEL)
+    return load_tokenizer(MODEL)
 
 
 @pytest.fixture

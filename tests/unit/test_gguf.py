@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 import kvfold
 from kvfold.checkpoint import folder as output
 from kvfold.checkpoint.gguf import dequantized
+from kvfold.checkpoint.reader import Checkpoint
 from kvfold.checkpoint.source import load_plan
 from kvfold.errors import CheckpointError
 from kvfold.testing import assert_close
@@ -106,7 +107,7 @@ def test_tied_embeddings_are_stored_once(tmp_path):
     state = {name: tensor for name, tensor in tied.state_dict().items() if name != "lm_head.weight"}
     tied.state_dict = lambda: state
     folder = dequantized(write(tied, file), tmp_path / "run")
-    assert "lm_head.weight" not in kvfold.checkpoint.Checkpoint.open(folder).tensors
+    assert "lm_head.weight" not in Checkpoint.open(folder).tensors
     assert torch.equal(logits(load(folder), tokens()), logits(tied, tokens()))
 
 

@@ -20,6 +20,7 @@ from kvfold.calibration.text import first_windows
 from kvfold.checkpoint.source import load_plan
 from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.errors import DataError, HealError, PlanError, RecipeError
+from kvfold.evaluation.demo import MODEL
 from kvfold.evaluation.texts import evaluate_models
 from kvfold.healing.objectives import distance, distance_from_top
 from kvfold.healing.packing import IGNORED, pack
@@ -122,7 +123,7 @@ WORDS = [
 
 def with_text(root):
     """A model in `root`/source gets a tokenizer, and a text of documents beside it."""
-    for file in Path(kvfold.demonstration.MODEL).glob("tokenizer*"):
+    for file in Path(MODEL).glob("tokenizer*"):
         (root / "source" / file.name).write_bytes(file.read_bytes())
     picks = torch.randint(len(WORDS), (6000,), generator=torch.Generator().manual_seed(0)).tolist()
     ends = ["" if i % 37 else "<|endoftext|>" for i in range(len(picks))]

@@ -8,6 +8,7 @@ from kvfold.errors import PlanError
 from kvfold.plan.cache_spec import CacheSpec, SourceLayer
 from kvfold.plan.number_format import NumberFormat
 from kvfold.plan.plan import CachePlan, source_plan
+from kvfold.runtimes.base import servable_by
 
 SOURCE = SourceLayer(num_attention_heads=8, num_kv_heads=4, head_dim=16)
 WINDOWED = SourceLayer(num_attention_heads=8, num_kv_heads=4, head_dim=16, window=300)
@@ -48,7 +49,7 @@ def test_a_shared_cache_is_stored_once_and_read_by_each_reader():
     p = plan(spec(), None, None, targets=(None, 0, 0))
     assert p.kv_bytes_per_token() == 80
     assert p.kv_read_bytes(100) == 3 * 80 * 100
-    assert p.servable_by()["transformers"] is None and "num_v_heads = 2" in p.servable_by()["vllm"]
+    assert servable_by(p)["transformers"] is None and "num_v_heads = 2" in servable_by(p)["vllm"]
     assert [p.readers(layer) for layer in range(3)] == [[0, 1, 2], [], []]
 
 

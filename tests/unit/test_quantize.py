@@ -3,10 +3,13 @@
 import pytest
 import torch
 
-from kvfold.linalg.lloyd_max import lloyd_max
-from kvfold.methods.bits.base import NOISE, SIZES
-from kvfold.plan.number_format import BITS, NORMAL_BITS, NumberFormat
-from kvfold.runtimes.kernels.codec import STEPS_PER_OCTAVE, pack, roundtrip, unpack
+from kvfold.plan.codecs._codes import BITS
+from kvfold.plan.codecs._lloyd_max import lloyd_max
+from kvfold.plan.codecs.base import NOISE, SIZES
+from kvfold.plan.codecs.exponent import STEPS_PER_OCTAVE
+from kvfold.plan.codecs.normal import Normal
+from kvfold.plan.number_format import NumberFormat
+from kvfold.runtimes.kernels.codec import pack, roundtrip, unpack
 from kvfold.runtimes.reference import decoded
 
 FORMATS = [
@@ -71,8 +74,8 @@ def test_levels_for_normal_numbers_are_the_published_ones():
 
 
 def test_a_normal_row_is_a_scale_and_codes():
-    assert {bits: NumberFormat(tiers=((64, bits),), scales="normal").row_bytes for bits in NORMAL_BITS} == {
-        bits: 2 + 8 * bits for bits in NORMAL_BITS
+    assert {bits: NumberFormat(tiers=((64, bits),), scales="normal").row_bytes for bits in Normal.bits} == {
+        bits: 2 + 8 * bits for bits in Normal.bits
     }
 
 

@@ -14,21 +14,6 @@ from kvfold.errors import RecipeError
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.number_format import LEAST_VARIANCE, NumberFormat, StoredShape
 
-FLOAT8_NOISE = 7e-4
-SIZES = (8, 16, 32, 64, 192, 1024)
-NOISE = {
-    1: (0.318, 0.341, 0.355, 0.362, 0.374, 0.406),
-    2: (0.0782, 0.0974, 0.1077, 0.1133, 0.1172, 0.1194),
-    3: (0.0178, 0.0244, 0.0297, 0.0333, 0.0361, 0.0377),
-    4: (0.00436, 0.00604, 0.00756, 0.00897, 0.01058, 0.01139),
-    5: (0.00117, 0.00155, 0.00194, 0.00233, 0.0029, 0.00338),
-    6: (0.0003, 0.0004, 0.0005, 0.0006, 0.00076, 0.00094),
-    7: (7.6e-5, 1e-4, 1.26e-4, 1.52e-4, 1.93e-4, 2.49e-4),
-    8: (2e-5, 2.6e-5, 3.2e-5, 3.9e-5, 5e-5, 6.7e-5),
-}
-"""Squared error as a share of the energy, of normally distributed numbers in tiers of SIZES: a scale for few numbers follows
-them more closely. A test measures it again."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class BitsMethod(ABC):
@@ -96,5 +81,4 @@ def noise_share(form: NumberFormat | None) -> float:
     """Expected squared error as a share of the energy of what is stored, about; 0 for numbers that stay as they are."""
     if form is None:
         return 0.0
-    shares = [numbers * float(np.interp(numbers, SIZES, NOISE[bits])) for numbers, bits in form.tiers]
-    return FLOAT8_NOISE if form.scales == "float8" else sum(shares) / form.width
+    return form.codec.noise(form)

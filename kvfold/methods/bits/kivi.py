@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from kvfold.errors import RecipeError
 from kvfold.methods.bits.base import BitsMethod, plain_tiers
 from kvfold.plan.cache_spec import CACHE_BLOCK
+from kvfold.plan.codecs._codes import BITS
 from kvfold.plan.layer import AttentionLayer
-from kvfold.plan.number_format import BITS, NumberFormat
+from kvfold.plan.number_format import NumberFormat
 
 
 @dataclass(frozen=True, kw_only=True)

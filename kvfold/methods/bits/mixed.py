@@ -9,9 +9,11 @@ from typing import ClassVar
 import numpy as np
 
 from kvfold.errors import RecipeError
-from kvfold.methods.bits.base import NOISE, SIZES, BitsMethod, plain_tiers, shared_energy
+from kvfold.methods.bits.base import BitsMethod, plain_tiers, shared_energy
+from kvfold.plan.codecs._codes import BITS
+from kvfold.plan.codecs.base import NOISE, SIZES
 from kvfold.plan.layer import AttentionLayer
-from kvfold.plan.number_format import BITS, NumberFormat, StoredShape
+from kvfold.plan.number_format import NumberFormat, StoredShape
 
 STEPS = 64
 """A tier ends at one of so many places."""

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from kvfold.errors import RecipeError
 from kvfold.methods.bits.base import BitsMethod, plain_tiers
+from kvfold.plan.codecs._codes import BITS
+from kvfold.plan.codecs.normal import Normal
 from kvfold.plan.layer import AttentionLayer
-from kvfold.plan.number_format import BITS, NORMAL_BITS, NumberFormat
+from kvfold.plan.number_format import NumberFormat
 
 FLOAT8_BITS = 8
 
@@ -30,7 +32,7 @@ class TurboQuant(BitsMethod):
     norm_correction: bool = True
 
     def __post_init__(self) -> None:
-        for name, allowed in (("k_bits", (*NORMAL_BITS, FLOAT8_BITS)), ("v_bits", BITS)):
+        for name, allowed in (("k_bits", (*Normal.bits, FLOAT8_BITS)), ("v_bits", BITS)):
             if getattr(self, name) not in allowed:
                 raise RecipeError(f"bits.{name} = {getattr(self, name)!r}; choose one of {allowed}.")
 

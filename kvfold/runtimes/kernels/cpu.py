@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfold.plan.codecs.exponent import TRIED
 from kvfold.plan.number_format import NumberFormat
-from kvfold.runtimes.kernels import codec as quantize
-from kvfold.runtimes.kernels.packed_tokens import KERNEL_SCALES, PackedTokens, Stored, recorded
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, Stored, recorded
 
 SOURCES = Path(__file__).with_name("cpp")
 FLAGS = (
@@ -134,7 +134,7 @@ def serves(q: Tensor, z: Stored, y: Stored) -> bool:
     if recorded(*tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         return False
     plain = all(x.device.type == "cpu" and x.stride(-1) == 1 for x in tensors)
-    known = all(x.dtype == q.dtype and (isinstance(x, Tensor) or x.form.scales in KERNEL_SCALES) for x in (z, y))
+    known = all(x.dtype == q.dtype and (isinstance(x, Tensor) or x.form.codec.fused) for x in (z, y))
     return plain and known and q.dtype in DTYPES and library() is not None
 
 
@@ -149,7 +149,7 @@ def pack(x: Tensor, form: NumberFormat) -> Tensor:
     assert kernel is not None, "packs() was asked"
     numbers = torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)
     rows = torch.empty(*x.shape[:3], form.row_bytes, dtype=torch.uint8, device=x.device)
-    tried = (ctypes.c_int32 * len(form.tiers))(*(quantize.TRIED[bits] for _, bits in form.tiers))
+    tried = (ctypes.c_int32 * len(form.tiers))(*(TRIED[bits] for _, bits in form.tiers))
     kernel.kvfold_pack(
         ctypes.c_void_p(numbers.data_ptr()),
         ctypes.c_int64(numbers.numel() // form.width),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels.codec import pack, unpack
-from kvfold.runtimes.kernels.packed_tokens import KERNEL_SCALES, PackedTokens, Stored, recorded
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, Stored, recorded
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRIALS = (NumberFormat(tiers=((24, 8), (40, 5), (33, 3))), NumberFormat(tiers=((65, 8),), scales="float8"))
@@ -27,7 +27,7 @@ def serves(q: Tensor, z: Stored, y: Stored) -> bool:
     """Whether the kernels take these tensors, and nobody wants gradients or a graph of it."""
     if not (isinstance(z, PackedTokens) and isinstance(y, PackedTokens)) or recorded(q, z.rows, y.rows):
         return False
-    known = all(x.form.scales in KERNEL_SCALES and x.rows.stride(-1) == 1 and x.device == q.device for x in (z, y))
+    known = all(x.form.codec.fused and x.rows.stride(-1) == 1 and x.device == q.device for x in (z, y))
     return known and not (torch.is_grad_enabled() and q.requires_grad) and works_for(q)
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvfold.plan.codecs.base import Scaled
 from kvfold.plan.number_format import NumberFormat
-from kvfold.runtimes.kernels.codec import Scaled, unpack, unpack_scaled
+from kvfold.runtimes.kernels.codec import unpack, unpack_scaled
 
 Operand = Tensor | list[Scaled]
 """Heads of some tokens [B, heads, tokens, width], or their tiers: a number is (code + 1/2) times its token's scale."""
-
-KERNEL_SCALES = ("exponent", "float8")
-"""Scales of packed numbers that kernels read; torch's operations read the others."""
 
 
 def recorded(*tensors: Tensor) -> bool:
@@ -73,7 +71,7 @@ def read(stored: Stored, start: int, end: int) -> Tensor:
 
 def read_for_product(stored: Stored, start: int, end: int) -> Operand:
     """The same for a product with queries or probabilities, which can take scales afterwards."""
-    if isinstance(stored, PackedTokens) and stored.form.scales == "exponent":
+    if isinstance(stored, PackedTokens) and stored.form.codec.keeps_scales_apart:
         return stored.read_scaled(start, end)
     return read(stored, start, end)
 

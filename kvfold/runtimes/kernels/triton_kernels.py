@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvfold.plan.number_format import NumberFormat, packed_bytes
-from kvfold.runtimes.kernels.codec import TRIED
+from kvfold.plan.codecs._codes import packed_bytes
+from kvfold.plan.codecs.exponent import TRIED
+from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens
 
 SCORED_TOKENS, WEIGHED_TOKENS, NUMBERS, MOST_QUERIES = 64, 32, 64, 64

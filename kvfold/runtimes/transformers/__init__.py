@@ -1,1 +1,5 @@
-"""The transformers runtime: it reads a plan and weights, and knows no method."""
+"""Folded models in transformers. Importing it teaches the Auto classes to load them; nothing is patched."""
+
+from kvfold.runtimes.transformers.modeling import register
+
+register()

@@ -14,7 +14,8 @@ from kvfold.checkpoint.source import load_plan
 from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.errors import CheckpointError, RecipeError
 from kvfold.plan.cache_spec import ITEMSIZE
-from kvfold.plan.plan import CONFIG_KEY, CachePlan
+from kvfold.plan.naming import CONFIG_KEY
+from kvfold.plan.plan import CachePlan
 from kvfold.progress import without_bars
 
 

@@ -13,14 +13,13 @@ from transformers import initialization as init
 
 from kvfold.architectures.base import Architecture, all_architectures
 from kvfold.errors import CheckpointError, PlanError
-from kvfold.plan.plan import CONFIG_KEY, CachePlan
+from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
+from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.transformers.attention import FoldedAttention, attention_class
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
 from kvfold.runtimes.transformers.joint import JointAttention
 from kvfold.runtimes.transformers.projections import GroupedLinear
-
-MODEL_TYPE_PREFIX = "kvfold_"
 
 
 class FoldedModel:

@@ -15,6 +15,7 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from kvfold.architectures.base import all_architectures
+    from kvfold.plan.naming import MODEL_TYPE_PREFIX
     from kvfold.runtimes.vllm.check import CheckedConfig
 
     if torch.cpu._is_amx_tile_supported():
@@ -23,6 +24,6 @@ def register() -> None:
     for arch in all_architectures():
         name = f"Kvfold{arch.causal_lm}"
         if arch.model_type in no_float16:
-            no_float16[f"kvfold_{arch.model_type}"] = no_float16[arch.model_type]
+            no_float16[MODEL_TYPE_PREFIX + arch.model_type] = no_float16[arch.model_type]
         ModelRegistry.register_model(name, f"kvfold.runtimes.vllm.models:{name}")
         MODELS_CONFIG_MAP[name] = CheckedConfig

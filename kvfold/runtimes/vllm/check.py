@@ -7,7 +7,8 @@ from typing import Any
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from kvfold.errors import PlanError
-from kvfold.plan.plan import CONFIG_KEY, CachePlan
+from kvfold.plan.naming import CONFIG_KEY
+from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.vllm.runtime import Vllm
 
 

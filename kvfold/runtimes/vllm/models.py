@@ -14,8 +14,8 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 
 from kvfold.architectures.base import Architecture, architecture, empty_model, source_config
-from kvfold.plan.plan import CONFIG_KEY, CachePlan
-from kvfold.runtimes.transformers.modeling import MODEL_TYPE_PREFIX
+from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
+from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.vllm.attention import FoldedAttention, TransformersFoldedAttention
 from kvfold.runtimes.vllm.check import check_servable
 
