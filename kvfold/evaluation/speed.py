@@ -312,8 +312,7 @@ class _Clock:
         self.events: list[tuple[Any, Any]] = []
         for module in model.modules():
             if isinstance(module, FoldedAttention):
-                for name in ("_attend", "_attend_on_read"):
-                    setattr(module, name, self._watched(getattr(module, name)))
+                module._attend = self._watched(module._attend)  # type: ignore[method-assign]
 
     def _watched(self, attend: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:

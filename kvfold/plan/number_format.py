@@ -45,9 +45,11 @@ class NumberFormat:
             raise PlanError(f"tiers {self.tiers} are not (numbers, bits) with bits of {BITS}.")
         object.__setattr__(self, "tiers", tuple(map(tuple, tiers)))  # JSON has lists
         if self.scales not in registry.names("codecs"):
-            raise PlanError(registry.unknown("scales", self.scales, registry.names("codecs")))
+            raise PlanError(registry.unknown("scheme of scales", self.scales, registry.names("codecs")))
         if wrong := sorted({bits for _, bits in self.tiers} - {*self.codec.bits}):
-            raise PlanError(f"{self.scales} numbers take {self.codec.bits} bits, not {wrong}; tiers are {self.tiers}.")
+            first, last = self.codec.bits[0], self.codec.bits[-1]
+            bits = f"{last} bits each" if first == last else f"bits {first} to {last}"
+            raise PlanError(f"{self.scales} numbers take {bits}, not {wrong}; tiers are {self.tiers}.")
         if self.block < 1 or self.codec.block_scales != (self.block > 1):
             raise PlanError(f"a block of tokens goes with scales per channel; found {self}.")
         if self.group_size and self.scales != "affine":

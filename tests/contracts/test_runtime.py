@@ -16,8 +16,9 @@ from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes import reference
-from kvfold.runtimes.kernels.attention import chunked_attention, decode_attention, grouped_attention, prefill_attention
+from kvfold.runtimes.kernels.attention import chunked_attention, grouped_attention, prefill_attention
 from kvfold.runtimes.kernels.codec import pack
+from kvfold.runtimes.kernels.dispatch import decode_attention
 from kvfold.runtimes.transformers.attention import attention_class
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.runtimes.transformers.forward_state import ForwardState

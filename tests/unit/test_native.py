@@ -13,9 +13,10 @@ from packed_forms import FORMS, distance
 
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels import cpu as native
-from kvfold.runtimes.kernels import packing
-from kvfold.runtimes.kernels.attention import decode_attention, grouped_attention
+from kvfold.runtimes.kernels import dispatch
+from kvfold.runtimes.kernels.attention import grouped_attention
 from kvfold.runtimes.kernels.codec import pack, roundtrip, unpack
+from kvfold.runtimes.kernels.dispatch import decode_attention
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens
 
 compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="this machine has no C++ compiler")
@@ -172,7 +173,7 @@ def test_masks_of_any_strides():
 def test_transforms_of_functions_take_another_way():
     form = FORMS["4_bits"]
     x = torch.randn(1, 2, 3, 64)
-    gradient = torch.func.grad(lambda x: roundtrip(x, form, packing.pack).square().sum())(x)
+    gradient = torch.func.grad(lambda x: roundtrip(x, form, dispatch.pack).square().sum())(x)
     torch.testing.assert_close(gradient, 2 * roundtrip(x, form))
 
 
@@ -230,7 +231,8 @@ def test_gradients_and_other_dtypes_take_another_way():
 @pytest.mark.parametrize("setting", ["CXX=no-such-compiler", "KVFOLD_NATIVE=0"])
 def test_without_a_compiler_torch_serves(setting, tmp_path):
     script = (
-        "import torch; from kvfold.runtime import native; from kvfold.runtime.attend import decode_attention as d\n"
+        "import torch; from kvfold.runtimes.kernels import cpu as native\n"
+        "from kvfold.runtimes.kernels.dispatch import decode_attention as d\n"
         "x = torch.ones(1, 2, 9, 8, dtype=torch.bfloat16)\n"
         "assert native.library() is None and d(x[:, :, :1], x, x, None, scale=1.0).eq(1).all()"
     )

@@ -43,13 +43,15 @@ class Codec(ABC):
     tokens share scales, a block of tokens.
 
     `word`: how tables name it. `bits`: those that a code may have. `fused`: the kernels of cpu.py and triton_kernels.py read
-    it (torch's operations read all). `keeps_scales_apart`: `unpack_scaled` gives codes and scales for products that take the
-    scales afterwards. `block_scales`: tokens of a block share scales, and those of a block that is not full stay exact.
+    it (torch's operations read all); `packs_fused`: they make it too. `keeps_scales_apart`: `unpack_scaled` gives codes and
+    scales for products that take the scales afterwards. `block_scales`: tokens of a block share scales, and those of a block
+    that is not full stay exact.
     """
 
     word: ClassVar[str] = ""
     bits: ClassVar[tuple[int, ...]] = BITS
     fused: ClassVar[bool] = False
+    packs_fused: ClassVar[bool] = False
     keeps_scales_apart: ClassVar[bool] = False
     block_scales: ClassVar[bool] = False
 

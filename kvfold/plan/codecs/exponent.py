@@ -23,6 +23,7 @@ class Exponent(Codec):
     """The scale with the least squared error, out of a few."""
 
     fused = True
+    packs_fused = True
     keeps_scales_apart = True
 
     def scale_bytes(self, form: NumberFormat) -> int:

@@ -6,20 +6,15 @@ nothing is ever expanded to N heads. Queries q [B, N, T, R] are already absorbed
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvfold.plan.number_format import ELSEWHERE, tokens_at_once
-from kvfold.runtimes.kernels import cpu as native
-from kvfold.runtimes.kernels import gpu
-from kvfold.runtimes.kernels.packed_tokens import Operand, PackedTokens, Stored, read_all, read_for_product
-
-FEW_TOKENS = 16
-"""A step of at most so many tokens (speculative decoding, short chunks) is bound by the cache's bytes, like one of one."""
+from kvfold.plan.number_format import tokens_at_once
+from kvfold.runtimes.kernels import cpu
+from kvfold.runtimes.kernels.packed_tokens import Operand, PackedTokens, Stored
 
 LARGEST_CODE = 128
 
@@ -51,34 +46,27 @@ def grouped_attention(
     return out_BNTV.transpose(1, 2), probs_BNTS
 
 
-def decode_attention(q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, mask: Tensor | None, *, scale: float) -> Tensor:
-    """Few query tokens: the queries of a stored head become the rows of one product, so each number is read once."""
-    B, N, T, R = q_BNTR.shape
+def one_query_attention(q_BN1R: Tensor, z_BCSR: Tensor, y_BCSR: Tensor, mask: Tensor | None, *, scale: float) -> Tensor:
+    """One query token, keys and values alike in heads and width: torch's fused kernel, where the queries of a stored head
+    become the rows of one product."""
+    B, N, _, R = q_BN1R.shape
     C = z_BCSR.shape[1]
-    U, V = y_BUSV.shape[1], y_BUSV.shape[3]
-    if native.serves(q_BNTR, z_BCSR, y_BUSV):
-        return _native_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale)
-    z_BCSR, y_BUSV = read_all(z_BCSR), read_all(y_BUSV)
-    if T > 1:
-        return grouped_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale)[0]
-    if (C, R) == (U, V):  # torch's fused kernel wants equal head counts and widths
-        packed = q_BNTR.view(B, C, N // C, R)
-        if mask is not None and mask.shape[1] == N > 1:  # one mask per query head
-            mask = mask.expand(B, -1, -1, -1).view(B, C, N // C, -1)
-        out = F.scaled_dot_product_attention(packed, z_BCSR, y_BUSV, attn_mask=mask, scale=scale)
-        return out.reshape(B, N, 1, V).transpose(1, 2)
-    if q_BNTR.device.type == "cpu" and q_BNTR.dtype != torch.float32 and not torch.is_grad_enabled():
-        return _decode_by_mm(q_BNTR, z_BCSR, y_BUSV, mask, scale)
-    return grouped_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale)[0]
+    packed = q_BN1R.view(B, C, N // C, R)
+    if mask is not None and mask.shape[1] == N > 1:  # one mask per query head
+        mask = mask.expand(B, -1, -1, -1).view(B, C, N // C, -1)
+    out = F.scaled_dot_product_attention(packed, z_BCSR, y_BCSR, attn_mask=mask, scale=scale)
+    return out.reshape(B, N, 1, R).transpose(1, 2)
 
 
-def _native_attention(q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, mask: Tensor | None, scale: float) -> Tensor:
+def cpu_attention(q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, mask: Tensor | None, *, scale: float) -> Tensor:
+    """Few query tokens over numbers or packed ones that `cpu.serves`."""
     T, S = q_BNTR.shape[2], z_BCSR.shape[2]
     bias = _additive(mask, T, S, 0, S, q_BNTR)
-    return native.decode(q_BNTR, z_BCSR, y_BUSV, None if bias is None else bias.float(), scale=scale)
+    return cpu.decode(q_BNTR, z_BCSR, y_BUSV, None if bias is None else bias.float(), scale=scale)
 
 
-def _decode_by_mm(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def products_attention(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor | None, *, scale: float) -> Tensor:
+    """One query token, by two matrix products per stored head."""
     # On the CPU a batched half-precision product over a view of a larger buffer copies the buffer first; mm does not.
     B, N, _, R = q_BN1R.shape
     C, S = z_BCSR.shape[1:3]
@@ -94,30 +82,6 @@ def _decode_by_mm(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor |
         for u in range(U):
             torch.mm(probs[b, u], y_BUSV[b, u], out=out[b, u])
     return out.view(B, N, 1, V).transpose(1, 2)
-
-
-def attend_packed(
-    q_BNTR: Tensor,
-    z_BCSR: Stored,
-    y_BUSV: Stored,
-    mask: Tensor | None,
-    *,
-    numbers: int,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """Over a cache that is packed, at least in part: by the device's kernel, or with a piece of it at a time as numbers.
-
-    numbers: as in `chunked_attention`.
-    """
-    B, N, T, _ = q_BNTR.shape
-    S = z_BCSR.shape[2]
-    if T <= FEW_TOKENS and softcap is None and native.serves(q_BNTR, z_BCSR, y_BUSV):
-        return _native_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale)
-    if T <= FEW_TOKENS and B * N * T * S <= ELSEWHERE and gpu.serves(q_BNTR, z_BCSR, y_BUSV):
-        return packed_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale, softcap=softcap)
-    keys, values = (functools.partial(read_for_product, x) for x in (z_BCSR, y_BUSV))
-    return chunked_attention(q_BNTR, keys, values, S, mask, numbers=numbers, scale=scale, softcap=softcap)
 
 
 def packed_attention(

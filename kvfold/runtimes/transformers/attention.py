@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,21 +13,16 @@ from transformers import PretrainedConfig
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.tensors import tensor_shapes
-from kvfold.runtimes.kernels.attention import (
-    FEW_TOKENS,
-    attend_packed,
-    chunked_attention,
-    decode_attention,
-    grouped_attention,
-    prefill_attention,
-    with_alibi,
-)
+from kvfold.runtimes.kernels.attention import chunked_attention, grouped_attention, prefill_attention, with_alibi
 from kvfold.runtimes.kernels.codec import roundtrip
-from kvfold.runtimes.kernels.packed_tokens import Operand, PackedTokens, Stored, read, read_all, read_for_product
-from kvfold.runtimes.kernels.packing import pack
+from kvfold.runtimes.kernels.dispatch import Way, choose, decode_attention, pack
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, Stored, read, read_all, read_for_product
 from kvfold.runtimes.kernels.rotary import apply_rotary
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
 from kvfold.runtimes.transformers.projections import projections
+
+Heads = Callable[[int, int], Tensor]
+"""(start, end) -> the source's heads of these tokens [B, K, end - start, H]."""
 
 
 class FoldedAttention(nn.Module):
@@ -90,6 +86,7 @@ class FoldedAttention(nn.Module):
         mask = with_alibi(attention_mask, alibi, self.layer.num_attention_heads)
         q = self._queries(hidden_states, position_embeddings)
         z, y = self._keys_values(hidden_states, position_embeddings, cache, state)
+        keys = None
         if self.spec.rope == "on_read" or self.spec.hidden:
             tables = None
             if self.spec.rope == "on_read" and (self.spec.readers_rotate or self.owner == self.layer_idx):
@@ -99,10 +96,8 @@ class FoldedAttention(nn.Module):
                     tables = state.tables_of_all(
                         hidden_states, kwargs.get("position_ids"), cache, self.layer.rotary_kind
                     )
-            wants_probs = bool(kwargs.get("output_attentions"))
-            out_BTNH, probs = self._attend_on_read(q, z, y, mask, tables, wants_probs=wants_probs)
-        else:
-            out_BTNH, probs = self._attend(q, z, y, mask, wants_probs=bool(kwargs.get("output_attentions")))
+            keys = self._keys_on_read(z, tables)
+        out_BTNH, probs = self._attend(q, z, y, mask, keys, wants_probs=bool(kwargs.get("output_attentions")))
         return self._output(out_BTNH, residual), probs
 
     def _queries(self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -163,51 +158,73 @@ class FoldedAttention(nn.Module):
         return z, y
 
     def _attend(
-        self, q: Tensor, z: Stored, y: Stored, mask: Tensor | None, *, wants_probs: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Decoding is bound by the bytes of the cache, so queries are absorbed and stored numbers are read as they lie. A
-        prompt is bound by arithmetic: unless the stored heads suit the fused kernel, they are rebuilt for this one call."""
-        dropout = self.layer.attention_dropout if self.training else 0.0
-        packed = isinstance(z, PackedTokens) or isinstance(y, PackedTokens)
-        if packed and q.shape[2] <= max(FEW_TOKENS, z.shape[2] - 1) and not (wants_probs or dropout):
-            return self._attend_packed(q, z, y, mask), None
-        z, y = read_all(z), read_all(y)
-        if self._eager(wants_probs):
-            out, probs = grouped_attention(
-                self._absorb(q), z, y, mask, scale=self.scaling, dropout=dropout, softcap=self.layer.softcap
-            )
-            return self._lead_values_back(out), probs
-        if q.shape[2] <= FEW_TOKENS and not dropout:
-            return self._lead_values_back(decode_attention(self._absorb(q), z, y, mask, scale=self.scaling)), None
-        if z.shape[1::2] == y.shape[1::2] and z.shape[3] <= self.layer.head_dim:
-            out = prefill_attention(self._absorb(q), z, y, mask, scale=self.scaling, dropout=dropout)
-            return self._lead_values_back(out), None
-        keys, values = self._rebuild(z, "k_b"), self._rebuild(y, "v_b")
-        return prefill_attention(q, keys, values, mask, scale=self.scaling, dropout=dropout), None
-
-    def _attend_packed(self, q: Tensor, z: Stored, y: Stored, mask: Tensor | None) -> Tensor:
-        numbers, softcap = self._numbers_at_a_time, self.layer.softcap
-        out = attend_packed(self._absorb(q), z, y, mask, numbers=numbers, scale=self.scaling, softcap=softcap)
-        return self._lead_values_back(out)
-
-    def _eager(self, wants_probs: bool = False) -> bool:
-        """The fused kernels return no probabilities and cap no scores. A family with alibi only knows eager, and means by it
-        that masks are numbers to add, which they take as well."""
-        asked = self.config._attn_implementation == "eager" and not self.layer.alibi
-        return asked or wants_probs or self.layer.softcap is not None
-
-    def _attend_on_read(
         self,
         q: Tensor,
         z: Stored,
         y: Stored,
         mask: Tensor | None,
-        tables: tuple[Tensor, Tensor] | None,
+        keys: Heads | None = None,
         *,
         wants_probs: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Keys are rebuilt and rotated for this call: all at once for a prompt, piece by piece for few tokens, so that the
-        keys of a long cache never exist at once. `tables`: cos and sin of all tokens, None for keys that stay unrotated."""
+        """[B, T, N, H or V], and probabilities where they are wanted.
+
+        keys(start, end) makes the source's keys of these tokens, where they are rebuilt on read; otherwise absorbed queries
+        meet the stored ones.
+        """
+        dropout = self.layer.attention_dropout if self.training else 0.0
+        way = choose(
+            q, z, y, on_read=keys is not None, eager=self._eager() or wants_probs, exact=wants_probs or dropout > 0,
+            softcap=self.layer.softcap, head_dim=self.layer.head_dim,
+        )  # fmt: skip
+        if way is Way.REBUILT:
+            k = self._rebuild(read_all(z), "k_b") if keys is None else keys(0, z.shape[2])
+            v = self._rebuild(read_all(y), "v_b")
+            return prefill_attention(q, k, v, mask, scale=self.scaling, dropout=dropout), None
+        if self.spec.hidden:  # a network's values are rebuilt before they are averaged
+            assert keys is not None, "networks are applied on read"
+            return self._over_rebuilt(way, q, keys, y, mask, dropout)
+        out, probs = self._over_stored(way, q if keys else self._absorb(q), z, y, mask, keys, dropout)
+        return self._lead_values_back(out), probs
+
+    def _over_stored(
+        self, way: Way, q: Tensor, z: Stored, y: Stored, mask: Tensor | None, keys: Heads | None, dropout: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Averages of stored values."""
+        softcap, scale = self.layer.softcap, self.scaling
+        if way is Way.PIECES:
+            pieces, values = keys or functools.partial(read_for_product, z), functools.partial(read_for_product, y)
+            sizes = {"tokens": z.shape[2], "numbers": self._numbers_at_a_time}
+            return chunked_attention(q, pieces, values, mask=mask, scale=scale, softcap=softcap, **sizes), None
+        if way is Way.EAGER:
+            k = read_all(z) if keys is None else keys(0, z.shape[2])
+            return grouped_attention(q, k, read_all(y), mask, scale=scale, dropout=dropout, softcap=softcap)
+        if way is Way.STORED:
+            return prefill_attention(q, read_all(z), read_all(y), mask, scale=scale, dropout=dropout), None
+        return decode_attention(q, z, y, mask, scale=scale, softcap=softcap, way=way), None
+
+    def _over_rebuilt(
+        self, way: Way, q: Tensor, keys: Heads, y: Stored, mask: Tensor | None, dropout: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Averages of values that are rebuilt."""
+        S, softcap = y.shape[2], self.layer.softcap
+
+        def values(start: int, end: int) -> Tensor:
+            return self._rebuild(read(y, start, end), "v_b")
+
+        if way is Way.EAGER:
+            sizes = {"scale": self.scaling, "dropout": dropout}
+            return grouped_attention(q, keys(0, S), values(0, S), mask, softcap=softcap, **sizes)
+        numbers = self._numbers_at_a_time
+        out = chunked_attention(q, keys, values, S, mask, numbers=numbers, scale=self.scaling, softcap=softcap)
+        return out, None
+
+    def _keys_on_read(self, z: Stored, tables: tuple[Tensor, Tensor] | None) -> Heads:
+        """(start, end) -> the source's keys of these tokens, rebuilt and rotated.
+
+        All at once for a prompt, piece by piece for few tokens, so that the keys of a long cache never exist at once.
+        `tables`: cos and sin of all tokens, None for keys that stay unrotated.
+        """
         S = z.shape[2]
         if tables is not None:
             tables = tables[0][:, -S:], tables[1][:, -S:]
@@ -216,24 +233,13 @@ class FoldedAttention(nn.Module):
             part = self._rebuild(read(z, start, end), "k_b")
             return part if tables is None else apply_rotary(part, *(table[:, start:end] for table in tables))
 
-        def values(start: int, end: int) -> Operand:
-            return self._rebuild(read(y, start, end), "v_b") if self.spec.hidden else read_for_product(y, start, end)
+        return keys
 
-        dropout = self.layer.attention_dropout if self.training else 0.0
-        lead_back = (lambda out: out) if self.spec.hidden else self._lead_values_back
-        packed = isinstance(z, PackedTokens) or isinstance(y, PackedTokens)
-        few = q.shape[2] <= (max(FEW_TOKENS, S - 1) if packed else FEW_TOKENS) and not (wants_probs or dropout)
-        sizes: dict[str, Any] = {"scale": self.scaling, "softcap": self.layer.softcap}
-        if few and (packed or not self._eager()):
-            out = chunked_attention(q, keys, values, S, mask, numbers=self._numbers_at_a_time, **sizes)
-            return lead_back(out), None
-        rebuilt = read_all(y)
-        if self._eager(wants_probs):
-            rebuilt = self._rebuild(rebuilt, "v_b") if self.spec.hidden else rebuilt
-            out, probs = grouped_attention(q, keys(0, S), rebuilt, mask, dropout=dropout, **sizes)
-            return lead_back(out), probs
-        rebuilt = self._rebuild(rebuilt, "v_b")
-        return prefill_attention(q, keys(0, S), rebuilt, mask, scale=self.scaling, dropout=dropout), None
+    def _eager(self) -> bool:
+        """The fused kernels cap no scores. A family with alibi only knows eager, and means by it
+        that masks are numbers to add, which they take as well."""
+        asked = self.config._attn_implementation == "eager" and not self.layer.alibi
+        return asked or self.layer.softcap is not None
 
     @property
     def _numbers_at_a_time(self) -> int:

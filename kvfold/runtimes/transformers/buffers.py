@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kvfold.plan.cache_spec import CACHE_BLOCK, round_up
 from kvfold.plan.number_format import NumberFormat
+from kvfold.runtimes.kernels.dispatch import pack
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, Stored
-from kvfold.runtimes.kernels.packing import pack
 
 
 class Buffer(ABC):

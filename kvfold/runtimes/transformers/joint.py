@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.kernels.attention import grouped_attention, prefill_attention, softmax, with_alibi
-from kvfold.runtimes.kernels.packed_tokens import Stored, read_all
+from kvfold.runtimes.kernels.packed_tokens import read_all
 from kvfold.runtimes.kernels.rotary import apply_rotary
 from kvfold.runtimes.transformers.attention import FoldedAttention
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
@@ -59,20 +59,19 @@ class JointAttention(FoldedAttention):
         mask = with_alibi(attention_mask, alibi, self.layer.num_attention_heads)
         past = self._store(k, v, cache, state)
         if past is None:
-            out, probs = self._attend(q, k, v, mask, wants_probs=bool(kwargs.get("output_attentions")))
+            out, probs = self._attend_exact(q, k, v, mask, wants_probs=bool(kwargs.get("output_attentions")))
         else:
             out, probs = self._attend_past(q, k, v, *past, mask)
         if self.is_last and cache is not None and state is not None:  # only now, as past tokens are read in place
             cache.update(*state.stored[self.owner], self.owner)
         return self._output(out, residual), probs
 
-    def _attend(
-        self, q: Tensor, z: Stored, y: Stored, mask: Tensor | None, *, wants_probs: bool = False
+    def _attend_exact(
+        self, q: Tensor, z: Tensor, y: Tensor, mask: Tensor | None, *, wants_probs: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Over exact keys and values alone."""
-        z, y = read_all(z), read_all(y)
         dropout = self.layer.attention_dropout if self.training else 0.0
-        if self._eager(wants_probs):
+        if self._eager() or wants_probs:
             return grouped_attention(q, z, y, mask, scale=self.scaling, dropout=dropout, softcap=self.layer.softcap)
         return prefill_attention(q, z, y, mask, scale=self.scaling, dropout=dropout), None
 
