@@ -8,9 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from kvfold.cli.options import Device, Overwrite, SeqLen
-from kvfold.healing.presets import HEALING_PRESETS
-
-HEALING_HELP = "; ".join(f"{name}: {preset.about}" for name, preset in HEALING_PRESETS.items())
 
 
 def command(
@@ -20,7 +17,9 @@ def command(
     teacher: Annotated[
         str | None, typer.Option(help="The original model (all objectives but ce).", show_default=False)
     ] = None,
-    preset: Annotated[str | None, typer.Option(help=HEALING_HELP, show_default=False)] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Recipes of the papers: `kvfold presets` lists them.", show_default=False)
+    ] = None,
     objective: Annotated[str | None, typer.Option(help="kd (default), ce, mix or layers.", show_default=False)] = None,
     train: Annotated[
         str | None, typer.Option(help="attention (default), all, fold or lora.", show_default=False)

@@ -7,98 +7,59 @@ from typing import Annotated, Any
 
 import typer
 
-from kvfold.compression.presets import MLKV_PAPER, PRESETS
 from kvfold.registry import names
 
+SHAPE, TEXT, RUN = "What is kept", "Calibration", "The run"
+"""Panels of the help; what most people need stands before them."""
+
+
+def _option(help_: str, *flags: str, panel: str | None = None, **more: Any) -> Any:
+    """Of an option whose default is said in its help, or is nothing."""
+    return typer.Option(*flags, help=help_, rich_help_panel=panel, **({"show_default": False} | more))
+
+
 Model = Annotated[str, typer.Argument(help="Model folder, or model id on the hub.", show_default=False)]
+OptionalModel = Annotated[
+    str | None, typer.Argument(help="Model folder, model id on the hub, or a GGUF file.", show_default=False)
+]
+KvBudget = Annotated[str | None, _option("Bytes kept / the original cache's: 0.25 or 1/4.")]
+CalibrationData = Annotated[
+    str | None, _option("Text to calibrate on: a file, a data set, or self (the model samples it).")
+]
+Out = Annotated[str | None, _option("Folder to write.")]
+PresetName = Annotated[
+    str | None, _option("A method by name: `kvfold presets` lists them.", show_default="auto")
+]
+Runtime = Annotated[
+    str | None,
+    _option(f"{', '.join(names('runtimes'))}: only plans that it serves are made.", show_default="transformers"),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[
     str, typer.Option(help="auto (float32 on the CPU, else the checkpoint's), float32, bfloat16, float16.")
 ]
-NumSamples = Annotated[
-    int | None,
-    typer.Option(
-        help="Calibration sequences (default 64; 16 where keys are stored after rotation).", min=1, show_default=False
-    ),
-]
-SeqLen = Annotated[
-    int | None,
-    typer.Option(
-        help="Tokens of each (default 256; 1,024 where keys are stored after rotation).", min=2, show_default=False
-    ),
-]
-Seed = Annotated[int | None, typer.Option(help="Seed of calibration (default 0).", show_default=False)]
-PRESET_HELP = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items() if name not in MLKV_PAPER)
-PRESET_HELP += f"; {', '.join(MLKV_PAPER)}: the configurations of arXiv 2406.09297 for 12 layers of 12 heads"
 
-
-OptionalModel = Annotated[
-    str | None, typer.Argument(help="Model folder, model id on the hub, or a GGUF file.", show_default=False)
-]
-PresetName = Annotated[str | None, typer.Option(help=PRESET_HELP, show_default="auto")]
-KvBudget = Annotated[
-    str | None, typer.Option(help="Bytes kept / bytes of the original cache: 0.25 or 1/4.", show_default=False)
-]
-TargetKl = Annotated[
-    float | None,
-    typer.Option(
-        help="Instead of a budget: the smallest cache that loses at most so much (nats per token).",
-        show_default=False,
-    ),
-]
-Runtime = Annotated[
-    str | None,
-    typer.Option(
-        help=f"What will read the cache: {', '.join(names('runtimes'))}; for vllm only plans that it serves are made.",
-        show_default="transformers",
-    ),
-]
-Prefer = Annotated[
-    str | None,
-    typer.Option(help="size: keys rebuilt on read; speed: keys read as they lie (auto).", show_default=False),
-]
-KeepLayers = Annotated[
-    str | None, typer.Option(help="Layers that store every number as it is: 0,1,31.", show_default=False)
-]
+TargetKl = Annotated[float | None, _option("Instead of a budget: lose at most so many nats per token.", panel=SHAPE)]
+Prefer = Annotated[str | None, _option("size: keys rebuilt on read; speed: keys read as they lie (auto).", panel=SHAPE)]
+KeepLayers = Annotated[str | None, _option("Layers left as they are: 0,1,31.", panel=SHAPE)]
 MinWidth = Annotated[
-    float | None,
-    typer.Option(help="The least share of a layer's numbers to store.", min=0, max=1, show_default=False),
+    float | None, _option("Of a layer's numbers, the least share to store.", min=0, max=1, panel=SHAPE)
 ]
-Owners = Annotated[
-    int | None,
-    typer.Option(
-        help="Layers that keep a cache (mlkv, cla, shared); the others read theirs.", min=1, show_default=False
-    ),
-]
-KvHeads = Annotated[
-    int | None, typer.Option(help="Key/value heads per cache, or as many numbers.", min=1, show_default=False)
-]
-CalibrationData = Annotated[
-    str | None,
-    typer.Option(help="Calibration text: .txt, .jsonl, .parquet, a data set name, or self.", show_default=False),
-]
-Out = Annotated[str | None, typer.Option(help="Folder to write.", show_default=False)]
-RecipeFile = Annotated[Path | None, typer.Option(help="YAML recipe; options given here win.", show_default=False)]
+Owners = Annotated[int | None, _option("Layers that keep a cache (mlkv, cla, shared).", min=1, panel=SHAPE)]
+KvHeads = Annotated[int | None, _option("Key/value heads per cache, or as many numbers.", min=1, panel=SHAPE)]
+KeepParameters = Annotated[bool, _option("Widen the MLPs by what attention saves.", "--keep-parameters", panel=SHAPE)]
+
+NumSamples = Annotated[int | None, _option("Sequences (default 64; 16 of rotated keys).", min=1, panel=TEXT)]
+SeqLen = Annotated[int | None, _option("Tokens of each (default 256; 1,024 of rotated keys).", min=2, panel=TEXT)]
+Select = Annotated[str | None, _option("random (default), or diverse ones out of more.", panel=TEXT)]
+Seed = Annotated[int | None, _option("Of calibration (default 0).", panel=TEXT)]
+
+RecipeFile = Annotated[Path | None, _option("YAML recipe; options given here win.", panel=RUN)]
 Sets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        help="AXIS.FIELD=VALUE, any field of any method; wins over all else; repeatable.",
-        show_default=False,
-    ),
+    list[str] | None, _option("AXIS.FIELD=VALUE, any field of any method; wins; repeatable.", "--set", panel=RUN)
 ]
-Select = Annotated[
-    str | None,
-    typer.Option(help="Calibration sequences: random (default), or diverse ones out of more.", show_default=False),
-]
-KeepParameters = Annotated[
-    bool,
-    typer.Option("--keep-parameters", help="Widen the MLPs by what attention saves; their function stays the same."),
-]
-RunDir = Annotated[
-    Path | None, typer.Option(help="Where statistics are kept for reuse (default OUT.run).", show_default=False)
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+RunDir = Annotated[Path | None, _option("Statistics, kept for reuse (default OUT.run).", panel=RUN)]
+Overwrite = Annotated[bool, _option("Replace OUT if it exists.", "--overwrite", panel=RUN)]
 
 
 def numbers(text: str | None, option: str = "--keep-layers") -> list[int] | None:
