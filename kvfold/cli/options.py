@@ -27,9 +27,7 @@ CalibrationData = Annotated[
     str | None, _option("Text to calibrate on: a file, a data set, or self (the model samples it).")
 ]
 Out = Annotated[str | None, _option("Folder to write.")]
-PresetName = Annotated[
-    str | None, _option("A method by name: `kvfold presets` lists them.", show_default="auto")
-]
+PresetName = Annotated[str | None, _option("A method by name: `kvfold presets` lists them.", show_default="auto")]
 Runtime = Annotated[
     str | None,
     _option(f"{', '.join(names('runtimes'))}: only plans that it serves are made.", show_default="transformers"),
