@@ -25,14 +25,19 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def kvfold_command(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and stop.", is_eager=True)] = False,
-) -> None:
-    """Make the KV cache of a pretrained decoder smaller, and tell the truth about bytes."""
-    if version:
+def _show_version(asked: bool) -> None:
+    if asked:
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def kvfold_command(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and stop.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Make the KV cache of a pretrained decoder smaller, and tell the truth about bytes."""
 
 
 def commands() -> list[str]:
