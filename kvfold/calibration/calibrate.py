@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from kvfold.calibration.layerwise_model import StreamedModel
 from kvfold.calibration.observing import SENSITIVITIES, STATISTICS, LayerObserver
 from kvfold.calibration.passes import Passes
 from kvfold.checkpoint.atomic import make_folder, require_space, write_tensors, write_text
+from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.reader import Checkpoint, read_json
 from kvfold.checkpoint.source import source_dtype
 from kvfold.errors import DataError
@@ -130,14 +130,13 @@ def _bytes(
 
 
 def _key(checkpoint: Checkpoint, tokens_BT: Tensor, seed: int) -> str:
-    digest = hashlib.sha256(f"{STATISTICS_VERSION} {checkpoint.fingerprint()} {tuple(tokens_BT.shape)} {seed}".encode())
-    digest.update(tokens_BT.to(torch.int64).numpy().tobytes())
-    return digest.hexdigest()[:12]
+    tokens_BT = tokens_BT.to(torch.int64)
+    return fingerprint(version=STATISTICS_VERSION, model=checkpoint.fingerprint(), tokens=tokens_BT, seed=seed)[:12]
 
 
 def _short(label: str) -> str:
     """A name that fits into a file name."""
-    return label if len(label) <= 80 else hashlib.sha256(label.encode()).hexdigest()[:12]
+    return label if len(label) <= 80 else fingerprint(label=label)[:12]
 
 
 def _finished(run_dir: Path, key: str, needs: frozenset[str]) -> Path | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -44,6 +46,23 @@ def partial_folder(out: Path, identity: str) -> Path:
         make_folder(partial)
         write_text(marker, identity)
     return partial
+
+
+@contextmanager
+def new_folder(out: Path, identity: str, *, overwrite: bool) -> Iterator[Path]:
+    """The folder to write into, which gets its name when all is written. What was interrupted goes on where it was, if
+    `identity` (fingerprint.py) is the same."""
+    partial = partial_folder(out, identity)
+    yield partial
+    publish(partial, out, overwrite)
+
+
+def write_files(folder: Path, files: Mapping[str, str | Mapping[str, Any]], *, beside: Checkpoint | None) -> None:
+    """What belongs beside the weights: texts and JSON by file name, and the side files of a checkpoint."""
+    for name, content in files.items():
+        write_text(folder / name, content if isinstance(content, str) else json.dumps(content, indent=2) + "\n")
+    if beside is not None:
+        copy_side_files(beside, folder)
 
 
 def copy_side_files(checkpoint: Checkpoint, folder: Path) -> None:

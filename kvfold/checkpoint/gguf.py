@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from kvfold import registry
-from kvfold.checkpoint.atomic import make_folder, require_space, write_text
-from kvfold.checkpoint.folder import MAX_SHARD_BYTES, partial_folder, publish, write_weights
+from kvfold.checkpoint.atomic import make_folder, require_space
+from kvfold.checkpoint.fingerprint import fingerprint
+from kvfold.checkpoint.folder import MAX_SHARD_BYTES, new_folder, write_files, write_weights
 from kvfold.checkpoint.reader import gguf_files
 from kvfold.errors import CheckpointError
 from kvfold.progress import STDERR, without_bars
@@ -60,17 +59,15 @@ def dequantize(file: Path, folder: Path) -> None:
     _check_numbers(file, reader, tensors, bool(tied))
     make_folder(folder.parent)
     require_space(folder.parent, sum(t.numel() * t.element_size() for t in tensors.values()))
-    partial = partial_folder(folder, f"dequantized {_identity(file)}")
     shards = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_BYTES).tensor_to_filename
-    write_weights(partial, shards, lambda names: {name: tensors[name].contiguous() for name in names})
-    write_text(partial / "config.json", json.dumps(_config(model), indent=2) + "\n")
-    tokenizer.save_pretrained(partial)
-    publish(partial, folder, overwrite=False)
+    with new_folder(folder, _identity(file), overwrite=False) as partial:
+        write_weights(partial, shards, lambda names: {name: tensors[name].contiguous() for name in names})
+        write_files(partial, {"config.json": _config(model)}, beside=None)
+        tokenizer.save_pretrained(partial)
 
 
 def _identity(file: Path) -> str:
-    status = file.stat()
-    return hashlib.sha256(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
+    return fingerprint(file=file)
 
 
 def _say(text: str) -> None:

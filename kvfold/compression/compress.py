@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import os
 import time
 import warnings
@@ -17,8 +16,8 @@ from kvfold import distributed as processes
 from kvfold.architectures.base import empty_model, source_config
 from kvfold.calibration.calibrate import Statistics
 from kvfold.calibration.material import TRAINING_TOKENS, Material, layer_group
-from kvfold.checkpoint.atomic import write_text
-from kvfold.checkpoint.folder import copy_side_files, partial_folder, publish, refuse_out
+from kvfold.checkpoint.fingerprint import fingerprint
+from kvfold.checkpoint.folder import new_folder, refuse_out, write_files
 from kvfold.checkpoint.gguf import dequantized
 from kvfold.checkpoint.reader import Checkpoint
 from kvfold.checkpoint.source import Source, load_plan, open_source
@@ -107,11 +106,10 @@ def compress(
         warnings.warn(warning, stacklevel=2)
     recipe, request, plan = _or_plain(recipe, request, plan, probe)
     clock.lap("allocate")
-    partial = partial_folder(out, _identity(recipe, source.checkpoint, plan, statistics))
     config = _config(recipe, source, plan)
-    fold(source.checkpoint, source.arch, source.layers, plan, request.axes.width, groups, partial, config)
-    _complete(partial, recipe, source, plan)
-    publish(partial, out, overwrite)
+    with new_folder(out, _identity(recipe, source.checkpoint, plan, statistics), overwrite=overwrite) as partial:
+        fold(source.checkpoint, source.arch, source.layers, plan, request.axes.width, groups, partial, config)
+        _complete(partial, recipe, source, plan)
     clock.lap("fold")
     processes.wait_for_all()
     return Folded(Path(recipe.out), plan, clock.laps)
@@ -187,32 +185,34 @@ def _probe(
     recipe: Recipe, material: Material, statistics: Statistics | None, request: Request, groups: Groups
 ) -> Probe:
     tokens_BT, checkpoint = material.tokens(), material.source.checkpoint
-    facts = {
-        "version": PROBE_VERSION,
-        "model": checkpoint.fingerprint(),
-        "tokens": hashlib.sha256(tokens_BT.numpy().tobytes()).hexdigest(),
-        "statistics": statistics and statistics.folder.name,
-        "width": recipe.to_dict()["width"],
-        "targets": request.targets,
-        "device": material.device.partition(":")[0],
-    }
-    key = hashlib.sha256(f"{facts}".encode()).hexdigest()
+    key = fingerprint(
+        version=PROBE_VERSION,
+        model=checkpoint.fingerprint(),
+        tokens=tokens_BT,
+        statistics=statistics and statistics.folder.name,
+        width=recipe.to_dict()["width"],
+        targets=request.targets,
+        device=material.device.partition(":")[0],
+    )
     file = material.run_dir / f"probes-{key[:12]}.json"
     return Probe(material.source, request, groups, tokens_BT=tokens_BT, file=file, device=material.device)
 
 
 def _identity(recipe: Recipe, checkpoint: Checkpoint, plan: CachePlan, statistics: Statistics | None) -> str:
     """Equal for two runs of the same fold, of which the second continues the first."""
-    calibrated = statistics.folder.name if statistics else "-"
-    return "\n".join([__version__, recipe.to_yaml(), checkpoint.fingerprint(), calibrated, f"{plan.to_dict()}"])
+    return fingerprint(
+        version=__version__,
+        recipe=recipe.to_yaml(),
+        model=checkpoint.fingerprint(),
+        statistics=statistics and statistics.folder.name,
+        plan=plan.to_dict(),
+    )
 
 
 def _complete(partial: Path, recipe: Recipe, source: Source, plan: CachePlan) -> None:
     """Add what belongs beside the weights: tokenizer, card, recipe."""
-    copy_side_files(source.checkpoint, partial)
     card = write_card_text(recipe, plan, version=__version__, parameters=_attention_parameters(source, plan))
-    write_text(partial / "README.md", card)
-    write_text(partial / "recipe.yaml", recipe.to_yaml())
+    write_files(partial, {"README.md": card, "recipe.yaml": recipe.to_yaml()}, beside=source.checkpoint)
 
 
 def _config(recipe: Recipe, source: Source, plan: CachePlan) -> dict[str, Any]:

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from kvfold.architectures.base import Architecture, architecture, empty_model, source_config
 from kvfold.checkpoint.atomic import write_tensors, write_text
-from kvfold.checkpoint.folder import EXPORT_MARKER, copy_side_files, partial_folder, publish, refuse_out
+from kvfold.checkpoint.fingerprint import fingerprint
+from kvfold.checkpoint.folder import (
+    EXPORT_MARKER,
+    new_folder,
+    refuse_out,
+    write_files,
+)
 from kvfold.checkpoint.reader import INDEX, Checkpoint
 from kvfold.errors import CheckpointError, PlanError
 from kvfold.plan.cache_spec import divisors
@@ -41,22 +47,23 @@ def export_gqa(folder: str | Path, out: str | Path, *, overwrite: bool = False) 
     refuse_out(out, overwrite, keep=(checkpoint.path,))
     config = _stock_config(checkpoint.config, arch, heads)
     stock = empty_model(arch, source_config(arch, config))
-    partial = partial_folder(out, f"export of {checkpoint.fingerprint()}")
-    shards = _shards(checkpoint, arch, plan)
-    weight_map: dict[str, str] = {}
-    for shard, names in shards.items():
-        tensors = _stock_tensors(checkpoint, arch, names, plan)
-        weight_map |= dict.fromkeys(tensors, shard)
-        write_tensors(partial / shard, tensors, {"format": "pt"})
-    _check(weight_map, stock)
-    if len(shards) > 1:
-        write_text(partial / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
-    write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
-    copy_side_files(checkpoint, partial)
-    write_text(partial / EXPORT_MARKER, json.dumps({"format": "gqa", "source": str(folder)}) + "\n")
     facts = {"name": out.name, "source": folder, "heads": heads, "kv_budget": plan.kv_budget}
-    write_text(partial / "README.md", CARD.format(model_class=config["architectures"][0], **facts))
-    publish(partial, out, overwrite)
+    files: dict[str, Any] = {
+        "config.json": config,
+        "README.md": CARD.format(model_class=config["architectures"][0], **facts),
+        EXPORT_MARKER: {"format": "gqa", "source": str(folder)},
+    }
+    with new_folder(out, fingerprint(export=checkpoint.fingerprint()), overwrite=overwrite) as partial:
+        weight_map: dict[str, str] = {}
+        shards = _shards(checkpoint, arch, plan)
+        for shard, names in shards.items():
+            tensors = _stock_tensors(checkpoint, arch, names, plan)
+            weight_map |= dict.fromkeys(tensors, shard)
+            write_tensors(partial / shard, tensors, {"format": "pt"})
+        _check(weight_map, stock)
+        if len(shards) > 1:
+            write_text(partial / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
+        write_files(partial, files, beside=checkpoint)
     return heads
 
 

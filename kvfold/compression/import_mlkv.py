@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -16,8 +15,14 @@ from torch import Tensor
 
 from kvfold import registry
 from kvfold.architectures.base import Architecture, architecture, empty_model, source_config
-from kvfold.checkpoint.atomic import write_tensors, write_text
-from kvfold.checkpoint.folder import MAX_SHARD_BYTES, copy_side_files, partial_folder, publish, refuse_out
+from kvfold.checkpoint.atomic import write_tensors
+from kvfold.checkpoint.fingerprint import fingerprint
+from kvfold.checkpoint.folder import (
+    MAX_SHARD_BYTES,
+    new_folder,
+    refuse_out,
+    write_files,
+)
 from kvfold.checkpoint.reader import DTYPES, INDEX, SINGLE, Checkpoint, locate, read_json
 from kvfold.errors import CheckpointError
 from kvfold.methods.depth.contiguous import Contiguous
@@ -79,15 +84,13 @@ def import_mlkv(
     for tied in empty._tied_weights_keys if empty.config.tie_word_embeddings else ():
         tensors.pop(tied, None), wanted.pop(tied, None)
     _check(tensors, wanted, path)
-    partial = partial_folder(out, f"import of {path}")
-    write_tensors(partial / SINGLE, tensors, {"format": "pt"})
-    write_text(partial / "config.json", json.dumps(folded, indent=2) + "\n")
-    copy_side_files(Checkpoint(path, found, {}), partial)
     shares = found[LAYERS] < len(layers)
     facts = {"name": out.name, "source": model, "out": out, "owners": found[LAYERS], "layers": len(layers)}
     readers = "" if not shares else AS_TRAINED if as_trained else ROTATED
-    write_text(partial / "README.md", CARD.format(heads=found[HEADS], readers=readers, **facts))
-    publish(partial, out, overwrite)
+    card = CARD.format(heads=found[HEADS], readers=readers, **facts)
+    with new_folder(out, fingerprint(imported=str(path)), overwrite=overwrite) as partial:
+        write_tensors(partial / SINGLE, tensors, {"format": "pt"})
+        write_files(partial, {"config.json": folded, "README.md": card}, beside=Checkpoint(path, found, {}))
     return plan
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvfold.checkpoint.atomic import make_folder, write_text
+from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.reader import read_json
 from kvfold.checkpoint.source import Source
 from kvfold.compression.allocate import Curve, Curves, Groups, Request, expected_curve
@@ -74,7 +74,7 @@ class Probe:
     def kl_of(self, plan: CachePlan, width: WidthMethod | None = None) -> float:
         """KL of a whole plan, in nats per token. width: the method that it is of, unless it is the one of the request."""
         width = width or self.width
-        label = hashlib.sha256(json.dumps([method_name(width), plan.to_dict()]).encode()).hexdigest()
+        label = fingerprint(width=method_name(width), plan=plan.to_dict())
         return self._known(label, {i: spec for i, spec in enumerate(plan.caches) if spec is not None}, width)
 
     @functools.cached_property

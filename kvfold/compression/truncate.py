@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
 from torch import Tensor
 
 from kvfold.architectures.base import architecture, empty_model, source_config
-from kvfold.checkpoint.atomic import write_text
-from kvfold.checkpoint.folder import copy_side_files, partial_folder, publish, refuse_out, write_weights
+from kvfold.checkpoint.fingerprint import fingerprint
+from kvfold.checkpoint.folder import new_folder, refuse_out, write_files, write_weights
 from kvfold.checkpoint.reader import Checkpoint
 from kvfold.compression.allocate import SLACK
 from kvfold.errors import BudgetError, CheckpointError
@@ -43,14 +42,13 @@ def truncate(folder: str | Path, out: str | Path, *, kv_budget: float, overwrite
     check_nested(plan)
     narrow = narrowed(plan, kv_budget)
     refuse_out(out, overwrite, keep=(checkpoint.path,))
-    partial = partial_folder(out, f"{checkpoint.fingerprint()} {narrow.to_dict()}")
+    identity = fingerprint(model=checkpoint.fingerprint(), plan=narrow.to_dict())
     shards = {name: stored.shard for name, stored in checkpoint.tensors.items()}
-    write_weights(partial, shards, lambda names: _tensors(checkpoint, names, plan, narrow))
-    write_text(partial / "config.json", json.dumps(checkpoint.config | {CONFIG_KEY: narrow.to_dict()}, indent=2) + "\n")
-    copy_side_files(checkpoint, partial)
-    facts = {"name": out.name, "source": folder, "kv_budget": narrow.kv_budget, "before": plan.kv_budget}
-    write_text(partial / "README.md", CARD.format(**facts))
-    publish(partial, out, overwrite)
+    config = checkpoint.config | {CONFIG_KEY: narrow.to_dict()}
+    card = CARD.format(name=out.name, source=folder, kv_budget=narrow.kv_budget, before=plan.kv_budget)
+    with new_folder(out, identity, overwrite=overwrite) as partial:
+        write_weights(partial, shards, lambda names: _tensors(checkpoint, names, plan, narrow))
+        write_files(partial, {"config.json": config, "README.md": card}, beside=checkpoint)
     return narrow
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import math
 import os
 import time
@@ -21,7 +20,13 @@ from transformers import GenerationConfig, TrainingArguments
 from kvfold import distributed as processes
 from kvfold.calibration.text import first_windows
 from kvfold.checkpoint.atomic import copy_file, make_folder, write_text
-from kvfold.checkpoint.folder import copy_side_files, partial_folder, publish, refuse_out, write_weights
+from kvfold.checkpoint.fingerprint import fingerprint
+from kvfold.checkpoint.folder import (
+    new_folder,
+    refuse_out,
+    write_files,
+    write_weights,
+)
 from kvfold.checkpoint.reader import DTYPES, Checkpoint
 from kvfold.checkpoint.source import default_seq_len, load_plan, open_source, warn_if_too_long
 from kvfold.checkpoint.tokenizer import load_tokenizer
@@ -164,10 +169,11 @@ def _claim(run_dir: Path, healing: Healing, checkpoint: Checkpoint, rows: Rows) 
     """Raise RecipeError where the folder holds checkpoints of another run, which would be continued with other settings."""
     if not processes.rank():
         make_folder(run_dir)
-        text = hashlib.sha256(rows.input_ids.numpy().tobytes()).hexdigest()
-        teacher = Checkpoint.open(healing.teacher).fingerprint() if healing.teacher else "-"
-        settings = yaml.safe_dump(dataclasses.asdict(healing))
-        identity = "\n".join([__version__, settings, checkpoint.fingerprint(), teacher, text])
+        teacher = healing.teacher and Checkpoint.open(healing.teacher).fingerprint()
+        settings, model = dataclasses.asdict(healing), checkpoint.fingerprint()
+        identity = fingerprint(
+            version=__version__, settings=settings, model=model, teacher=teacher, text=rows.input_ids
+        )
         file = run_dir / "healing.txt"
         if file.exists() and file.read_text() != identity:
             raise RecipeError(
@@ -249,22 +255,20 @@ def _write(
     out: Path, healing: Healing, checkpoint: Checkpoint, state: dict[str, Tensor], run_dir: Path, overwrite: bool
 ) -> None:
     """The healed folder: the fold's tensors in the dtypes in which they were stored, and what belongs beside them."""
-    partial = partial_folder(out, (run_dir / "healing.txt").read_text())
 
     def read(names: list[str]) -> dict[str, Tensor]:
         stored = {name: getattr(torch, DTYPES[checkpoint.tensors[name].dtype]) for name in names}
         return {name: state[name].to(dtype).contiguous() for name, dtype in stored.items()}
 
-    write_weights(partial, {name: stored.shard for name, stored in checkpoint.tensors.items()}, read)
-    copy_side_files(checkpoint, partial)
-    for name in ("config.json", "README.md", "recipe.yaml"):
-        if (checkpoint.path / name).exists():
-            copy_file(checkpoint.path / name, partial / name)
     settings = yaml.safe_dump(dataclasses.asdict(healing), sort_keys=False, allow_unicode=True)
-    write_text(partial / "healing.yaml", settings)
-    copy_file(run_dir / METRICS, partial / METRICS)
-    write_text(partial / "loss.svg", SVG + loss_plot(read_metrics(run_dir / METRICS)))
-    publish(partial, out, overwrite)
+    files = {"healing.yaml": settings, "loss.svg": SVG + loss_plot(read_metrics(run_dir / METRICS))}
+    with new_folder(out, (run_dir / "healing.txt").read_text(), overwrite=overwrite) as partial:
+        write_weights(partial, {name: stored.shard for name, stored in checkpoint.tensors.items()}, read)
+        for name in ("config.json", "README.md", "recipe.yaml"):
+            if (checkpoint.path / name).exists():
+                copy_file(checkpoint.path / name, partial / name)
+        copy_file(run_dir / METRICS, partial / METRICS)
+        write_files(partial, files, beside=checkpoint)
 
 
 def _whole(model: Any) -> dict[str, Tensor]:
