@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvfold.evaluation.compare import Comparison, Row
 from kvfold.evaluation.texts import Evaluation
 from kvfold.plan.plan import CachePlan
 from kvfold.report.plots import frontier_plot, plan_plot, svg
+from kvfold.report.table import Table
 from kvfold.version import __version__
 
 if TYPE_CHECKING:
@@ -20,8 +22,8 @@ PAGE = """<!doctype html>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
 table {{ border-collapse: collapse; margin: 1rem 0; }}
 th, td {{ padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; }}
-th:first-child, td:first-child, td.text {{ text-align: left; }}
-td.text {{ font-size: 13px; color: #444; }}
+th:first-child, td:first-child, .words td:last-child {{ text-align: left; }}
+.words td:last-child {{ font-size: 13px; color: #444; }}
 svg {{ max-width: 100%; height: auto; }}
 </style></head><body>
 <h1>{model}</h1>
@@ -39,7 +41,7 @@ steep curve means that few numbers suffice. One line per layer.</p>
 {energy_plot}
 <h2>The same prompt, continued greedily</h2>
 <p>Prompt: <b>{prompt}</b></p>
-{continuations}
+<div class="words">{continuations}</div>
 <p>kvfold {version}</p>
 </body></html>
 """
@@ -60,7 +62,7 @@ def render(comparison: Comparison) -> str:
         model=html.escape(comparison.model),
         calibration=html.escape(comparison.calibration),
         evaluated_on=html.escape(comparison.evaluated_on),
-        table=_table(comparison),
+        table=numbers_table(comparison).html(),
         budget_plot=budget_plot(comparison),
         plans=_plans(comparison),
         energy_plot=energy_plot(comparison),
@@ -70,13 +72,14 @@ def render(comparison: Comparison) -> str:
     )
 
 
-def column_names(comparison: Comparison) -> list[str]:
-    """Those of the table of numbers."""
-    return [*COLUMNS, *(f"{what} on {name}" for name in comparison.also_on for what in ("loss change", "KL"))]
+def numbers_table(comparison: Comparison) -> Table:
+    """The table of numbers, with a line that says on what it was measured; the same for terminal, page and README."""
+    columns = [*COLUMNS, *(f"{what} on {name}" for name in comparison.also_on for what in ("loss change", "KL"))]
+    title = f"`{comparison.model}`, calibrated on {comparison.calibration}, evaluated on {comparison.evaluated_on}"
+    return Table(columns, [_cells(row, columns) for row in comparison.rows], title=title)
 
 
-def cells(row: Row, columns: list[str]) -> list[str]:
-    """One row of the table of numbers, the same for the terminal, the page and the README."""
+def _cells(row: Row, columns: list[str]) -> list[str]:
     e = row.evaluation
     if e is None or row.kv_bytes_at_32k is None:
         return [row.preset, f"{row.asked_budget or 1:.3f}", "out of reach", *[""] * (len(columns) - 3)]
@@ -140,32 +143,11 @@ def _plans(comparison: Comparison) -> str:
     return "\n".join(parts) or "<p>Every layer stores the same.</p>"
 
 
-def _table(comparison: Comparison) -> str:
-    columns = column_names(comparison)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in cells(row, columns)) for row in comparison.rows)
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
 def _continuations(comparison: Comparison) -> str:
-    entries = [("original", "1.000", comparison.continuation)]
+    entries: list[Sequence[str]] = [("original", "1.000", comparison.continuation)]
     entries += [
         (row.preset, f"{row.evaluation.kv_budget:.3f}", row.continuation or "")
         for row in comparison.rows
         if row.evaluation is not None
     ]
-    body = "".join(
-        f"<tr><td>{html.escape(preset)}</td><td>{budget}</td><td class=text>{html.escape(text)}</td></tr>"
-        for preset, budget, text in entries
-    )
-    return f"<table><tr><th>preset</th><th>kv_budget</th><th>continuation</th></tr>{body}</table>"
-
-
-def markdown(comparison: Comparison) -> str:
-    """The table of numbers for a README, with a line that says on what it was measured."""
-    columns = column_names(comparison)
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(cells(row, columns)) + " |" for row in comparison.rows]
-    caption = f"`{comparison.model}`, calibrated on {comparison.calibration}, evaluated on {comparison.evaluated_on}."
-    return "\n".join([caption, "", *lines]) + "\n"
+    return Table(("preset", "kv_budget", "continuation"), entries).html()

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from kvfold.evaluation.speed import Benchmark
 from kvfold.evaluation.throughput import ThroughputBenchmark
+from kvfold.report.table import Table
 
 STEPS = (
     "", "kv_budget", "first token", "step", "tokens/s", "of the first", "attention", "cache MB", "read MB", "of bandwidth",
@@ -19,35 +16,17 @@ STEPS = (
 REQUESTS = ("", "kv_budget", "tokens/s", "of the first", "first token", "further token", "cached tokens")
 
 
-@dataclass(frozen=True)
-class SpeedTable:
-    """How it was measured, and a line per contestant. Times beside ratios to the first row, which noise spares more."""
+def speed_table(found: Benchmark | ThroughputBenchmark) -> Table:
+    """How it was measured, and a row per contestant: times beside ratios to the first row, which noise spares more.
 
-    title: str
-    columns: tuple[str, ...]
-    lines: list[tuple[str, ...]]
-
-    def show(self, console: Console) -> None:
-        table = Table(title=self.title, title_justify="left")
-        for column in self.columns:
-            table.add_column(column, justify="right" if column else "left")
-        for line in self.lines:
-            table.add_row(*line)
-        console.print(table)
-
-    def markdown(self) -> str:
-        lines = [f"| {' | '.join(line)} |" for line in (self.columns, *self.lines)]
-        return "\n".join([f"{self.title}.", "", lines[0], "|---" * len(self.columns) + "|", *lines[1:]]) + "\n"
-
-
-def speed_table(found: Benchmark | ThroughputBenchmark) -> SpeedTable:
-    """Columns that nothing was measured for are left out."""
+    Columns that nothing was measured for are left out.
+    """
     if isinstance(found, ThroughputBenchmark):
-        return SpeedTable(_settings(found.settings), REQUESTS, _of_requests(found))
+        return Table(REQUESTS, list(_of_requests(found)), title=_settings(found.settings))
     title = f"{_settings(found.settings)}; copies {found.copy_bytes_per_second / 1e9:.3g} GB/s"
     lines = _of_steps(found)
     used = [i for i, name in enumerate(STEPS) if not name or any(line[i] for line in lines)]
-    return SpeedTable(title, tuple(STEPS[i] for i in used), [tuple(line[i] for i in used) for line in lines])
+    return Table([STEPS[i] for i in used], [tuple(line[i] for i in used) for line in lines], title=title)
 
 
 def _settings(settings: dict[str, Any]) -> str:

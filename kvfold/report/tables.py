@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from kvfold import distributed as processes
 from kvfold.checkpoint.atomic import write_text
@@ -21,8 +21,9 @@ from kvfold.evaluation.recall import Recall
 from kvfold.evaluation.tasks import TaskScore
 from kvfold.evaluation.texts import Evaluation
 from kvfold.plan.plan import CachePlan
-from kvfold.report.html import budget_plot, cells, column_names, markdown, render
+from kvfold.report.html import budget_plot, numbers_table, render
 from kvfold.report.plots import SVG, bar, described
+from kvfold.report.table import Table
 
 STDOUT = Console(width=None if sys.stdout.isatty() else 160, quiet=processes.rank() > 0)
 LEGIBLE = 24
@@ -38,7 +39,7 @@ def print_json(values: dict[str, Any]) -> None:
 
 def print_plan(plan: CachePlan, title: str) -> None:
     """What every layer stores, and what it adds up to."""
-    table = Table(title=title, title_justify="left")
+    table = RichTable(title=title, title_justify="left")
     for column in ("layers", "keys", "", "values", "", "window", "bytes per token", "of the original"):
         left = column in ("layers", "keys", "values", "")
         table.add_column(column, justify="left" if left else "right", no_wrap=not column)
@@ -69,13 +70,11 @@ def print_capacity(found: Capacity) -> None:
         f"{found.memory / 1e9:,.4g} GB, {found.weights / 1e9:,.4g} GB of it weights, 10 % left for activations;"
         f" {found.context:,} tokens per sequence"
     )
-    table = Table(title=title, title_justify="left")
-    for column in ("cache", "GB per sequence", "sequences", "tokens"):
-        table.add_column(column, justify="left" if column == "cache" else "right")
+    table = Table(("cache", "GB per sequence", "sequences", "tokens"), title=title)
     for row in found.rows:
         size = f"{row.bytes_per_sequence / 1e9:,.4g}"
-        table.add_row(row.label, size, f"{row.sequences:,}", f"{row.sequences * found.context:,}")
-    STDOUT.print(table)
+        table.add(row.label, size, f"{row.sequences:,}", f"{row.sequences * found.context:,}")
+    table.show(STDOUT)
     if found.wanted and found.needed is not None:
         need = f"a kv_budget of {found.needed:.4g}" if 0 < found.needed < 1 else "no smaller cache"
         need = need if found.needed else "more memory: the weights alone do not leave room"
@@ -107,13 +106,11 @@ def _plan_lines(plan: CachePlan) -> list[tuple[str, list[str]]]:
 
 def print_evaluation(found: Evaluation) -> None:
     """Original and folded side by side."""
-    table = Table()
-    for column in ("", "original", "folded"):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_row("bytes per token", f"{found.base_kv_bytes_per_token:,}", f"{found.kv_bytes_per_token:,}")
-    table.add_row("loss (nats per token)", f"{found.base_loss:.4f}", f"{found.loss:.4f}")
-    table.add_row("perplexity", f"{found.base_perplexity:.3f}", f"{found.perplexity:.3f}")
-    STDOUT.print(table)
+    table = Table(("", "original", "folded"))
+    table.add("bytes per token", f"{found.base_kv_bytes_per_token:,}", f"{found.kv_bytes_per_token:,}")
+    table.add("loss (nats per token)", f"{found.base_loss:.4f}", f"{found.loss:.4f}")
+    table.add("perplexity", f"{found.base_perplexity:.3f}", f"{found.perplexity:.3f}")
+    table.show(STDOUT)
     STDOUT.print(
         f"loss change {found.loss_change:+.4f} ± {found.loss_change_stderr:.4f}, KL {found.kl:.5f} nats per token, top-1"
         f" agreement {found.top1_agreement:.2%}, {found.tokens:,} tokens"
@@ -122,7 +119,7 @@ def print_evaluation(found: Evaluation) -> None:
 
 def print_texts(names: Sequence[str], found: Sequence[Evaluation]) -> None:
     """One row per text: what is lost at home, on the first, and what elsewhere."""
-    table = _table("text", "tokens", "loss", "folded", "loss change", "KL", "KL / first", "top-1 agreement")
+    table = Table(("text", "tokens", "loss", "folded", "loss change", "KL", "KL / first", "top-1 agreement"))
     for name, one in zip(names, found, strict=True):
         change = f"{one.loss_change:+.4f} ± {one.loss_change_stderr:.4f}"
         times = f"{one.kl / found[0].kl:.2f}" if found[0].kl else ""
@@ -134,13 +131,13 @@ def print_texts(names: Sequence[str], found: Sequence[Evaluation]) -> None:
             times,
             f"{one.top1_agreement:.2%}",
         ]
-        table.add_row(name, f"{one.tokens:,}", *numbers)
-    STDOUT.print(table)
+        table.add(name, f"{one.tokens:,}", *numbers)
+    table.show(STDOUT)
 
 
 def print_tasks(rows: Sequence[TaskScore]) -> None:
     """Scores of both models side by side; members of a group that has a score of its own are in the JSON line."""
-    table = _table("task", "metric", "examples", "samples", "original", "folded", "change", "recovery", left=2)
+    table = Table(("task", "metric", "examples", "samples", "original", "folded", "change", "recovery"), left=2)
     tasks = {row.task for row in rows}
     for row in rows:
         if row.part_of not in tasks:
@@ -150,19 +147,19 @@ def print_tasks(rows: Sequence[TaskScore]) -> None:
                 _with_error(row.score - row.base_score, row.change_stderr, sign="+"),
                 _with_error(row.recovery, row.recovery_stderr),
             ]
-            table.add_row(row.task, row.metric, f"{row.num_fewshot}", f"{row.samples:,}", *pairs)
-    STDOUT.print(table)
+            table.add(row.task, row.metric, f"{row.num_fewshot}", f"{row.samples:,}", *pairs)
+    table.show(STDOUT)
     STDOUT.print("± standard errors; of change and recovery paired by sample, to first order (delta method).")
 
 
 def print_recall(rows: Sequence[Recall]) -> None:
     """Per length and depth what each model finds; where the original finds nothing, that is said instead of a ratio."""
-    table = _table("length", "depth", "original finds", "folded finds", "without passage", "KL", "gain kept", left=0)
+    table = Table(("length", "depth", "original finds", "folded finds", "without passage", "KL", "gain kept"), left=0)
     for row in rows:
         kept = _with_error(row.kept, row.kept_stderr) if row.recalls else "the original does not recall"
         shares = [f"{share:.1%}" for share in (row.base_accuracy, row.accuracy, row.base_control)]
-        table.add_row(f"{row.length:,}", f"{row.depth:.2f}", *shares, f"{row.kl:.5f}", kept)
-    STDOUT.print(table)
+        table.add(f"{row.length:,}", f"{row.depth:.2f}", *shares, f"{row.kl:.5f}", kept)
+    table.show(STDOUT)
     STDOUT.print(
         f"{rows[0].trials} passages each. finds: tokens of a passage that are predicted after its beginning was repeated;"
         " depth 0: it stands first, 1: last."
@@ -172,14 +169,6 @@ def print_recall(rows: Sequence[Recall]) -> None:
             STDOUT.print(
                 f"The original does not recall at {length:,} tokens, so recall cannot show there what folding lost."
             )
-
-
-def _table(*columns: str, left: int = 1) -> Table:
-    """An empty table whose first columns are texts."""
-    table = Table()
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right")
-    return table
 
 
 def _with_error(value: float, error: float, *, sign: str = "") -> str:
@@ -193,13 +182,14 @@ def print_comparison(found: Comparison, out: Path) -> None:
     """The table, with continuations where the terminal is wide enough; table and report are also written to `out`."""
     report = out / "report.html"
     write_text(report, render(found))
-    write_text(out / "table.md", markdown(found))
+    numbers = numbers_table(found)
+    write_text(out / "table.md", numbers.markdown())
     write_text(out / "frontier.svg", SVG + budget_plot(found))
     continued = [("original", found.continuation)] + [(row.preset, row.continuation or row.note) for row in found.rows]
-    columns = column_names(found)
-    lines = [["original", "1.000", *[""] * (len(columns) - 2)]] + [cells(row, columns) for row in found.rows]
+    columns = numbers.columns
+    lines = [["original", "1.000", *[""] * (len(columns) - 2)], *numbers.rows]
     lines = [[cell.partition(" ±")[0] for cell in line] for line in lines]
-    table = Table(box=SIMPLE_HEAD, title=f"{found.model}, calibrated on {found.calibration}", title_justify="left")
+    table = RichTable(box=SIMPLE_HEAD, title=f"{found.model}, calibrated on {found.calibration}", title_justify="left")
     left = STDOUT.width - 2
     for column, cells_below in zip(columns, zip(*lines, strict=True), strict=True):
         width = max(map(len, [*cells_below, *column.split()]))  # headers wrap at words, numbers never
