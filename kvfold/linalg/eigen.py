@@ -82,41 +82,6 @@ def powers(moment_FF: Tensor, *exponents: float, floor: float = RELATIVE_FLOOR) 
     return [vectors * values**exponent @ vectors.T for exponent in exponents]
 
 
-def block_powers(moment_FF: Tensor, *exponents: float) -> list[Tensor]:
-    """The same of a block-diagonal matrix as its blocks [n, F/n, F/n], each floored by its own largest eigenvalue."""
-    found = [powers(block, *exponents) for block in diagonal_blocks(moment_FF)]
-    return [torch.stack(power) for power in zip(*found, strict=True)]
-
-
-def block_roots(moment_FF: Tensor) -> tuple[Tensor, Tensor]:
-    """S and its inverse with S^T S = the matrix, as blocks [n, F/n, F/n]: by Cholesky, which takes a hundredth of the time of
-    an eigendecomposition, or where that fails by the symmetric root with floored eigenvalues."""
-    blocks_nbb = diagonal_blocks(moment_FF).double()
-    lower, failed = torch.linalg.cholesky_ex(blocks_nbb)
-    diagonal = lower.diagonal(dim1=1, dim2=2)
-    if bool(failed.any()) or bool((diagonal.amin(1) < RELATIVE_FLOOR**0.5 * diagonal.amax(1)).any()):
-        root, inverse = block_powers(moment_FF, 0.5, -0.5)
-        return root, inverse
-    eye = torch.eye(lower.shape[1]).to(lower).expand_as(lower)
-    return lower.mT, torch.linalg.solve_triangular(lower, eye, upper=False).mT
-
-
-def diagonal_blocks(matrix_FF: Tensor) -> Tensor:
-    """The smallest equal blocks [n, F/n, F/n] on the diagonal outside which everything is zero."""
-    F = len(matrix_FF)
-    all_of_it = matrix_FF.count_nonzero()
-    for size in (size for size in range(1, F + 1) if F % size == 0):
-        blocks = torch.stack([matrix_FF[i : i + size, i : i + size] for i in range(0, F, size)])
-        if blocks.count_nonzero() == all_of_it:
-            return blocks
-    raise AssertionError("the whole matrix is a block")
-
-
-def times(blocks_nbb: Tensor, x_FG: Tensor) -> Tensor:
-    """The block-diagonal matrix of these blocks times x."""
-    return (blocks_nbb @ x_FG.unflatten(0, (len(blocks_nbb), -1))).flatten(0, 1)
-
-
 def discarded_energy(moment_FF: Tensor) -> Tensor:
     """Share of the energy that keeping r directions discards, for r = 0 ... F: [F + 1], from 1 down to 0."""
     values = eigh_descending(moment_FF)[0]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvfold.linalg.block_diagonal import BlockDiagonal
 from kvfold.linalg.eigen import eigh_descending, powers
 from kvfold.linalg.reduced_rank import Latents, Terms, blocks
 from kvfold.plan.number_format import LEAST_VARIANCE, NumberFormat
@@ -45,10 +46,14 @@ def _costs(latents: Latents, terms: Terms, layers: int) -> Tensor:
     """G [C, R, R]."""
     total = torch.zeros(())
     for position in range(layers):
-        back_CFR, metric_FF = latents.back(position), terms(position).metric_FF
-        weighed = back_CFR if metric_FF is None else blocks(metric_FF, len(back_CFR)) @ back_CFR
+        back_CFR, metric = latents.back(position), terms(position).metric
+        weighed = back_CFR if metric is None else _weighed(metric, back_CFR)
         total = total + back_CFR.transpose(1, 2) @ weighed
     return total
+
+
+def _weighed(metric: BlockDiagonal, back_CFR: Tensor) -> Tensor:
+    return torch.stack([part @ back for part, back in zip(metric.groups(len(back_CFR)), back_CFR, strict=True)])
 
 
 def _turn(covariance_RR: Tensor, cost_RR: Tensor, form: NumberFormat) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvfold.linalg.eigen import block_roots, discarded_energy, eigh_descending, powers, times, top_eigenvectors
+from kvfold.linalg.block_diagonal import BlockDiagonal
+from kvfold.linalg.eigen import discarded_energy, eigh_descending, powers, top_eigenvectors
 from kvfold.plan.number_format import StoredShape
 
 TINY = torch.finfo(torch.float64).tiny
@@ -23,13 +24,13 @@ RIDGE = 1e-4
 class Term(NamedTuple):
     """What layer i adds to the objective: E |S (x_i - B_i A x_owner)|^2, in moments.
 
-    second_FF: E[x_i x_i^T]. cross_FF: E[x_i x_owner^T], the owner's own being its second moment. metric_FF: S^T S, None for
-    the identity.
+    second_FF: E[x_i x_i^T]. cross_FF: E[x_i x_owner^T], the owner's own being its second moment. metric: S^T S, None for the
+    identity.
     """
 
     second_FF: Tensor
     cross_FF: Tensor
-    metric_FF: Tensor | None = None
+    metric: BlockDiagonal | None = None
 
 
 Terms = Callable[[int], Term]
@@ -57,13 +58,13 @@ def _solve_alone(term: Term, heads: int, width: int) -> Latents:
     data."""
     pairs = []
     for position, second in enumerate(blocks(term.second_FF, heads)):
-        if term.metric_FF is None:
+        if term.metric is None:
             basis = top_eigenvectors(second, width)
             pairs.append((basis.T, basis))
         else:
-            root, inverse = block_roots(blocks(term.metric_FF, heads)[position])
-            basis = top_eigenvectors(times(root, times(root, second).T), width)
-            pairs.append((times(root.mT, basis).T, times(inverse, basis)))
+            root, inverse = term.metric.groups(heads)[position].root()
+            basis = top_eigenvectors(root @ (root @ second).T, width)
+            pairs.append(((root.mT @ basis).T, inverse @ basis))
     back_CFR = torch.stack([back for _, back in pairs])
     return Latents(torch.stack([a for a, _ in pairs]), lambda position: back_CFR)
 
@@ -88,7 +89,7 @@ def _regress(terms: Terms, layers: int, heads: int) -> list[_Block]:
     for position in range(layers):
         term = terms(position)
         crosses = [part.owner_FF for part in parts] if not position else list(blocks(term.cross_FF, heads))
-        metrics = [None] * heads if term.metric_FF is None else list(blocks(term.metric_FF, heads))
+        metrics = [None] * heads if term.metric is None else term.metric.groups(heads)
         for part, cross, metric in zip(parts, crosses, metrics, strict=True):
             part.add(cross, metric)
     return parts
@@ -104,9 +105,9 @@ class _Block:
         self.root_FF, self.inverse_FF = powers(self.owner_FF, 0.5, -1)
         self.wanted_FF = torch.zeros_like(self.root_FF)
 
-    def add(self, cross_FF: Tensor, metric_FF: Tensor | None) -> None:
+    def add(self, cross_FF: Tensor, metric: BlockDiagonal | None) -> None:
         regression = cross_FF @ self.inverse_FF
-        self.wanted_FF += regression.T @ (regression if metric_FF is None else metric_FF @ regression)
+        self.wanted_FF += regression.T @ (regression if metric is None else metric @ regression)
 
     def eigen(self) -> tuple[Tensor, Tensor]:
         return eigh_descending(self.root_FF @ self.wanted_FF @ self.root_FF)
@@ -136,7 +137,7 @@ def spectrum(terms: Terms, layers: int, heads: int) -> list[float]:
 
 def part_of(term: Term, columns: Tensor) -> Term:
     """The owner's term for some of its numbers."""
-    metric = None if term.metric_FF is None else term.metric_FF[columns][:, columns]
+    metric = None if term.metric is None else BlockDiagonal(term.metric.dense()[columns][:, columns][None])
     second = term.second_FF[columns][:, columns]
     return Term(second, second, metric)
 
@@ -149,7 +150,7 @@ def lost_energy(term: Term, width: int) -> float:
 
 def energy(term: Term) -> Tensor:
     """What losing everything costs."""
-    return term.second_FF.trace() if term.metric_FF is None else (term.metric_FF * term.second_FF).sum()
+    return term.second_FF.trace() if term.metric is None else term.metric.inner(term.second_FF)
 
 
 def _kept(terms: Terms, layers: int, heads: int) -> Tensor:
@@ -158,9 +159,9 @@ def _kept(terms: Terms, layers: int, heads: int) -> Tensor:
         term = terms(0)
         kept = torch.zeros(term.second_FF.shape[0] // heads + 1, dtype=torch.float64)
         for position, second in enumerate(blocks(term.second_FF, heads)):
-            if term.metric_FF is not None:
-                root, _ = block_roots(blocks(term.metric_FF, heads)[position])
-                second = times(root, times(root, second).T)
+            if term.metric is not None:
+                root, _ = term.metric.groups(heads)[position].root()
+                second = root @ (root @ second).T
             kept += (1 - discarded_energy(second)) * second.trace()
         return kept
     energies = sum(part.eigen()[0] for part in _regress(terms, layers, heads))

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from kvfold.errors import RecipeError
+from kvfold.linalg.block_diagonal import BlockDiagonal
 from kvfold.linalg.quantization_basis import arranged, centred
-from kvfold.linalg.reduced_rank import Latents, Term, blocks, damages, lost_energy, part_of, solve, spectrum
+from kvfold.linalg.reduced_rank import Latents, Term, damages, lost_energy, part_of, solve, spectrum
 from kvfold.linalg.sensitivity import METRIC
 from kvfold.methods.width._head_grouping import GROUPINGS, best_order, head_columns, reordered
 from kvfold.methods.width.base import LayerGroup, WidthMethod, as_reader, method_name, plain_spec, rope_of
@@ -328,14 +329,16 @@ def lead_values_back(layer: AttentionLayer, folded: FoldedWeights, back_UFV: Ten
     return dataclasses.replace(folded, o_proj=torch.einsum("dkgh,khv->dkgv", o_proj_DKGH, back_KHV).flatten(1))
 
 
-def value_metric(layer: AttentionLayer, weights: AttentionWeights) -> Tensor:
-    """[K*H, K*H]: how far an error of each value head moves the layer's output, blockdiag_k sum_n W_O^n.T W_O^n."""
+def value_metric(layer: AttentionLayer, weights: AttentionWeights) -> BlockDiagonal:
+    """Of K blocks [H, H]: how far an error of each value head moves the layer's output, sum_n W_O^n.T W_O^n."""
     heads_DKGH = weights.o_proj.unflatten(1, (layer.num_kv_heads, -1, layer.head_dim))
-    return torch.block_diag(*torch.einsum("dkgh,dkgi->khi", heads_DKGH, heads_DKGH))
+    return BlockDiagonal(torch.einsum("dkgh,dkgi->khi", heads_DKGH, heads_DKGH))
 
 
-def fisher_metric(group: LayerGroup, name: str, latent: str) -> Tensor:
-    """[F, F]: in which errors of the owner's keys or values (`name`, a statistic) cost nats. Where heads are stored in
+def fisher_metric(group: LayerGroup, name: str, latent: str) -> BlockDiagonal:
+    """In which errors of the owner's keys or values (`name`, a statistic) cost nats. Where heads are stored in
     groups, whichever those are, every head counts for itself."""
-    metric_FF = torch.block_diag(*group.moments(0)[METRIC + name].second_FF)
-    return torch.block_diag(*blocks(metric_FF, group.owner.num_kv_heads)) if latent == "group" else metric_FF
+    metric = BlockDiagonal(group.moments(0)[METRIC + name].second_FF)
+    if latent != "group":
+        return metric
+    return BlockDiagonal(torch.cat([head.blocks_nbb for head in metric.groups(group.owner.num_kv_heads)]))

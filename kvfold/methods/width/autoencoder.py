@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kvfold.errors import RecipeError
-from kvfold.linalg.eigen import Moment, block_powers, times
+from kvfold.linalg.block_diagonal import BlockDiagonal
+from kvfold.linalg.eigen import Moment
 from kvfold.linalg.reduced_rank import Latents, Term, solve
 from kvfold.linalg.sensitivity import METRIC
 from kvfold.methods.width._low_rank import LowRankWidth, fisher_metric, restore_mean
@@ -88,8 +89,8 @@ class Autoencoder(LowRankWidth):
         networks = _Networks(latents, self.hidden)
         if heads * width < len(term.second_FF):  # else nothing is lost, and nothing is to be learnt
             x_TCF = group.vectors(0)[name].double() - group.moments(0)[name].mean_F
-            assert term.metric_FF is not None, "both sides have a metric"
-            (root,) = block_powers(term.metric_FF, 0.5)
+            assert term.metric is not None, "both sides have a metric"
+            (root,) = term.metric.powers(0.5)
             networks.train(x_TCF.unflatten(1, (heads, -1)), root, self.steps)
         return networks
 
@@ -135,7 +136,7 @@ class _Networks:
         )
         return mean_CF - torch.einsum("cfr,cr->cf", self.b_CFR, shift_CR)
 
-    def train(self, x_TCF: Tensor, root_nbb: Tensor, steps: int) -> None:
+    def train(self, x_TCF: Tensor, root: BlockDiagonal, steps: int) -> None:
         """Minimise E |S (x - x')|^2, by Adam with a cosine schedule, in float32."""
         generator = torch.Generator().manual_seed(1)
         with torch.enable_grad():
@@ -144,30 +145,28 @@ class _Networks:
             groups: list[dict[str, Any]] = [{"params": [*parts.values()]}, {"params": linear, "lr": RATE / 10}]
             optimizer = torch.optim.Adam(groups, lr=RATE)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
-            x, root = x_TCF.float(), root_nbb.float()
-            scale = _weighed(root, x).square().mean()
+            x, single = x_TCF.float(), BlockDiagonal(root.blocks_nbb.float())
+            scale = _weighed(single, x).square().mean()
             for _ in range(steps):
                 rows = torch.randint(len(x), (BATCH,), generator=generator)
-                error = _weighed(root, x[rows] - _there_and_back(x[rows], parts, *linear))
+                error = _weighed(single, x[rows] - _there_and_back(x[rows], parts, *linear))
                 optimizer.zero_grad()
                 (error.square().mean() / scale).backward()
                 optimizer.step()
                 schedule.step()
         trained = {name: part.detach().double() for name, part in parts.items()}
         a_CRF, b_CFR = (tensor.detach().double() for tensor in linear)
-        before = _lost(x_TCF, root_nbb, self.parts, self.a_CRF, self.b_CFR)
-        if (
-            _lost(x_TCF, root_nbb, trained, a_CRF, b_CFR) < before
-        ):  # where the start loses nothing, Adam only walks about
+        before = _lost(x_TCF, root, self.parts, self.a_CRF, self.b_CFR)
+        if _lost(x_TCF, root, trained, a_CRF, b_CFR) < before:  # where the start loses nothing, Adam only walks about
             self.parts, self.a_CRF, self.b_CFR = trained, a_CRF, b_CFR
 
 
-def _lost(x_TCF: Tensor, root_nbb: Tensor, parts: dict[str, Tensor], a_CRF: Tensor, b_CFR: Tensor) -> float:
-    return float(_weighed(root_nbb, x_TCF - _there_and_back(x_TCF, parts, a_CRF, b_CFR)).square().mean())
+def _lost(x_TCF: Tensor, root: BlockDiagonal, parts: dict[str, Tensor], a_CRF: Tensor, b_CFR: Tensor) -> float:
+    return float(_weighed(root, x_TCF - _there_and_back(x_TCF, parts, a_CRF, b_CFR)).square().mean())
 
 
-def _weighed(root_nbb: Tensor, x_TCF: Tensor) -> Tensor:
-    return times(root_nbb, x_TCF.flatten(1).T)
+def _weighed(root: BlockDiagonal, x_TCF: Tensor) -> Tensor:
+    return root @ x_TCF.flatten(1).T
 
 
 def _there_and_back(x_TCF: Tensor, parts: dict[str, Tensor], a_CRF: Tensor, b_CFR: Tensor) -> Tensor:

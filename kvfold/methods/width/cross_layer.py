@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from kvfold.errors import RecipeError
+from kvfold.linalg.block_diagonal import BlockDiagonal
 from kvfold.linalg.reduced_rank import Term, damages, solve
 from kvfold.methods.width._low_rank import value_metric
 from kvfold.methods.width.base import LayerGroup, WidthMethod, plain_spec
@@ -85,16 +85,17 @@ class CrossLayer(WidthMethod):
         metric = None
         if self.metric == "logit":
             queries = [group.moments(i)["queries"].second_FF for i in range(len(group))]
-            metric = torch.block_diag(*(head for layer in queries for head in layer))
+            metric = BlockDiagonal(torch.cat(queries))
         return self._term(group, "keys", metric)
 
     def _values(self, group: LayerGroup) -> Term:
         metric = None
         if self.metric == "logit":
-            metric = torch.block_diag(*(value_metric(group.layers[i], group.weights(i)) for i in range(len(group))))
+            parts = [value_metric(group.layers[i], group.weights(i)) for i in range(len(group))]
+            metric = BlockDiagonal(torch.cat([part.blocks_nbb for part in parts]))
         return self._term(group, "values", metric)
 
-    def _term(self, group: LayerGroup, name: str, metric: Tensor | None) -> Term:
+    def _term(self, group: LayerGroup, name: str, metric: BlockDiagonal | None) -> Term:
         """The second moment of the concatenated vectors of all layers, without centring: exact and approximate keys meet in
         one softmax, so a constant is no longer ignored."""
         rows = []

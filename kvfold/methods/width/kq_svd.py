@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import torch
-
+from kvfold.linalg.block_diagonal import BlockDiagonal
 from kvfold.linalg.reduced_rank import Term
 from kvfold.methods.width._low_rank import LowRankWidth, value_metric
 from kvfold.methods.width.base import LayerGroup
@@ -25,7 +24,7 @@ class KqSvd(LowRankWidth):
 
     def key_term(self, group: LayerGroup, position: int) -> Term:
         moments = group.moments(position)
-        metric = torch.block_diag(*moments["queries"].second_FF)
+        metric = BlockDiagonal(moments["queries"].second_FF)
         return Term(moments["keys"].second_FF, group.cross(position)["keys"], metric)
 
     def value_term(self, group: LayerGroup, position: int) -> Term:

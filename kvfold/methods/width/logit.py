@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from kvfold.linalg.block_diagonal import BlockDiagonal
 from kvfold.linalg.reduced_rank import Term
 from kvfold.methods.width._low_rank import LowRankWidth, value_metric
 from kvfold.methods.width.base import LayerGroup
@@ -27,7 +28,7 @@ class Logit(LowRankWidth):
 
     def key_term(self, group: LayerGroup, position: int) -> Term:
         queries = group.moments(position)["queries"].second_FF  # [K, H, H], the mean over the query heads of each
-        metric = torch.block_diag(*queries)
+        metric = BlockDiagonal(queries)
         if group.layers[position].softcap is not None:  # capped scores notice a constant
             return Term(group.moments(position)["keys"].second_FF, group.cross(position)["keys"], metric)
         return self._centred(group, position, "keys", metric)
@@ -36,7 +37,7 @@ class Logit(LowRankWidth):
         metric = value_metric(group.layers[position], group.weights(position))
         return self._centred(group, position, "values", metric)
 
-    def _centred(self, group: LayerGroup, position: int, name: str, metric: torch.Tensor) -> Term:
+    def _centred(self, group: LayerGroup, position: int, name: str, metric: BlockDiagonal) -> Term:
         own, owner = group.moments(position)[name], group.moments(0)[name]
         cross = group.cross(position)[name] - torch.outer(own.mean_F, owner.mean_F)
         return Term(own.covariance_FF, cross, metric)

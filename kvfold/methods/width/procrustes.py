@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvfold.errors import RecipeError
+from kvfold.linalg.block_diagonal import BlockDiagonal
 from kvfold.linalg.reduced_rank import Term, solve
 from kvfold.methods.width._head_grouping import GROUPINGS, best_order, head_columns, reordered_weights
 from kvfold.methods.width._low_rank import fuse_keys, lead_values_back, store_values, value_metric
@@ -125,7 +126,7 @@ class Procrustes(WidthMethod):
         """Where any map is allowed."""
         if self.merge == "align":
             return _align(second, width)
-        latents = solve(lambda i: Term(second, second, metric), 1, 1, width)
+        latents = solve(lambda i: Term(second, second, BlockDiagonal(metric[None])), 1, 1, width)
         return latents.a_CRF[0], latents.back(0)[0]
 
     def _merged_keys(self, layer: AttentionLayer, second: Tensor, metric: Tensor) -> Pair:
@@ -178,7 +179,7 @@ def _objective(group: LayerGroup, members: list[int], side: str) -> tuple[Tensor
     second = group.moments(0)[side].second_FF[index][:, index]
     if side == "keys":
         return second, torch.block_diag(*(group.moments(0)["queries"].second_FF[head] for head in members))
-    return second, value_metric(group.owner, group.weights(0))[index][:, index]
+    return second, value_metric(group.owner, group.weights(0)).dense()[index][:, index]
 
 
 def _lost(second: Tensor, metric: Tensor, pair: Pair) -> float:
