@@ -107,14 +107,14 @@ def agreement(rows: list[Row]) -> list[str]:
     expected, measured = ([max(row[name], 1e-9) for row in rows] for name in ("expected", "measured"))
     logs = [math.log(e / m) for e, m in zip(expected, measured, strict=True)]
     rank = statistics.correlation(ranks(expected), ranks(measured))
-    numbers = [f"{rank:.2f}", f"{statistics.stdev(logs):.2f}", f"{statistics.mean(logs):+.2f}"]
-    return [str(len(rows)), *numbers, f"{sum(expected):.4f}", f"{sum(measured):.4f}"]
+    elements = [f"{rank:.2f}", f"{statistics.stdev(logs):.2f}", f"{statistics.mean(logs):+.2f}"]
+    return [str(len(rows)), *elements, f"{sum(expected):.4f}", f"{sum(measured):.4f}"]
 
 
-def ranks(numbers: list[float]) -> list[int]:
+def ranks(elements: list[float]) -> list[int]:
     """The place of each in their order."""
-    order = sorted(range(len(numbers)), key=numbers.__getitem__)
-    return [order.index(i) for i in range(len(numbers))]
+    order = sorted(range(len(elements)), key=elements.__getitem__)
+    return [order.index(i) for i in range(len(elements))]
 
 
 if __name__ == "__main__":

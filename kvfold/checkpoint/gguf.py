@@ -138,10 +138,10 @@ def _left_out(file: Path, what: str) -> str:
 
 def _dtype(reader: Any) -> torch.dtype:
     """That of most numbers where they are not quantized, else bfloat16."""
-    numbers: Counter[str] = Counter()
+    elements: Counter[str] = Counter()
     for tensor in reader.tensors:
-        numbers[tensor.tensor_type.name] += int(tensor.n_elements)
-    return UNQUANTIZED.get(max(numbers, key=lambda name: numbers[name], default=""), torch.bfloat16)
+        elements[tensor.tensor_type.name] += int(tensor.n_elements)
+    return UNQUANTIZED.get(max(elements, key=lambda name: elements[name], default=""), torch.bfloat16)
 
 
 def _load(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:

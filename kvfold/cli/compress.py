@@ -28,7 +28,7 @@ from kvfold.cli.options import (
     Sets,
     TargetKl,
     given,
-    numbers,
+    integers,
 )
 from kvfold.registry import AXES
 
@@ -68,7 +68,7 @@ def command(
         "runtime": runtime,
         "prefer": prefer,
         "min_width": min_width,
-        "keep_layers": numbers(keep_layers),
+        "keep_layers": integers(keep_layers),
     }
     calibration = {"data": data, "num_samples": num_samples, "seq_len": seq_len, "select": select}
     tree = load_recipe(recipe) if recipe else {}

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvfold.cli.options import Device, Dtype, Model, SeqLen, numbers
+from kvfold.cli.options import Device, Dtype, Model, SeqLen, integers
 from kvfold.evaluation.task_presets import TASK_PRESETS
 
 TASKS_HELP = "A task of lm-evaluation-harness, a .jsonl file, or the tasks of a paper: " + ", ".join(TASK_PRESETS)
@@ -53,7 +53,7 @@ def command(
 
     if not (data or tasks or recall):
         raise typer.BadParameter("say what to measure: --data, --tasks or --recall")
-    lengths = numbers(None if recall == "auto" else recall, "--recall") or []
+    lengths = integers(None if recall == "auto" else recall, "--recall") or []
     common: dict[str, Any] = {"against": against, "dtype": dtype, "device": device}
     values: dict[str, Any] = {}
     if data:

@@ -60,7 +60,7 @@ RunDir = Annotated[Path | None, _option("Statistics, kept for reuse (default OUT
 Overwrite = Annotated[bool, _option("Replace OUT if it exists.", "--overwrite", panel=RUN)]
 
 
-def numbers(text: str | None, option: str = "--keep-layers") -> list[int] | None:
+def integers(text: str | None, option: str = "--keep-layers") -> list[int] | None:
     """`0,1` as a list; None as it is. `option` is named where that is no list of numbers."""
     try:
         return None if text is None else [int(number) for number in text.split(",")]

@@ -27,7 +27,7 @@ BISECTIONS = 9
 """Of ln 256: the result is within 1.1 % of the bytes that would do."""
 
 Groups = Callable[[int], LayerGroup]
-"""Owner's index -> the layers that use its cache, with what damage is computed from."""
+"""Owner's index -> the layers that use its cache, with what distortion is computed from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class Request:
     @cached_property
     def source_bytes(self) -> int:
         """Per token, of the original cache."""
-        return self.itemsize * sum(source_layer(layer).numbers_per_token for layer in self.layers)
+        return self.itemsize * sum(source_layer(layer).elements_per_token for layer in self.layers)
 
     @cached_property
     def options(self) -> dict[Key, list[StoredShape]]:
@@ -111,7 +111,7 @@ class Request:
 
     def _by_numbers(self, layer: AttentionLayer, side: str) -> list[StoredShape]:
         found = self.axes.width.shapes(side, layer, 1 + self.targets.count(layer.index))
-        return sorted(found, key=lambda shape: shape.numbers)
+        return sorted(found, key=lambda shape: shape.elements)
 
     def shapes(self, layer: AttentionLayer, side: str) -> list[StoredShape]:
         """Those of the width method that the limits allow; of a layer that is kept only the one that loses nothing."""
@@ -123,7 +123,7 @@ class Request:
     def allowed(self, layer: AttentionLayer, shapes: Sequence[StoredShape]) -> list[StoredShape]:
         """Those that are wide enough; the widest if none is."""
         least = self.limits.min_width * layer.num_kv_heads * layer.head_dim
-        return [shape for shape in shapes if shape.numbers >= least / SLACK] or list(shapes[-1:])
+        return [shape for shape in shapes if shape.elements >= least / SLACK] or list(shapes[-1:])
 
     def cost(self, shape: StoredShape) -> float:
         """Bytes per token."""
@@ -179,7 +179,7 @@ def choose_layout(request: Request, *, kv_budget: float | None, sample: Sample |
 def allocate(request: Request, *, kv_budget: float | None, strategy: str, curves: Callable[[], Curves]) -> CachePlan:
     """The plan whose bytes are at most `kv_budget` of the source's. Raises BudgetError if nothing is that small.
 
-    `strategy`: uniform gives every side the same share, anything else shares by the damage that `curves` says.
+    `strategy`: uniform gives every side the same share, anything else shares by the distortion that `curves` says.
     """
     if kv_budget is None:
         return request.plan(_without_budget(request))
@@ -265,7 +265,7 @@ def _uniform(request: Request, options: Mapping[Key, Sequence[StoredShape]], kv_
     """Every cache and side gets the same share of its owner's original size, or (joint) of that of all that fill it."""
     joint, targets = request.axes.width.joint, request.targets
     filled = {layer.index: 1 + joint * targets.count(layer.index) for layer in request.owners}
-    sides = {i: request.itemsize * source_layer(request.layers[i]).numbers_per_token / 2 for i in filled}
+    sides = {i: request.itemsize * source_layer(request.layers[i]).elements_per_token / 2 for i in filled}
     share = kv_budget * request.source_bytes / sum(2 * filled[i] * sides[i] for i in filled)
     chosen = {}
     for key, shapes in options.items():
@@ -294,7 +294,7 @@ def expected_curves(request: Request, groups: Groups) -> Curves:
 
 
 def expected_curve(request: Request, groups: Groups, owner: int, side: str, noise: float = 1.0) -> Curve:
-    """What one side can store, from few bytes to many, with the damage that its method expects, in nats where the method
+    """What one side can store, from few bytes to many, with the distortion that its method expects, in nats where the method
     knows them. noise: what errors of quantization cost, where those of leaving numbers out cost 1."""
     scale = request.axes.width.scale(side, groups(owner))
     return [(shape, scale * lost) for shape, lost in _relative_curve(request, groups, owner, side, noise)]
@@ -305,8 +305,8 @@ def _relative_curve(request: Request, groups: Groups, owner: int, side: str, noi
     width, bits, options = request.axes.width, request.axes.bits, request.options[owner, side]
     layer = request.layers[owner]
     if not bits.by_spectrum or owner in request.limits.keep_layers:
-        left_out = zip(options, width.damage(side, groups(owner), options), strict=True)
-        return [(shape, lost + max(1 - lost, 0) * noise_share(shape.form)) for shape, lost in left_out]
+        left_out = zip(options, width.distortion(side, groups(owner), options), strict=True)
+        return [(shape, lost + max(1 - lost, 0) * noise_share(shape.format)) for shape, lost in left_out]
     shapes = request.allowed(layer, request.shapes(layer, side))
     return bits.curve(shapes, width.spectrum(side, groups(owner), shapes[-1].num_heads), noise)
 

@@ -101,4 +101,4 @@ def _serving(plan: CachePlan, out: str) -> Iterator[str]:
 def source_read_bytes(plan: CachePlan, context_len: int) -> int:
     """Bytes of cache that one decode step of the original model reads."""
     tokens = [(layer, context_len if layer.window is None else min(context_len, layer.window)) for layer in plan.source]
-    return plan.itemsize() * sum(layer.numbers_per_token * count for layer, count in tokens)
+    return plan.itemsize() * sum(layer.elements_per_token * count for layer, count in tokens)

@@ -157,8 +157,8 @@ def _plan(recipe: Recipe, request: Request, groups: Groups, probe: Callable[[], 
 def _or_plain(
     recipe: Recipe, request: Request, plan: CachePlan, probe: Callable[[], Probe]
 ) -> tuple[Recipe, Request, CachePlan]:
-    """The plain cache in 8 bits where bits are shared out by measured damage, the budget allows it, and it loses less: with
-    much to spend, what is left to lose is the rounding of folded weights, and its weights are the original ones."""
+    """The plain cache in 8 bits where bits are shared out by measured distortion, the budget allows it, and it loses less:
+    with much to spend, what is left to lose is the rounding of folded weights, and its weights are the original ones."""
     shares = any(target is not None for target in request.targets)
     if recipe.allocate == "uniform" or not request.axes.bits.by_spectrum or recipe.kv_budget is None or shares:
         return recipe, request, plan

@@ -95,7 +95,7 @@ def _obstacle(plan: CachePlan, layer: int) -> str | None:
         return "has an output bias that the stock class does not have"
     if spec.rope == "on_read":
         return "rotates keys on read"
-    if any(side.form is not None for side in spec.sides):
+    if any(side.format is not None for side in spec.sides):
         return "stores its numbers in few bits, of which a stock checkpoint knows nothing"
     if (spec.num_kv_heads, spec.head_dim) != (spec.num_v_heads, spec.v_head_dim) or spec.head_dim != source.head_dim:
         return (

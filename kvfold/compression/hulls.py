@@ -1,4 +1,4 @@
-"""Curves of (bytes, damage) and one budget for all: what to take of each, so that the damage in sum is least."""
+"""Curves of (bytes, distortion) and one budget for all: what to take of each, so that the distortion in sum is least."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Key = tuple[int, str]
 """Owner of a cache, and a side of it."""
 
 Curve = list[tuple[StoredShape, float]]
-"""What a side can store with the damage of each, from few bytes to many."""
+"""What a side can store with the distortion of each, from few bytes to many."""
 
 Curves = dict[Key, Curve]
 Choice = dict[Key, StoredShape]
@@ -28,9 +28,9 @@ def best_within(budget: float, curves: Curves, cost: Cost) -> Choice:
 
 
 def _cheapest(curves: Curves, budget: float, cost: Cost) -> Choice:
-    """Start from the smallest shapes and buy, step by step, where a stored byte saves the most damage.
+    """Start from the smallest shapes and buy, step by step, where a stored byte saves the most distortion.
 
-    Steps lie on the lower convex hull of each (bytes, damage) curve, so that gains fall and greedy is optimal but for
+    Steps lie on the lower convex hull of each (bytes, distortion) curve, so that gains fall and greedy is optimal but for
     the last step.
     """
     hulls = {key: lower_hull(points, cost) for key, points in curves.items()}
@@ -54,11 +54,11 @@ def _cheapest(curves: Curves, budget: float, cost: Cost) -> Choice:
 def _spent(curves: Curves, chosen: Choice, budget: float, cost: Cost) -> Choice:
     """What is left of the budget buys the best steps that still fit, of all points and not only those of the hulls."""
     chosen = dict(chosen)
-    damage = {key: dict(points) for key, points in curves.items()}
+    distortion = {key: dict(points) for key, points in curves.items()}
     while True:
         left = budget * SLACK - sum(map(cost, chosen.values()))
         gains = {
-            (key, shape): damage[key][chosen[key]] - lost
+            (key, shape): distortion[key][chosen[key]] - lost
             for key, points in curves.items()
             for shape, lost in points
             if cost(shape) - cost(chosen[key]) <= left

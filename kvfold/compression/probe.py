@@ -1,6 +1,6 @@
 """What one cache costs the model: KL of the final distribution when only one side of one cache is folded.
 
-Expected damages are comparable within a layer and a side, not between them. A few measured points per curve make them so.
+Expected distortions are comparable within a layer and a side, not between them. A few measured points per curve make them so.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Probe:
         return [self._log_probs(batch) for batch in self.batches]
 
     def _curve(self, owner: int, side: str) -> Curve:
-        """KL is measured at SIZES; elsewhere expected damage gives the form, as power laws between measured points."""
+        """KL is measured at SIZES; elsewhere expected distortion gives the form, as power laws between measured points."""
         noise = 1.0
         if self.request.axes.bits.by_spectrum and owner not in self.request.limits.keep_layers:
             noise = self._noise(owner, side)
@@ -97,33 +97,33 @@ class Probe:
         wanted = {min(range(len(points)), key=lambda i: abs(math.log(costs[i] / (share * full)))) for share in SIZES}
         wanted |= {len(points) - 1}  # where numbers are quantized not even all of them lose nothing
         measured = {i: self.of_side(owner, side, points[i][0]) for i in sorted(wanted) if points[i][1] > LEAST}
-        kls = interpolate([damage for _, damage in points], measured)
+        kls = interpolate([distortion for _, distortion in points], measured)
         return [(shape, kl) for (shape, _), kl in zip(points, kls, strict=True)]
 
     def _noise(self, owner: int, side: str) -> float:
-        """KL per expected damage of quantization, over that of leaving numbers out, at about the same damage."""
+        """KL per expected distortion of quantization, over that of leaving numbers out, at about the same distortion."""
         group, shapes = self.groups(owner), self.request.shapes(self.request.layers[owner], side)
         spectrum = self.width.spectrum(side, group, shapes[-1].num_heads)
-        form = NumberFormat(tiers=((shapes[-1].width, NOISE_BITS),))
-        numbers = torch.randn(1, 1, 256, shapes[-1].width, generator=torch.Generator().manual_seed(0))
-        share = float((roundtrip(numbers, form) - numbers).square().mean())
+        format = NumberFormat(tiers=((shapes[-1].width, NOISE_BITS),))
+        elements = torch.randn(1, 1, 256, shapes[-1].width, generator=torch.Generator().manual_seed(0))
+        share = float((roundtrip(elements, format) - elements).square().mean())
         lost = share * float(shared_energy(spectrum, np.array(0), np.array(len(spectrum))))
-        damage, shape = min(
-            zip(self.width.damage(side, group, shapes), shapes, strict=True),
+        distortion, shape = min(
+            zip(self.width.distortion(side, group, shapes), shapes, strict=True),
             key=lambda point: abs(math.log(max(point[0], LEAST) / lost)),
         )
-        if damage <= LEAST:  # numbers without rank: there is nothing to leave out
+        if distortion <= LEAST:  # numbers without rank: there is nothing to leave out
             return 1.0
-        noisy = self.of_side(owner, side, shapes[-1]._replace(form=form)) / lost
-        return min(max(noisy / (self.of_side(owner, side, shape) / damage), 1 / MOST_NOISE), MOST_NOISE)
+        noisy = self.of_side(owner, side, shapes[-1]._replace(format=format)) / lost
+        return min(max(noisy / (self.of_side(owner, side, shape) / distortion), 1 / MOST_NOISE), MOST_NOISE)
 
     def of_side(self, owner: int, side: str, shape: StoredShape) -> float:
         """KL of storing one side so, all else being as it was."""
         layer, other = self.request.layers[owner], "values" if side == "keys" else "keys"
         # the other side loses nothing: the widest shape of all, whatever a runtime would serve
         chosen = {(owner, side): shape, (owner, other): self.request.widest(layer, other)}
-        form = "" if shape.form is None else f" {dataclasses.astuple(shape.form)}"
-        label = f"{owner} {side} {shape.num_heads}x{shape.width}{form}"
+        format = "" if shape.format is None else f" {dataclasses.astuple(shape.format)}"
+        label = f"{owner} {side} {shape.num_heads}x{shape.width}{format}"
         return self._known(label, {owner: self.request.spec(layer, chosen)}, self.width)
 
     def _known(self, label: str, specs: Mapping[int, CacheSpec], width: WidthMethod) -> float:
@@ -173,16 +173,16 @@ class Probe:
         )
 
 
-def interpolate(damages: Sequence[float], measured: dict[int, float]) -> list[float]:
-    """KL at every damage, from the KL at some: log KL is piecewise linear in log damage, and goes on in proportion beyond.
+def interpolate(distortions: Sequence[float], measured: dict[int, float]) -> list[float]:
+    """KL at every distortion, from the KL at some: log KL is piecewise linear in log distortion, in proportion beyond.
 
     It never rises with more bytes, and what is expected to lose nothing loses nothing.
     """
     if not measured:
-        return list(damages)
-    logs = np.log(np.maximum(damages, LEAST))
-    at = sorted(measured, reverse=True)  # from little damage to much
+        return list(distortions)
+    logs = np.log(np.maximum(distortions, LEAST))
+    at = sorted(measured, reverse=True)  # from little distortion to much
     x, y = logs[at], np.maximum.accumulate([math.log(measured[i]) for i in at])
     kls = np.exp(np.interp(logs, x, y) + np.clip(logs - x[-1], 0, None) + np.clip(logs - x[0], None, 0))
-    kls[np.asarray(damages) <= LEAST] = 0.0
+    kls[np.asarray(distortions) <= LEAST] = 0.0
     return np.minimum.accumulate(kls).tolist()

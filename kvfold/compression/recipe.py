@@ -46,9 +46,9 @@ class Recipe:
     runtime: `transformers`, or `vllm` for a plan that vLLM's paged cache holds as well: keys and values of one shape, in
         heads of widths that its kernels have.
     prefer: `size` or `speed`, for width method fisher: keys rebuilt on read, or read as they lie.
-    allocate: `uniform` gives every layer the same share, `greedy` shares the budget by the damage per byte that the method
-        expects (in nats: fisher), `measured` by KL per byte, measured with one cache folded at a time (the whole model must
-        fit into memory).
+    allocate: `uniform` gives every layer the same share, `greedy` shares the budget by the distortion per byte that the
+        method expects (in nats: fisher), `measured` by KL per byte, measured with one cache folded at a time (the whole
+        model must fit into memory).
     Raises RecipeError on names, fields and values that do not exist or do not fit.
     """
 

@@ -1,6 +1,6 @@
 """Whether a model still finds what stands far back in its cache: recall of passages by length and depth.
 
-Perplexity hides such damage, since few tokens of a text depend on distant ones. Here passages (key, then value) stand at
+Perplexity hides such distortion, since few tokens of a text depend on distant ones. Here passages (key, then value) stand at
 several depths of a long context; asked for a key, a model that looks back continues with its value. The same question asked
 of another context is the control. A context fills the cache once, in one step; copies of that cache answer its questions.
 """
@@ -22,7 +22,7 @@ from kvfold.calibration import text as data
 from kvfold.checkpoint.source import default_seq_len, warn_if_too_long
 from kvfold.errors import DataError, RecipeError
 from kvfold.evaluation.standard_errors import defined, ratio, ratio_stderr, stderr
-from kvfold.evaluation.texts import NUMBERS_AT_ONCE, load_pair
+from kvfold.evaluation.texts import ELEMENTS_AT_ONCE, load_pair
 from kvfold.plan.plan import CachePlan
 from kvfold.progress import say_if_long, track
 from kvfold.runtimes.transformers.load import Loaded
@@ -155,7 +155,7 @@ def hide(fill_BT: Tensor, passage_BDP: Tensor) -> Tensor:
 def _measured(model: Any, base: Any, context_BS: Tensor, question_BQP: Tensor, plan: CachePlan) -> Tensor:
     """[B, Q, 5], means over the value's tokens: accuracy, the original's; log-probability, the original's; KL."""
     tokens, asked = context_BS.shape[1] + PASSAGE, question_BQP.shape[1]
-    rows = max(min(TOKENS_AT_ONCE // tokens, NUMBERS_AT_ONCE // (VALUE * base.config.vocab_size)), 1)
+    rows = max(min(TOKENS_AT_ONCE // tokens, ELEMENTS_AT_ONCE // (VALUE * base.config.vocab_size)), 1)
     contexts = context_BS.split(max(rows // asked, 1))
     pairs = zip(contexts, question_BQP.split(len(contexts[0])), strict=True)
     batches = track(pairs, f"recalling at {tokens:,} tokens", len(contexts))

@@ -21,9 +21,9 @@ from kvfold.progress import track
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.runtimes.transformers.load import Loaded, load
 
-NUMBERS_AT_ONCE = 2**24
+ELEMENTS_AT_ONCE = 2**24
 """Float64 log-probabilities (positions x vocabulary) that are in memory at once."""
-NUMBERS_KEPT = 2**29
+ELEMENTS_KEPT = 2**29
 """Logits of the original that are kept for the next folded model."""
 
 
@@ -123,10 +123,10 @@ def check_vocabularies(model: Any, base: Any) -> None:
 
 class Predictions:
     """A model's logits of windows that are asked for again, for one folded model after the other: computed once, and kept as
-    far as NUMBERS_KEPT allows."""
+    far as ELEMENTS_KEPT allows."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.left = model, NUMBERS_KEPT
+        self.model, self.left = model, ELEMENTS_KEPT
         self.known: dict[bytes, Tensor] = {}
 
     @torch.no_grad()
@@ -181,7 +181,7 @@ def _folded_logits(model: Any, windows_WT: Tensor, plan: CachePlan) -> Iterator[
         for window in track(windows_WT, "evaluating", len(windows_WT)):
             yield window, model(window[None].to(model.device), use_cache=False).logits[0]
         return
-    rows = max(NUMBERS_AT_ONCE // (windows_WT.shape[1] * model.config.vocab_size), 1)
+    rows = max(ELEMENTS_AT_ONCE // (windows_WT.shape[1] * model.config.vocab_size), 1)
     for part in track(windows_WT.split(rows), "evaluating token by token", -(-len(windows_WT) // rows)):
         yield from zip(part, logits_step_by_step(model, part.to(model.device), plan), strict=True)
 
@@ -195,7 +195,7 @@ def logits_step_by_step(model: Any, tokens_BT: Tensor, plan: CachePlan) -> Tenso
 
 def compare_tokens(logits_TV: Tensor, base_logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     """[T, 4] of every predicted token, in float64: loss, base loss, KL and top-1 agreement (1 or 0)."""
-    positions = max(NUMBERS_AT_ONCE // base_logits_TV.shape[1], 1)
+    positions = max(ELEMENTS_AT_ONCE // base_logits_TV.shape[1], 1)
     parts = (x.split(positions) for x in (logits_TV.to(base_logits_TV.device), base_logits_TV, targets_T))
     found = []
     for part, base_part, targets in zip(*parts, strict=True):

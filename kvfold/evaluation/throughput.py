@@ -100,7 +100,7 @@ def _prompts(count: int, length: int, *, seed: int) -> list[list[int]]:
 
 
 def _row(label: str, folder: Path, cache_tokens: int, found: list[tuple[float, float, float]]) -> Throughput:
-    speed, ttft, tpot = (statistics.median(numbers) for numbers in zip(*found, strict=True))
+    speed, ttft, tpot = (statistics.median(elements) for elements in zip(*found, strict=True))
     return Throughput(
         label=label,
         kv_budget=load_plan(folder)[0].kv_budget,

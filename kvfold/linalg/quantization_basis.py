@@ -20,11 +20,11 @@ from kvfold.linalg.reduced_rank import Latents, Terms, blocks
 from kvfold.plan.number_format import LEAST_VARIANCE, NumberFormat
 
 
-def arranged(latents: Latents, terms: Terms, layers: int, covariance_FF: Tensor, form: NumberFormat) -> Latents:
+def arranged(latents: Latents, terms: Terms, layers: int, covariance_FF: Tensor, format: NumberFormat) -> Latents:
     """The same latents in that basis. covariance_FF: of the owner's keys or values."""
     a_CRF = latents.a_CRF
     turns = [
-        _turn(a_RF @ block @ a_RF.T, cost_RR, form)
+        _turn(a_RF @ block @ a_RF.T, cost_RR, format)
         for a_RF, block, cost_RR in zip(
             a_CRF, blocks(covariance_FF, len(a_CRF)), _costs(latents, terms, layers), strict=True
         )
@@ -56,14 +56,14 @@ def _weighed(metric: BlockDiagonal, back_CFR: Tensor) -> Tensor:
     return torch.stack([part @ back for part, back in zip(metric.groups(len(back_CFR)), back_CFR, strict=True)])
 
 
-def _turn(covariance_RR: Tensor, cost_RR: Tensor, form: NumberFormat) -> tuple[Tensor, Tensor]:
+def _turn(covariance_RR: Tensor, cost_RR: Tensor, format: NumberFormat) -> tuple[Tensor, Tensor]:
     """T and its inverse."""
     root, inverse = powers(cost_RR, 0.5, -0.5)
     variances, vectors = eigh_descending(root @ covariance_RR @ root)
     largest = variances[0].clamp_min(torch.finfo(torch.float64).tiny)
     roots = (variances / largest).clamp_min(LEAST_VARIANCE) ** 0.25
     sizes = roots * largest.sqrt()
-    turn = torch.block_diag(*(_orthogonal(numbers) for numbers, _ in form.tiers)).to(root)
+    turn = torch.block_diag(*(_orthogonal(elements) for elements, _ in format.tiers)).to(root)
     return turn @ (vectors / sizes).T @ root, inverse @ (vectors * sizes) @ turn.T
 
 

@@ -122,7 +122,7 @@ class _Block:
         return cross_FF @ self.lead_FR
 
 
-def damages(terms: Terms, layers: int, shapes: Sequence[StoredShape]) -> list[float]:
+def distortions(terms: Terms, layers: int, shapes: Sequence[StoredShape]) -> list[float]:
     """Per (heads, width): the share of the terms' energy that is lost, times the number of layers."""
     total = sum(energy(terms(position)) for position in range(layers)).clamp_min(TINY)  # type: ignore[union-attr]
     kept = {heads: _kept(terms, layers, heads) for heads in {shape.num_heads for shape in shapes}}
@@ -130,7 +130,7 @@ def damages(terms: Terms, layers: int, shapes: Sequence[StoredShape]) -> list[fl
 
 
 def spectrum(terms: Terms, layers: int, heads: int) -> list[float]:
-    """What every number of `heads` latents saves, in the units of `damages`, summed over the heads."""
+    """What every number of `heads` latents saves, in the units of `distortions`, summed over the heads."""
     total = sum(energy(terms(position)) for position in range(layers)).clamp_min(TINY)  # type: ignore[union-attr]
     return [max(layers * float(saved), 0.0) for saved in _kept(terms, layers, heads).diff() / total]
 

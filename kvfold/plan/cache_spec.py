@@ -31,7 +31,7 @@ class SourceLayer:
     window: int | None = None
 
     @property
-    def numbers_per_token(self) -> int:
+    def elements_per_token(self) -> int:
         return 2 * self.num_kv_heads * self.head_dim
 
     def tokens_stored(self, context_len: int) -> int:
@@ -83,7 +83,7 @@ class CacheSpec:
     sinks: int = 0
 
     @property
-    def numbers_per_token(self) -> int:
+    def elements_per_token(self) -> int:
         return self.num_kv_heads * self.head_dim + self.num_v_heads * self.v_head_dim
 
     @property
@@ -97,7 +97,7 @@ class CacheSpec:
     @property
     def widest(self) -> int:
         """Numbers per token of the larger side."""
-        return max(side.numbers for side in self.sides)
+        return max(side.elements for side in self.sides)
 
     def bytes_per_token(self, itemsize: int) -> float:
         """Stored for one token, scales included; what several tokens share is shared out."""

@@ -73,21 +73,21 @@ def _check_cache(index: int, source: SourceLayer, spec: CacheSpec) -> None:
         raise PlanError(
             f"layer {index}: sinks = {spec.sinks!r} is reserved; this format version defines sinks = 0 only."
         )
-    for name, (_, width, form) in zip(("k_bits", "v_bits"), spec.sides, strict=True):
-        if form is not None:
-            _check_format(f"layer {index}: {name}", spec, width, form)
+    for name, (_, width, format) in zip(("k_bits", "v_bits"), spec.sides, strict=True):
+        if format is not None:
+            _check_format(f"layer {index}: {name}", spec, width, format)
     if spec.window != source.window:
         raise PlanError(f"layer {index}: window {spec.window} differs from the source's {source.window}.")
 
 
-def _check_format(where: str, spec: CacheSpec, width: int, form: Any) -> None:
-    if not isinstance(form, NumberFormat):
-        raise PlanError(f"{where} = {form!r} is not a description of tiers and scales (docs/format.md).")
-    if form.width != width:
-        raise PlanError(f"{where} describes {form.width} numbers, but stored heads have {width}.")
+def _check_format(where: str, spec: CacheSpec, width: int, format: Any) -> None:
+    if not isinstance(format, NumberFormat):
+        raise PlanError(f"{where} = {format!r} is not a description of tiers and scales (docs/format.md).")
+    if format.width != width:
+        raise PlanError(f"{where} describes {format.width} numbers, but stored heads have {width}.")
     if spec.joint:
         raise PlanError(f"{where}: caches that several layers fill together are not quantized.")
-    if form.block > 1 and (spec.window is not None or CACHE_BLOCK % form.block):
+    if format.block > 1 and (spec.window is not None or CACHE_BLOCK % format.block):
         raise PlanError(
             f"{where}: scales per channel need a cache without a sliding window, and blocks that divide {CACHE_BLOCK} tokens."
         )

@@ -10,7 +10,7 @@ from kvfold.errors import PlanError
 from kvfold.plan.codecs._codes import BITS, packed_bytes
 from kvfold.plan.codecs.base import Codec, codec
 
-NUMBERS_AT_ONCE = {"cpu": 2**21}
+ELEMENTS_AT_ONCE = {"cpu": 2**21}
 """Numbers of one side that a decode step unpacks or rebuilds at a time, by device: on a CPU they stay in its cache, and
 storage for them is reused from piece to piece."""
 ELSEWHERE = 2**26
@@ -67,12 +67,12 @@ class NumberFormat:
     @property
     def width(self) -> int:
         """Numbers of one stored head."""
-        return sum(numbers for numbers, _ in self.tiers)
+        return sum(elements for elements, _ in self.tiers)
 
     @property
     def code_bytes(self) -> int:
         """Bytes of one token's codes in one head; every plane of bits fills whole bytes."""
-        return sum(packed_bytes(numbers, bits) for numbers, bits in self.tiers)
+        return sum(packed_bytes(elements, bits) for elements, bits in self.tiers)
 
     @property
     def row_bytes(self) -> int:
@@ -104,23 +104,23 @@ class StoredShape(NamedTuple):
 
     num_heads: int
     width: int
-    form: NumberFormat | None = None
+    format: NumberFormat | None = None
 
     @property
-    def numbers(self) -> int:
+    def elements(self) -> int:
         return self.num_heads * self.width
 
     def bytes_per_token(self, itemsize: int) -> float:
         """Scales included; what several tokens share is shared out."""
-        return self.num_heads * (self.width * itemsize if self.form is None else self.form.bytes_per_token)
+        return self.num_heads * (self.width * itemsize if self.format is None else self.format.bytes_per_token)
 
     def bytes_allocated(self, tokens: int, itemsize: int) -> int:
         """Of a storage with room for `tokens` tokens, which are whole blocks."""
-        if self.form is None:
-            return self.numbers * tokens * itemsize
-        return self.num_heads * self.form.bytes_allocated(tokens, itemsize)
+        if self.format is None:
+            return self.elements * tokens * itemsize
+        return self.num_heads * self.format.bytes_allocated(tokens, itemsize)
 
 
-def tokens_at_once(numbers_per_token: int, device: str) -> int:
+def tokens_at_once(elements_per_token: int, device: str) -> int:
     """Tokens of a whole batch that a decode step takes at a time."""
-    return max(NUMBERS_AT_ONCE.get(device, ELSEWHERE) // numbers_per_token, FEWEST_TOKENS)
+    return max(ELEMENTS_AT_ONCE.get(device, ELSEWHERE) // elements_per_token, FEWEST_TOKENS)

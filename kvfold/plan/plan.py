@@ -75,7 +75,7 @@ class CachePlan:
 
     def source_kv_bytes_per_token(self, dtype: str | None = None) -> int:
         """The same for the original model."""
-        return self.itemsize(dtype) * sum(layer.numbers_per_token for layer in self.source)
+        return self.itemsize(dtype) * sum(layer.elements_per_token for layer in self.source)
 
     def kv_bytes(self, context_len: int, *, batch_size: int = 1, dtype: str | None = None) -> int:
         """Bytes allocated for `batch_size` sequences of `context_len` tokens, unfilled blocks and windows included."""
@@ -85,8 +85,8 @@ class CachePlan:
 
     def source_kv_bytes(self, context_len: int, *, batch_size: int = 1, dtype: str | None = None) -> int:
         """Bytes that the original model's DynamicCache holds after `context_len` tokens."""
-        numbers = sum(layer.numbers_per_token * layer.tokens_stored(context_len) for layer in self.source)
-        return batch_size * self.itemsize(dtype) * numbers
+        elements = sum(layer.elements_per_token * layer.tokens_stored(context_len) for layer in self.source)
+        return batch_size * self.itemsize(dtype) * elements
 
     @property
     def joint(self) -> bool:
@@ -97,7 +97,7 @@ class CachePlan:
     def depends_on_steps(self) -> bool:
         """Whether the result depends on the steps in which tokens came: some caches show the last tokens exactly."""
         return self.joint or any(
-            side.form is not None and side.form.block > 1 for spec in self.owned for side in spec.sides
+            side.format is not None and side.format.block > 1 for spec in self.owned for side in spec.sides
         )
 
     def kv_workspace_bytes(self, *, batch_size: int = 1, dtype: str | None = None, device: str = "cpu") -> int:
@@ -106,10 +106,10 @@ class CachePlan:
         sizes = []
         for spec, source in zip(self.caches, self.source, strict=True):
             if spec is not None:
-                full = source.numbers_per_token // 2
-                numbers = sum(side.numbers for side in spec.sides if side.form is not None)
-                numbers += full if spec.rope == "on_read" else 0
-                sizes.append(numbers * tokens_at_once(batch_size * max(spec.widest, full), device))
+                full = source.elements_per_token // 2
+                elements = sum(side.elements for side in spec.sides if side.format is not None)
+                elements += full if spec.rope == "on_read" else 0
+                sizes.append(elements * tokens_at_once(batch_size * max(spec.widest, full), device))
         return batch_size * self.itemsize(dtype) * max(sizes)
 
     def kv_read_bytes(self, context_len: int, *, dtype: str | None = None) -> int:

@@ -27,8 +27,8 @@ SVG = '<?xml version="1.0" encoding="utf-8"?>\n'
 def bar(side: StoredShape, source_numbers: int, itemsize: int) -> str:
     """One side of one cache as CELLS characters."""
     cells, drawn, at = CELLS / source_numbers, "", 0.0
-    for numbers, bits in tiers(side, itemsize):
-        at += numbers * cells
+    for elements, bits in tiers(side, itemsize):
+        at += elements * cells
         drawn += shade(bits) * max(round(at) - len(drawn), 0)
     return drawn[:CELLS].ljust(CELLS, "·")
 
@@ -40,20 +40,20 @@ def shade(bits: int) -> str:
 
 def tiers(side: StoredShape, itemsize: int) -> list[tuple[int, int]]:
     """(numbers over all heads, bits of each)."""
-    if side.form is None:
-        return [(side.numbers, 8 * itemsize)]
-    return [(side.num_heads * numbers, bits) for numbers, bits in side.form.tiers]
+    if side.format is None:
+        return [(side.elements, 8 * itemsize)]
+    return [(side.num_heads * elements, bits) for elements, bits in side.format.tiers]
 
 
 def described(side: StoredShape) -> str:
     """`1 x 48: 8x8 16x3 24x1`: heads x width, and of a head how many numbers have how many bits."""
     size = f"{side.num_heads} x {side.width}"
-    if side.form is None:
+    if side.format is None:
         return size
-    kind = f" {side.form.codec.word}".rstrip()
-    if len(side.form.tiers) == 1:
-        return f"{size}: {side.form.tiers[0][1]} bits{kind}"
-    return f"{size}: {' '.join(f'{n}x{b}' for n, b in side.form.tiers)}{kind}"
+    kind = f" {side.format.codec.word}".rstrip()
+    if len(side.format.tiers) == 1:
+        return f"{size}: {side.format.tiers[0][1]} bits{kind}"
+    return f"{size}: {' '.join(f'{n}x{b}' for n, b in side.format.tiers)}{kind}"
 
 
 def plan_plot(plan: CachePlan) -> str:
@@ -66,12 +66,12 @@ def plan_plot(plan: CachePlan) -> str:
         for panel, side, title in zip(axes, (0, 1), ("keys", "values"), strict=True):
             for layer, spec in enumerate(plan.caches):
                 at = 0
-                for numbers, bits in tiers(spec.sides[side], itemsize) if spec else []:
+                for elements, bits in tiers(spec.sides[side], itemsize) if spec else []:
                     color = colormaps["viridis_r"](min(bits, 8) / 9)
                     label = f"{bits} bits" if bits not in labelled else None
-                    panel.barh(layer, numbers, left=at, color=color, edgecolor="white", linewidth=0.4, label=label)
+                    panel.barh(layer, elements, left=at, color=color, edgecolor="white", linewidth=0.4, label=label)
                     labelled.add(bits)
-                    at += numbers
+                    at += elements
             full = max(layer.num_kv_heads * layer.head_dim for layer in plan.source)
             panel.set(title=title, xlabel="numbers per token", xlim=(0, full), ylim=(plan.num_layers - 0.4, -0.6))
         axes[0].set_ylabel("layer")

@@ -51,7 +51,7 @@ def print_plan(plan: CachePlan, title: str) -> None:
         f" {plan.source_kv_bytes_per_token():,}; 32,768 tokens take {plan.kv_bytes(32_768) / 1e6:,.1f} MB instead of"
         f" {plan.source_kv_bytes(32_768) / 1e6:,.1f} MB."
     )
-    if any(side.form for spec in plan.owned for side in spec.sides):
+    if any(side.format for spec in plan.owned for side in spec.sides):
         STDOUT.print(
             "heads x width: numbers x bits. █ 7 bits and more, ▓ 5 and 6, ▒ 3 and 4, ░ 1 and 2, · not stored. A decode step"
             f" turns {plan.kv_workspace_bytes() / 1e6:,.2f} MB per sequence back into numbers at a time.",
@@ -88,7 +88,7 @@ def _plan_lines(plan: CachePlan) -> list[tuple[str, list[str]]]:
         if spec is None:
             line = [f"reads layer {plan.owner(index)}", "", "", "", "", "0", "0"]
         else:
-            size, source = spec.bytes_per_token(plan.itemsize()), plan.source[index].numbers_per_token
+            size, source = spec.bytes_per_token(plan.itemsize()), plan.source[index].elements_per_token
             drawn = [(described(side), bar(side, source // 2, plan.itemsize())) for side in spec.sides]
             line = [
                 *drawn[0],
@@ -123,7 +123,7 @@ def print_texts(names: Sequence[str], found: Sequence[Evaluation]) -> None:
     for name, one in zip(names, found, strict=True):
         change = f"{one.loss_change:+.4f} ± {one.loss_change_stderr:.4f}"
         times = f"{one.kl / found[0].kl:.2f}" if found[0].kl else ""
-        numbers = [
+        elements = [
             f"{one.base_loss:.4f}",
             f"{one.loss:.4f}",
             change,
@@ -131,7 +131,7 @@ def print_texts(names: Sequence[str], found: Sequence[Evaluation]) -> None:
             times,
             f"{one.top1_agreement:.2%}",
         ]
-        table.add(name, f"{one.tokens:,}", *numbers)
+        table.add(name, f"{one.tokens:,}", *elements)
     table.show(STDOUT)
 
 
@@ -182,12 +182,12 @@ def print_comparison(found: Comparison, out: Path) -> None:
     """The table, with continuations where the terminal is wide enough; table and report are also written to `out`."""
     report = out / "report.html"
     write_text(report, render(found))
-    numbers = numbers_table(found)
-    write_text(out / "table.md", numbers.markdown())
+    elements = numbers_table(found)
+    write_text(out / "table.md", elements.markdown())
     write_text(out / "frontier.svg", SVG + budget_plot(found))
     continued = [("original", found.continuation)] + [(row.preset, row.continuation or row.note) for row in found.rows]
-    columns = numbers.columns
-    lines = [["original", "1.000", *[""] * (len(columns) - 2)], *numbers.rows]
+    columns = elements.columns
+    lines = [["original", "1.000", *[""] * (len(columns) - 2)], *elements.rows]
     lines = [[cell.partition(" ±")[0] for cell in line] for line in lines]
     table = RichTable(box=SIMPLE_HEAD, title=f"{found.model}, calibrated on {found.calibration}", title_justify="left")
     left = STDOUT.width - 2

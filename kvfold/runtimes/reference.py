@@ -203,10 +203,10 @@ def _network(weights: FoldedWeights, way: str, group: int, x_TF: Tensor) -> Tens
     return inner * (1 + torch.erf(inner / math.sqrt(2))) / 2 @ down.T
 
 
-def decoded(rows_SX: Tensor, form: NumberFormat) -> Tensor:
+def decoded(rows_SX: Tensor, format: NumberFormat) -> Tensor:
     """Stored bytes of one head as numbers [tokens, width], one number at a time (docs/format.md)."""
     return torch.tensor(
-        [token for row in rows_SX.tolist() for token in form.codec.read_row(row, form)], dtype=torch.float64
+        [token for row in rows_SX.tolist() for token in format.codec.read_row(row, format)], dtype=torch.float64
     )
 
 

@@ -18,7 +18,7 @@ from kvfold.compression.presets import MLKV_PAPER
 from kvfold.compression.recipe import make_recipe
 from kvfold.compression.widen_mlp import widened_size
 from kvfold.errors import PlanError, RecipeError
-from kvfold.linalg.reduced_rank import Term, damages, solve
+from kvfold.linalg.reduced_rank import Term, distortions, solve
 from kvfold.methods.bits.identity import Identity as Bits
 from kvfold.methods.length.identity import Identity as Length
 from kvfold.plan.folded_weights import FoldedWeights
@@ -311,7 +311,7 @@ def test_regression_finds_a_planted_linear_map():
         for position, expected in enumerate(vectors):
             rebuilt = x @ latents.a_CRF[0].T @ latents.back(position)[0].T
             assert_close(rebuilt, expected, tolerance=2e-3)
-    lost = damages(terms, 3, [StoredShape(1, width) for width in (2, 4, rank)])
+    lost = distortions(terms, 3, [StoredShape(1, width) for width in (2, 4, rank)])
     assert lost[0] > lost[1] > lost[2] == pytest.approx(0, abs=1e-3)
 
 

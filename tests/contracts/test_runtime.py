@@ -87,7 +87,7 @@ def test_quantized_latents_equal_the_oracle(shape, scales, rope, monkeypatch):
 def _compare_with_the_oracle(
     monkeypatch, shape, bias, rope, implementation, dtype=torch.float32, tolerance=None, **fields
 ):
-    monkeypatch.setattr("kvfold.plan.number_format.NUMBERS_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr("kvfold.plan.number_format.ELEMENTS_AT_ONCE", {"cpu": 1})
     monkeypatch.setattr("kvfold.plan.number_format.FEWEST_TOKENS", 8)
     module, facts, spec, weights, rotary = folded_layer(shape, bias, rope, implementation, **fields)
     module, hidden = module.to(dtype), torch.randn(2, 21, facts.hidden_size, dtype=dtype)
@@ -97,7 +97,7 @@ def _compare_with_the_oracle(
     for row in hidden.double():
         inputs = (facts, spec, weights, row, cos[0].double(), sin[0].double())
         latents = zip(reference.stored(*inputs), (spec.k_bits, spec.v_bits), strict=True)
-        seen_again = tuple([_stored_and_read(head, form) for head in heads] for heads, form in latents)
+        seen_again = tuple([_stored_and_read(head, format) for head in heads] for heads, format in latents)
         expected.append(reference.folded_attention(*inputs, seen, seen_again))
     expected = torch.stack(expected)
     with torch.no_grad():
@@ -116,8 +116,8 @@ def _format(width, bits, scales):
     return NumberFormat(tiers=tiers, scales=scales)
 
 
-def _stored_and_read(head_TR, form):
-    return head_TR if form is None else reference.decoded(pack(head_TR[None, None], form)[0, 0], form)
+def _stored_and_read(head_TR, format):
+    return head_TR if format is None else reference.decoded(pack(head_TR[None, None], format)[0, 0], format)
 
 
 def _one_layer_plan(spec):
@@ -168,7 +168,7 @@ def test_fast_attention_equals_grouped_attention(dtype, heads, padded, monkeypat
     )
     last = decode_attention(half[0][:, :, -1:], *half[1:], mask[:, :, -1:] if padded else None, scale=0.25)
     assert_close(last, expected[:, -1:], tolerance=tolerance)
-    monkeypatch.setattr("kvfold.plan.number_format.NUMBERS_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr("kvfold.plan.number_format.ELEMENTS_AT_ONCE", {"cpu": 1})
     monkeypatch.setattr("kvfold.plan.number_format.FEWEST_TOKENS", 4)
     for few in (1, 5):
         masks = mask[:, :, -few:] if padded else None
@@ -178,7 +178,7 @@ def test_fast_attention_equals_grouped_attention(dtype, heads, padded, monkeypat
             lambda a, b: half[2][:, :, a:b],
             9,
             masks,
-            numbers=1,
+            elements=1,
             scale=0.25,
         )
         assert_close(out, expected[:, -few:], tolerance=tolerance)

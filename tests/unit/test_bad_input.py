@@ -27,7 +27,7 @@ CALIBRATION = {"data": "self", "num_samples": 4, "seq_len": 32}
 
 @pytest.fixture
 def source(tiny_dir, tmp_path):
-    """A copy of a tiny model in three shards, to damage."""
+    """A copy of a tiny model in three shards, to distortion."""
     from tiny import load
 
     folder = tmp_path / "source"

@@ -214,6 +214,6 @@ def test_the_original_predicts_a_window_once(monkeypatch):
         all(torch.equal(known(window), logits) for window, logits in zip(windows, first, strict=True))
         and len(calls) == 2
     )
-    monkeypatch.setattr("kvfold.evaluation.texts.NUMBERS_KEPT", first[0].numel())
+    monkeypatch.setattr("kvfold.evaluation.texts.ELEMENTS_KEPT", first[0].numel())
     known = Predictions(model)
     assert [known(window) is not None for window in (*windows, *windows)] and len(calls) == 5

@@ -1,4 +1,4 @@
-"""Budgets shared by measured damage."""
+"""Budgets shared by measured distortion."""
 
 import json
 
@@ -13,8 +13,8 @@ from kvfold.evaluation.texts import evaluate_models
 
 
 def test_interpolation_goes_through_measured_points_and_never_rises():
-    damages = [1.0, 0.5, 0.25, 0.1, 0.01, 0.0]
-    kls = interpolate(damages, {1: 0.8, 3: 0.02})
+    distortions = [1.0, 0.5, 0.25, 0.1, 0.01, 0.0]
+    kls = interpolate(distortions, {1: 0.8, 3: 0.02})
     assert kls[1] == pytest.approx(0.8) and kls[3] == pytest.approx(0.02) and kls[-1] == 0
     assert kls == sorted(kls, reverse=True)
     assert kls[0] == pytest.approx(1.6) and kls[4] == pytest.approx(0.002)  # beyond them in proportion
@@ -23,7 +23,7 @@ def test_interpolation_goes_through_measured_points_and_never_rises():
 
 @pytest.fixture(scope="module")
 def folded(tmp_path_factory):
-    """A model whose last layer adds next to nothing, folded by measured damage."""
+    """A model whose last layer adds next to nothing, folded by measured distortion."""
     root = tmp_path_factory.mktemp("probe")
     model = make_tiny("llama_mha")
     with torch.no_grad():
@@ -47,7 +47,7 @@ def folded(tmp_path_factory):
 def test_numbers_go_where_they_are_missed(folded):
     root, run = folded
     plan = run("measured", allocate="measured").plan
-    sizes = [spec.numbers_per_token for spec in plan.owned]
+    sizes = [spec.elements_per_token for spec in plan.owned]
     assert sizes[2] < min(sizes[:2]) and plan.kv_budget <= 0.5
     original = logits(load(root / "source"), tokens())
     measured, uniform = (

@@ -52,7 +52,7 @@ def test_its_default_is_a_servable_preset():
 def test_layers_that_are_kept_keep_everything(tmp_path, allocate):
     plan = compress(tmp_path, width=GROUPS, kv_budget=1 / 2, keep_layers=[0], allocate=allocate)
     assert all((spec.num_kv_heads, spec.head_dim) == (spec.num_v_heads, spec.v_head_dim) for spec in plan.owned)
-    assert plan.owned[0].bytes_per_token(1) == plan.source[0].numbers_per_token
+    assert plan.owned[0].bytes_per_token(1) == plan.source[0].elements_per_token
     assert servable_by(plan)["vllm"] is None
 
 

@@ -25,7 +25,7 @@ class BitsMethod(ABC):
     by_spectrum: ClassVar[bool] = False
 
     @abstractmethod
-    def form(self, layer: AttentionLayer, side: str, width: int) -> NumberFormat | None:
+    def format(self, layer: AttentionLayer, side: str, width: int) -> NumberFormat | None:
         """How numbers of `side` ("keys" or "values") in heads of `width` are stored where all are alike (methods that go
         by the spectrum: with the fewest bits); None: as they are."""
 
@@ -41,16 +41,16 @@ class BitsMethod(ABC):
                 f"bits: {self} does not divide the {shapes[-1].width} numbers of a head of layer {layer.index}; choose a"
                 " divisor."
             )
-        return [shape._replace(form=self.form(layer, side, shape.width)) for shape in fitting]
+        return [shape._replace(format=self.format(layer, side, shape.width)) for shape in fitting]
 
     def curve(
         self, shapes: Sequence[StoredShape], spectrum: Sequence[float], noise: float
     ) -> list[tuple[StoredShape, float]]:
-        """Of methods that go by the spectrum: what to store, and the expected damage, from few bytes to many. Never fewer
+        """Of methods that go by the spectrum: what to store, and the expected distortion, from few bytes to many. Never fewer
         numbers than the first of `shapes`, nor more than the last.
 
-        spectrum: damage that every number of a head saves, from the first on. noise: damage of an error that changes from
-        token to token, per damage of one of the same size that does not.
+        spectrum: distortion that every number of a head saves, from the first on. noise: distortion of an error that
+        changes from token to token, per distortion of one of the same size that does not.
         """
         raise AssertionError("this method stores all numbers alike")
 
@@ -77,8 +77,8 @@ def shared_energy(spectrum: Sequence[float], starts: np.ndarray, ends: np.ndarra
     return np.where(ends > starts, divided * back / np.maximum(ends - starts, 1), 0.0)
 
 
-def noise_share(form: NumberFormat | None) -> float:
+def noise_share(format: NumberFormat | None) -> float:
     """Expected squared error as a share of the energy of what is stored, about; 0 for numbers that stay as they are."""
-    if form is None:
+    if format is None:
         return 0.0
-    return form.codec.noise(form)
+    return format.codec.noise(format)

@@ -13,5 +13,5 @@ from kvfold.plan.number_format import NumberFormat
 class Fp8(BitsMethod):
     """Numbers beyond 448 are clipped to it."""
 
-    def form(self, layer: AttentionLayer, side: str, width: int) -> NumberFormat:
+    def format(self, layer: AttentionLayer, side: str, width: int) -> NumberFormat:
         return plain_tiers(width, 8, scales="float8")

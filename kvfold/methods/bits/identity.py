@@ -12,5 +12,5 @@ from kvfold.plan.layer import AttentionLayer
 class Identity(BitsMethod):
     """No change."""
 
-    def form(self, layer: AttentionLayer, side: str, width: int) -> None:
+    def format(self, layer: AttentionLayer, side: str, width: int) -> None:
         return None

@@ -34,7 +34,7 @@ class Integer(BitsMethod):
         if self.group_size < 0 or (self.group_size and self.scales != "affine"):
             raise RecipeError("bits.group_size must be at least 0, and goes with bits.scales=affine.")
 
-    def form(self, layer: AttentionLayer, side: str, width: int) -> NumberFormat:
+    def format(self, layer: AttentionLayer, side: str, width: int) -> NumberFormat:
         bits = self.k_bits if side == "keys" else self.v_bits
         return plain_tiers(width, bits, scales=self.scales, group_size=self.group_size)
 

@@ -36,7 +36,7 @@ class Kivi(BitsMethod):
                 f" least 2 and divides {CACHE_BLOCK} tokens."
             )
 
-    def form(self, layer: AttentionLayer, side: str, width: int) -> NumberFormat:
+    def format(self, layer: AttentionLayer, side: str, width: int) -> NumberFormat:
         bits = self.k_bits if side == "keys" else self.v_bits
         if side == "keys" and layer.window is None:
             return plain_tiers(width, bits, scales="channel", block=self.block)

@@ -36,7 +36,7 @@ class TurboQuant(BitsMethod):
             if getattr(self, name) not in allowed:
                 raise RecipeError(f"bits.{name} = {getattr(self, name)!r}; choose one of {allowed}.")
 
-    def form(self, layer: AttentionLayer, side: str, width: int) -> NumberFormat:
+    def format(self, layer: AttentionLayer, side: str, width: int) -> NumberFormat:
         if side == "values":
             return plain_tiers(width, self.v_bits, scales="affine")
         if self.k_bits == FLOAT8_BITS:

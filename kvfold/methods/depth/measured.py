@@ -40,25 +40,27 @@ class Measured(DepthMethod):
         if self.layout not in ("contiguous", "any"):
             raise RecipeError(f"depth.layout = {self.layout!r}; choose 'contiguous' or 'any'.")
         assert sample is not None, "this method needs a sample"
-        damage_LL = pair_damages(layers, sample)
+        distortion_LL = pair_distortions(layers, sample)
         search = _cut if self.layout == "contiguous" and len(by_window(layers)) == 1 else _choose
         if self.owners:
-            return [search(damage_LL, self.owners)]
+            return [search(distortion_LL, self.owners)]
         counts = [m for m in reversed(divisors(len(layers))) if len(by_window(layers)) <= m < len(layers)]
-        return [search(damage_LL, m) for m in counts]
+        return [search(distortion_LL, m) for m in counts]
 
 
-def pair_damages(layers: Sequence[AttentionLayer], sample: Sample) -> Tensor:
-    """[L, L]: damage of layer l (row) reading the cache of layer o (column); infinite where it cannot."""
-    damage_LL = torch.full((len(layers), len(layers)), math.inf, dtype=torch.float64)
+def pair_distortions(layers: Sequence[AttentionLayer], sample: Sample) -> Tensor:
+    """[L, L]: distortion of layer l (row) reading the cache of layer o (column); infinite where it cannot."""
+    distortion_LL = torch.full((len(layers), len(layers)), math.inf, dtype=torch.float64)
     for owner in layers:
         fits = {name: _Fit(x_TF.double()) for name, x_TF in sample(owner.index).items()}
-        damage_LL[owner.index, owner.index] = 0
+        distortion_LL[owner.index, owner.index] = 0
         for reader in layers[owner.index + 1 :]:
             if reader.window == owner.window:
                 seen = sample(reader.index)
-                damage_LL[reader.index, owner.index] = sum(fit.unexplained(seen[name]) for name, fit in fits.items())
-    return damage_LL
+                distortion_LL[reader.index, owner.index] = sum(
+                    fit.unexplained(seen[name]) for name, fit in fits.items()
+                )
+    return distortion_LL
 
 
 class _Fit:
@@ -78,10 +80,10 @@ class _Fit:
         return min((error.square().sum() / judge.square().sum().clamp_min(1e-30)).item(), 1.0)
 
 
-def _cut(damage_LL: Tensor, owners: int) -> Targets:
+def _cut(distortion_LL: Tensor, owners: int) -> Targets:
     """The best m runs of neighbouring layers, by dynamic programming over where the last run begins."""
-    L = len(damage_LL)
-    cost = [[sum(damage_LL[a : b + 1, a].tolist()) for b in range(L)] for a in range(L)]
+    L = len(distortion_LL)
+    cost = [[sum(distortion_LL[a : b + 1, a].tolist()) for b in range(L)] for a in range(L)]
     best: dict[tuple[int, int], tuple[float, list[int]]] = {(0, 0): (0.0, [])}
     for runs in range(1, owners + 1):
         for end in range(runs, L + 1):
@@ -92,17 +94,17 @@ def _cut(damage_LL: Tensor, owners: int) -> Targets:
     return targets_of({layer: max(s for s in starts if s <= layer) for layer in range(L)})
 
 
-def _choose(damage_LL: Tensor, owners: int) -> Targets:
+def _choose(distortion_LL: Tensor, owners: int) -> Targets:
     """Start from the layers that can read no other, then add the owner that saves most."""
-    L = len(damage_LL)
-    chosen = [layer for layer in range(L) if damage_LL[layer, :layer].isinf().all()]
+    L = len(distortion_LL)
+    chosen = [layer for layer in range(L) if distortion_LL[layer, :layer].isinf().all()]
     if len(chosen) > owners:
         raise RecipeError(
             f"depth.owners = {owners}: layers {chosen} have windows of their own kinds; ask for more owners."
         )
     while len(chosen) < owners:
         rest = [layer for layer in range(L) if layer not in chosen]
-        chosen.append(min(rest, key=lambda layer: damage_LL[:, [*chosen, layer]].min(1).values.sum().item()))
+        chosen.append(min(rest, key=lambda layer: distortion_LL[:, [*chosen, layer]].min(1).values.sum().item()))
     columns = sorted(chosen)
-    nearest = damage_LL[:, columns].argmin(1)
+    nearest = distortion_LL[:, columns].argmin(1)
     return targets_of({layer: layer if layer in chosen else columns[nearest[layer]] for layer in range(L)})

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvfold.errors import RecipeError
 from kvfold.linalg.block_diagonal import BlockDiagonal
 from kvfold.linalg.quantization_basis import arranged, centred
-from kvfold.linalg.reduced_rank import Latents, Term, damages, lost_energy, part_of, solve, spectrum
+from kvfold.linalg.reduced_rank import Latents, Term, distortions, lost_energy, part_of, solve, spectrum
 from kvfold.linalg.sensitivity import METRIC
 from kvfold.methods.width._head_grouping import GROUPINGS, best_order, head_columns, reordered
 from kvfold.methods.width.base import LayerGroup, WidthMethod, as_reader, method_name, plain_spec, rope_of
@@ -114,16 +114,16 @@ class LowRankWidth(WidthMethod):
         for t in sizes:
             limit = t * H if self.group_size else H
             best.update({K // t * width: StoredShape(K // t, width) for width in self._widths(limit)})
-        return [best[numbers] for numbers in sorted(best)]
+        return [best[elements] for elements in sorted(best)]
 
     def _widths(self, limit: int) -> list[int]:
         return sorted({*range(self.multiple, limit, self.multiple), limit})
 
-    def key_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
-        return damages(lambda i: self.key_term(group, i), len(group), shapes)
+    def key_distortion(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+        return distortions(lambda i: self.key_term(group, i), len(group), shapes)
 
-    def value_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
-        return damages(lambda i: self.value_term(group, i), len(group), shapes)
+    def value_distortion(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+        return distortions(lambda i: self.value_term(group, i), len(group), shapes)
 
     def key_spectrum(self, group: LayerGroup, heads: int) -> list[float]:
         return spectrum(lambda i: self.key_term(group, i), len(group), heads)
@@ -138,7 +138,7 @@ class LowRankWidth(WidthMethod):
 
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
         rope = "on_read" if self.rebuilds_on_read and layer.rotary_dim else rope_of(layer)
-        centred = (keys.form or values.form) is not None and {*self.stored_statistics} <= self.needs
+        centred = (keys.format or values.format) is not None and {*self.stored_statistics} <= self.needs
         return dataclasses.replace(
             plain_spec(layer, keys, values),
             rope=rope,

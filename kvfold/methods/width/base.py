@@ -66,16 +66,17 @@ class WidthMethod(ABC):
         """The same for values."""
 
     @abstractmethod
-    def key_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
-        """Expected damage of storing the keys in each of `shapes`, summed over the group's layers: per layer 0 for none,
+    def key_distortion(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+        """Expected distortion of storing the keys in each of `shapes`, summed over the group's layers: per layer 0 for none,
         1 for losing everything. Readers may be damaged by any shape."""
 
     @abstractmethod
-    def value_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+    def value_distortion(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
         """The same for values."""
 
     def key_spectrum(self, group: LayerGroup, heads: int) -> Sequence[float]:
-        """Of ordered methods: expected damage that each number of `heads` latents saves, what `key_damage` falls by."""
+        """Of ordered methods: expected distortion that each number of `heads` latents saves, what `key_distortion`
+        falls by."""
         raise AssertionError("stored numbers have no order")
 
     def value_spectrum(self, group: LayerGroup, heads: int) -> Sequence[float]:
@@ -83,17 +84,18 @@ class WidthMethod(ABC):
         raise AssertionError("stored numbers have no order")
 
     def shapes(self, side: str, layer: AttentionLayer, layers: int = 1) -> Sequence[StoredShape]:
-        """Of `side`, keys or values; so too `damage` and `spectrum`."""
+        """Of `side`, keys or values; so too `distortion` and `spectrum`."""
         return (self.key_shapes if side == "keys" else self.value_shapes)(layer, layers)
 
-    def damage(self, side: str, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
-        return (self.key_damage if side == "keys" else self.value_damage)(group, shapes)
+    def distortion(self, side: str, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+        return (self.key_distortion if side == "keys" else self.value_distortion)(group, shapes)
 
     def spectrum(self, side: str, group: LayerGroup, heads: int) -> Sequence[float]:
         return (self.key_spectrum if side == "keys" else self.value_spectrum)(group, heads)
 
     def scale(self, side: str, group: LayerGroup) -> float:
-        """What expected damages of a side are to be multiplied by to compare layers and sides; 1 where nothing says how."""
+        """What expected distortions of a side are to be multiplied by to compare layers and sides; 1 where nothing says
+        how."""
         return 1.0
 
     @abstractmethod
@@ -125,8 +127,8 @@ def plain_spec(layer: AttentionLayer, keys: StoredShape, values: StoredShape) ->
         head_dim=keys.width,
         num_v_heads=values.num_heads,
         v_head_dim=values.width,
-        k_bits=keys.form,
-        v_bits=values.form,
+        k_bits=keys.format,
+        v_bits=values.format,
         rope=rope_of(layer),
         window=layer.window,
     )

@@ -10,7 +10,7 @@ import torch
 
 from kvfold.errors import RecipeError
 from kvfold.linalg.block_diagonal import BlockDiagonal
-from kvfold.linalg.reduced_rank import Term, damages, solve
+from kvfold.linalg.reduced_rank import Term, distortions, solve
 from kvfold.methods.width._low_rank import value_metric
 from kvfold.methods.width.base import LayerGroup, WidthMethod, plain_spec
 from kvfold.plan.cache_spec import CacheSpec
@@ -49,13 +49,13 @@ class CrossLayer(WidthMethod):
 
     value_shapes = key_shapes
 
-    def key_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+    def key_distortion(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
         term = self._keys(group)
-        return [len(group) * damage for damage in damages(lambda i: term, 1, shapes)]
+        return [len(group) * distortion for distortion in distortions(lambda i: term, 1, shapes)]
 
-    def value_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+    def value_distortion(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
         term = self._values(group)
-        return [len(group) * damage for damage in damages(lambda i: term, 1, shapes)]
+        return [len(group) * distortion for distortion in distortions(lambda i: term, 1, shapes)]
 
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
         return dataclasses.replace(

@@ -18,7 +18,7 @@ ROPES = ("applied", "on_read")
 class Fisher(LowRankWidth):
     """Errors of keys and values count by the Fisher information of the model's predictions (`sensitivity.py`).
 
-    Expected damages are nats, and can be compared between layers, keys and values.
+    Expected distortions are nats, and can be compared between layers, keys and values.
 
     rope: `applied` stores latents of rotated keys, which queries meet directly: fast. `on_read` stores latents of keys before
         rotation, of far lower rank; each step rebuilds and rotates what it reads: small.

@@ -22,10 +22,10 @@ class Identity(WidthMethod):
 
     value_shapes = key_shapes
 
-    def key_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+    def key_distortion(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
         return [float(len(group) - 1) for _ in shapes]
 
-    value_damage = key_damage
+    value_distortion = key_distortion
 
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
         return plain_spec(layer, keys, values)

@@ -39,10 +39,10 @@ class MeanPool(WidthMethod):
 
     value_shapes = key_shapes
 
-    def key_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+    def key_distortion(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
         return _variance_shares(group, lambda weights: weights.k_proj, shapes)
 
-    def value_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+    def value_distortion(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
         return _variance_shares(group, lambda weights: weights.v_proj, shapes)
 
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:

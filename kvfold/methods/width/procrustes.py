@@ -70,11 +70,11 @@ class Procrustes(WidthMethod):
 
     value_shapes = key_shapes
 
-    def key_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
-        return [self._damage(group, shape.num_heads, "keys") for shape in shapes]
+    def key_distortion(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+        return [self._distortion(group, shape.num_heads, "keys") for shape in shapes]
 
-    def value_damage(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
-        return [self._damage(group, shape.num_heads, "values") for shape in shapes]
+    def value_distortion(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+        return [self._distortion(group, shape.num_heads, "values") for shape in shapes]
 
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
         if keys != values:  # one number of heads, as ordinary checkpoints have
@@ -161,7 +161,7 @@ class Procrustes(WidthMethod):
         lead = lead * lead[lead.abs().argmax()].conj() / lead.abs().max()  # a fixed phase: same input, same bytes
         return lead.conj() * root, lead / root
 
-    def _damage(self, group: LayerGroup, heads: int, side: str) -> float:
+    def _distortion(self, group: LayerGroup, heads: int, side: str) -> float:
         order = self._order(group, heads)
         size = len(order) // heads
         lost = total = 0.0
@@ -195,13 +195,13 @@ def _complex_moment(second: Tensor, real: Tensor, imaginary: Tensor) -> Tensor:
     return torch.complex(aa + bb, ab.T - ab)
 
 
-def _parts(first: int, second: int, numbers: Tensor) -> list[tuple[tuple[int, int], Tensor]]:
+def _parts(first: int, second: int, elements: Tensor) -> list[tuple[tuple[int, int], Tensor]]:
     """Multiplication by complex numbers as real entries: ((row, 0 for the real column or 1), value)."""
     return [
-        ((first, 0), numbers.real),
-        ((first, 1), -numbers.imag),
-        ((second, 0), numbers.imag),
-        ((second, 1), numbers.real),
+        ((first, 0), elements.real),
+        ((first, 1), -elements.imag),
+        ((second, 0), elements.imag),
+        ((second, 1), elements.real),
     ]
 
 

@@ -21,23 +21,23 @@ def planes(bits: int) -> list[int]:
     return [part for part in (8, 4, 2, 1) if bits & part]
 
 
-def packed_bytes(numbers: int, bits: int) -> int:
+def packed_bytes(elements: int, bits: int) -> int:
     """Bytes of `numbers` codes of `bits` bits."""
-    return sum(-(-numbers * part // 8) for part in planes(bits))
+    return sum(-(-elements * part // 8) for part in planes(bits))
 
 
-def cut(rows: Tensor, form: NumberFormat) -> list[Tensor]:
+def cut(rows: Tensor, format: NumberFormat) -> list[Tensor]:
     """Scales, in memory of their own where float16 ones are not at an odd address, and the codes of every tier, each without
     gaps."""
     scales, *codes = rows.split(
-        [form.row_bytes - form.code_bytes, *(packed_bytes(*tier) for tier in form.tiers)], dim=-1
+        [format.row_bytes - format.code_bytes, *(packed_bytes(*tier) for tier in format.tiers)], dim=-1
     )
     return [scales.clone(memory_format=torch.contiguous_format), *(part.contiguous() for part in codes)]
 
 
-def tiers(x: Tensor, form: NumberFormat) -> tuple[Tensor, ...]:
+def tiers(x: Tensor, format: NumberFormat) -> tuple[Tensor, ...]:
     """The numbers of every tier."""
-    return x.split([numbers for numbers, _ in form.tiers], dim=-1)
+    return x.split([elements for elements, _ in format.tiers], dim=-1)
 
 
 def joined(parts: list[Tensor]) -> Tensor:
@@ -69,12 +69,12 @@ def pack_codes(code: Tensor, bits: int) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
 
 
-def unpack_codes(rows: Tensor, bits: int, numbers: int) -> Tensor:
+def unpack_codes(rows: Tensor, bits: int, elements: int) -> Tensor:
     """The inverse: [..., numbers] of uint8, in new memory."""
     code, at, shift = None, 0, bits
     for part in planes(bits):
-        size, shift = packed_bytes(numbers, part), shift - part
-        plane = _plane(rows[..., at : at + size].contiguous(), part)[..., :numbers]
+        size, shift = packed_bytes(elements, part), shift - part
+        plane = _plane(rows[..., at : at + size].contiguous(), part)[..., :elements]
         plane = plane if not shift else plane << shift
         code, at = plane if code is None else code.bitwise_or_(plane), at + size
     assert code is not None, "every code has a plane"

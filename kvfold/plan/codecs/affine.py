@@ -26,47 +26,47 @@ class Affine(Codec):
 
     word = "affine"
 
-    def obstacle(self, form: NumberFormat) -> str | None:
-        if form.group_size < 0 or any(numbers % (form.group_size or 1) for numbers, _ in form.tiers):
-            return f"group_size {form.group_size} does not divide every tier"
+    def obstacle(self, format: NumberFormat) -> str | None:
+        if format.group_size < 0 or any(elements % (format.group_size or 1) for elements, _ in format.tiers):
+            return f"group_size {format.group_size} does not divide every tier"
         return None
 
-    def scale_bytes(self, form: NumberFormat) -> int:
-        return AFFINE_BYTES * sum(_groups(numbers, form) for numbers, _ in form.tiers)
+    def scale_bytes(self, format: NumberFormat) -> int:
+        return AFFINE_BYTES * sum(_groups(elements, format) for elements, _ in format.tiers)
 
-    def pack(self, x_BCTR: Tensor, form: NumberFormat) -> Tensor:
+    def pack(self, x_BCTR: Tensor, format: NumberFormat) -> Tensor:
         scales, codes = [], []
-        for part, (_, bits) in zip(tiers(x_BCTR, form), form.tiers, strict=True):
-            stored, code = over_range(part.unflatten(-1, (-1, form.group_size or part.shape[-1])), bits, -1)
+        for part, (_, bits) in zip(tiers(x_BCTR, format), format.tiers, strict=True):
+            stored, code = over_range(part.unflatten(-1, (-1, format.group_size or part.shape[-1])), bits, -1)
             scales.append(stored.flatten(-3).view(torch.uint8))
             codes.append(pack_codes(code.flatten(-2), bits))
         return torch.cat(scales + codes, dim=-1)
 
-    def unpack(self, rows_BCSX: Tensor, form: NumberFormat, dtype: torch.dtype) -> Tensor:
-        scales, *codes = cut(rows_BCSX, form)
+    def unpack(self, rows_BCSX: Tensor, format: NumberFormat, dtype: torch.dtype) -> Tensor:
+        scales, *codes = cut(rows_BCSX, format)
         parts, at = [], 0
-        for code, (numbers, bits) in zip(codes, form.tiers, strict=True):
-            width = AFFINE_BYTES * _groups(numbers, form)
-            parts.append(_stretched(unpack_codes(code, bits, numbers), scales[..., at : at + width], dtype))
+        for code, (elements, bits) in zip(codes, format.tiers, strict=True):
+            width = AFFINE_BYTES * _groups(elements, format)
+            parts.append(_stretched(unpack_codes(code, bits, elements), scales[..., at : at + width], dtype))
             at += width
         return joined(parts)
 
-    def read_row(self, row: list[int], form: NumberFormat) -> list[list[float]]:
-        numbers: list[float] = []
-        scale, at = 0, self.scale_bytes(form)
-        for count, bits in form.tiers:
+    def read_row(self, row: list[int], format: NumberFormat) -> list[list[float]]:
+        elements: list[float] = []
+        scale, at = 0, self.scale_bytes(format)
+        for count, bits in format.tiers:
             codes = read_codes(row, at, count, bits)
             at += packed_bytes(count, bits)
-            size = form.group_size or count
+            size = format.group_size or count
             for start in range(0, count, size):
                 low, step = read_float16(row[scale : scale + 2]), read_float16(row[scale + 2 : scale + 4])
                 scale += AFFINE_BYTES
-                numbers += [low + code * step for code in codes[start : start + size]]
-        return [numbers]
+                elements += [low + code * step for code in codes[start : start + size]]
+        return [elements]
 
 
-def _groups(numbers: int, form: NumberFormat) -> int:
-    return numbers // (form.group_size or numbers)
+def _groups(elements: int, format: NumberFormat) -> int:
+    return elements // (format.group_size or elements)
 
 
 def _stretched(code: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

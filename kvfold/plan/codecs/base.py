@@ -55,38 +55,38 @@ class Codec(ABC):
     keeps_scales_apart: ClassVar[bool] = False
     block_scales: ClassVar[bool] = False
 
-    def obstacle(self, form: NumberFormat) -> str | None:
+    def obstacle(self, format: NumberFormat) -> str | None:
         """What contradicts itself in a format of this scheme; None where nothing does."""
         return None
 
     @abstractmethod
-    def scale_bytes(self, form: NumberFormat) -> int:
+    def scale_bytes(self, format: NumberFormat) -> int:
         """Of one token's own scales in one head."""
 
-    def shared_bytes(self, form: NumberFormat) -> int:
+    def shared_bytes(self, format: NumberFormat) -> int:
         """Of the scales that a block shares, in one head."""
         return 0
 
     @abstractmethod
-    def pack(self, x_BCTR: Tensor, form: NumberFormat) -> Tensor:
+    def pack(self, x_BCTR: Tensor, format: NumberFormat) -> Tensor:
         """Numbers [B, C, T, R], float32 at least -> rows [B, C, T / block, block_bytes] of uint8; T is whole blocks."""
 
     @abstractmethod
-    def unpack(self, rows_BCSX: Tensor, form: NumberFormat, dtype: torch.dtype) -> Tensor:
+    def unpack(self, rows_BCSX: Tensor, format: NumberFormat, dtype: torch.dtype) -> Tensor:
         """The inverse, but for what quantization lost: [B, C, S, R]."""
 
-    def unpack_scaled(self, rows_BCSX: Tensor, form: NumberFormat, dtype: torch.dtype) -> list[Scaled]:
+    def unpack_scaled(self, rows_BCSX: Tensor, format: NumberFormat, dtype: torch.dtype) -> list[Scaled]:
         """The same without the scales multiplied in, tier by tier, where `keeps_scales_apart`."""
         raise NotImplementedError("only where keeps_scales_apart")
 
     @abstractmethod
-    def read_row(self, row: list[int], form: NumberFormat) -> list[list[float]]:
+    def read_row(self, row: list[int], format: NumberFormat) -> list[list[float]]:
         """The tokens of one row, one number at a time: the obvious version, which `unpack` is compared with."""
 
-    def noise(self, form: NumberFormat) -> float:
+    def noise(self, format: NumberFormat) -> float:
         """Expected squared error as a share of the energy of what is stored, about."""
-        shares = [numbers * float(np.interp(numbers, SIZES, NOISE[bits])) for numbers, bits in form.tiers]
-        return sum(shares) / form.width
+        shares = [elements * float(np.interp(elements, SIZES, NOISE[bits])) for elements, bits in format.tiers]
+        return sum(shares) / format.width
 
 
 CONTRACT = Codec

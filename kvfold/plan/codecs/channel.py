@@ -17,32 +17,32 @@ class Channel(Codec):
     word = "per channel"
     block_scales = True
 
-    def obstacle(self, form: NumberFormat) -> str | None:
-        return None if len(form.tiers) == 1 else "scales per channel go with one tier"
+    def obstacle(self, format: NumberFormat) -> str | None:
+        return None if len(format.tiers) == 1 else "scales per channel go with one tier"
 
-    def scale_bytes(self, form: NumberFormat) -> int:
+    def scale_bytes(self, format: NumberFormat) -> int:
         return 0
 
-    def shared_bytes(self, form: NumberFormat) -> int:
-        return AFFINE_BYTES * form.width
+    def shared_bytes(self, format: NumberFormat) -> int:
+        return AFFINE_BYTES * format.width
 
-    def pack(self, x_BCTR: Tensor, form: NumberFormat) -> Tensor:
-        ((_, bits),) = form.tiers
-        scales, codes = over_range(x_BCTR.unflatten(2, (-1, form.block)), bits, 3)
+    def pack(self, x_BCTR: Tensor, format: NumberFormat) -> Tensor:
+        ((_, bits),) = format.tiers
+        scales, codes = over_range(x_BCTR.unflatten(2, (-1, format.block)), bits, 3)
         return torch.cat([scales.flatten(3).view(torch.uint8), pack_codes(codes, bits).flatten(3)], dim=-1)
 
-    def unpack(self, rows_BCnX: Tensor, form: NumberFormat, dtype: torch.dtype) -> Tensor:
-        ((width, bits),) = form.tiers
-        scales, codes = rows_BCnX.split([AFFINE_BYTES * width, form.block * form.row_bytes], dim=-1)
+    def unpack(self, rows_BCnX: Tensor, format: NumberFormat, dtype: torch.dtype) -> Tensor:
+        ((width, bits),) = format.tiers
+        scales, codes = rows_BCnX.split([AFFINE_BYTES * width, format.block * format.row_bytes], dim=-1)
         low, scale = scales.contiguous().view(torch.float16).unflatten(-1, (1, width, 2)).to(dtype).unbind(-1)
-        code = unpack_codes(codes.unflatten(-1, (form.block, -1)), bits, width).to(dtype)
+        code = unpack_codes(codes.unflatten(-1, (format.block, -1)), bits, width).to(dtype)
         return (code * scale + low).flatten(2, 3)
 
-    def read_row(self, row: list[int], form: NumberFormat) -> list[list[float]]:
-        ((width, bits),) = form.tiers
+    def read_row(self, row: list[int], format: NumberFormat) -> list[list[float]]:
+        ((width, bits),) = format.tiers
         tokens = []
-        for token in range(form.block):
-            codes = read_codes(row, 4 * width + token * form.row_bytes, width, bits)
+        for token in range(format.block):
+            codes = read_codes(row, 4 * width + token * format.row_bytes, width, bits)
             ranges = [row[4 * i : 4 * i + 4] for i in range(width)]
             tokens.append([read_float16(r[:2]) + c * read_float16(r[2:]) for c, r in zip(codes, ranges, strict=True)])
         return tokens

@@ -26,33 +26,35 @@ class Exponent(Codec):
     packs_fused = True
     keeps_scales_apart = True
 
-    def scale_bytes(self, form: NumberFormat) -> int:
-        return len(form.tiers)
+    def scale_bytes(self, format: NumberFormat) -> int:
+        return len(format.tiers)
 
-    def pack(self, x_BCTR: Tensor, form: NumberFormat) -> Tensor:
-        parts = [_quantize(part, bits) for part, (_, bits) in zip(tiers(x_BCTR, form), form.tiers, strict=True)]
-        codes = [pack_codes(code, bits) for (_, code), (_, bits) in zip(parts, form.tiers, strict=True)]
+    def pack(self, x_BCTR: Tensor, format: NumberFormat) -> Tensor:
+        parts = [_quantize(part, bits) for part, (_, bits) in zip(tiers(x_BCTR, format), format.tiers, strict=True)]
+        codes = [pack_codes(code, bits) for (_, code), (_, bits) in zip(parts, format.tiers, strict=True)]
         return torch.cat([scale for scale, _ in parts] + codes, dim=-1)
 
-    def unpack(self, rows_BCSX: Tensor, form: NumberFormat, dtype: torch.dtype) -> Tensor:
-        return joined([(codes + 0.5) * scale.to(dtype) for codes, scale in self.unpack_scaled(rows_BCSX, form, dtype)])
+    def unpack(self, rows_BCSX: Tensor, format: NumberFormat, dtype: torch.dtype) -> Tensor:
+        return joined(
+            [(codes + 0.5) * scale.to(dtype) for codes, scale in self.unpack_scaled(rows_BCSX, format, dtype)]
+        )
 
-    def unpack_scaled(self, rows_BCSX: Tensor, form: NumberFormat, dtype: torch.dtype) -> list[Scaled]:
-        exponents, *codes = cut(rows_BCSX, form)
+    def unpack_scaled(self, rows_BCSX: Tensor, format: NumberFormat, dtype: torch.dtype) -> list[Scaled]:
+        exponents, *codes = cut(rows_BCSX, format)
         scales = torch.exp2((exponents.to(torch.float32) - BIAS) / STEPS_PER_OCTAVE).unsqueeze(-1).unbind(-2)
         return [
-            Scaled(unpack_codes(code, bits, numbers).sub_(2 ** (bits - 1)).view(torch.int8).to(dtype), scale)
-            for code, scale, (numbers, bits) in zip(codes, scales, form.tiers, strict=True)
+            Scaled(unpack_codes(code, bits, elements).sub_(2 ** (bits - 1)).view(torch.int8).to(dtype), scale)
+            for code, scale, (elements, bits) in zip(codes, scales, format.tiers, strict=True)
         ]
 
-    def read_row(self, row: list[int], form: NumberFormat) -> list[list[float]]:
-        numbers: list[float] = []
-        at = len(form.tiers)
-        for exponent, (count, bits) in zip(row, form.tiers, strict=False):
+    def read_row(self, row: list[int], format: NumberFormat) -> list[list[float]]:
+        elements: list[float] = []
+        at = len(format.tiers)
+        for exponent, (count, bits) in zip(row, format.tiers, strict=False):
             scale = 2 ** ((exponent - 128) / 8)
-            numbers += [(code + 0.5 - 2 ** (bits - 1)) * scale for code in read_codes(row, at, count, bits)]
+            elements += [(code + 0.5 - 2 ** (bits - 1)) * scale for code in read_codes(row, at, count, bits)]
             at += packed_bytes(count, bits)
-        return [numbers]
+        return [elements]
 
 
 def _quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -19,26 +19,30 @@ class Float8(Codec):
     bits = (8,)
     fused = True
 
-    def obstacle(self, form: NumberFormat) -> str | None:
-        return None if form.tiers == ((form.width, 8),) else f"float8 numbers take 8 bits each; tiers are {form.tiers}"
+    def obstacle(self, format: NumberFormat) -> str | None:
+        return (
+            None
+            if format.tiers == ((format.width, 8),)
+            else f"float8 numbers take 8 bits each; tiers are {format.tiers}"
+        )
 
-    def scale_bytes(self, form: NumberFormat) -> int:
+    def scale_bytes(self, format: NumberFormat) -> int:
         return 0
 
-    def pack(self, x_BCTR: Tensor, form: NumberFormat) -> Tensor:
+    def pack(self, x_BCTR: Tensor, format: NumberFormat) -> Tensor:
         return x_BCTR.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
 
-    def unpack(self, rows_BCSX: Tensor, form: NumberFormat, dtype: torch.dtype) -> Tensor:
+    def unpack(self, rows_BCSX: Tensor, format: NumberFormat, dtype: torch.dtype) -> Tensor:
         """Sign, exponent and mantissa moved to where float16 has them, whose exponents are eight larger: several times faster
         on a CPU than torch's own conversion."""
         bits = rows_BCSX.to(torch.int16)
         sign = (bits & 0x80) << 8
         return bits.bitwise_and_(0x7F).bitwise_left_shift_(7).bitwise_or_(sign).view(torch.float16).to(dtype).mul_(256)
 
-    def read_row(self, row: list[int], form: NumberFormat) -> list[list[float]]:
+    def read_row(self, row: list[int], format: NumberFormat) -> list[list[float]]:
         return [[_read(byte) for byte in row]]
 
-    def noise(self, form: NumberFormat) -> float:
+    def noise(self, format: NumberFormat) -> float:
         return NOISE
 
 

@@ -39,34 +39,34 @@ class Normal(Codec):
     word = "normal"
     bits = (1, 2, 3, 4, 5, 6)
 
-    def scale_bytes(self, form: NumberFormat) -> int:
-        return SCALE_BYTES * len(form.tiers)
+    def scale_bytes(self, format: NumberFormat) -> int:
+        return SCALE_BYTES * len(format.tiers)
 
-    def pack(self, x_BCTR: Tensor, form: NumberFormat) -> Tensor:
+    def pack(self, x_BCTR: Tensor, format: NumberFormat) -> Tensor:
         parts = [
-            _quantize(part, bits, form.norm_correction)
-            for part, (_, bits) in zip(tiers(x_BCTR, form), form.tiers, strict=True)
+            _quantize(part, bits, format.norm_correction)
+            for part, (_, bits) in zip(tiers(x_BCTR, format), format.tiers, strict=True)
         ]
-        codes = [pack_codes(code, bits) for (_, code), (_, bits) in zip(parts, form.tiers, strict=True)]
+        codes = [pack_codes(code, bits) for (_, code), (_, bits) in zip(parts, format.tiers, strict=True)]
         return torch.cat([scale for scale, _ in parts] + codes, dim=-1)
 
-    def unpack(self, rows_BCSX: Tensor, form: NumberFormat, dtype: torch.dtype) -> Tensor:
-        scales, *codes = cut(rows_BCSX, form)
+    def unpack(self, rows_BCSX: Tensor, format: NumberFormat, dtype: torch.dtype) -> Tensor:
+        scales, *codes = cut(rows_BCSX, format)
         scales = scales.view(torch.float16).to(dtype).unsqueeze(-1)
         parts = [
-            _levels_of(unpack_codes(code, bits, numbers), bits, dtype).mul_(scale)
-            for code, scale, (numbers, bits) in zip(codes, scales.unbind(-2), form.tiers, strict=True)
+            _levels_of(unpack_codes(code, bits, elements), bits, dtype).mul_(scale)
+            for code, scale, (elements, bits) in zip(codes, scales.unbind(-2), format.tiers, strict=True)
         ]
         return joined(parts)
 
-    def read_row(self, row: list[int], form: NumberFormat) -> list[list[float]]:
-        numbers: list[float] = []
-        at = self.scale_bytes(form)
-        for tier, (count, bits) in enumerate(form.tiers):
+    def read_row(self, row: list[int], format: NumberFormat) -> list[list[float]]:
+        elements: list[float] = []
+        at = self.scale_bytes(format)
+        for tier, (count, bits) in enumerate(format.tiers):
             scale = read_float16(row[2 * tier : 2 * tier + 2])
-            numbers += [_obvious_levels(bits)[code] * scale for code in read_codes(row, at, count, bits)]
+            elements += [_obvious_levels(bits)[code] * scale for code in read_codes(row, at, count, bits)]
             at += packed_bytes(count, bits)
-        return [numbers]
+        return [elements]
 
 
 def _quantize(x: Tensor, bits: int, norm_correction: bool) -> tuple[Tensor, Tensor]:

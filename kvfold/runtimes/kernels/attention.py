@@ -108,7 +108,7 @@ def chunked_attention(
     tokens: int,
     mask: Tensor | None,
     *,
-    numbers: int,
+    elements: int,
     scale: float,
     softcap: float | None = None,
 ) -> Tensor:
@@ -119,7 +119,7 @@ def chunked_attention(
     B, N, T, _ = q_BNTH.shape
     largest = q_BNTH.new_full((B, N, T, 1), float("-inf"), dtype=_exact(q_BNTH))
     total = out = torch.zeros_like(largest)
-    step = tokens_at_once(B * max(numbers, N * T), q_BNTH.device.type)
+    step = tokens_at_once(B * max(elements, N * T), q_BNTH.device.type)
     for start in range(0, tokens, step):
         end = min(start + step, tokens)
         scores = _scores(q_BNTH * scale, keys(start, end))

@@ -59,7 +59,7 @@ class _Stored(ctypes.Structure):
 
     def __init__(self, x_BCSR: Stored) -> None:
         rows, packed = _rows(x_BCSR), isinstance(x_BCSR, PackedTokens)
-        tiers = x_BCSR.form.tiers if isinstance(x_BCSR, PackedTokens) and x_BCSR.form.scales == "exponent" else ()
+        tiers = x_BCSR.format.tiers if isinstance(x_BCSR, PackedTokens) and x_BCSR.format.scales == "exponent" else ()
         shape, strides = x_BCSR.shape, rows.stride()
         super().__init__(rows.data_ptr(), shape[1], shape[3], *strides[:3], packed, len(tiers), _flat(tiers))
 
@@ -134,7 +134,7 @@ def serves(q: Tensor, z: Stored, y: Stored) -> bool:
     if recorded(*tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         return False
     plain = all(x.device.type == "cpu" and x.stride(-1) == 1 for x in tensors)
-    known = all(x.dtype == q.dtype and (isinstance(x, Tensor) or x.form.codec.fused) for x in (z, y))
+    known = all(x.dtype == q.dtype and (isinstance(x, Tensor) or x.format.codec.fused) for x in (z, y))
     return plain and known and q.dtype in DTYPES and library() is not None
 
 
@@ -143,22 +143,22 @@ def packs(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (*DTYPES, torch.float16) and library() is not None
 
 
-def pack(x: Tensor, form: NumberFormat) -> Tensor:
+def pack(x: Tensor, format: NumberFormat) -> Tensor:
     """Numbers [B, C, T, R] -> rows of an `exponent` format [B, C, T, row_bytes]."""
     kernel = library()
     assert kernel is not None, "packs() was asked"
-    numbers = torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)
-    rows = torch.empty(*x.shape[:3], form.row_bytes, dtype=torch.uint8, device=x.device)
-    tried = (ctypes.c_int32 * len(form.tiers))(*(TRIED[bits] for _, bits in form.tiers))
+    elements = torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)
+    rows = torch.empty(*x.shape[:3], format.row_bytes, dtype=torch.uint8, device=x.device)
+    tried = (ctypes.c_int32 * len(format.tiers))(*(TRIED[bits] for _, bits in format.tiers))
     kernel.kvfold_pack(
-        ctypes.c_void_p(numbers.data_ptr()),
-        ctypes.c_int64(numbers.numel() // form.width),
-        ctypes.c_int(form.width),
-        ctypes.c_int(len(form.tiers)),
-        _flat(form.tiers),
+        ctypes.c_void_p(elements.data_ptr()),
+        ctypes.c_int64(elements.numel() // format.width),
+        ctypes.c_int(format.width),
+        ctypes.c_int(len(format.tiers)),
+        _flat(format.tiers),
         tried,
         ctypes.c_void_p(rows.data_ptr()),
-        ctypes.c_int(form.row_bytes),
+        ctypes.c_int(format.row_bytes),
         ctypes.c_int(torch.get_num_threads()),
     )
     return rows

@@ -116,17 +116,17 @@ def decode_attention(
     return grouped_attention(q_BNTR, z, y, mask, scale=scale)[0]
 
 
-def pack(x_BCTR: Tensor, form: NumberFormat) -> Tensor:
+def pack(x_BCTR: Tensor, format: NumberFormat) -> Tensor:
     """As `codec.pack`, by the device's kernel where there is one: torch's operations take dozens of calls per tier.
 
     Equal but for scales whose errors differ by a rounding.
     """
     x = x_BCTR.detach()
-    if form.codec.packs_fused and x.numel() and not recorded(x):
+    if format.codec.packs_fused and x.numel() and not recorded(x):
         if cpu.packs(x):
-            return cpu.pack(x, form)
+            return cpu.pack(x, format)
         if gpu.works_for(x):
             from kvfold.runtimes.kernels import triton_kernels
 
-            return triton_kernels.pack(x, form)
-    return codec.pack(x, form)
+            return triton_kernels.pack(x, format)
+    return codec.pack(x, format)

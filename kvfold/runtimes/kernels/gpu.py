@@ -27,7 +27,7 @@ def serves(q: Tensor, z: Stored, y: Stored) -> bool:
     """Whether the kernels take these tensors, and nobody wants gradients or a graph of it."""
     if not (isinstance(z, PackedTokens) and isinstance(y, PackedTokens)) or recorded(q, z.rows, y.rows):
         return False
-    known = all(x.form.codec.fused and x.rows.stride(-1) == 1 and x.device == q.device for x in (z, y))
+    known = all(x.format.codec.fused and x.rows.stride(-1) == 1 and x.device == q.device for x in (z, y))
     return known and not (torch.is_grad_enabled() and q.requires_grad) and works_for(q)
 
 
@@ -46,7 +46,9 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            errors = [error for form in TRIALS for count in QUERIES for error in _errors(form, count, device, dtype)]
+            errors = [
+                error for format in TRIALS for count in QUERIES for error in _errors(format, count, device, dtype)
+            ]
         detail = f"they are off by {max(errors, key=lambda error: (math.isnan(error), error)):.2g}"
     except Exception as problem:
         # no triton, no compiler for it, a device that it does not know: torch serves all of them
@@ -59,21 +61,21 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
     return False
 
 
-def _errors(form: NumberFormat, queries: int, device: torch.device, dtype: torch.dtype) -> list[float]:
+def _errors(format: NumberFormat, queries: int, device: torch.device, dtype: torch.dtype) -> list[float]:
     """Of both products on a small case, relative to the largest number; and how much more packing loses."""
     from kvfold.runtimes.kernels import triton_kernels as kernels
 
     options: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "device": "cpu", "dtype": torch.float32}
-    x, q = torch.randn(2, 3, 1100, form.width, **options), torch.randn(2, 3 * queries, 1, form.width, **options)
-    packed = PackedTokens(pack(x, form).to(device), form, dtype)
-    stored = unpack(packed.rows, form, torch.float32)
-    numbers, q = stored.repeat_interleave(queries, dim=1), q.to(device, dtype)
-    wanted = q.float() @ numbers.transpose(2, 3)
+    x, q = torch.randn(2, 3, 1100, format.width, **options), torch.randn(2, 3 * queries, 1, format.width, **options)
+    packed = PackedTokens(pack(x, format).to(device), format, dtype)
+    stored = unpack(packed.rows, format, torch.float32)
+    elements, q = stored.repeat_interleave(queries, dim=1), q.to(device, dtype)
+    wanted = q.float() @ elements.transpose(2, 3)
     weights = wanted.softmax(-1)
-    pairs = [(kernels.scores(q, packed), wanted), (kernels.weighted(weights, packed, dtype), weights @ numbers)]
+    pairs = [(kernels.scores(q, packed), wanted), (kernels.weighted(weights, packed, dtype), weights @ elements)]
     errors = [float((found - sought).abs().max() / sought.abs().max()) for found, sought in pairs]
-    if form.scales == "exponent":
+    if format.scales == "exponent":
         some = x[:, :, :9].to(device)
-        again = unpack(kernels.pack(some, form), form, torch.float32)
+        again = unpack(kernels.pack(some, format), format, torch.float32)
         errors.append(float((again - some).square().sum() / (stored[:, :, :9] - some).square().sum()) - 1)
     return errors

@@ -27,14 +27,14 @@ class PackedTokens:
     `rows`: [B, C, S / block, bytes]; `recent`: tokens behind them that are still exact, of a block that is not full.
     """
 
-    def __init__(self, rows: Tensor, form: NumberFormat, dtype: torch.dtype, recent: Tensor | None = None) -> None:
-        self.rows, self.form, self.dtype, self.recent = rows, form, dtype, recent
+    def __init__(self, rows: Tensor, format: NumberFormat, dtype: torch.dtype, recent: Tensor | None = None) -> None:
+        self.rows, self.format, self.dtype, self.recent = rows, format, dtype, recent
 
     @property
     def shape(self) -> torch.Size:
         B, C, blocks, _ = self.rows.shape
         recent = 0 if self.recent is None else self.recent.shape[2]
-        return torch.Size((B, C, blocks * self.form.block + recent, self.form.width))
+        return torch.Size((B, C, blocks * self.format.block + recent, self.format.width))
 
     @property
     def device(self) -> torch.device:
@@ -42,22 +42,22 @@ class PackedTokens:
 
     def to(self, device: torch.device) -> PackedTokens:
         recent = None if self.recent is None else self.recent.to(device)
-        return PackedTokens(self.rows.to(device), self.form, self.dtype, recent)
+        return PackedTokens(self.rows.to(device), self.format, self.dtype, recent)
 
     def read(self, start: int, end: int) -> Tensor:
         """The tokens start:end as numbers."""
-        block = self.form.block
+        block = self.format.block
         if block == 1:
-            return unpack(self.rows[:, :, start:end], self.form, self.dtype)
+            return unpack(self.rows[:, :, start:end], self.format, self.dtype)
         packed = self.rows.shape[2] * block
         first = min(start // block, self.rows.shape[2])
-        seen = unpack(self.rows[:, :, first : -(-min(end, packed) // block)], self.form, self.dtype)
+        seen = unpack(self.rows[:, :, first : -(-min(end, packed) // block)], self.format, self.dtype)
         exact = [] if self.recent is None else [self.recent[:, :, max(start - packed, 0) : max(end - packed, 0)]]
         return torch.cat([seen[:, :, start - first * block : min(end, packed) - first * block], *exact], dim=2)
 
     def read_scaled(self, start: int, end: int) -> list[Scaled]:
         """The same with the scales of every tier apart."""
-        return unpack_scaled(self.rows[:, :, start:end], self.form, self.dtype)
+        return unpack_scaled(self.rows[:, :, start:end], self.format, self.dtype)
 
 
 Stored = Tensor | PackedTokens
@@ -71,7 +71,7 @@ def read(stored: Stored, start: int, end: int) -> Tensor:
 
 def read_for_product(stored: Stored, start: int, end: int) -> Operand:
     """The same for a product with queries or probabilities, which can take scales afterwards."""
-    if isinstance(stored, PackedTokens) and stored.form.codec.keeps_scales_apart:
+    if isinstance(stored, PackedTokens) and stored.format.codec.keeps_scales_apart:
         return stored.read_scaled(start, end)
     return read(stored, start, end)
 

@@ -153,19 +153,19 @@ def _pack(
     row = tl.program_id(0).to(tl.int64)
     number = tl.arange(0, BLOCK)
     inside = number < width
-    numbers = tl.load(x + row * x_width + first + number, mask=inside, other=0).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(numbers), axis=0), 1.1754943508222875e-38) / ((1 << (BITS - 1)) - 0.5)
+    elements = tl.load(x + row * x_width + first + number, mask=inside, other=0).to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(elements), axis=0), 1.1754943508222875e-38) / ((1 << (BITS - 1)) - 0.5)
     highest = tl.minimum(tl.maximum(tl.ceil(tl.log2(largest) * 8), -128), 127)
     best, least = highest, largest * 0 + float("inf")
     for i in range(TRIED):
         exponent = tl.maximum(highest - i, -128)
         scale = tl.exp2(exponent / 8)
-        lost = tl.where(inside, (_codes(numbers, scale, BITS) + 0.5) * scale - numbers, 0)
+        lost = tl.where(inside, (_codes(elements, scale, BITS) + 0.5) * scale - elements, 0)
         error = tl.sum(lost * lost, axis=0)
         best, least = tl.where(error < least, exponent, best), tl.minimum(error, least)
     rows += row * row_bytes
     tl.store(rows + tier, (best + 128).to(tl.uint8))
-    code = tl.where(inside, _codes(numbers, tl.exp2(best / 8), BITS).to(tl.int32) + (1 << (BITS - 1)), 0)
+    code = tl.where(inside, _codes(elements, tl.exp2(best / 8), BITS).to(tl.int32) + (1 << (BITS - 1)), 0)
     to = rows + first_byte
     if BITS & 8:
         to = _store_plane(to, code, width, 0, 8, BLOCK)
@@ -177,15 +177,15 @@ def _pack(
         to = _store_plane(to, code, width, 0, 1, BLOCK)
 
 
-def pack(x_BCTR: Tensor, form: NumberFormat) -> Tensor:
+def pack(x_BCTR: Tensor, format: NumberFormat) -> Tensor:
     """Numbers -> rows of an `exponent` format [B, C, T, row_bytes]."""
-    rows = x_BCTR.new_empty(*x_BCTR.shape[:3], form.row_bytes, dtype=torch.uint8)
+    rows = x_BCTR.new_empty(*x_BCTR.shape[:3], format.row_bytes, dtype=torch.uint8)
     x = x_BCTR.reshape(-1)
     with _device_of(x_BCTR):
-        for tier in _tiers(form):
+        for tier in _tiers(format):
             block = max(triton.next_power_of_2(tier["width"]), 16)
-            _pack[(x.numel() // form.width,)](
-                x, rows, tier["width"], form.width, form.row_bytes, *_places(tier),
+            _pack[(x.numel() // format.width,)](
+                x, rows, tier["width"], format.width, format.row_bytes, *_places(tier),
                 BITS=tier["bits"], TRIED=TRIED[tier["bits"]], BLOCK=block,
             )  # fmt: skip
     return rows
@@ -198,7 +198,7 @@ def scores(q_BNTR: Tensor, keys: PackedTokens) -> Tensor:
     queries = N // C * T
     q, out = q_BNTR.reshape(-1), q_BNTR.new_empty(B, N, T, S, dtype=torch.float32)
     with _device_of(q_BNTR):
-        for tier in _tiers(keys.form):
+        for tier in _tiers(keys.format):
             grid = (triton.cdiv(S, SCORED_TOKENS), triton.cdiv(queries, _tile(queries)), B * C)
             _scores[grid](
                 q, keys.rows, out, queries, S, tier["width"], C, R, *keys.rows.stride()[:3], *_places(tier),
@@ -214,7 +214,7 @@ def weighted(weights_BNTS: Tensor, values: PackedTokens, dtype: torch.dtype) -> 
     queries, splits = N // U * T, triton.cdiv(S, TOKENS_PER_SPLIT)
     weights, parts = weights_BNTS.reshape(-1), weights_BNTS.new_empty(splits, B, N, T, V)
     with _device_of(weights_BNTS):
-        for tier in _tiers(values.form):
+        for tier in _tiers(values.format):
             blocks = triton.cdiv(tier["width"], NUMBERS)
             grid = (blocks * splits, triton.cdiv(queries, _tile(queries)), B * U)
             _weighted[grid](
@@ -230,13 +230,13 @@ def _device_of(x: Tensor) -> Any:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _tiers(form: NumberFormat) -> list[dict[str, int]]:
+def _tiers(format: NumberFormat) -> list[dict[str, int]]:
     """Where the numbers of every tier lie in a row, and in a head."""
-    float8, found = form.scales == "float8", []
-    byte, first = 0 if float8 else len(form.tiers), 0
-    for index, (numbers, bits) in enumerate(form.tiers):
-        found.append({"tier": index, "width": numbers, "bits": bits, "byte": byte, "first": first, "float8": float8})
-        byte, first = byte + packed_bytes(numbers, bits), first + numbers
+    float8, found = format.scales == "float8", []
+    byte, first = 0 if float8 else len(format.tiers), 0
+    for index, (elements, bits) in enumerate(format.tiers):
+        found.append({"tier": index, "width": elements, "bits": bits, "byte": byte, "first": first, "float8": float8})
+        byte, first = byte + packed_bytes(elements, bits), first + elements
     return found
 
 

@@ -215,8 +215,8 @@ class FoldedAttention(nn.Module):
         if way is Way.EAGER:
             sizes = {"scale": self.scaling, "dropout": dropout}
             return grouped_attention(q, keys(0, S), values(0, S), mask, softcap=softcap, **sizes)
-        numbers = self._numbers_at_a_time
-        out = chunked_attention(q, keys, values, S, mask, numbers=numbers, scale=self.scaling, softcap=softcap)
+        elements = self._numbers_at_a_time
+        out = chunked_attention(q, keys, values, S, mask, elements=elements, scale=self.scaling, softcap=softcap)
         return out, None
 
     def _keys_on_read(self, z: Stored, tables: tuple[Tensor, Tensor] | None) -> Heads:

@@ -143,18 +143,18 @@ class GrowingBuffer(Buffer):
 class PackedBuffer(Buffer):
     """Tokens that are packed when they come."""
 
-    def __init__(self, form: NumberFormat) -> None:
-        self.form, self.rows = form, GrowingBuffer()
+    def __init__(self, format: NumberFormat) -> None:
+        self.format, self.rows = format, GrowingBuffer()
         self.dtype = torch.float32
 
     def append(self, new_BCTR: Tensor, capacity: int) -> None:
         self.rows.append(self._pack(new_BCTR), capacity)
 
     def view(self, last: int | None = None) -> Stored:
-        return PackedTokens(self.rows.tensor(last), self.form, self.dtype)
+        return PackedTokens(self.rows.tensor(last), self.format, self.dtype)
 
     def slide(self, new_BCTR: Tensor, capacity: int, window: int) -> Stored:
-        return PackedTokens(self.rows.slide(self._pack(new_BCTR), capacity, window), self.form, self.dtype)
+        return PackedTokens(self.rows.slide(self._pack(new_BCTR), capacity, window), self.format, self.dtype)
 
     def forget(self, tokens: int, window: int | None) -> None:
         self.rows.forget(tokens, window)
@@ -175,47 +175,49 @@ class PackedBuffer(Buffer):
 
     def _pack(self, new_BCTR: Tensor) -> Tensor:
         self.dtype = new_BCTR.dtype
-        return pack(new_BCTR, self.form)
+        return pack(new_BCTR, self.format)
 
 
 class BlockedBuffer(Buffer):
     """Tokens that are packed by whole blocks; those of a block that is not full are kept as they came."""
 
-    def __init__(self, form: NumberFormat) -> None:
-        self.form = form
-        self.blocks = GrowingBuffer(unit=CACHE_BLOCK // form.block)
+    def __init__(self, format: NumberFormat) -> None:
+        self.format = format
+        self.blocks = GrowingBuffer(unit=CACHE_BLOCK // format.block)
         self.recent: Tensor | None = None
         self.count = 0
 
     def append(self, new_BCTR: Tensor, capacity: int) -> None:
         if self.recent is None:
             B, C, _, R = new_BCTR.shape
-            self.recent = new_BCTR.new_empty(B, C, self.form.block, R)
+            self.recent = new_BCTR.new_empty(B, C, self.format.block, R)
         exact = torch.cat([self.recent[:, :, : self.count], new_BCTR.detach()], dim=2)
-        self.count = exact.shape[2] % self.form.block
+        self.count = exact.shape[2] % self.format.block
         full = exact[:, :, : exact.shape[2] - self.count]
-        rows = pack(full, self.form) if full.shape[2] else self._no_rows(full)
-        self.blocks.append(rows, capacity // self.form.block)
+        rows = pack(full, self.format) if full.shape[2] else self._no_rows(full)
+        self.blocks.append(rows, capacity // self.format.block)
         self.recent[:, :, : self.count] = exact[:, :, full.shape[2] :]
 
     def view(self, last: int | None = None) -> Stored:
         assert self.recent is not None, "nothing was stored yet"
         assert last is None, "a sliding window could cut a block"
-        return PackedTokens(self.blocks.tensor(), self.form, self.recent.dtype, self.recent[:, :, : self.count])
+        return PackedTokens(self.blocks.tensor(), self.format, self.recent.dtype, self.recent[:, :, : self.count])
 
     def slide(self, new_BCTR: Tensor, capacity: int, window: int) -> Stored:
         raise AssertionError("a sliding window could cut a block")
 
     def forget(self, tokens: int, window: int | None) -> None:
         """Tokens of a block that is cut come back as numbers."""
-        left = self.blocks.end * self.form.block + self.count - tokens
+        left = self.blocks.end * self.format.block + self.count - tokens
         if tokens > self.count:
             assert self.recent is not None, "nothing was stored yet"
-            cut = left // self.form.block
-            kept = PackedTokens(self.blocks.tensor(), self.form, self.recent.dtype).read(cut * self.form.block, left)
+            cut = left // self.format.block
+            kept = PackedTokens(self.blocks.tensor(), self.format, self.recent.dtype).read(
+                cut * self.format.block, left
+            )
             self.recent[:, :, : kept.shape[2]] = kept
             self.blocks.end = cut
-        self.count = left - self.blocks.end * self.form.block
+        self.count = left - self.blocks.end * self.format.block
 
     def select(self, rows: Tensor) -> None:
         self.blocks.select(rows)
@@ -237,11 +239,11 @@ class BlockedBuffer(Buffer):
         return self.blocks.nbytes_allocated + (0 if self.recent is None else self.recent.untyped_storage().nbytes())
 
     def _no_rows(self, like: Tensor) -> Tensor:
-        return torch.empty(*like.shape[:2], 0, self.form.block_bytes, dtype=torch.uint8, device=like.device)
+        return torch.empty(*like.shape[:2], 0, self.format.block_bytes, dtype=torch.uint8, device=like.device)
 
 
-def buffer(form: NumberFormat | None) -> Buffer:
+def buffer(format: NumberFormat | None) -> Buffer:
     """An empty storage for numbers of this format."""
-    if form is None:
+    if format is None:
         return GrowingBuffer()
-    return PackedBuffer(form) if form.block == 1 else BlockedBuffer(form)
+    return PackedBuffer(format) if format.block == 1 else BlockedBuffer(format)
