@@ -33,7 +33,7 @@ def elements(format, dtype=torch.float64):
     return (torch.randn(2, 3, 16, format.width) * torch.rand(2, 3, 16, 1) * 5).to(dtype)
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_packed_numbers_are_what_the_oracle_reads(format):
     x = elements(format)
     rows = pack(x, format)
@@ -43,7 +43,7 @@ def test_packed_numbers_are_what_the_oracle_reads(format):
     assert torch.equal(roundtrip(x, format), unpack(rows, format, torch.float64))
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_dtype_is_packed_alike(format, dtype):
     x = elements(format, dtype)
@@ -51,7 +51,7 @@ def test_every_dtype_is_packed_alike(format, dtype):
     assert unpack(pack(x, format), format, dtype).dtype == dtype
 
 
-@pytest.mark.parametrize("form", [format for format in FORMATS if format.block == 1], ids=str)
+@pytest.mark.parametrize("format", [format for format in FORMATS if format.block == 1], ids=str)
 def test_any_token_is_read_alone(format):
     """At whatever address its row begins."""
     rows = pack(elements(format)[:1, :1], format)
@@ -130,7 +130,7 @@ def test_more_bits_lose_less():
     assert lost == sorted(lost, reverse=True) and lost[-1] < 1e-4 * x.square().mean()
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_zeros_and_outliers_stay_finite(format):
     x = torch.zeros(1, 1, 8, format.width)
     x[0, 0, 1] = 1e4

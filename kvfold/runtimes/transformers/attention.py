@@ -194,7 +194,7 @@ class FoldedAttention(nn.Module):
         softcap, scale = self.layer.softcap, self.scaling
         if way is Way.PIECES:
             pieces, values = keys or functools.partial(read_for_product, z), functools.partial(read_for_product, y)
-            sizes = {"tokens": z.shape[2], "numbers": self._numbers_at_a_time}
+            sizes = {"tokens": z.shape[2], "elements": self._elements_at_a_time}
             return chunked_attention(q, pieces, values, mask=mask, scale=scale, softcap=softcap, **sizes), None
         if way is Way.EAGER:
             k = read_all(z) if keys is None else keys(0, z.shape[2])
@@ -215,7 +215,7 @@ class FoldedAttention(nn.Module):
         if way is Way.EAGER:
             sizes = {"scale": self.scaling, "dropout": dropout}
             return grouped_attention(q, keys(0, S), values(0, S), mask, softcap=softcap, **sizes)
-        elements = self._numbers_at_a_time
+        elements = self._elements_at_a_time
         out = chunked_attention(q, keys, values, S, mask, elements=elements, scale=self.scaling, softcap=softcap)
         return out, None
 
@@ -242,7 +242,7 @@ class FoldedAttention(nn.Module):
         return asked or self.layer.softcap is not None
 
     @property
-    def _numbers_at_a_time(self) -> int:
+    def _elements_at_a_time(self) -> int:
         """Of one side of one token, stored or rebuilt."""
         return max(self.spec.widest, self.layer.num_kv_heads * self.layer.head_dim)
 
