@@ -85,6 +85,6 @@ def _foreign(group: str) -> dict[str, importlib.metadata.EntryPoint]:
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that does not exist: the nearest one, and the list."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"there is no {what} {name!r}.{hint} Known: {', '.join(known)}."

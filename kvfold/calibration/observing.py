@@ -18,7 +18,7 @@ SENSITIVITIES = frozenset(part + name for name in GRADIENTS for part in (WEIGHTE
 """Statistics that need gradients."""
 
 STATISTICS = frozenset({*VECTORS, *SENSITIVITIES})
-"""What can be gathered of a layer; `seen.py` and `sensitivity.py` say what each is."""
+"""What can be gathered of a layer; `statistics.py` and `sensitivity.py` say what each is."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from kvfold.runtimes.kernels.rotary import apply_rotary
 class Seen(NamedTuple):
     """q [B, N, T, H] and k [B, K, T, H] after rotation, v [B, K, T, H]; cos and sin [1 or B, T, r], None without rotation.
 
-    k_gradient, v_gradient: of sampled labels' log-probabilities by k and v (`streaming.py`), where they are asked for.
+    k_gradient, v_gradient: of sampled labels' log-probabilities by k and v (`layerwise_model.py`), where they are asked for.
     """
 
     q: Tensor

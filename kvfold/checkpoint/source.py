@@ -1,4 +1,4 @@
-"""Opening a model folder to fold it, and loading one, folded or not, to run it."""
+"""Opening a model folder to fold it: its layers, its plan, its weights under current names."""
 
 from __future__ import annotations
 

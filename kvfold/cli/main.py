@@ -42,7 +42,7 @@ def kvfold_command(
 
 def commands() -> list[str]:
     """Names of the files that hold one, in the order of the help."""
-    names = {m.name for m in pkgutil.iter_modules(kvfold.cli.__path__)} - {"main", "options"}
+    names = {m.name for m in pkgutil.iter_modules(kvfold.cli.__path__)} - {"__main__", "main", "options"}
     return [*FIRST, *sorted(names - {*FIRST})]
 
 

@@ -146,7 +146,9 @@ def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
     chosen = any("method" in (data.get(axis) or {}) for axis in registry.AXES)
     chosen |= any(assignment.partition("=")[0].endswith(".method") for assignment in sets)
     where = {**data, **assignments(s for s in sets if s.startswith("runtime="))}.get("runtime", Recipe.runtime)
-    if preset := data.get("preset") or (None if chosen else runtime(where).default_preset):
+    if preset := data.get("preset") or (
+        None if chosen else runtime(where).default_preset if isinstance(where, str) else None
+    ):
         data = {**data, "preset": preset}
         if preset not in PRESETS:
             raise RecipeError(registry.unknown("preset", preset, PRESETS))

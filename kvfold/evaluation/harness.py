@@ -57,7 +57,7 @@ def run(
     """What the harness's simple_evaluate returns, with what every sample scored."""
     tasks = [spec if isinstance(spec, str) else _task(spec) for spec in specs]
     try:
-        # no bootstrap: it fills stdout and forks; kvfold.tasks makes standard errors of what samples scored
+        # no bootstrap: it fills stdout and forks; kvfold.evaluation.tasks makes standard errors of what samples scored
         return lm_eval.simple_evaluate(
             lm,
             tasks=tasks,

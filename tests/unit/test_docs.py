@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,7 @@ def test_the_wheel_works_elsewhere(tmp_path, monkeypatch):
     """Installed alone, beside the dependencies, and used from another folder: nothing of the checkout is needed."""
     monkeypatch.delenv("PYTHONPATH", raising=False)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # setuptools would pack what lies there
     build = [*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)]
     subprocess.run(build, check=True, cwd=tmp_path)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)

@@ -1,7 +1,7 @@
 """Packed numbers on a GPU by Triton: packing, and products of queries or probabilities with them.
 
 Why: torch's operations take dozens of calls to pack a token, and write every stored number several times on its way from
-bytes to a product; `quantize.py` and `attend.py` have them as the obvious version. Here no number exists outside the chip.
+bytes to a product; `codec.py` and `attention.py` have them as the obvious version. Here no number exists outside the chip.
 The scores of a step (one float32 per query and token) do. Triton's interpreter runs the same kernels on a CPU, in the tests.
 """
 

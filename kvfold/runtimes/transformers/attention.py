@@ -15,7 +15,7 @@ from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.tensors import tensor_shapes
 from kvfold.runtimes.kernels.attention import chunked_attention, grouped_attention, prefill_attention, with_alibi
 from kvfold.runtimes.kernels.codec import roundtrip
-from kvfold.runtimes.kernels.dispatch import Way, choose, decode_attention, pack
+from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose, decode_attention, pack
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, Stored, read, read_all, read_for_product
 from kvfold.runtimes.kernels.rotary import apply_rotary
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
@@ -173,8 +173,10 @@ class FoldedAttention(nn.Module):
         meet the stored ones.
         """
         dropout = self.layer.attention_dropout if self.training else 0.0
+        few = q.shape[2] <= FEW_TOKENS
+        absorbed = self._absorb(q) if few and keys is None else None  # kernels are asked about what they will be given
         way = choose(
-            q, z, y, on_read=keys is not None, eager=self._eager() or wants_probs, exact=wants_probs or dropout > 0,
+            q if absorbed is None else absorbed, z, y, on_read=keys is not None, eager=self._eager() or wants_probs, exact=wants_probs or dropout > 0,
             softcap=self.layer.softcap, head_dim=self.layer.head_dim,
         )  # fmt: skip
         if way is Way.REBUILT:
@@ -184,7 +186,9 @@ class FoldedAttention(nn.Module):
         if self.spec.hidden:  # a network's values are rebuilt before they are averaged
             assert keys is not None, "networks are applied on read"
             return self._over_rebuilt(way, q, keys, y, mask, dropout)
-        out, probs = self._over_stored(way, q if keys else self._absorb(q), z, y, mask, keys, dropout)
+        out, probs = self._over_stored(
+            way, q if keys else self._absorb(q) if absorbed is None else absorbed, z, y, mask, keys, dropout
+        )
         return self._lead_values_back(out), probs
 
     def _over_stored(

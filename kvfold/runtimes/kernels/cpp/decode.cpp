@@ -1,7 +1,7 @@
 // Few query tokens over stored heads on a CPU: every stored number is read once, for all queries that it serves.
 //
 // Scores, softmax (running maximum and sum, as in flash attention) and weighted sums of a block of tokens follow each other
-// while the block is in the processor's cache. kvfold/runtime/attend.py has the obvious version. Plain C entry, no torch.
+// while the block is in the processor's cache. kvfold/runtimes/kernels/attention.py has the obvious version. Plain C entry, no torch.
 
 #include <algorithm>
 #include <cmath>

@@ -1,4 +1,4 @@
-// Numbers -> packed rows of a cache, as kvfold/quantize.py does it in torch's operations: of a few scales per token and tier
+// Numbers -> packed rows of a cache, as kvfold/plan/codecs/exponent.py does it in torch's operations: of a few scales per token and tier
 // the one with the least squared error. Plain C entry, no torch.
 
 #include <limits>

@@ -1,4 +1,4 @@
-// Packed rows of a cache -> numbers. The format is that of kvfold/number_format.py; kvfold/quantize.py has the obvious version.
+// Packed rows of a cache -> numbers. The format is that of kvfold/plan/number_format.py; kvfold/plan/codecs has the obvious version.
 
 #pragma once
 
