@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kvfold.allocate import Axes, Request, expected_curve
-from kvfold.gather import Material, layer_group
-from kvfold.loading import open_source
-from kvfold.probe import Probe
-from kvfold.recipe import make_recipe, parse_budget
+from kvfold.calibration.material import layer_group
+from kvfold.checkpoint.source import open_source
+from kvfold.compression.allocate import Axes, Request, expected_curve
+from kvfold.compression.probe import Probe
+from kvfold.compression.recipe import make_recipe, material_of, parse_budget
 
 Row = dict[str, Any]
 
@@ -53,7 +53,7 @@ def measure(options: argparse.Namespace, run_dir: Path) -> list[Row]:
     source = open_source(options.model)
     axes = Axes(**{axis: recipe.method(axis) for axis in ("depth", "width", "bits", "length")})
     request = Request(layers=source.layers, targets=(None,) * len(source.layers), axes=axes, dtype=source.dtype)
-    material = Material(recipe, source, run_dir)
+    material = material_of(recipe, source, run_dir)
     found = material.statistics(axes.width.needs)
     groups = functools.lru_cache(maxsize=1)(
         lambda owner: layer_group(source, request.targets, owner, found, axes.width)
@@ -107,14 +107,14 @@ def agreement(rows: list[Row]) -> list[str]:
     expected, measured = ([max(row[name], 1e-9) for row in rows] for name in ("expected", "measured"))
     logs = [math.log(e / m) for e, m in zip(expected, measured, strict=True)]
     rank = statistics.correlation(ranks(expected), ranks(measured))
-    numbers = [f"{rank:.2f}", f"{statistics.stdev(logs):.2f}", f"{statistics.mean(logs):+.2f}"]
-    return [str(len(rows)), *numbers, f"{sum(expected):.4f}", f"{sum(measured):.4f}"]
+    elements = [f"{rank:.2f}", f"{statistics.stdev(logs):.2f}", f"{statistics.mean(logs):+.2f}"]
+    return [str(len(rows)), *elements, f"{sum(expected):.4f}", f"{sum(measured):.4f}"]
 
 
-def ranks(numbers: list[float]) -> list[int]:
+def ranks(elements: list[float]) -> list[int]:
     """The place of each in their order."""
-    order = sorted(range(len(numbers)), key=numbers.__getitem__)
-    return [order.index(i) for i in range(len(numbers))]
+    order = sorted(range(len(elements)), key=elements.__getitem__)
+    return [order.index(i) for i in range(len(elements))]
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def main() -> None:
     if not (source / "config.json").exists():
         write_random_model(source, arguments.layers)
     out = arguments.folder / (arguments.name or f"folded-{arguments.preset}")
-    command = [sys.executable, "-m", "kvfold.cli", "compress", str(source), "--preset", arguments.preset]
+    command = [sys.executable, "-m", "kvfold", "compress", str(source), "--preset", arguments.preset]
     command += ["--kv-budget", arguments.kv_budget, "--out", str(out), "--overwrite"]
     command += [part for assignment in arguments.set for part in ("--set", assignment)]
     start = time.perf_counter()

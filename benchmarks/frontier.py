@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvfold.drawing import SVG, frontier_plot
+from kvfold.report.plots import SVG, frontier_plot
 
 NAMES = {
     "svd_a:width.v_latent=layer": "svd_a",

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import kvfold
-from kvfold.drawing import SVG, svg
-from kvfold.evaluation import Evaluation
-from kvfold.inspection import inspect
+from kvfold.evaluation.inspection import inspect
+from kvfold.evaluation.texts import Evaluation
+from kvfold.report.plots import SVG, svg
 
 UPTRAINING = {"objective": "ce", "train": "all", "weight_decay": 0.01}
 DISTILLATION = {"objective": "kd", "train": "attention"}

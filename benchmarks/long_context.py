@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.data import first_windows
-from kvfold.drawing import SVG, svg
-from kvfold.evaluation import compare_tokens, load_pair
-from kvfold.loading import warn_if_too_long
-from kvfold.plan import CachePlan
+from kvfold.calibration.text import first_windows
+from kvfold.checkpoint.source import warn_if_too_long
+from kvfold.evaluation.standard_errors import stderr
+from kvfold.evaluation.texts import compare_tokens, load_pair
+from kvfold.plan.plan import CachePlan
 from kvfold.progress import track
-from kvfold.uncertainty import stderr
+from kvfold.report.plots import SVG, svg
 
 PIECE = 256
 FIRST = 512

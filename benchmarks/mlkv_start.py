@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kvfold.evaluation import evaluate
-from kvfold.pipeline import compress
-from kvfold.presets import MLKV_PAPER
-from kvfold.recipe import make_recipe
+from kvfold.compression.compress import compress
+from kvfold.compression.presets import MLKV_PAPER
+from kvfold.compression.recipe import make_recipe
+from kvfold.evaluation.texts import evaluate
 
 
 def main() -> None:

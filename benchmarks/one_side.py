@@ -13,17 +13,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kvfold.allocate import source_layer
-from kvfold.data import first_windows, load_tokenizer
-from kvfold.evaluation import Evaluation, evaluate_models
-from kvfold.fold import fold, folded_config
-from kvfold.gather import Material, layer_group
-from kvfold.loading import Source, load_weights, open_source
-from kvfold.number_format import StoredShape
-from kvfold.output import copy_side_files
-from kvfold.plan import CachePlan
-from kvfold.recipe import make_recipe
-from kvfold.storage import make_folder
+from kvfold.calibration.material import layer_group
+from kvfold.calibration.text import first_windows
+from kvfold.checkpoint.atomic import make_folder
+from kvfold.checkpoint.folder import copy_side_files
+from kvfold.checkpoint.source import Source, open_source
+from kvfold.checkpoint.tokenizer import load_tokenizer
+from kvfold.compression.fold import fold, folded_config
+from kvfold.compression.recipe import make_recipe, material_of
+from kvfold.evaluation.texts import Evaluation, evaluate_models
+from kvfold.plan.number_format import StoredShape
+from kvfold.plan.plan import CachePlan, source_layer
+from kvfold.runtimes.transformers.load import load_weights
 
 METHODS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "keys": [
@@ -97,7 +98,7 @@ def fold_one_side(
         {"model": options.model, "out": str(out), "width": width, "calibration": calibration, "kv_budget": 1}
     )
     method, targets = recipe.method("width"), (None,) * len(source.layers)
-    statistics = Material(recipe, source, options.run_dir or scratch / "run").statistics(method.needs)
+    statistics = material_of(recipe, source, options.run_dir or scratch / "run").statistics(method.needs)
     caches = []
     for layer in source.layers:
         full = StoredShape(1, layer.num_kv_heads * layer.head_dim)

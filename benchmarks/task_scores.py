@@ -13,9 +13,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvfold.loading import load_plan
-from kvfold.tasks import TaskScore, evaluate_folds
-from kvfold.uncertainty import defined
+from kvfold.checkpoint.source import load_plan
+from kvfold.evaluation.standard_errors import defined
+from kvfold.evaluation.tasks import TaskScore, evaluate_folds
+from kvfold.report.table import Table
 
 
 def main() -> None:
@@ -32,10 +33,10 @@ def main() -> None:
         options.folded, against=options.model, tasks=options.tasks, limit=options.limit, batch_size=options.batch_size
     )
     names = [f"{Path(path).name} ({load_plan(path)[0].kv_budget:.4f})" for path in options.folded]
-    lines = table(names, [chosen(rows) for rows in tables])
-    print("\n".join(lines))
+    text = table(names, [chosen(rows) for rows in tables]).markdown()
+    print(text)
     if options.markdown:
-        options.markdown.write_text("\n".join(lines) + "\n")
+        options.markdown.write_text(text)
     rows = [[defined(dataclasses.asdict(row)) for row in rows] for rows in tables]
     print(json.dumps({"model": options.model, "folds": dict(zip(names, rows, strict=True))}))
 
@@ -49,18 +50,19 @@ def chosen(rows: list[TaskScore]) -> list[TaskScore]:
     return list(best.values())
 
 
-def table(names: Sequence[str], tables: list[list[TaskScore]]) -> list[str]:
+def table(names: Sequence[str], tables: list[list[TaskScore]]) -> Table:
     """A row per task, then their mean, whose error takes tasks as independent."""
-    lines = ["| task | questions | original | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
+    found = Table(("task", "questions", "original", *names))
     for scores in zip(*tables, strict=True):
         changes = [cell(row.score, row.score - row.base_score, row.change_stderr) for row in scores]
         first = scores[0]
         base = f"{100 * first.base_score:.1f} ± {100 * first.base_stderr:.1f}"
-        lines.append(f"| {first.task} ({first.metric}) | {first.samples} | {base} | " + " | ".join(changes) + " |")
-    return [*lines, mean_row(tables)]
+        found.add(f"{first.task} ({first.metric})", f"{first.samples}", base, *changes)
+    found.add(*mean_row(tables))
+    return found
 
 
-def mean_row(tables: list[list[TaskScore]]) -> str:
+def mean_row(tables: list[list[TaskScore]]) -> list[str]:
     """The last row of the table."""
     count = len(tables[0])
     cells = []
@@ -69,7 +71,7 @@ def mean_row(tables: list[list[TaskScore]]) -> str:
         error = sum(row.change_stderr**2 for row in rows) ** 0.5 / count
         cells.append(cell(sum(row.score for row in rows) / count, change, error))
     base = sum(row.base_score for row in tables[0]) / count
-    return f"| mean | {sum(row.samples for row in tables[0])} | {100 * base:.1f} | " + " | ".join(cells) + " |"
+    return ["mean", f"{sum(row.samples for row in tables[0])}", f"{100 * base:.1f}", *cells]
 
 
 def cell(score: float, change: float, error: float) -> str:

@@ -8,7 +8,7 @@ import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvfold
-from kvfold.demonstration import MODEL
+from kvfold.evaluation.demo import MODEL
 
 out = sys.argv[1] if len(sys.argv) > 1 else "books-half"
 recipe = kvfold.make_recipe(

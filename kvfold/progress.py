@@ -45,3 +45,17 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{round(seconds, -1):.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without transformers' progress bars."""
+    from transformers.utils import logging as transformers_logging
+
+    had_bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bar:
+            transformers_logging.enable_progress_bar()

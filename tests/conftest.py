@@ -18,8 +18,8 @@ os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # read
 from tiny import MODELS, make_tiny, save_tiny
 
 import kvfold
-from kvfold.pipeline import Folded
-from kvfold.recipe import make_recipe
+from kvfold.compression.compress import Folded
+from kvfold.compression.recipe import make_recipe
 
 torch.set_num_threads(1)
 

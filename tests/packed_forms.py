@@ -1,6 +1,7 @@
 """Formats of packed numbers that kernels are tried with."""
 
-from kvfold.number_format import BITS, NumberFormat
+from kvfold.plan.codecs._codes import BITS
+from kvfold.plan.number_format import NumberFormat
 
 FORMS = {
     **{f"{bits}_bits": NumberFormat(tiers=((64, bits),)) for bits in BITS},

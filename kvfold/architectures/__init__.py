@@ -1,1 +1,1 @@
-"""Model families. One file is one Hugging Face model_type, and the only place that knows its tensor names."""
+"""What one Hugging Face model_type looks like, one file per family."""

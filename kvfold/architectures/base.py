@@ -14,8 +14,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from kvfold import registry
-from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
 from kvfold.errors import CheckpointError
+from kvfold.plan.folded_weights import FoldedWeights
+from kvfold.plan.layer import AttentionLayer, AttentionWeights
+from kvfold.plan.naming import MODEL_TYPE_PREFIX
 
 
 class Architecture(ABC):
@@ -142,7 +144,7 @@ def all_architectures() -> list[Architecture]:
 @functools.cache
 def architecture(model_type: str) -> Architecture:
     """The family of a model_type. Raises CheckpointError with the nearest one and the list."""
-    if model_type.startswith("kvfold_"):
+    if model_type.startswith(MODEL_TYPE_PREFIX):
         raise CheckpointError(
             f"model_type is {model_type!r}: this folder is folded already. Fold the original model again instead."
         )

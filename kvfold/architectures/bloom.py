@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfold.architectures.base import Architecture, split_interleaved
-from kvfold.attention import AttentionLayer, AttentionWeights
+from kvfold.plan.layer import AttentionLayer, AttentionWeights
 
 
 class Bloom(Architecture):

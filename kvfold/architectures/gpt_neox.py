@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from kvfold.architectures.base import Architecture, split_interleaved
-from kvfold.attention import AttentionLayer, AttentionWeights
+from kvfold.plan.layer import AttentionLayer, AttentionWeights
 
 
 class GPTNeoX(Architecture):

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from kvfold.architectures.base import Architecture
-from kvfold.attention import AttentionLayer
+from kvfold.plan.layer import AttentionLayer
 
 
 class Olmo2(Architecture):

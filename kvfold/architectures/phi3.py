@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kvfold.architectures.base import Architecture
-from kvfold.attention import AttentionLayer, AttentionWeights, FoldedWeights
+from kvfold.plan.folded_weights import FoldedWeights
+from kvfold.plan.layer import AttentionLayer, AttentionWeights
 
 
 class Phi3(Architecture):

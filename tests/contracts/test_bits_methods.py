@@ -11,14 +11,14 @@ from tiny import FULL_ATTENTION, MODELS, load, logits, step, tokens
 
 import kvfold
 from kvfold import registry
-from kvfold.evaluation import evaluate_models
-from kvfold.loading import load_plan
-from kvfold.number_format import NumberFormat
-from kvfold.quantize import pack, unpack, unpack_scaled
-from kvfold.recipe import make_recipe
-from kvfold.runtime import packed
-from kvfold.runtime.attend import _weighted
-from kvfold.runtime.cache import FoldedCache
+from kvfold.checkpoint.source import load_plan
+from kvfold.compression.recipe import make_recipe
+from kvfold.evaluation.texts import evaluate_models
+from kvfold.plan.number_format import NumberFormat
+from kvfold.runtimes.kernels import packed_tokens as packed
+from kvfold.runtimes.kernels.attention import _weighted
+from kvfold.runtimes.kernels.codec import pack, unpack, unpack_scaled
+from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.testing import assert_close, relative_rms
 
 LATENT = {"method": "fisher", "multiple": 4}
@@ -174,11 +174,13 @@ def test_a_decode_step_never_unpacks_the_whole_cache(fold, width, bits, monkeypa
     """Peak extra memory is what the plan states."""
     folded = fold("llama_mha", width, bits, small(width))
     network, ids, sizes = load(folded.out), tokens(2, 60), []
-    monkeypatch.setattr("kvfold.number_format.NUMBERS_AT_ONCE", {"cpu": 1})
-    monkeypatch.setattr("kvfold.number_format.FEWEST_TOKENS", 16)
-    monkeypatch.setattr("kvfold.runtime.native.serves", lambda *_: False)
+    monkeypatch.setattr("kvfold.plan.number_format.ELEMENTS_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr("kvfold.plan.number_format.FEWEST_TOKENS", 16)
+    monkeypatch.setattr("kvfold.runtimes.kernels.cpu.serves", lambda *_: False)
     for name in ("unpack", "unpack_scaled"):
-        monkeypatch.setattr(f"kvfold.runtime.packed.{name}", functools.partial(_watched, getattr(packed, name), sizes))
+        monkeypatch.setattr(
+            f"kvfold.runtimes.kernels.packed_tokens.{name}", functools.partial(_watched, getattr(packed, name), sizes)
+        )
     cache = FoldedCache(folded.plan)
     with torch.no_grad():
         network(ids[:, :40], past_key_values=cache)
@@ -320,18 +322,18 @@ def test_only_keys_are_turned(fold, tiny_dir):
 def test_latents_are_as_narrow_as_asked(fold):
     """A number of heads is a number of numbers, with mixed bits too."""
     plan = fold("llama_mha", LATENT | {"kv_heads": 2}, {"method": "mixed"}, 0.2).plan
-    assert max(side.numbers for spec in plan.owned for side in spec.sides) <= 16
+    assert max(side.elements for spec in plan.owned for side in spec.sides) <= 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_small_weights_times_small_scales_do_not_vanish(dtype):
     """A sink takes nearly all attention, values are small: half precision still adds up the tail."""
-    form = NumberFormat(tiers=((16, 8),))
+    format = NumberFormat(tiers=((16, 8),))
     torch.manual_seed(0)
     values = 0.02 * torch.randn(1, 1, 4096, 16)
     weights = torch.full((1, 1, 1, 4096), 0.01 / 4095)
     weights[..., 0] = 0.99
-    rows = pack(values, form)
-    exact = weights @ unpack(rows, form, torch.float32)
-    found = _weighted(weights, unpack_scaled(rows, form, dtype), dtype)
+    rows = pack(values, format)
+    exact = weights @ unpack(rows, format, torch.float32)
+    found = _weighted(weights, unpack_scaled(rows, format, dtype), dtype)
     assert_close(found, exact, tolerance=5e-3)

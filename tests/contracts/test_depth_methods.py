@@ -10,23 +10,23 @@ from tiny import MIXED_WINDOWS, MODELS, load, logits, make_tiny, rotation, save_
 from transformers import DynamicCache, GPTNeoXConfig
 
 import kvfold
-from kvfold import reference, registry
-from kvfold.allocate import Axes, Request, allocate, choose_layout
+from kvfold import registry
 from kvfold.architectures.base import architecture, empty_model
-from kvfold.attention import FoldedWeights
-from kvfold.bits.identity import Identity as Bits
+from kvfold.checkpoint.source import open_source, read_layer
+from kvfold.compression.allocate import Axes, Request, allocate, choose_layout
+from kvfold.compression.presets import MLKV_PAPER
+from kvfold.compression.recipe import make_recipe
+from kvfold.compression.widen_mlp import widened_size
 from kvfold.errors import PlanError, RecipeError
-from kvfold.fold import read_layer
-from kvfold.latents import Term, damages, solve
-from kvfold.length.identity import Identity as Length
-from kvfold.loading import open_source
-from kvfold.number_format import StoredShape
-from kvfold.plan import CachePlan
-from kvfold.presets import MLKV_PAPER
-from kvfold.recipe import make_recipe
-from kvfold.runtime.cache import FoldedCache
+from kvfold.linalg.reduced_rank import Term, distortions, solve
+from kvfold.methods.bits.identity import Identity as Bits
+from kvfold.methods.length.identity import Identity as Length
+from kvfold.plan.folded_weights import FoldedWeights
+from kvfold.plan.number_format import StoredShape
+from kvfold.plan.plan import CachePlan
+from kvfold.runtimes import reference
+from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.testing import assert_close, relative_rms
-from kvfold.widen import widened_size
 
 FIELDS = {
     "identity": {},
@@ -311,7 +311,7 @@ def test_regression_finds_a_planted_linear_map():
         for position, expected in enumerate(vectors):
             rebuilt = x @ latents.a_CRF[0].T @ latents.back(position)[0].T
             assert_close(rebuilt, expected, tolerance=2e-3)
-    lost = damages(terms, 3, [StoredShape(1, width) for width in (2, 4, rank)])
+    lost = distortions(terms, 3, [StoredShape(1, width) for width in (2, 4, rank)])
     assert lost[0] > lost[1] > lost[2] == pytest.approx(0, abs=1e-3)
 
 
@@ -369,7 +369,7 @@ def test_different_windows_cannot_share(tiny_dir, tmp_path):
 
 
 def open_plan(folder):
-    from kvfold.loading import load_plan
+    from kvfold.checkpoint.source import load_plan
 
     return load_plan(folder)[0]
 

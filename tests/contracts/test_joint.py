@@ -7,12 +7,12 @@ import torch
 from tiny import MODELS, load, logits, make_tiny, rotation, save_tiny, tokens
 
 import kvfold
-from kvfold import reference
 from kvfold.architectures.base import architecture
-from kvfold.attention import FoldedWeights
-from kvfold.evaluation import evaluate_models
-from kvfold.recipe import make_recipe
-from kvfold.runtime.cache import FoldedCache
+from kvfold.compression.recipe import make_recipe
+from kvfold.evaluation.texts import evaluate_models
+from kvfold.plan.folded_weights import FoldedWeights
+from kvfold.runtimes import reference
+from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.testing import assert_close, relative_rms
 
 FULL = [model for model, (_, fields) in MODELS.items() if "sliding_window" not in fields]

@@ -10,16 +10,18 @@ import torch
 from tiny import FULL_ATTENTION, MODELS, load, logits, make_tiny, rotation, tokens
 from transformers import DynamicCache
 
-from kvfold import reference
 from kvfold.architectures.base import architecture, source_config
-from kvfold.attention import FoldedWeights
-from kvfold.loading import load_plan
-from kvfold.number_format import NumberFormat
-from kvfold.plan import CacheSpec
-from kvfold.quantize import pack
-from kvfold.runtime.attend import chunked_attention, decode_attention, grouped_attention, prefill_attention
-from kvfold.runtime.attention import ForwardState, attention_class
-from kvfold.runtime.cache import FoldedCache
+from kvfold.checkpoint.source import load_plan
+from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.folded_weights import FoldedWeights
+from kvfold.plan.number_format import NumberFormat
+from kvfold.runtimes import reference
+from kvfold.runtimes.kernels.attention import chunked_attention, grouped_attention, prefill_attention
+from kvfold.runtimes.kernels.codec import pack
+from kvfold.runtimes.kernels.dispatch import decode_attention
+from kvfold.runtimes.transformers.attention import attention_class
+from kvfold.runtimes.transformers.cache import FoldedCache
+from kvfold.runtimes.transformers.forward_state import ForwardState
 from kvfold.testing import TOLERANCE, assert_close, relative_rms
 
 SHAPES = [  # key heads, width, value heads, width, key projection, value projection; the source has 4 heads of 16
@@ -85,8 +87,8 @@ def test_quantized_latents_equal_the_oracle(shape, scales, rope, monkeypatch):
 def _compare_with_the_oracle(
     monkeypatch, shape, bias, rope, implementation, dtype=torch.float32, tolerance=None, **fields
 ):
-    monkeypatch.setattr("kvfold.number_format.NUMBERS_AT_ONCE", {"cpu": 1})
-    monkeypatch.setattr("kvfold.number_format.FEWEST_TOKENS", 8)
+    monkeypatch.setattr("kvfold.plan.number_format.ELEMENTS_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr("kvfold.plan.number_format.FEWEST_TOKENS", 8)
     module, facts, spec, weights, rotary = folded_layer(shape, bias, rope, implementation, **fields)
     module, hidden = module.to(dtype), torch.randn(2, 21, facts.hidden_size, dtype=dtype)
     cos, sin = rotary(hidden, torch.arange(21)[None])
@@ -95,7 +97,7 @@ def _compare_with_the_oracle(
     for row in hidden.double():
         inputs = (facts, spec, weights, row, cos[0].double(), sin[0].double())
         latents = zip(reference.stored(*inputs), (spec.k_bits, spec.v_bits), strict=True)
-        seen_again = tuple([_stored_and_read(head, form) for head in heads] for heads, form in latents)
+        seen_again = tuple([_stored_and_read(head, format) for head in heads] for heads, format in latents)
         expected.append(reference.folded_attention(*inputs, seen, seen_again))
     expected = torch.stack(expected)
     with torch.no_grad():
@@ -114,12 +116,13 @@ def _format(width, bits, scales):
     return NumberFormat(tiers=tiers, scales=scales)
 
 
-def _stored_and_read(head_TR, form):
-    return head_TR if form is None else reference.decoded(pack(head_TR[None, None], form)[0, 0], form)
+def _stored_and_read(head_TR, format):
+    return head_TR if format is None else reference.decoded(pack(head_TR[None, None], format)[0, 0], format)
 
 
 def _one_layer_plan(spec):
-    from kvfold.plan import CachePlan, SourceLayer
+    from kvfold.plan.cache_spec import SourceLayer
+    from kvfold.plan.plan import CachePlan
 
     source = SourceLayer(num_attention_heads=8, num_kv_heads=4, head_dim=16)
     return CachePlan(dtype="float32", source=(source,), caches=(spec,), kv_sharing_target_layer=(None,))
@@ -165,8 +168,8 @@ def test_fast_attention_equals_grouped_attention(dtype, heads, padded, monkeypat
     )
     last = decode_attention(half[0][:, :, -1:], *half[1:], mask[:, :, -1:] if padded else None, scale=0.25)
     assert_close(last, expected[:, -1:], tolerance=tolerance)
-    monkeypatch.setattr("kvfold.number_format.NUMBERS_AT_ONCE", {"cpu": 1})
-    monkeypatch.setattr("kvfold.number_format.FEWEST_TOKENS", 4)
+    monkeypatch.setattr("kvfold.plan.number_format.ELEMENTS_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr("kvfold.plan.number_format.FEWEST_TOKENS", 4)
     for few in (1, 5):
         masks = mask[:, :, -few:] if padded else None
         out = chunked_attention(
@@ -175,7 +178,7 @@ def test_fast_attention_equals_grouped_attention(dtype, heads, padded, monkeypat
             lambda a, b: half[2][:, :, a:b],
             9,
             masks,
-            numbers=1,
+            elements=1,
             scale=0.25,
         )
         assert_close(out, expected[:, -few:], tolerance=tolerance)

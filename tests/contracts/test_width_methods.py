@@ -14,13 +14,12 @@ from tiny import FULL_ATTENTION, MODELS, copy_heads, in_attention, load, logits,
 
 import kvfold
 from kvfold import registry
-from kvfold.fold import read_layer
-from kvfold.linalg import Moment
-from kvfold.loading import load_plan, open_source
-from kvfold.recipe import make_recipe
-from kvfold.runtime.cache import FoldedCache
+from kvfold.checkpoint.source import load_plan, open_source, read_layer
+from kvfold.compression.recipe import make_recipe
+from kvfold.linalg.eigen import Moment
+from kvfold.methods.width.base import LayerGroup
+from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.testing import assert_close, relative_rms
-from kvfold.width.base import LayerGroup
 
 VARIANTS = {
     "autoencoder": [{"hidden": 8, "steps": 5}],
@@ -113,7 +112,7 @@ def test_planted_rank_is_folded_without_loss(tmp_path, model, method, fields):
 
 
 @every_method
-def test_more_numbers_never_mean_more_expected_damage(tiny_dir, model, method, fields):
+def test_more_numbers_never_mean_more_expected_distortion(tiny_dir, model, method, fields):
     source = open_source(tiny_dir / model)
     layer = source.layers[1]
     width = registry.load("width", method)(**fields)
@@ -128,11 +127,11 @@ def test_more_numbers_never_mean_more_expected_damage(tiny_dir, model, method, f
         moments=lambda i: moments,
         cross=lambda i: {name: moments[name].second_FF for name in width.needs_cross},
     )
-    for shapes, damage in ((width.key_shapes, width.key_damage), (width.value_shapes, width.value_damage)):
+    for shapes, distortion in ((width.key_shapes, width.key_distortion), (width.value_shapes, width.value_distortion)):
         shapes = shapes(layer)
-        assert [s.numbers for s in shapes] == sorted({s.numbers for s in shapes})
-        assert shapes[-1].numbers == layer.num_kv_heads * layer.head_dim
-        curve = damage(group, shapes)
+        assert [s.elements for s in shapes] == sorted({s.elements for s in shapes})
+        assert shapes[-1].elements == layer.num_kv_heads * layer.head_dim
+        curve = distortion(group, shapes)
         assert curve[-1] == pytest.approx(0, abs=1e-12)
         # mean_pool's groups need not nest, and low-rank groups of different sizes do not either
         assert curve[0] == max(curve) or len({s.num_heads for s in shapes}) > 1
@@ -176,7 +175,7 @@ def test_real_bytes_are_planned_bytes(fold, model, method, fields):
             assert cache.nbytes_allocated == folded.plan.kv_bytes(i + 1, batch_size=4)
     windows = [spec.window for spec in folded.plan.owned]
     kept = [230 if window is None else window - 1 for window in windows]
-    live = sum(4 * 4 * s.numbers_per_token * n for s, n in zip(folded.plan.owned, kept, strict=True))
+    live = sum(4 * 4 * s.elements_per_token * n for s, n in zip(folded.plan.owned, kept, strict=True))
     live += 4 * 230 * folded.plan.position_bytes
     assert cache.nbytes == live
     storages = {b.data.untyped_storage().data_ptr() for layer in cache.owned for b in (layer.k, layer.v)}

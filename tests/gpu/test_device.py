@@ -5,11 +5,12 @@ import torch
 from tiny import MODELS, load, logits, tokens
 
 import kvfold
-from kvfold.calibrate import STATISTICS, calibrate
-from kvfold.demonstration import MODEL
-from kvfold.loading import open_source, resolve_device
-from kvfold.recipe import make_recipe
-from kvfold.runtime.cache import FoldedCache
+from kvfold.calibration.calibrate import STATISTICS, calibrate
+from kvfold.checkpoint.source import open_source
+from kvfold.compression.recipe import make_recipe
+from kvfold.evaluation.demo import MODEL
+from kvfold.runtimes.transformers.cache import FoldedCache
+from kvfold.runtimes.transformers.load import resolve_device
 from kvfold.testing import assert_close
 
 DEVICE = resolve_device("auto")

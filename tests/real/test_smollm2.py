@@ -12,12 +12,14 @@ import pytest
 import torch
 
 import kvfold
-from kvfold.data import first_windows, load_tokenizer
-from kvfold.evaluation import Predictions, evaluate_models
-from kvfold.generation import continue_prompt
-from kvfold.loading import load_plan, load_weights
-from kvfold.recipe import make_recipe
-from kvfold.runtime.cache import FoldedCache
+from kvfold.calibration.text import first_windows
+from kvfold.checkpoint.source import load_plan
+from kvfold.checkpoint.tokenizer import load_tokenizer
+from kvfold.compression.recipe import make_recipe
+from kvfold.evaluation.generate import continue_prompt
+from kvfold.evaluation.texts import Predictions, evaluate_models
+from kvfold.runtimes.transformers.cache import FoldedCache
+from kvfold.runtimes.transformers.load import load_weights
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "lab" / "models" / "real" / "smollm2-135m"

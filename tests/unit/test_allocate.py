@@ -8,28 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from kvfold.allocate import (
-    Axes,
-    Limits,
-    Request,
-    allocate,
-    check_request,
-    expected_curves,
-    smallest_under,
-)
-from kvfold.attention import AttentionLayer
-from kvfold.bits.base import NOISE, SIZES
-from kvfold.bits.identity import Identity as Bits
-from kvfold.bits.mixed import Mixed
-from kvfold.depth.identity import Identity as Depth
+from kvfold.compression.allocate import Axes, Limits, Request, allocate, check_request, expected_curves, smallest_under
+from kvfold.compression.hulls import lower_hull
 from kvfold.errors import BudgetError, RecipeError
-from kvfold.hulls import lower_hull
-from kvfold.length.identity import Identity as Length
-from kvfold.linalg import Moment
-from kvfold.number_format import StoredShape
-from kvfold.width.base import LayerGroup
-from kvfold.width.mean_pool import MeanPool
-from kvfold.width.svd_a import SvdA
+from kvfold.linalg.eigen import Moment
+from kvfold.methods.bits.identity import Identity as Bits
+from kvfold.methods.bits.mixed import Mixed
+from kvfold.methods.depth.identity import Identity as Depth
+from kvfold.methods.length.identity import Identity as Length
+from kvfold.methods.width.base import LayerGroup
+from kvfold.methods.width.mean_pool import MeanPool
+from kvfold.methods.width.svd_a import SvdA
+from kvfold.plan.codecs.base import NOISE, SIZES
+from kvfold.plan.layer import AttentionLayer
+from kvfold.plan.number_format import StoredShape
 
 
 def layer(index, kv_heads=4, head_dim=4):
@@ -84,8 +76,8 @@ def test_greedy_is_the_best_of_all_choices():
     curves = []
     for index in (0, 1):
         shapes = width.key_shapes(layers[index])
-        curves.append(width.key_damage(decaying(index), shapes))
-        curves.append(width.value_damage(decaying(index), shapes))
+        curves.append(width.key_distortion(decaying(index), shapes))
+        curves.append(width.value_distortion(decaying(index), shapes))
     choices = [c for c in itertools.product(range(4), repeat=4) if sum(4 * (i + 1) for i in c) <= 32]
     best = min(sum(curve[i] for curve, i in zip(curves, c, strict=True)) for c in choices)
     widths = [n for pair in share(made) for n in pair]
@@ -114,12 +106,12 @@ def test_a_method_with_several_sizes_needs_a_budget():
 def test_group_shapes_are_the_papers_points():
     """At h/t heads: groups of t heads, one head wide each (arXiv 2406.07056, section 2.2)."""
     shapes = SvdA(latent="group", multiple=4).key_shapes(dataclasses.replace(layer(0), num_kv_heads=8))
-    assert {s.numbers: (s.num_heads, s.width) for s in shapes} == {4: (1, 4), 8: (2, 4), 16: (4, 4), 32: (8, 4)}
+    assert {s.elements: (s.num_heads, s.width) for s in shapes} == {4: (1, 4), 8: (2, 4), 16: (4, 4), 32: (8, 4)}
 
 
 def test_the_hull_leaves_out_what_no_budget_would_choose():
     shapes = [StoredShape(1, n) for n in (1, 2, 3, 4)]
-    hull = lower_hull(list(zip(shapes, [1.0, 0.9, 0.2, 0.0], strict=True)), lambda shape: shape.numbers)
+    hull = lower_hull(list(zip(shapes, [1.0, 0.9, 0.2, 0.0], strict=True)), lambda shape: shape.elements)
     assert [s.width for s, _ in hull] == [1, 3, 4]
 
 
@@ -135,14 +127,14 @@ def test_mixed_bits_use_the_budget_and_lead():
     assert 0.17 < made.kv_budget <= 0.2
     for spec in made.owned:
         for side in spec.sides:
-            bits = [b for _, b in side.form.tiers]
-            assert bits == sorted(bits, reverse=True) and side.form.width == side.width
+            bits = [b for _, b in side.format.tiers]
+            assert bits == sorted(bits, reverse=True) and side.format.width == side.width
     first, second = (spec.bytes_per_token(4) for spec in made.owned)
     assert first > second
 
 
 def test_mixed_bits_are_the_best_of_all_tiers():
-    """Against brute force: at the price at which it was found no other choice of tiers has less damage + price * bits."""
+    """Against brute force: at the price at which it was found no other choice of tiers has less distortion + price * bits."""
     spectrum = [2.0**-i for i in range(8)]
     method = Mixed(multiple=2, tiers=2)
     curve = method.curve([StoredShape(1, 2), StoredShape(1, 8)], spectrum, 1.0)
@@ -154,9 +146,9 @@ def test_mixed_bits_are_the_best_of_all_tiers():
             energies = [sum(map(math.sqrt, side)) ** 2 / len(side) for side in sides]
             noise = sum(e * np.interp(n, SIZES, NOISE[b]) for (n, b), e in zip(tiers, energies, strict=True))
             options.append((sum(n * b + 8 for n, b in tiers), noise + sum(spectrum[ends[1] :])))
-    for shape, damage in curve:
-        spent = sum(n * b + 8 for n, b in shape.form.tiers)
-        assert not [bits for bits, lost in options if bits <= spent and lost < damage - 1e-9], shape
+    for shape, distortion in curve:
+        spent = sum(n * b + 8 for n, b in shape.format.tiers)
+        assert not [bits for bits, lost in options if bits <= spent and lost < distortion - 1e-9], shape
 
 
 def test_noise_that_costs_more_buys_more_bits_and_fewer_numbers():
@@ -164,8 +156,8 @@ def test_noise_that_costs_more_buys_more_bits_and_fewer_numbers():
     shapes = [StoredShape(1, 8), StoredShape(1, 64)]
     cheap, dear = (dict(Mixed().curve(shapes, spectrum, noise)) for noise in (0.2, 5.0))
     near = [min(points, key=lambda shape: abs(shape.bytes_per_token(2) - 20)) for points in (cheap, dear)]
-    assert near[0].width > near[1].width and min(b for _, b in near[0].form.tiers) < min(
-        b for _, b in near[1].form.tiers
+    assert near[0].width > near[1].width and min(b for _, b in near[0].format.tiers) < min(
+        b for _, b in near[1].format.tiers
     )
 
 
@@ -174,10 +166,10 @@ def test_layers_that_are_kept_and_least_widths():
     kept = plan(
         layers, width, kv_budget=0.5, strategy="greedy", bits=Mixed(multiple=2), limits=Limits(keep_layers=(1,))
     )
-    assert kept.caches[1].k_bits is None and kept.caches[1].numbers_per_token == 32
+    assert kept.caches[1].k_bits is None and kept.caches[1].elements_per_token == 32
     assert kept.caches[0].k_bits is not None and kept.kv_budget <= 0.5
     wide = plan(layers, width, kv_budget=0.15, strategy="greedy", bits=Mixed(multiple=2), limits=Limits(min_width=0.75))
-    assert min(side.numbers for spec in wide.owned for side in spec.sides) >= 12
+    assert min(side.elements for spec in wide.owned for side in spec.sides) >= 12
     with pytest.raises(RecipeError, match=r"keep_layers names \[7\]; layers that own a cache are 0 to 2"):
         plan(layers, width, kv_budget=0.5, strategy="greedy", limits=Limits(keep_layers=(7,)))
     with pytest.raises(BudgetError, match="out of reach"):

@@ -15,18 +15,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kvfold
-from kvfold import fold as fold_module
-from kvfold import passes, storage
-from kvfold.demonstration import MODEL
+from kvfold.calibration import passes
+from kvfold.checkpoint import atomic as storage
+from kvfold.compression import fold as fold_module
+from kvfold.compression.recipe import make_recipe
 from kvfold.errors import BudgetError, CheckpointError, DataError, KvfoldError, OutputError, RecipeError
-from kvfold.recipe import make_recipe
+from kvfold.evaluation.demo import MODEL
 
 CALIBRATION = {"data": "self", "num_samples": 4, "seq_len": 32}
 
 
 @pytest.fixture
 def source(tiny_dir, tmp_path):
-    """A copy of a tiny model in three shards, to damage."""
+    """A copy of a tiny model in three shards, to distortion."""
     from tiny import load
 
     folder = tmp_path / "source"
@@ -328,7 +329,7 @@ def test_other_text_after_an_interruption_starts_anew(source, monkeypatch):
     text.write_text(" ".join(f"t{i * 7 % 200}" for i in range(3000)))
     monkeypatch.setattr(passes, "SECONDS_BETWEEN_SAVES", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(kvfold.pipeline, "_complete", lambda *args: 1 / 0)
+        patch.setattr("kvfold.compression.compress._complete", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             compress(source, out, **options)
     assert len(list(source.parent.glob("out.partial/*.safetensors"))) > 4
@@ -339,7 +340,17 @@ def test_other_text_after_an_interruption_starts_anew(source, monkeypatch):
 
 def test_kill_9_and_again(tmp_path):
     """A real SIGKILL while the packaged model is being folded."""
-    command = [sys.executable, "-m", "kvfold.cli", "compress", str(MODEL), "--preset", "svd_a", "--kv-budget", "0.5"]
+    command = [
+        sys.executable,
+        "-m",
+        "kvfold",
+        "compress",
+        str(MODEL),
+        "--preset",
+        "svd_a",
+        "--kv-budget",
+        "0.5",
+    ]
     command += ["--data", "self", "--num-samples", "8", "--seq-len", "128", "--device", "cpu", "--out"]
     killed = subprocess.Popen([*command, tmp_path / "out"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
@@ -390,7 +401,9 @@ def test_all_errors_are_value_errors():
     ids=str,
 )
 def test_requests_that_cannot_be_are_refused_before_calibration(tiny_dir, tmp_path, monkeypatch, fields, message):
-    monkeypatch.setattr("kvfold.gather.calibrate", lambda *args, **kwargs: pytest.fail("calibrated first"))
+    monkeypatch.setattr(
+        "kvfold.calibration.material.calibrate", lambda *args, **kwargs: pytest.fail("calibrated first")
+    )
     recipe = {
         "model": str(tiny_dir / "llama_mha"),
         "out": str(tmp_path / "out"),
@@ -401,7 +414,9 @@ def test_requests_that_cannot_be_are_refused_before_calibration(tiny_dir, tmp_pa
 
 
 def test_widening_what_has_no_width_is_refused_before_calibration(tiny_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("kvfold.gather.calibrate", lambda *args, **kwargs: pytest.fail("calibrated first"))
+    monkeypatch.setattr(
+        "kvfold.calibration.material.calibrate", lambda *args, **kwargs: pytest.fail("calibrated first")
+    )
     recipe = {"model": str(tiny_dir / "bloom_alibi"), "out": str(tmp_path / "out"), "calibration": {"data": "self"}}
     with pytest.raises(RecipeError, match="has no width of its own to enlarge"):
         kvfold.compress(recipe | {"preset": "svd_a", "kv_budget": 0.5, "keep_parameters": True}, device="cpu")

@@ -7,10 +7,11 @@ from tiny import make_tiny, save_tiny
 from typer.testing import CliRunner
 
 import kvfold
-from kvfold.benchmark import bench
-from kvfold.cli import app
+from kvfold.cli.main import app
 from kvfold.errors import RecipeError
-from kvfold.shapes import SHAPES, Shape
+from kvfold.evaluation.geometries import Shape
+from kvfold.evaluation.published_shapes import SHAPES
+from kvfold.evaluation.speed import bench
 
 
 @pytest.mark.parametrize("model", ["llama_mha", "bloom_alibi", "neox_partial"])
@@ -33,9 +34,9 @@ def test_every_shape_is_the_published_one(name):
     shape = Shape(name=name, layers=1)
     config = shape.config()
     assert shape.published_layers in (12, 30, 32, 40) and config.num_hidden_layers == 1
-    numbers = {"llama2-7b": 8192, "llama2-13b": 10240, "llama3-8b": 2048, "bloomz-7b1": 8192, "pythia-160m": 1536}
+    elements = {"llama2-7b": 8192, "llama2-13b": 10240, "llama3-8b": 2048, "bloomz-7b1": 8192, "pythia-160m": 1536}
     plan = shape.plan(kvfold.make_recipe({"model": "-", "out": "-", "preset": "identity"}), "bfloat16")
-    assert plan.kv_bytes_per_token() == 2 * numbers[name]
+    assert plan.kv_bytes_per_token() == 2 * elements[name]
 
 
 def test_the_command_measures_a_shape_and_draws_it(tmp_path):

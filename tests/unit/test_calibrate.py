@@ -6,12 +6,11 @@ from tiny import FULL_ATTENTION, MODELS, load, tokens
 from transformers import DynamicCache
 
 from kvfold.architectures.base import architecture
-from kvfold.calibrate import STATISTICS, calibrate
-from kvfold.gather import Material
-from kvfold.linalg import Moment
-from kvfold.loading import open_source
-from kvfold.recipe import make_recipe
-from kvfold.streaming import StreamedModel
+from kvfold.calibration.calibrate import STATISTICS, calibrate
+from kvfold.calibration.layerwise_model import StreamedModel
+from kvfold.checkpoint.source import open_source
+from kvfold.compression.recipe import make_recipe, material_of
+from kvfold.linalg.eigen import Moment
 from kvfold.testing import assert_close
 
 ALL = frozenset(STATISTICS)
@@ -136,7 +135,7 @@ def test_an_interrupted_run_still_knows_the_owners_vectors(tiny_dir, tmp_path, m
     source, ids = open_source(tiny_dir / "llama_mha"), tokens(12, 16)
     options = {"needs": frozenset({"keys"}), "pairs": {(1, 0), (2, 0)}, "needs_cross": frozenset({"keys"})}
     whole = calibrate(source.checkpoint, source.arch, ids, run_dir=tmp_path / "whole", **options)
-    monkeypatch.setattr("kvfold.passes.SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr("kvfold.calibration.passes.SECONDS_BETWEEN_SAVES", 0)
     advance = StreamedModel.advance
 
     def die(stream, layer, *args):
@@ -163,7 +162,7 @@ def test_rotated_keys_are_calibrated_on_longer_text(tiny_dir, tmp_path):
         ("llama_mha", {"method": "svd_a"}),
     ):
         fields = {"model": str(tiny_dir / model), "out": "out", "kv_budget": 0.5, "width": width}
-        material = Material(make_recipe(fields), open_source(tiny_dir / model), tmp_path)
+        material = material_of(make_recipe(fields), open_source(tiny_dir / model), tmp_path)
         found[(model, *width.values())] = (material.num_samples, material.seq_len)
     assert found["llama_mha", "fisher"] == found["llama_mha", "svd_a"] == (16, 512)  # the model's context
     assert found["llama_mha", "fisher", "on_read"] == found["bloom_alibi", "fisher"] == (64, 256)

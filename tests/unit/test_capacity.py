@@ -7,17 +7,18 @@ from tiny import make_tiny, save_tiny
 from typer.testing import CliRunner
 
 import kvfold
-from kvfold.capacity import USED, capacity, parse_size
-from kvfold.cli import app
-from kvfold.demonstration import MODEL
+from kvfold.checkpoint.reader import Checkpoint
+from kvfold.cli.main import app
 from kvfold.errors import RecipeError
+from kvfold.evaluation.demo import MODEL
+from kvfold.evaluation.memory import USED, capacity, parse_size
 
 
 def test_what_fits_is_what_the_bytes_say():
     """books-6l: 4,608 bytes per token, 6,876,288 bytes of weights."""
     found = capacity(MODEL, memory=100_000_000, context=1000, wanted=80)
     room = USED * 100_000_000 - found.weights
-    assert found.weights == sum(tensor.nbytes for tensor in kvfold.checkpoint.Checkpoint.open(MODEL).tensors.values())
+    assert found.weights == sum(tensor.nbytes for tensor in Checkpoint.open(MODEL).tensors.values())
     assert [row.sequences for row in found.rows[:3]] == [int(room // (4_608_000 * share)) for share in (1, 0.5, 0.25)]
     assert found.needed == pytest.approx(room / 80 / 4_608_000)
     assert capacity(MODEL, memory=1000, context=10, wanted=1).needed == 0

@@ -8,17 +8,18 @@ import pytest
 import torch
 from tiny import load
 
-from kvfold import data
-from kvfold.demonstration import MODEL
+from kvfold.calibration import text as data
+from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.errors import DataError
-from kvfold.loading import load_weights
+from kvfold.evaluation.demo import MODEL
+from kvfold.runtimes.transformers.load import load_weights
 
 SENTENCE = "The captain walked along the shore, number {}, and said nothing to the other men.\n"
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.load_tokenizer(MODEL)
+    return load_tokenizer(MODEL)
 
 
 @pytest.fixture
@@ -73,8 +74,8 @@ def test_sequences_do_not_overlap_and_depend_on_the_seed(tokenizer, text, tmp_pa
     (tmp_path / "a.txt").write_text(text)
     first, other = draw(tokenizer, tmp_path / "a.txt"), draw(tokenizer, tmp_path / "a.txt", seed=1)
     assert not torch.equal(first, other)
-    numbers = [set(tokenizer.decode(row).split("number ")[1:]) for row in first]
-    assert all(not a & b for i, a in enumerate(numbers) for b in numbers[:i])
+    elements = [set(tokenizer.decode(row).split("number ")[1:]) for row in first]
+    assert all(not a & b for i, a in enumerate(elements) for b in elements[:i])
 
 
 def test_windows_for_evaluation(tokenizer, text, tmp_path):

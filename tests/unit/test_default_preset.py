@@ -5,8 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from kvfold.cli import app
-from kvfold.demonstration import MODEL
+from kvfold.cli.main import app
+from kvfold.evaluation.demo import MODEL
 
 
 def run(*arguments):

@@ -1,8 +1,9 @@
 """Plans as pictures."""
 
-from kvfold.drawing import CELLS, bar, described, frontier_plot, plan_plot
-from kvfold.number_format import NumberFormat, StoredShape
-from kvfold.plan import CachePlan, CacheSpec, SourceLayer
+from kvfold.plan.cache_spec import CacheSpec, SourceLayer
+from kvfold.plan.number_format import NumberFormat, StoredShape
+from kvfold.plan.plan import CachePlan
+from kvfold.report.plots import CELLS, bar, described, frontier_plot, plan_plot
 
 TIERS = NumberFormat(tiers=((8, 6), (16, 3)))
 

@@ -6,9 +6,10 @@ from test_healing import healing, lost, with_text
 from tiny import MODELS, load, logits, make_tiny, save_tiny, tokens
 
 import kvfold
-from kvfold.elastic import Elastic, kept_width
 from kvfold.errors import BudgetError, CheckpointError, PlanError
-from kvfold.runtime.attention import GroupedLinear
+from kvfold.healing.elastic import Elastic
+from kvfold.plan.nested import kept_width
+from kvfold.runtimes.transformers.projections import GroupedLinear
 from kvfold.testing import assert_close
 
 WIDTHS = {

@@ -10,8 +10,8 @@ import torch
 from tiny import MODELS, copy_heads, load, logits, make_tiny, save_tiny, tokens
 
 import kvfold
+from kvfold.compression.export_gqa import export_gqa
 from kvfold.errors import CheckpointError, PlanError
-from kvfold.export.gqa import export_gqa
 from kvfold.testing import assert_close, relative_rms
 
 NO_STOCK_CLASS = ("neox_partial", "bloom_alibi", "opt_learned", "gpt2_conv", "olmo2_flat_norm")
@@ -100,7 +100,7 @@ def test_uneven_layers_are_an_obstacle(fold, tmp_path):
 
 def test_fused_bloom_has_nothing_but_linear_layers(fold):
     """Grouped svd_a without rotation: ordinary projections, fewer and smaller heads."""
-    from kvfold.runtime.attention import GroupedLinear
+    from kvfold.runtimes.transformers.projections import GroupedLinear
 
     for model in ("bloom_alibi", "opt_learned", "gpt2_conv"):
         network = load(fold(model, "svd_a", kv_budget=0.5, latent="group").out)

@@ -14,10 +14,11 @@ from tiny import load, logits, make_tiny, tokens
 from transformers import AutoTokenizer
 
 import kvfold
-from kvfold import output
+from kvfold.checkpoint import folder as output
+from kvfold.checkpoint.gguf import dequantized
+from kvfold.checkpoint.reader import Checkpoint
+from kvfold.checkpoint.source import load_plan
 from kvfold.errors import CheckpointError
-from kvfold.gguf import dequantized
-from kvfold.loading import load_plan
 from kvfold.testing import assert_close
 
 BYTES = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
@@ -106,7 +107,7 @@ def test_tied_embeddings_are_stored_once(tmp_path):
     state = {name: tensor for name, tensor in tied.state_dict().items() if name != "lm_head.weight"}
     tied.state_dict = lambda: state
     folder = dequantized(write(tied, file), tmp_path / "run")
-    assert "lm_head.weight" not in kvfold.checkpoint.Checkpoint.open(folder).tensors
+    assert "lm_head.weight" not in Checkpoint.open(folder).tensors
     assert torch.equal(logits(load(folder), tokens()), logits(tied, tokens()))
 
 
@@ -118,7 +119,7 @@ def test_compress_folds_it_and_the_second_run_reuses_what_the_first_made(origina
     assert f"{file} is being dequantized into {folder}\n" in capfd.readouterr().err
     assert yaml.safe_load((made.out / "recipe.yaml").read_text())["model"] == str(file)
     assert_close(logits(load(made.out), tokens()), logits(original, tokens()), tolerance=0.02)
-    monkeypatch.setattr("kvfold.gguf.dequantize", None)
+    monkeypatch.setattr("kvfold.checkpoint.gguf.dequantize", None)
     kvfold.compress(recipe, device="cpu", overwrite=True)
     assert f"was dequantized before: {folder}\n" in capfd.readouterr().err
     assert len(list((tmp_path / "out.run").glob("dequantized-*"))) == 1

@@ -7,8 +7,8 @@ import torch
 from tiny import FULL_ATTENTION, load, logits, make_tiny, save_tiny, tokens
 
 import kvfold
-from kvfold.grouping import _greedy, best_order
-from kvfold.recipe import make_recipe
+from kvfold.compression.recipe import make_recipe
+from kvfold.methods.width._head_grouping import _greedy, best_order
 from kvfold.testing import assert_close, relative_rms
 
 

@@ -16,15 +16,17 @@ from tiny import MODELS, load, make_tiny, save_tiny
 
 import kvfold
 from kvfold.architectures.base import architecture
-from kvfold.data import first_windows, load_tokenizer
-from kvfold.documents import IGNORED, pack
+from kvfold.calibration.text import first_windows
+from kvfold.checkpoint.source import load_plan
+from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.errors import DataError, HealError, PlanError, RecipeError
-from kvfold.evaluation import evaluate_models
-from kvfold.healing_recipe import make_healing
-from kvfold.loading import load_plan
-from kvfold.objectives import distance, distance_from_top
+from kvfold.evaluation.demo import MODEL
+from kvfold.evaluation.texts import evaluate_models
+from kvfold.healing.objectives import distance, distance_from_top
+from kvfold.healing.packing import IGNORED, pack
+from kvfold.healing.recipe import make_healing
+from kvfold.healing.trainer import last_checkpoint
 from kvfold.testing import assert_close
-from kvfold.training import last_checkpoint
 
 
 class Words:
@@ -121,7 +123,7 @@ WORDS = [
 
 def with_text(root):
     """A model in `root`/source gets a tokenizer, and a text of documents beside it."""
-    for file in Path(kvfold.demonstration.MODEL).glob("tokenizer*"):
+    for file in Path(MODEL).glob("tokenizer*"):
         (root / "source" / file.name).write_bytes(file.read_bytes())
     picks = torch.randint(len(WORDS), (6000,), generator=torch.Generator().manual_seed(0)).tolist()
     ends = ["" if i % 37 else "<|endoftext|>" for i in range(len(picks))]

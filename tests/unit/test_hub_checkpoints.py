@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from tiny import COMMON, load, logits, make_tiny, save_tiny, tokens
 
 import kvfold
-from kvfold.data import load_tokenizer
-from kvfold.demonstration import MODEL
-from kvfold.recipe import make_recipe
-from kvfold.runtime.cache import FoldedCache
+from kvfold.checkpoint.tokenizer import load_tokenizer
+from kvfold.compression.recipe import make_recipe
+from kvfold.evaluation.demo import MODEL
+from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.testing import assert_close
 
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tiny import load, logits, tokens
 
+from kvfold.compression.import_mlkv import import_mlkv
 from kvfold.errors import CheckpointError
-from kvfold.import_mlkv import import_mlkv
-from kvfold.runtime.cache import FoldedCache
+from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.testing import assert_close
 
 L, N, H, D, VOCAB, ROTARY = 6, 4, 8, 32, 211, 4
@@ -120,8 +120,8 @@ def test_logits_are_those_of_the_published_formula(tmp_path, owners, heads, as_t
         parts = [network(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 7), (7, 8), (8, 15), (15, 20))]
     assert_close(torch.cat(parts, 1), expected, tolerance=1e-5)
     assert cache.nbytes_allocated == plan.kv_bytes(20, batch_size=2)
-    numbers = 2 * owners * heads * H
-    assert plan.kv_bytes_per_token() == 4 * numbers + (4 if as_trained and owners < L else 0)
+    elements = 2 * owners * heads * H
+    assert plan.kv_bytes_per_token() == 4 * elements + (4 if as_trained and owners < L else 0)
 
 
 def test_rows_with_padding_are_rotated_by_their_own_positions(tmp_path):

@@ -2,7 +2,12 @@
 
 import torch
 
-from kvfold.linalg import block_powers, block_roots, diagonal_blocks, eigh_descending, leading_subspace, powers, times
+from kvfold.linalg.block_diagonal import BlockDiagonal
+from kvfold.linalg.eigen import (
+    eigh_descending,
+    leading_subspace,
+    powers,
+)
 from kvfold.testing import assert_close
 
 
@@ -17,23 +22,30 @@ def test_the_leading_subspace_holds_what_the_leading_eigenvectors_hold():
     assert torch.equal(fast, leading_subspace(moment, 60))
 
 
-def test_powers_of_blocks_are_those_of_the_whole():
+def test_blocks_are_the_whole_matrix():
+    """Products, powers, energies and parts of neighbouring blocks, against the dense matrix."""
     torch.manual_seed(0)
-    x = torch.randn(3, 4, 9).double()
-    whole = torch.block_diag(*(x @ x.transpose(1, 2)))
-    assert diagonal_blocks(whole).shape == (3, 4, 4)
-    assert diagonal_blocks(torch.ones(6, 6)).shape == (1, 6, 6)
-    (root,), (expected,) = block_powers(whole, 0.5), powers(whole, 0.5)
-    assert_close(torch.block_diag(*root), expected, tolerance=1e-9)
-    y = torch.randn(12, 5).double()
-    assert_close(times(root, y), expected @ y, tolerance=1e-9)
+    x = torch.randn(4, 3, 9).double()
+    metric = BlockDiagonal(x @ x.mT)
+    whole, y = metric.dense(), torch.randn(12, 5).double()
+    assert len(metric) == 12
+    assert_close(metric @ y, whole @ y, tolerance=1e-12)
+    (root,), (expected,) = metric.powers(0.5), powers(whole, 0.5)
+    assert_close(root.dense(), expected, tolerance=1e-9)
+    other = torch.randn(12, 12).double()
+    assert_close(metric.inner(other), (whole * other).sum(), tolerance=1e-12)
+    for count in (1, 2, 4, 12):
+        size = 12 // count
+        for index, part in enumerate(metric.groups(count)):
+            own = slice(index * size, (index + 1) * size)
+            assert torch.equal(part.dense(), whole[own, own])
 
 
 def test_block_roots_are_roots():
     """By Cholesky, and where the matrix is singular by eigenvalues."""
     for rank in (6, 2):
-        parts = [x.T @ x for x in torch.randn(3, rank, 6, dtype=torch.float64)]
-        root, inverse = block_roots(torch.block_diag(*parts))
-        assert_close(root.mT @ root, torch.stack(parts), tolerance=1e-7)
+        metric = BlockDiagonal(torch.stack([x.T @ x for x in torch.randn(3, rank, 6, dtype=torch.float64)]))
+        root, inverse = metric.root()
+        assert_close(root.mT @ root.dense(), metric.dense(), tolerance=1e-7)
         if rank == 6:
-            assert_close(inverse @ root, torch.eye(6, dtype=torch.float64).expand(3, 6, 6), tolerance=1e-7)
+            assert_close(inverse @ root.dense(), torch.eye(18, dtype=torch.float64), tolerance=1e-7)

@@ -11,11 +11,13 @@ import pytest
 import torch
 from packed_forms import FORMS, distance
 
-from kvfold.number_format import NumberFormat
-from kvfold.quantize import pack, roundtrip, unpack
-from kvfold.runtime import native, packing
-from kvfold.runtime.attend import decode_attention, grouped_attention
-from kvfold.runtime.packed import PackedTokens
+from kvfold.plan.number_format import NumberFormat
+from kvfold.runtimes.kernels import cpu as native
+from kvfold.runtimes.kernels import dispatch
+from kvfold.runtimes.kernels.attention import grouped_attention
+from kvfold.runtimes.kernels.codec import pack, roundtrip, unpack
+from kvfold.runtimes.kernels.dispatch import decode_attention
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens
 
 compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="this machine has no C++ compiler")
 SHAPES = {  # batch, query heads, key heads, width, value heads, width, tokens
@@ -93,9 +95,9 @@ def test_any_number_of_queries_per_stored_head(rows, tokens, packed, dtype):
     q, z, y = tensors((1, 3 * rows, 3, 64, 3, 64, tokens), dtype)
     stored, exact = (z, y), (z.double(), y.double())
     if packed:
-        form = FORMS["4_bits"]
-        stored = [PackedTokens(pack(x, form), form, dtype) for x in stored]
-        exact = [unpack(x.rows, form, torch.float64) for x in stored]
+        format = FORMS["4_bits"]
+        stored = [PackedTokens(pack(x, format), format, dtype) for x in stored]
+        exact = [unpack(x.rows, format, torch.float64) for x in stored]
     assert native.serves(q, *stored)
     wanted, _ = grouped_attention(q.double(), *exact, None, scale=0.2)
     found = native.decode(q, *stored, None, scale=0.2)
@@ -107,14 +109,14 @@ def test_any_number_of_queries_per_stored_head(rows, tokens, packed, dtype):
 @pytest.mark.parametrize(("heads", "queries"), [((4, 4, 4), 1), ((12, 2, 1), 1), ((9, 9, 1), 3), ((20, 1, 1), 2)])
 @pytest.mark.parametrize("name", FORMS)
 def test_packed_tokens_are_read_as_unpack_reads_them(name, heads, queries, dtype, masked):
-    (N, C, U), form, S = heads, FORMS[name], 301
-    q, z, y = tensors((2, N, C, form.width, U, form.width, S), dtype, queries)
+    (N, C, U), format, S = heads, FORMS[name], 301
+    q, z, y = tensors((2, N, C, format.width, U, format.width, S), dtype, queries)
     y = y * 10.0 ** torch.randint(-3, 4, (2, U, S, 1), generator=torch.Generator().manual_seed(0))  # scales far apart
-    rows = [torch.nn.functional.pad(pack(x, form), (0, 0, 4, 0))[:, :, 4:] for x in (z, y)]
-    z, y = (PackedTokens(row, form, dtype) for row in rows)
+    rows = [torch.nn.functional.pad(pack(x, format), (0, 0, 4, 0))[:, :, 4:] for x in (z, y)]
+    z, y = (PackedTokens(row, format, dtype) for row in rows)
     mask = masked((2, N, S), queries)
     assert native.serves(q, z, y)
-    exact = (unpack(row, form, torch.float64) for row in rows)
+    exact = (unpack(row, format, torch.float64) for row in rows)
     mask64 = mask if mask is None or mask.dtype == torch.bool else mask.double()
     wanted, _ = grouped_attention(q.double(), *exact, mask64, scale=0.2)
     assert distance(decode_attention(q, z, y, mask, scale=0.2), wanted) < (3e-6 if dtype == torch.float32 else 2e-2)
@@ -122,18 +124,18 @@ def test_packed_tokens_are_read_as_unpack_reads_them(name, heads, queries, dtype
 
 @compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", [name for name, form in FORMS.items() if form.scales == "exponent"])
+@pytest.mark.parametrize("name", [name for name, format in FORMS.items() if format.scales == "exponent"])
 def test_packing_is_that_of_torch(name, dtype):
     """But for scales whose errors differ by a rounding."""
-    form = FORMS[name]
-    x = torch.randn(3, 2, 101, form.width, generator=torch.Generator().manual_seed(0))
+    format = FORMS[name]
+    x = torch.randn(3, 2, 101, format.width, generator=torch.Generator().manual_seed(0))
     x = (x * 10.0 ** torch.randint(-4, 4, (3, 2, 101, 1), generator=torch.Generator().manual_seed(0))).to(dtype)
     x[0, 0, :3] = torch.stack([torch.zeros_like(x[0, 0, 0]), x[0, 0, 1] * 0 + 1e-7, x[0, 0, 2] * 0 - 3e4])
     assert native.packs(x)
-    found, wanted = native.pack(x, form), pack(x, form)
+    found, wanted = native.pack(x, format), pack(x, format)
     same = (found == wanted).all(-1)
     assert same.float().mean() > 0.99 and same[0, 0, :3].all()
-    lost = [(unpack(rows, form, torch.float64) - x.double()).square().sum(-1)[~same] for rows in (found, wanted)]
+    lost = [(unpack(rows, format, torch.float64) - x.double()).square().sum(-1)[~same] for rows in (found, wanted)]
     torch.testing.assert_close(*lost, rtol=1e-4, atol=0)
 
 
@@ -169,25 +171,25 @@ def test_masks_of_any_strides():
 
 @compiler
 def test_transforms_of_functions_take_another_way():
-    form = FORMS["4_bits"]
+    format = FORMS["4_bits"]
     x = torch.randn(1, 2, 3, 64)
-    gradient = torch.func.grad(lambda x: roundtrip(x, form, packing.pack).square().sum())(x)
-    torch.testing.assert_close(gradient, 2 * roundtrip(x, form))
+    gradient = torch.func.grad(lambda x: roundtrip(x, format, dispatch.pack).square().sum())(x)
+    torch.testing.assert_close(gradient, 2 * roundtrip(x, format))
 
 
 @compiler
 def test_one_side_may_be_packed():
-    form = FORMS["4_bits"]
+    format = FORMS["4_bits"]
     q, z, y = tensors((2, 6, 3, 64, 2, 40, 200), torch.float32)
-    packed = PackedTokens(pack(z, form), form, torch.float32)
-    wanted, _ = grouped_attention(q, unpack(packed.rows, form, torch.float32), y, None, scale=0.2)
+    packed = PackedTokens(pack(z, format), format, torch.float32)
+    wanted, _ = grouped_attention(q, unpack(packed.rows, format, torch.float32), y, None, scale=0.2)
     torch.testing.assert_close(decode_attention(q, packed, y, None, scale=0.2), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_formats_of_other_methods_are_left_to_torch():
-    form = NumberFormat(tiers=((64, 4),), scales="affine")
+    format = NumberFormat(tiers=((64, 4),), scales="affine")
     q, z, _ = tensors((1, 2, 2, 64, 2, 64, 20), torch.float32)
-    packed = PackedTokens(pack(z, form), form, torch.float32)
+    packed = PackedTokens(pack(z, format), format, torch.float32)
     assert not native.serves(q, packed, packed)
     wanted, _ = grouped_attention(q, packed.read(0, 20), packed.read(0, 20), None, scale=0.2)
     torch.testing.assert_close(decode_attention(q, packed, packed, None, scale=0.2), wanted)
@@ -229,7 +231,8 @@ def test_gradients_and_other_dtypes_take_another_way():
 @pytest.mark.parametrize("setting", ["CXX=no-such-compiler", "KVFOLD_NATIVE=0"])
 def test_without_a_compiler_torch_serves(setting, tmp_path):
     script = (
-        "import torch; from kvfold.runtime import native; from kvfold.runtime.attend import decode_attention as d\n"
+        "import torch; from kvfold.runtimes.kernels import cpu as native\n"
+        "from kvfold.runtimes.kernels.dispatch import decode_attention as d\n"
         "x = torch.ones(1, 2, 9, 8, dtype=torch.bfloat16)\n"
         "assert native.library() is None and d(x[:, :, :1], x, x, None, scale=1.0).eq(1).all()"
     )
@@ -242,10 +245,10 @@ def test_without_a_compiler_torch_serves(setting, tmp_path):
 
 EDGES = """
 import torch
-from kvfold.number_format import NumberFormat
-from kvfold.quantize import pack
-from kvfold.runtime import native
-from kvfold.runtime.packed import PackedTokens
+from kvfold.plan.number_format import NumberFormat
+from kvfold.runtimes.kernels.codec import pack
+from kvfold.runtimes.kernels import cpu as native
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens
 
 native.SECONDS = 600  # other tests may keep the processor busy
 forms = (NumberFormat(tiers=((13, 5), (8, 3))), NumberFormat(tiers=((64, 4),)))

@@ -10,13 +10,14 @@ from tiny import make_tiny
 from typer.testing import CliRunner
 
 import kvfold
-from kvfold.cli import app
-from kvfold.demonstration import MODEL
+from kvfold.calibration.text import sample_from_model
+from kvfold.cli.main import app
 from kvfold.errors import RecipeError
-from kvfold.evaluation import Predictions, evaluate_models
-from kvfold.linalg import Moment
-from kvfold.loading import load, load_weights
-from kvfold.runtime.cache import FoldedCache
+from kvfold.evaluation.demo import MODEL
+from kvfold.evaluation.texts import Predictions, evaluate_models
+from kvfold.linalg.eigen import Moment
+from kvfold.runtimes.transformers.cache import FoldedCache
+from kvfold.runtimes.transformers.load import load, load_weights
 from kvfold.testing import assert_close
 
 JSON_FIELDS = [
@@ -53,7 +54,7 @@ def journey(tmp_path_factory):
 
 
 def _sampled(seed):
-    return kvfold.data.sample_from_model(load_weights(MODEL, "float32", "cpu"), num_samples=8, seq_len=256, seed=seed)
+    return sample_from_model(load_weights(MODEL, "float32", "cpu"), num_samples=8, seq_len=256, seed=seed)
 
 
 def test_compress_says_what_it_made(journey):
@@ -191,7 +192,7 @@ def test_more_budget_never_loses_more(journey, tmp_path):
 
 def test_svd_a_keeps_the_most_energy_of_any_basis():
     """Eckart-Young: no other orthonormal basis of that size reconstructs the calibration data better."""
-    from kvfold.linalg import top_eigenvectors
+    from kvfold.linalg.eigen import top_eigenvectors
 
     x = torch.randn(400, 24, dtype=torch.float64) @ torch.randn(24, 24, dtype=torch.float64)
     moment = Moment.zeros(24)
@@ -213,6 +214,6 @@ def test_the_original_predicts_a_window_once(monkeypatch):
         all(torch.equal(known(window), logits) for window, logits in zip(windows, first, strict=True))
         and len(calls) == 2
     )
-    monkeypatch.setattr("kvfold.evaluation.NUMBERS_KEPT", first[0].numel())
+    monkeypatch.setattr("kvfold.evaluation.texts.ELEMENTS_KEPT", first[0].numel())
     known = Predictions(model)
     assert [known(window) is not None for window in (*windows, *windows)] and len(calls) == 5

@@ -5,8 +5,10 @@ import json
 import pytest
 
 from kvfold.errors import PlanError
-from kvfold.number_format import NumberFormat
-from kvfold.plan import CachePlan, CacheSpec, SourceLayer, source_plan
+from kvfold.plan.cache_spec import CacheSpec, SourceLayer
+from kvfold.plan.number_format import NumberFormat
+from kvfold.plan.plan import CachePlan, source_plan
+from kvfold.runtimes.base import servable_by
 
 SOURCE = SourceLayer(num_attention_heads=8, num_kv_heads=4, head_dim=16)
 WINDOWED = SourceLayer(num_attention_heads=8, num_kv_heads=4, head_dim=16, window=300)
@@ -47,7 +49,7 @@ def test_a_shared_cache_is_stored_once_and_read_by_each_reader():
     p = plan(spec(), None, None, targets=(None, 0, 0))
     assert p.kv_bytes_per_token() == 80
     assert p.kv_read_bytes(100) == 3 * 80 * 100
-    assert p.servable_by()["transformers"] is None and "num_v_heads = 2" in p.servable_by()["vllm"]
+    assert servable_by(p)["transformers"] is None and "num_v_heads = 2" in servable_by(p)["vllm"]
     assert [p.readers(layer) for layer in range(3)] == [[0, 1, 2], [], []]
 
 
@@ -84,12 +86,12 @@ def test_json_round_trip_and_unknown_fields():
         (lambda: NumberFormat(tiers="ab"), "not .numbers, bits."),
         (lambda: NumberFormat(tiers=[[8.7, 4]]), "not .numbers, bits."),
         (lambda: NumberFormat(tiers=((8, 4),), block=0), "block of tokens"),
-        (lambda: NumberFormat(tiers=((8, 4),), scales="linear"), "not one of"),
+        (lambda: NumberFormat(tiers=((8, 4),), scales="linear"), "there is no scheme of scales"),
         (lambda: NumberFormat(tiers=((8, 4),), scales="float8"), "8 bits each"),
         (lambda: NumberFormat(tiers=((8, 4),), scales="channel"), "block of tokens"),
-        (lambda: NumberFormat(tiers=((8, 7),), scales="normal"), "1 to 6 bits"),
+        (lambda: NumberFormat(tiers=((8, 7),), scales="normal"), "bits 1 to 6"),
         (lambda: NumberFormat(tiers=((8, 4),), norm_correction=True), "goes with normal"),
-        (lambda: NumberFormat(tiers=((8, 4),), scales="affine", group_size=3), "divides every tier"),
+        (lambda: NumberFormat(tiers=((8, 4),), scales="affine", group_size=3), "does not divide every tier"),
         (lambda: plan(spec(window=5)), "differs from the source"),
         (lambda: plan(spec(), dtype="int3"), "dtype 'int3'"),
         (lambda: plan(), "one entry per layer"),

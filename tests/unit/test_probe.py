@@ -1,4 +1,4 @@
-"""Budgets shared by measured damage."""
+"""Budgets shared by measured distortion."""
 
 import json
 
@@ -7,14 +7,14 @@ import torch
 from tiny import load, logits, make_tiny, save_tiny, tokens
 
 import kvfold
-from kvfold.evaluation import evaluate_models
-from kvfold.probe import interpolate
-from kvfold.recipe import make_recipe
+from kvfold.compression.probe import interpolate
+from kvfold.compression.recipe import make_recipe
+from kvfold.evaluation.texts import evaluate_models
 
 
 def test_interpolation_goes_through_measured_points_and_never_rises():
-    damages = [1.0, 0.5, 0.25, 0.1, 0.01, 0.0]
-    kls = interpolate(damages, {1: 0.8, 3: 0.02})
+    distortions = [1.0, 0.5, 0.25, 0.1, 0.01, 0.0]
+    kls = interpolate(distortions, {1: 0.8, 3: 0.02})
     assert kls[1] == pytest.approx(0.8) and kls[3] == pytest.approx(0.02) and kls[-1] == 0
     assert kls == sorted(kls, reverse=True)
     assert kls[0] == pytest.approx(1.6) and kls[4] == pytest.approx(0.002)  # beyond them in proportion
@@ -23,7 +23,7 @@ def test_interpolation_goes_through_measured_points_and_never_rises():
 
 @pytest.fixture(scope="module")
 def folded(tmp_path_factory):
-    """A model whose last layer adds next to nothing, folded by measured damage."""
+    """A model whose last layer adds next to nothing, folded by measured distortion."""
     root = tmp_path_factory.mktemp("probe")
     model = make_tiny("llama_mha")
     with torch.no_grad():
@@ -47,7 +47,7 @@ def folded(tmp_path_factory):
 def test_numbers_go_where_they_are_missed(folded):
     root, run = folded
     plan = run("measured", allocate="measured").plan
-    sizes = [spec.numbers_per_token for spec in plan.owned]
+    sizes = [spec.elements_per_token for spec in plan.owned]
     assert sizes[2] < min(sizes[:2]) and plan.kv_budget <= 0.5
     original = logits(load(root / "source"), tokens())
     measured, uniform = (
@@ -63,7 +63,7 @@ def test_what_was_measured_serves_other_budgets(folded, monkeypatch):
     (file,) = (root / "run").glob("probes-*.json")
     before = json.loads(file.read_text())
     assert len(before) == 3 * 2 * 3  # the two smallest sizes fall together here
-    monkeypatch.setattr("kvfold.probe.Probe._kl", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr("kvfold.compression.probe.Probe._kl", lambda *args: pytest.fail("measured again"))
     run("quarter", allocate="measured", kv_budget=0.25)
     assert json.loads(file.read_text()) == before
 
@@ -87,12 +87,12 @@ def test_the_plain_cache_in_8_bits_is_taken_where_it_loses_less(folded, monkeypa
     fields = {"width": {"method": "fisher", "multiple": 4}, "bits": {"method": "mixed"}, "allocate": "measured"}
     tight = run("tight", kv_budget=0.2, **fields)  # 8 bits of 32 and their scales take more
     assert any(spec.k_bits.tiers != ((8, 8),) for spec in tight.plan.owned)
-    monkeypatch.setattr("kvfold.probe.Probe.kl_of", lambda self, plan, width=None: float(width is None))
+    monkeypatch.setattr("kvfold.compression.probe.Probe.kl_of", lambda self, plan, width=None: float(width is None))
     with pytest.warns(UserWarning, match="the plain cache in 8 bits .* loses less"):
         plain = run("plain", kv_budget=0.3, **fields)
     assert all(spec.k_bits == spec.v_bits and spec.k_bits.tiers == ((8, 8),) for spec in plain.plan.owned)
     assert "method: identity" in (root / "plain" / "recipe.yaml").read_text()
     assert evaluate_models(load(root / "plain"), load(root / "source"), tokens(8, 32), plain.plan).kl < 1e-3
-    monkeypatch.setattr("kvfold.probe.Probe.kl_of", lambda self, plan, width=None: float(width is not None))
+    monkeypatch.setattr("kvfold.compression.probe.Probe.kl_of", lambda self, plan, width=None: float(width is not None))
     kept = run("kept", kv_budget=0.3, **fields).plan
     assert all(spec.k_projection for spec in kept.owned)

@@ -3,11 +3,14 @@
 import pytest
 import torch
 
-from kvfold.bits.base import NOISE, SIZES
-from kvfold.lloyd_max import lloyd_max
-from kvfold.number_format import BITS, NORMAL_BITS, NumberFormat
-from kvfold.quantize import STEPS_PER_OCTAVE, pack, roundtrip, unpack
-from kvfold.reference import decoded
+from kvfold.plan.codecs._codes import BITS
+from kvfold.plan.codecs._lloyd_max import lloyd_max
+from kvfold.plan.codecs.base import NOISE, SIZES
+from kvfold.plan.codecs.exponent import STEPS_PER_OCTAVE
+from kvfold.plan.codecs.normal import Normal
+from kvfold.plan.number_format import NumberFormat
+from kvfold.runtimes.kernels.codec import pack, roundtrip, unpack
+from kvfold.runtimes.reference import decoded
 
 FORMATS = [
     *(NumberFormat(tiers=((24, bits),)) for bits in BITS),
@@ -25,35 +28,35 @@ FORMATS = [
 ]
 
 
-def numbers(form, dtype=torch.float64):
+def elements(format, dtype=torch.float64):
     torch.manual_seed(0)
-    return (torch.randn(2, 3, 16, form.width) * torch.rand(2, 3, 16, 1) * 5).to(dtype)
+    return (torch.randn(2, 3, 16, format.width) * torch.rand(2, 3, 16, 1) * 5).to(dtype)
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_packed_numbers_are_what_the_oracle_reads(form):
-    x = numbers(form)
-    rows = pack(x, form)
-    assert rows.dtype == torch.uint8 and rows.shape == (2, 3, 16 // form.block, form.block_bytes)
-    expected = torch.stack([torch.stack([decoded(head, form) for head in row]) for row in rows])
-    torch.testing.assert_close(unpack(rows, form, torch.float64), expected, rtol=1e-6, atol=1e-12)
-    assert torch.equal(roundtrip(x, form), unpack(rows, form, torch.float64))
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_packed_numbers_are_what_the_oracle_reads(format):
+    x = elements(format)
+    rows = pack(x, format)
+    assert rows.dtype == torch.uint8 and rows.shape == (2, 3, 16 // format.block, format.block_bytes)
+    expected = torch.stack([torch.stack([decoded(head, format) for head in row]) for row in rows])
+    torch.testing.assert_close(unpack(rows, format, torch.float64), expected, rtol=1e-6, atol=1e-12)
+    assert torch.equal(roundtrip(x, format), unpack(rows, format, torch.float64))
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_dtype_is_packed_alike(form, dtype):
-    x = numbers(form, dtype)
-    assert torch.equal(pack(x, form), pack(x.float(), form))
-    assert unpack(pack(x, form), form, dtype).dtype == dtype
+def test_every_dtype_is_packed_alike(format, dtype):
+    x = elements(format, dtype)
+    assert torch.equal(pack(x, format), pack(x.float(), format))
+    assert unpack(pack(x, format), format, dtype).dtype == dtype
 
 
-@pytest.mark.parametrize("form", [form for form in FORMATS if form.block == 1], ids=str)
-def test_any_token_is_read_alone(form):
+@pytest.mark.parametrize("format", [format for format in FORMATS if format.block == 1], ids=str)
+def test_any_token_is_read_alone(format):
     """At whatever address its row begins."""
-    rows = pack(numbers(form)[:1, :1], form)
-    alone = [unpack(rows[:, :, t : t + 1], form, torch.float32) for t in range(16)]
-    torch.testing.assert_close(torch.cat(alone, 2), unpack(rows, form, torch.float32))
+    rows = pack(elements(format)[:1, :1], format)
+    alone = [unpack(rows[:, :, t : t + 1], format, torch.float32) for t in range(16)]
+    torch.testing.assert_close(torch.cat(alone, 2), unpack(rows, format, torch.float32))
 
 
 KNOWN_ERRORS = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499}
@@ -71,8 +74,8 @@ def test_levels_for_normal_numbers_are_the_published_ones():
 
 
 def test_a_normal_row_is_a_scale_and_codes():
-    assert {bits: NumberFormat(tiers=((64, bits),), scales="normal").row_bytes for bits in NORMAL_BITS} == {
-        bits: 2 + 8 * bits for bits in NORMAL_BITS
+    assert {bits: NumberFormat(tiers=((64, bits),), scales="normal").row_bytes for bits in Normal.bits} == {
+        bits: 2 + 8 * bits for bits in Normal.bits
     }
 
 
@@ -80,9 +83,9 @@ def test_a_normal_row_is_a_scale_and_codes():
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_normal_numbers_are_the_nearest_levels(bits, norm_correction):
     """One token after the other: brought to a mean square of 1, rounded, and brought back to what it was or to its norm."""
-    form = NumberFormat(tiers=((24, bits),), scales="normal", norm_correction=norm_correction)
-    x, levels = numbers(form), torch.tensor(lloyd_max(bits), dtype=torch.float64)
-    for token, seen in zip(x.flatten(0, 2), roundtrip(x, form).flatten(0, 2), strict=True):
+    format = NumberFormat(tiers=((24, bits),), scales="normal", norm_correction=norm_correction)
+    x, levels = elements(format), torch.tensor(lloyd_max(bits), dtype=torch.float64)
+    for token, seen in zip(x.flatten(0, 2), roundtrip(x, format).flatten(0, 2), strict=True):
         size = token.square().mean().sqrt()
         rounded = levels[(token[:, None] / size - levels).abs().argmin(1)]
         if norm_correction:
@@ -91,7 +94,7 @@ def test_normal_numbers_are_the_nearest_levels(bits, norm_correction):
 
 
 def test_norm_correction_keeps_the_norm():
-    x = numbers(NumberFormat(tiers=((24, 3),)))
+    x = elements(NumberFormat(tiers=((24, 3),)))
     kept, shorter = (
         roundtrip(x, NumberFormat(tiers=((24, 3),), scales="normal", norm_correction=correct)).norm(dim=-1)
         for correct in (True, False)
@@ -102,7 +105,7 @@ def test_norm_correction_keeps_the_norm():
 
 @pytest.mark.parametrize("bits", BITS)
 def test_the_scale_is_nearly_the_best_of_all(bits):
-    x = numbers(NumberFormat(tiers=((24, bits),)))
+    x = elements(NumberFormat(tiers=((24, bits),)))
     lost = (roundtrip(x, NumberFormat(tiers=((24, bits),))) - x).square().sum(-1)
     half, best = 2 ** (bits - 1), torch.full_like(lost, torch.inf)
     for exponent in range(-128, 128):
@@ -122,19 +125,19 @@ def test_the_expected_noise_is_that_of_normal_numbers():
 
 
 def test_more_bits_lose_less():
-    x = numbers(NumberFormat(tiers=((24, 8),)))
+    x = elements(NumberFormat(tiers=((24, 8),)))
     lost = [(roundtrip(x, NumberFormat(tiers=((24, bits),))) - x).square().mean() for bits in BITS]
     assert lost == sorted(lost, reverse=True) and lost[-1] < 1e-4 * x.square().mean()
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_zeros_and_outliers_stay_finite(form):
-    x = torch.zeros(1, 1, 8, form.width)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_zeros_and_outliers_stay_finite(format):
+    x = torch.zeros(1, 1, 8, format.width)
     x[0, 0, 1] = 1e4
     x[0, 0, 2, 0] = 3e4
-    assert roundtrip(x, form).isfinite().all()
-    if form.block == 1:
-        assert roundtrip(x, form)[0, 0, 0].abs().max() < 1e-3
+    assert roundtrip(x, format).isfinite().all()
+    if format.block == 1:
+        assert roundtrip(x, format)[0, 0, 0].abs().max() < 1e-3
 
 
 def test_gradients_pass_straight_through():

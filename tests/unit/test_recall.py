@@ -12,11 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 import kvfold
-from kvfold.cli import app
-from kvfold.demonstration import MODEL
+from kvfold.cli.main import app
 from kvfold.errors import DataError, RecipeError
-from kvfold.loading import load_weights
-from kvfold.recall import (
+from kvfold.evaluation.demo import MODEL
+from kvfold.evaluation.recall import (
     DEPTHS,
     LEAST_LENGTH,
     PASSAGE,
@@ -28,6 +27,7 @@ from kvfold.recall import (
     recall_at,
     value_log_probs,
 )
+from kvfold.runtimes.transformers.load import load_weights
 from kvfold.testing import assert_close
 
 VOCAB = 97
@@ -177,7 +177,7 @@ def test_a_bound_on_memory_changes_nothing(looker, monkeypatch):
     pair, plan = (looker["tenth"], looker["original"]), looker["tenth"].kv_plan
     expected = [row.to_json() for row in recall_at(*pair, fill, passages, plan)]
     for tokens in (1, 3 * LEAST_LENGTH):  # one question at a time; of one context three
-        monkeypatch.setattr("kvfold.recall.TOKENS_AT_ONCE", tokens)
+        monkeypatch.setattr("kvfold.evaluation.recall.TOKENS_AT_ONCE", tokens)
         found = [row.to_json() for row in recall_at(*pair, fill, passages, plan)]
         assert found == [pytest.approx(row, abs=1e-4) for row in expected]
 
@@ -266,7 +266,7 @@ def test_command_line_says_that_the_original_does_not_recall(folds):
 
 
 def test_a_ratio_is_shown_where_the_original_recalls(capsys):
-    from kvfold.printing import print_recall
+    from kvfold.report.tables import print_recall
 
     fields = dict.fromkeys(("control", "base_control", "gain_stderr", "base_gain_stderr", "kl"), 0.0)
     print_recall([Recall(128, 0.5, 4, 0.5, 1.0, gain=2.0, base_gain=4.0, kept_stderr=0.1, **fields)])
@@ -284,7 +284,7 @@ def test_what_keeps_its_last_tokens_exactly_is_asked_token_by_token(tmp_path, mo
         steps.append((type(model).__name__, token_by_token))
         return value_log_probs(model, cache, questions, token_by_token=token_by_token)
 
-    monkeypatch.setattr("kvfold.recall.value_log_probs", spy)
+    monkeypatch.setattr("kvfold.evaluation.recall.value_log_probs", spy)
     measure_recall(folder, against=MODEL, lengths=[LEAST_LENGTH], trials=2)
     assert set(steps) == {("KvfoldLlamaForCausalLM", True), ("LlamaForCausalLM", False)}
 
@@ -297,7 +297,9 @@ def test_it_is_said_beforehand_how_long_it_will_take(monkeypatch, capsys):
 
 def test_lengths(monkeypatch):
     asked = []
-    monkeypatch.setattr("kvfold.recall.recall_at", lambda model, base, fill, *_: asked.append(fill.shape) or [])
+    monkeypatch.setattr(
+        "kvfold.evaluation.recall.recall_at", lambda model, base, fill, *_: asked.append(fill.shape) or []
+    )
     measure_recall(MODEL, against=MODEL)
     assert asked == [(16, 256)]  # half of 256 would leave no room
     with pytest.warns(UserWarning, match="300 tokens exceed the model's context of 256"):
@@ -306,7 +308,7 @@ def test_lengths(monkeypatch):
         measure_recall(MODEL, against=MODEL, lengths=[64])
     with pytest.raises(RecipeError, match="1 trials leave no other context to ask as a control"):
         measure_recall(MODEL, against=MODEL, trials=1)
-    monkeypatch.setattr("kvfold.recall.default_seq_len", lambda config: 128)
+    monkeypatch.setattr("kvfold.evaluation.recall.default_seq_len", lambda config: 128)
     with pytest.raises(RecipeError, match="context of 128 tokens leaves no room for passages"):
         measure_recall(MODEL, against=MODEL)
     result = CliRunner().invoke(app, ["evaluate", str(MODEL), "--against", str(MODEL), "--recall", "far"])

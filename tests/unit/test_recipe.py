@@ -4,9 +4,9 @@ import pytest
 import yaml
 
 from kvfold import registry
+from kvfold.compression.presets import PRESETS
+from kvfold.compression.recipe import assignments, load_recipe, make_recipe, parse_budget
 from kvfold.errors import RecipeError
-from kvfold.presets import PRESETS
-from kvfold.recipe import assignments, load_recipe, make_recipe, parse_budget
 
 BASE = {"model": "m", "out": "o"}
 

@@ -5,10 +5,10 @@ import torch
 from tiny import MODELS, load, tokens
 from transformers import DynamicCache
 
-from kvfold.calibrate import calibrate
-from kvfold.loading import open_source
-from kvfold.sensitivity import METRIC, WEIGHTED, fit, sensitivities
-from kvfold.streaming import StreamedModel, _score, ignore
+from kvfold.calibration.calibrate import calibrate
+from kvfold.calibration.layerwise_model import StreamedModel, _score, ignore
+from kvfold.checkpoint.source import open_source
+from kvfold.linalg.sensitivity import METRIC, WEIGHTED, fit, sensitivities
 from kvfold.testing import assert_close
 
 ALL = sensitivities("keys") | sensitivities("keys_before_rotation") | sensitivities("values")
@@ -97,7 +97,7 @@ def test_expected_damages_are_nats():
 def test_large_layers_have_a_metric_for_each_head(monkeypatch):
     x, gradient, _ = planted(torch.ones(20_000))
     together = fit(x, gradient, 2)[1].second_FF
-    monkeypatch.setattr("kvfold.sensitivity.TOGETHER", 5)
+    monkeypatch.setattr("kvfold.linalg.sensitivity.TOGETHER", 5)
     apart = fit(x, gradient, 2)[1].second_FF
     assert together.shape == (1, 6, 6) and apart.shape == (2, 3, 3)
     for head, block in enumerate(apart):
@@ -109,7 +109,7 @@ def test_statistics_of_gradients_do_not_depend_on_interruptions(tiny_dir, tmp_pa
     source, ids = open_source(tiny_dir / "qwen3_norm_window"), tokens(12, 16)
     whole = calibrate(source.checkpoint, source.arch, ids, needs=ALL, run_dir=tmp_path / "whole")
     assert not list(whole.folder.glob("entering*")) and not list(whole.folder.glob("gradient*"))
-    monkeypatch.setattr("kvfold.passes.SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr("kvfold.calibration.passes.SECONDS_BETWEEN_SAVES", 0)
     for method, index in (("advance", 1), ("retreat", 0)):  # a fresh run is cut on the way up, then on the way down
         original = getattr(StreamedModel, method)
 

@@ -4,14 +4,15 @@ import pytest
 from tiny import make_tiny, save_tiny
 
 import kvfold
-from kvfold.allocate import Axes, Request, limits_of
 from kvfold.architectures.base import empty_model
-from kvfold.demonstration import MODEL
+from kvfold.compression.allocate import Axes, Request, limits_of
+from kvfold.compression.recipe import make_recipe, preset_recipe
 from kvfold.errors import BudgetError, PlanError, RecipeError
-from kvfold.recipe import make_recipe, preset_recipe
+from kvfold.evaluation.demo import MODEL
+from kvfold.evaluation.geometries import Shape
 from kvfold.registry import AXES
-from kvfold.servable import VLLM_WIDTHS
-from kvfold.shapes import Shape
+from kvfold.runtimes.base import servable_by
+from kvfold.runtimes.vllm.runtime import WIDTHS
 
 GROUPS = {"method": "svd_w", "latent": "group", "v_latent": "group"}
 
@@ -30,12 +31,12 @@ def compress(tmp_path, **recipe):
 )
 def test_keys_and_values_of_a_layer_have_one_shape(tmp_path, allocate, width, kv_budget):
     plan = compress(tmp_path, width=width, allocate=allocate, kv_budget=kv_budget)
-    assert plan.servable_by() == {"transformers": None, "vllm": None}
+    assert servable_by(plan) == {"transformers": None, "vllm": None}
     assert 0.6 * kv_budget < plan.kv_budget <= kv_budget
     assert f"vllm serve {tmp_path / 'out'}" in (tmp_path / "out" / "README.md").read_text()
     for spec in plan.owned:
         assert (spec.num_kv_heads, spec.head_dim) == (spec.num_v_heads, spec.v_head_dim)
-        assert spec.head_dim in VLLM_WIDTHS
+        assert spec.head_dim in WIDTHS
 
 
 def test_its_default_is_a_servable_preset():
@@ -51,8 +52,8 @@ def test_its_default_is_a_servable_preset():
 def test_layers_that_are_kept_keep_everything(tmp_path, allocate):
     plan = compress(tmp_path, width=GROUPS, kv_budget=1 / 2, keep_layers=[0], allocate=allocate)
     assert all((spec.num_kv_heads, spec.head_dim) == (spec.num_v_heads, spec.v_head_dim) for spec in plan.owned)
-    assert plan.owned[0].bytes_per_token(1) == plan.source[0].numbers_per_token
-    assert plan.servable_by()["vllm"] is None
+    assert plan.owned[0].bytes_per_token(1) == plan.source[0].elements_per_token
+    assert servable_by(plan)["vllm"] is None
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,16 @@ import torch
 from typer.testing import CliRunner
 
 import kvfold
-from kvfold import tasks
-from kvfold.cli import app
-from kvfold.demonstration import MODEL
+from kvfold.cli.main import app
 from kvfold.errors import DataError, KvfoldError, RecipeError
-from kvfold.loading import load
-from kvfold.printing import print_tasks
-from kvfold.task_files import read_task_file
-from kvfold.tasks import TASK_PRESETS, evaluate_tasks
-from kvfold.uncertainty import ratio_stderr, stderr
+from kvfold.evaluation import tasks
+from kvfold.evaluation.demo import MODEL
+from kvfold.evaluation.standard_errors import ratio_stderr, stderr
+from kvfold.evaluation.task_files import read_task_file
+from kvfold.evaluation.task_presets import TASK_PRESETS
+from kvfold.evaluation.tasks import evaluate_tasks
+from kvfold.report.tables import print_tasks
+from kvfold.runtimes.transformers.load import load
 
 CHOICES = [
     {
@@ -131,7 +132,7 @@ def test_the_original_recovers_itself(files):
 
 
 def test_caches_with_exact_last_tokens_are_scored_token_by_token(tmp_path):
-    from kvfold.harness import FoldedLM
+    from kvfold.evaluation.harness import FoldedLM
 
     out = kvfold.compress(kvfold.make_recipe(_recipe("kivi", tmp_path / "kivi", kv_budget=None))).out
     loaded = load(out)
@@ -277,7 +278,7 @@ def test_averages_count_members_of_groups_and_tables_show_groups(monkeypatch, ca
 
 
 def test_names_are_those_of_the_harness(monkeypatch):
-    from kvfold import harness
+    from kvfold.evaluation import harness
 
     manager = harness.task_manager([name for preset in TASK_PRESETS.values() for name in preset.tasks])
     monkeypatch.setattr(harness, "TaskManager", lambda **_: manager)  # the index takes ten seconds
@@ -343,6 +344,6 @@ def test_other_bad_input(files, tmp_path):
 
 def test_without_lm_eval_the_error_says_what_to_install(files, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "kvfold.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "kvfold.evaluation.harness", raising=False)
     with pytest.raises(KvfoldError, match=r"pip install 'kvfold\[eval\]'"):
         evaluate_tasks(MODEL, against=MODEL, tasks=[str(files / "choices.jsonl")])

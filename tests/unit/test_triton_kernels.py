@@ -8,14 +8,14 @@ import pytest
 import torch
 from packed_forms import FORMS, distance
 
-from kvfold.quantize import pack, unpack
-from kvfold.runtime import gpu
+from kvfold.runtimes.kernels import gpu
+from kvfold.runtimes.kernels.codec import pack, unpack
 
 pytest.importorskip("triton")  # for Linux only
 
-from kvfold.runtime import triton_kernels as kernels
-from kvfold.runtime.attend import grouped_attention, packed_attention
-from kvfold.runtime.packed import PackedTokens
+from kvfold.runtimes.kernels import triton_kernels as kernels
+from kvfold.runtimes.kernels.attention import grouped_attention, packed_attention
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -26,13 +26,13 @@ def same_numbers_every_time():
     torch.manual_seed(0)
 
 
-def packed(form, heads, tokens, dtype, seed):
+def packed(format, heads, tokens, dtype, seed):
     """A view into a larger storage, and the numbers in it."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(2, heads, tokens + 9, form.width, generator=generator)
+    x = torch.randn(2, heads, tokens + 9, format.width, generator=generator)
     x = x * 10.0 ** torch.randint(-2, 2, (2, heads, tokens + 9, 1), generator=generator)
-    rows = pack(x, form).to(DEVICE)[:, :, 4 : tokens + 4]
-    return PackedTokens(rows, form, dtype), unpack(rows, form, torch.float64)
+    rows = pack(x, format).to(DEVICE)[:, :, 4 : tokens + 4]
+    return PackedTokens(rows, format, dtype), unpack(rows, format, torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -40,26 +40,26 @@ def packed(form, heads, tokens, dtype, seed):
     [(name, torch.bfloat16) for name in FORMS] + [("tiers", dtype) for dtype in (torch.float32, torch.float16)],
 )
 def test_products_with_packed_numbers(name, dtype):
-    form = FORMS[name]
-    x, numbers = packed(form, 2, 77, dtype, seed=0)
-    q = torch.randn(2, 6, 2, form.width, device=DEVICE).to(dtype)
+    format = FORMS[name]
+    x, elements = packed(format, 2, 77, dtype, seed=0)
+    q = torch.randn(2, 6, 2, format.width, device=DEVICE).to(dtype)
     weights = torch.randn(2, 6, 2, 77, device=DEVICE).softmax(-1)
-    numbers = numbers.repeat_interleave(3, dim=1)
-    assert distance(kernels.scores(q, x), q.double() @ numbers.transpose(2, 3)) < EXACT[dtype]
-    assert distance(kernels.weighted(weights, x, dtype), weights.double() @ numbers) < EXACT[dtype]
+    elements = elements.repeat_interleave(3, dim=1)
+    assert distance(kernels.scores(q, x), q.double() @ elements.transpose(2, 3)) < EXACT[dtype]
+    assert distance(kernels.weighted(weights, x, dtype), weights.double() @ elements) < EXACT[dtype]
 
 
-@pytest.mark.parametrize("name", [name for name, form in FORMS.items() if form.scales == "exponent"])
+@pytest.mark.parametrize("name", [name for name, format in FORMS.items() if format.scales == "exponent"])
 def test_packing_is_that_of_torch(name):
     """But for scales whose errors differ by a rounding."""
-    form = FORMS[name]
-    x = torch.randn(2, 2, 20, form.width, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    format = FORMS[name]
+    x = torch.randn(2, 2, 20, format.width, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     x = x * 10.0 ** torch.randint(-4, 4, (2, 2, 20, 1), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     x[0, 0, :3] = torch.stack([torch.zeros_like(x[0, 0, 0]), x[0, 0, 1] * 0 + 1e-7, x[0, 0, 2] * 0 - 3e4])
-    found, wanted = kernels.pack(x, form), pack(x, form)
+    found, wanted = kernels.pack(x, format), pack(x, format)
     same = (found == wanted).all(-1)
     assert same.float().mean() > 0.97 and same[0, 0, :3].all()
-    lost = [(unpack(rows, form, torch.float64) - x.double()).square().sum(-1)[~same] for rows in (found, wanted)]
+    lost = [(unpack(rows, format, torch.float64) - x.double()).square().sum(-1)[~same] for rows in (found, wanted)]
     torch.testing.assert_close(*lost, rtol=1e-4, atol=0)
 
 
@@ -78,15 +78,15 @@ def test_attention_of_a_step(heads, softcap):
 
 
 def test_sums_over_many_tokens_are_split():
-    x, numbers = packed(FORMS["4_bits"], 1, 2 * kernels.TOKENS_PER_SPLIT + 5, torch.float32, seed=0)
+    x, elements = packed(FORMS["4_bits"], 1, 2 * kernels.TOKENS_PER_SPLIT + 5, torch.float32, seed=0)
     weights = torch.randn(2, 1, 1, x.shape[2], device=DEVICE).softmax(-1)
-    assert distance(kernels.weighted(weights, x, torch.float32), weights.double() @ numbers) < 1e-5
+    assert distance(kernels.weighted(weights, x, torch.float32), weights.double() @ elements) < 1e-5
 
 
 BROKEN = {
     "scores": (lambda q, keys: q.new_zeros(2, 6, 1, 1100).float(), "off by"),
     "weighted": (lambda weights, values, dtype: torch.full((2, 6, 1, values.shape[3]), torch.nan), "off by nan"),
-    "pack": (lambda x, form: 1 / 0, "ZeroDivisionError"),
+    "pack": (lambda x, format: 1 / 0, "ZeroDivisionError"),
 }
 
 
@@ -105,7 +105,7 @@ def test_the_kernels_are_tried_before_they_serve(name, monkeypatch, caplog):
 COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from kvfold.runtime import triton_kernels as kernels
+from kvfold.runtimes.kernels import triton_kernels as kernels
 
 TYPES = {"q": "*bf16", "weights": "*fp32", "rows": "*u8", "out": "*fp32"}
 for scales, bits in (("exponent", 3), ("exponent", 8), ("float8", 8)):

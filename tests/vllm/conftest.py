@@ -8,7 +8,7 @@ import pytest
 from tiny import MODELS, make_tiny, save_tiny
 
 import kvfold
-from kvfold.demonstration import MODEL
+from kvfold.evaluation.demo import MODEL
 
 CALIBRATION = {"data": "self", "num_samples": 8, "seq_len": 64}
 PLANS = {

@@ -11,7 +11,7 @@ import urllib.request
 from engines import BIND, ENVIRONMENT, assert_same_tokens, job, serve
 
 import kvfold
-from kvfold.demonstration import MODEL
+from kvfold.evaluation.demo import MODEL
 
 
 def test_a_live_server_answers(folder, tmp_path):
@@ -58,7 +58,7 @@ def test_two_processes_give_the_tokens_of_one(folder, tmp_path):
 
 
 def test_bench_measures_both(folder, tmp_path):
-    command = [sys.executable, "-m", "kvfold.cli", "bench", str(folder("shared")), "--against", str(MODEL)]
+    command = [sys.executable, "-m", "kvfold", "bench", str(folder("shared")), "--against", str(MODEL)]
     command += [
         "--engine",
         "vllm",

@@ -1,0 +1,1 @@
+"""Text and the original model -> statistics on disk."""

@@ -1,0 +1,39 @@
+"""Which text the statistics come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvfold import registry
+from kvfold.errors import RecipeError
+
+SELECTIONS = ("random", "diverse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Which text the statistics come from.
+
+    data: a .txt, .jsonl or .parquet file (also .xz and .gz), a data set name on the hub, or `self` (the model samples
+        its own text). None where the method reads weights only.
+    num_samples, seq_len: sequences, and tokens per sequence; 0 takes 64 of 256, or 16 of 1,024 where keys are stored after
+        rotation.
+    select: `random` places of the text, or `diverse`: of eight times as many those whose words differ most.
+    config, split, text_field: of a data set.
+    """
+
+    data: str | None = None
+    num_samples: int = 0
+    seq_len: int = 0
+    select: str = "random"
+    config: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 0 or self.seq_len < 0:
+            raise RecipeError(
+                f"calibration.num_samples is {self.num_samples} and seq_len {self.seq_len}; neither can be below 0."
+            )
+        if self.select not in SELECTIONS:
+            raise RecipeError(registry.unknown("selection of calibration text", self.select, SELECTIONS))

@@ -1,0 +1,217 @@
+"""What a recipe's methods ask for: calibration tokens, statistics of them, and samples of keys and values."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from kvfold import distributed as processes
+from kvfold.calibration import text as data
+from kvfold.calibration.calibrate import Statistics, calibrate
+from kvfold.calibration.calibration import Calibration
+from kvfold.calibration.layerwise_model import StreamedModel
+from kvfold.calibration.statistics import VECTORS, Seen
+from kvfold.checkpoint.atomic import make_folder, write_tensors
+from kvfold.checkpoint.source import Source, read_layer, warn_if_too_long
+from kvfold.checkpoint.tokenizer import load_tokenizer
+from kvfold.errors import CheckpointError, DataError
+from kvfold.linalg.eigen import Moment
+from kvfold.linalg.sensitivity import WEIGHTED
+from kvfold.methods.depth.base import Sample, Targets
+from kvfold.methods.width.base import LayerGroup, WidthMethod
+from kvfold.plan.layer import AttentionWeights
+from kvfold.progress import track
+from kvfold.runtimes.transformers.load import load_weights
+
+TRAINING_TOKENS = 16_384
+"""So many show their vectors to a width method that is trained."""
+
+SAMPLE_TOKENS = 4096
+"""Of the calibration tokens, so many show their keys and values to a depth method."""
+
+
+NUM_SAMPLES, SEQ_LEN = 64, 256
+"""Calibration sequences, and tokens of each, where the recipe leaves them open: more buys little (docs/log.md)."""
+
+ROTATED = frozenset({"keys", WEIGHTED + "keys"})
+NUM_ROTATED, ROTATED_LEN = 16, 1024
+"""The same where rotated keys are seen: they differ from position to position, and only long text has late ones."""
+
+POOL = 8
+"""`select: diverse` chooses among so many times the sequences that are wanted."""
+
+
+@dataclass
+class Material:
+    """The calibration text of one recipe, and what is made of it when a method asks.
+
+    `width`: the method whose needs choose how much text is taken where nothing says so. `asked_by`: what to name where
+    text is missing.
+    """
+
+    calibration: Calibration
+    source: Source
+    run_dir: Path
+    width: WidthMethod
+    asked_by: str
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        calibration, rotated = self.calibration, bool(self.width.needs & ROTATED)
+        rotated = rotated and any(layer.rotary_dim for layer in self.source.layers)
+        self.num_samples = calibration.num_samples or (NUM_ROTATED if rotated else NUM_SAMPLES)
+        self.seq_len = calibration.seq_len or min(ROTATED_LEN if rotated else SEQ_LEN, self.source.seq_len)
+
+    def statistics(
+        self,
+        needs: frozenset[str],
+        needs_cross: frozenset[str] = frozenset(),
+        targets: Targets = (),
+        joint: bool = False,
+    ) -> Statistics | None:
+        """Moments of all layers, calibrated now or reused; None if none are needed."""
+        if not needs:
+            return None
+        return calibrate(
+            self.source.checkpoint,
+            self.source.arch,
+            self.tokens(),
+            needs=needs,
+            run_dir=self.run_dir,
+            pairs=_pairs(targets, joint),
+            needs_cross=needs_cross,
+            device=self.device,
+            seed=self.seed,
+        )
+
+    @torch.no_grad()
+    def sample(self, names: Iterable[str] = ("keys", "values"), tokens: int = SAMPLE_TOKENS) -> Sample:
+        """The vectors of these statistics for the first `tokens` calibration tokens, in every layer."""
+        tokens_BT = self.tokens()
+        tokens_BT = tokens_BT[: max(tokens // tokens_BT.shape[1], 1)]
+        model = StreamedModel(self.source.checkpoint, self.source.arch, self.device)
+        hidden_BTD = model.embed(tokens_BT)
+        vectors: list[dict[str, Tensor]] = []
+        for layer in track(model.layers, "sampling layers", len(model.layers)):
+            parts: dict[str, list[Tensor]] = {name: [] for name in sorted(names)}
+            model.advance(layer, hidden_BTD, functools.partial(_keep, parts))
+            vectors.append({name: torch.cat(kept) for name, kept in parts.items()})
+        return vectors.__getitem__
+
+    def tokens(self) -> Tensor:
+        """[num_samples, seq_len] calibration tokens. Raises DataError where the recipe names no text."""
+        return self._tokens
+
+    @functools.cached_property
+    def _tokens(self) -> Tensor:
+        with processes.first_before_others():  # what a model samples is kept
+            return self._draw()
+
+    def _draw(self) -> Tensor:
+        calibration = self.calibration
+        if calibration.data is None:
+            raise DataError(
+                f"{self.asked_by} needs calibration text: give --data FILE, a data set name, or `--data self` (the model"
+                " samples its own)."
+            )
+        size: dict[str, Any] = {
+            "num_samples": self.num_samples * (POOL if calibration.select == "diverse" else 1),
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+        }
+        warn_if_too_long(size["seq_len"], self.source.checkpoint.config)
+        if calibration.data == "self":
+            tokens_BT = self_sampled(self.source, self.run_dir, device=self.device, **size)
+        else:
+            tokens_BT = self._text(size)
+        return data.most_diverse(tokens_BT, self.num_samples) if calibration.select == "diverse" else tokens_BT
+
+    def _text(self, size: dict[str, Any]) -> Tensor:
+        calibration = self.calibration
+        assert calibration.data is not None, "_draw asks for a text first"
+        return data.sequences(
+            load_tokenizer(self.source.checkpoint.path),
+            calibration.data,
+            config=calibration.config,
+            split=calibration.split,
+            text_field=calibration.text_field,
+            **size,
+        )
+
+
+def _keep(parts: dict[str, list[Tensor]], seen: Seen) -> None:
+    for name, kept in parts.items():
+        kept.append(VECTORS[name](seen).float().cpu())
+
+
+def _pairs(targets: Targets, joint: bool) -> set[tuple[int, int]]:
+    """(reader, owner), or any two layers of a group."""
+    owners = [layer if target is None else target for layer, target in enumerate(targets)]
+    return {
+        (later, earlier)
+        for later, owner in enumerate(owners)
+        for earlier in range(later)
+        if (owners[earlier] == owner if joint else earlier == owner)
+    }
+
+
+def self_sampled(source: Source, run_dir: Path, *, num_samples: int, seq_len: int, seed: int, device: str) -> Tensor:
+    """[num_samples, seq_len] tokens that the original model draws, half of them as chats where it has a chat template; kept
+    in `run_dir`, since drawing them takes long."""
+    chat = _chat_opening(source.checkpoint.path)
+    kind = f"{num_samples}x{seq_len}-{seed}{'-chat' if chat else ''}"
+    file = run_dir / f"samples-{source.checkpoint.fingerprint()}-{kind}.safetensors"
+    if not file.exists():
+        model = load_weights(source.checkpoint.path, source.dtype, device)
+        tokens_BT = data.sample_from_model(model, num_samples=num_samples, seq_len=seq_len, seed=seed, chat=chat)
+        make_folder(file.parent)
+        write_tensors(file, {"tokens": tokens_BT}, {})
+    return load_file(file)["tokens"]
+
+
+def _chat_opening(path: Path) -> list[int]:
+    """Models without a tokenizer, which only tests have, have no chats."""
+    try:
+        return data.chat_opening(load_tokenizer(path))
+    except CheckpointError:
+        return []
+
+
+def layer_group(
+    source: Source,
+    targets: Targets,
+    owner: int,
+    statistics: Statistics | None,
+    method: WidthMethod,
+    sample: Sample | None = None,
+) -> LayerGroup:
+    """The layers that use the cache of `owner`, with what `method` may read of them."""
+    layers = [source.layers[i] for i, target in enumerate(targets) if owner in (i, target)]
+
+    @functools.lru_cache(maxsize=2)
+    def weights(position: int) -> AttentionWeights:
+        return read_layer(source.checkpoint, source.arch, layers[position])
+
+    @functools.lru_cache(maxsize=2)
+    def moments(position: int) -> Mapping[str, Moment]:
+        return statistics.layer(layers[position].index, method.needs) if statistics else {}
+
+    @functools.lru_cache(maxsize=1)
+    def cross(position: int, other: int = 0) -> Mapping[str, Tensor]:
+        if position == other:
+            return {name: moments(position)[name].second_FF for name in method.needs_cross}
+        assert statistics is not None, "moments between layers come from calibration"
+        return statistics.cross(layers[position].index, layers[other].index, method.needs_cross)
+
+    def vectors(position: int) -> Mapping[str, Tensor]:
+        return sample(layers[position].index) if sample else {}
+
+    return LayerGroup(layers=tuple(layers), weights=weights, moments=moments, cross=cross, vectors=vectors)

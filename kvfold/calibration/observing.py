@@ -1,0 +1,74 @@
+"""What is gathered of one layer while its queries, keys and values pass, batch by batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvfold import distributed as processes
+from kvfold.calibration.cross_moments import CrossMoments
+from kvfold.calibration.statistics import GRADIENTS, VECTORS, Seen
+from kvfold.linalg.eigen import Moment
+from kvfold.linalg.sensitivity import METRIC, WEIGHTED, fit
+from kvfold.plan.layer import AttentionLayer
+
+SENSITIVITIES = frozenset(part + name for name in GRADIENTS for part in (WEIGHTED, METRIC))
+"""Statistics that need gradients."""
+
+STATISTICS = frozenset({*VECTORS, *SENSITIVITIES})
+"""What can be gathered of a layer; `statistics.py` and `sensitivity.py` say what each is."""
+
+
+@dataclass
+class LayerObserver:
+    """Gathers the statistics `needs` of one layer."""
+
+    needs: frozenset[str]
+    cross: CrossMoments
+    device: str
+    layer: AttentionLayer
+    own: dict[str, Moment] = field(default_factory=dict)
+    kept: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sensitive = [name for name in GRADIENTS if {WEIGHTED + name, METRIC + name} & self.needs]
+
+    def __call__(self, seen: Seen) -> None:
+        for name in sorted((self.needs | self.cross.needs) & set(VECTORS)):
+            vectors = VECTORS[name](seen)
+            if name in self.needs:
+                self._update(name, vectors)
+            if name in self.cross.needs:
+                self.cross.observe(name, vectors)
+        for (
+            name
+        ) in self.sensitive:  # tokens are weighed by each other's gradients: all of a layer are kept till the end
+            self.kept.setdefault(name, []).append((VECTORS[name](seen), GRADIENTS[name](seen)))
+
+    def _update(self, name: str, vectors: Tensor) -> None:
+        self.own.setdefault(name, Moment.zeros(*vectors.shape[1:], device=self.device)).update(vectors)
+
+    def gather(self) -> None:
+        """Finish, with what other processes saw."""
+        if processes.world_size() > 1:
+            self.own = {name: _of_all(self.own[name]) for name in sorted(self.own)}
+            self.cross.sums = {label: processes.summed(self.cross.sums[label]) for label in sorted(self.cross.sums)}
+        for name in sorted(self.kept):
+            x_TF, gradient_TF = (torch.cat(parts) for parts in zip(*self.kept.pop(name), strict=True))
+            found = fit(x_TF, gradient_TF, self.layer.num_kv_heads, processes.summed)
+            self.own[WEIGHTED + name], self.own[METRIC + name] = found
+
+    def moments(self, tokens: int) -> dict[str, Tensor]:
+        """The tensors of the layer's file."""
+        tensors = {f"{name}.mean": moment.mean_F.cpu() for name, moment in self.own.items()}
+        tensors |= {f"{name}.second": moment.second_FF.cpu() for name, moment in self.own.items()}
+        return tensors | self.cross.moments(tokens)
+
+
+def _of_all(own: Moment) -> Moment:
+    """The moment of what all processes saw."""
+    count = int(processes.summed(torch.tensor(own.count, device=own.mean_F.device)))
+    mean_F, second_FF = (processes.summed(part * own.count) / count for part in (own.mean_F, own.second_FF))
+    return Moment(mean_F, second_FF, count)

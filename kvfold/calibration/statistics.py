@@ -1,0 +1,74 @@
+"""What passes through one layer's attention, and the vectors whose moments are statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kvfold.runtimes.kernels.rotary import apply_rotary
+
+
+class Seen(NamedTuple):
+    """q [B, N, T, H] and k [B, K, T, H] after rotation, v [B, K, T, H]; cos and sin [1 or B, T, r], None without rotation.
+
+    k_gradient, v_gradient: of sampled labels' log-probabilities by k and v (`layerwise_model.py`), where they are asked for.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+    k_gradient: Tensor | None = None
+    v_gradient: Tensor | None = None
+
+    def detached(self) -> Seen:
+        """Without the graph that gradients need."""
+        return self._replace(q=self.q.detach(), k=self.k.detach(), v=self.v.detach())
+
+
+def _flat(x_BKTH: Tensor) -> Tensor:
+    return x_BKTH.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _per_kv_head(q_BNTH: Tensor, heads: int) -> Tensor:
+    """[B * G * T, K, H]: every query head of a key/value head is one more vector of it."""
+    return q_BNTH.unflatten(1, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 2)
+
+
+def _unrotated(k_BKTH: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """Keys before rotation. Rope scaling may also stretch cos and sin; that is undone as well."""
+    if cos is None or sin is None:
+        return k_BKTH
+    stretch = cos.square() + sin.square()
+    return apply_rotary(k_BKTH, cos / stretch, -sin / stretch)
+
+
+VECTORS: dict[str, Callable[[Seen], Tensor]] = {
+    "keys": lambda seen: _flat(seen.k),
+    "keys_before_rotation": lambda seen: _flat(_unrotated(seen.k, seen.cos, seen.sin)),
+    "values": lambda seen: _flat(seen.v),
+    "queries": lambda seen: _per_kv_head(seen.q, seen.k.shape[1]),
+    "queries_before_rotation": lambda seen: _per_kv_head(_unrotated(seen.q, seen.cos, seen.sin), seen.k.shape[1]),
+}
+"""Statistic -> the vectors [tokens, K*H] whose moment it is; `queries...` are [vectors, K, H], a moment per head."""
+
+
+def _before_rotation(gradient_BKTH: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """Gradients by keys before rotation: rotation is linear, and its transpose turns back."""
+    return gradient_BKTH if cos is None or sin is None else apply_rotary(gradient_BKTH, cos, -sin)
+
+
+GRADIENTS: dict[str, Callable[[Seen], Tensor]] = {
+    "keys": lambda seen: _flat(_known(seen.k_gradient)),
+    "keys_before_rotation": lambda seen: _flat(_before_rotation(_known(seen.k_gradient), seen.cos, seen.sin)),
+    "values": lambda seen: _flat(_known(seen.v_gradient)),
+}
+"""Of VECTORS -> their gradients [tokens, K*H]."""
+
+
+def _known(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None, "gradients are seen on the way down only"
+    return gradient

@@ -1,0 +1,134 @@
+"""Opening a model folder to fold it: its layers, its plan, its weights under current names."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kvfold.architectures.base import Architecture, architecture, empty_model, source_config
+from kvfold.checkpoint.reader import DTYPES, Checkpoint, locate, read_json
+from kvfold.errors import CheckpointError
+from kvfold.plan.layer import AttentionLayer, AttentionWeights
+from kvfold.plan.naming import CONFIG_KEY
+from kvfold.plan.plan import CachePlan, source_layer, source_plan
+
+MAX_SEQ_LEN = 2048
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that has been opened and understood."""
+
+    checkpoint: Checkpoint
+    arch: Architecture
+    layers: list[AttentionLayer]
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per sequence where nothing else is asked for: the model's context length, at most 2,048."""
+        return default_seq_len(self.checkpoint.config)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the original cache, as config.json would name it."""
+        return source_dtype(self.checkpoint, self.arch, self.layers[0])
+
+
+def load_plan(model: str | Path) -> tuple[CachePlan, bool]:
+    """The plan of a folded folder, or that of a stock model's own cache; and whether the folder is folded."""
+    path = locate(model)
+    config = read_json(path / "config.json")
+    if config.get(CONFIG_KEY):
+        return CachePlan.from_dict(config[CONFIG_KEY]), True
+    source = open_source(path)
+    return source_plan([source_layer(layer) for layer in source.layers], source.dtype), False
+
+
+def open_source(model: str | Path) -> Source:
+    """Open a checkpoint and read the facts of its layers. Raises CheckpointError before any work is done."""
+    checkpoint = Checkpoint.open(model)
+    arch = architecture(checkpoint.config.get("model_type", "(none)"))
+    stock = empty_model(arch, source_config(arch, checkpoint.config))
+    checkpoint = under_current_names(checkpoint, arch, stock)
+    checkpoint = dataclasses.replace(checkpoint, aliases=check_names(checkpoint, stock))
+    return Source(checkpoint, arch, arch.describe(stock))
+
+
+def default_seq_len(config: dict[str, Any]) -> int:
+    """Tokens per sequence where nothing else is asked for: the model's context length, at most 2,048."""
+    return min(MAX_SEQ_LEN, context_len(config) or MAX_SEQ_LEN)
+
+
+def context_len(config: dict[str, Any]) -> int | None:
+    """Tokens that a model has positions for; None where nothing limits them."""
+    return config.get("max_position_embeddings") or config.get("n_positions")
+
+
+def warn_if_too_long(seq_len: int, config: dict[str, Any]) -> None:
+    """Warn where sequences are longer than the model's positions: it was not trained for that."""
+    context = context_len(config) or seq_len
+    if seq_len > context:
+        warnings.warn(
+            f"sequences of {seq_len} tokens exceed the model's context of {context}; it was not trained for them."
+        )
+
+
+DEAD_BUFFER = r"rotary_emb\.inv_freq$"
+"""What old checkpoints of any family carry and no current model reads."""
+
+
+def read_layer(checkpoint: Checkpoint, arch: Architecture, layer: AttentionLayer) -> AttentionWeights:
+    """One layer's attention weights in float64."""
+    prefix = arch.attention_prefix(layer.index)
+    return arch.weights(lambda name: checkpoint.read(prefix + name).double(), layer)
+
+
+def source_dtype(checkpoint: Checkpoint, arch: Architecture, layer: AttentionLayer) -> str:
+    """The dtype of a layer's attention weights, as config.json would name it: the original cache has the same."""
+    prefix = arch.attention_prefix(layer.index)
+    found = {stored.dtype for name, stored in checkpoint.tensors.items() if name.startswith(prefix)}
+    if len(found) != 1 or not found <= set(DTYPES):
+        raise CheckpointError(
+            f"{checkpoint.path}: attention of layer {layer.index} is stored as {sorted(found)}; kvfold folds one of"
+            f" {sorted(DTYPES.values())} per layer. Save a converted copy first."
+        )
+    return DTYPES[found.pop()]
+
+
+def under_current_names(checkpoint: Checkpoint, arch: Architecture, model: PreTrainedModel) -> Checkpoint:
+    """The checkpoint with its tensors under the names of the current model, and without the masks and tables that old files
+    of its family carry and no current model reads."""
+    dead = [DEAD_BUFFER, *(model._keys_to_ignore_on_load_unexpected or [])]
+    tensors = {arch.current_name(name): stored for name, stored in checkpoint.tensors.items()}
+    expected = set(model.state_dict())
+    live = {n: t for n, t in tensors.items() if n in expected or not any(re.search(pattern, n) for pattern in dead)}
+    return dataclasses.replace(checkpoint, tensors=live)
+
+
+def check_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
+    """Names of tied tensors that are stored under another name -> that name.
+
+    Raises CheckpointError unless the folder holds exactly the tensors of its model type, tied ones at least once.
+    """
+    expected = set(model.state_dict())
+    found = set(checkpoint.tensors)
+    tied = dict(model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
+    tied |= {other: name for name, other in tied.items()}
+    aliases = {name: tied[name] for name in expected - found if tied.get(name) in found}
+    if missing := sorted(expected - found - set(aliases)):
+        raise CheckpointError(
+            f"{checkpoint.path} lacks {len(missing)} tensors of a {model.config.model_type} model, for example {missing[0]}."
+            " Does config.json belong to these weights?"
+        )
+    if unknown := sorted(found - expected):
+        raise CheckpointError(
+            f"{checkpoint.path} holds {len(unknown)} tensors that a {model.config.model_type} model does not have, for"
+            f" example {unknown[0]}. Does config.json belong to these weights?"
+        )
+    return aliases

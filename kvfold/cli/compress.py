@@ -1,0 +1,95 @@
+"""`kvfold compress`: fold a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvfold.cli.options import (
+    CalibrationData,
+    Device,
+    KeepLayers,
+    KeepParameters,
+    KvBudget,
+    KvHeads,
+    MinWidth,
+    NumSamples,
+    OptionalModel,
+    Out,
+    Overwrite,
+    Owners,
+    Prefer,
+    PresetName,
+    RecipeFile,
+    RunDir,
+    Runtime,
+    Seed,
+    Select,
+    SeqLen,
+    Sets,
+    TargetKl,
+    given,
+    integers,
+)
+from kvfold.registry import AXES
+
+
+def command(
+    model: OptionalModel = None,
+    kv_budget: KvBudget = None,
+    data: CalibrationData = None,
+    out: Out = None,
+    preset: PresetName = None,
+    runtime: Runtime = None,
+    device: Device = "auto",
+    target_kl: TargetKl = None,
+    prefer: Prefer = None,
+    keep_layers: KeepLayers = None,
+    min_width: MinWidth = None,
+    owners: Owners = None,
+    kv_heads: KvHeads = None,
+    keep_parameters: KeepParameters = False,
+    num_samples: NumSamples = None,
+    seq_len: SeqLen = None,
+    select: Select = None,
+    seed: Seed = None,
+    recipe: RecipeFile = None,
+    set_: Sets = None,
+    run_dir: RunDir = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fold a model: read it, calibrate, plan, and write a new folder with a smaller cache."""
+    from kvfold.compression.compress import compress
+    from kvfold.compression.recipe import load_recipe, make_recipe
+    from kvfold.report.tables import print_json, print_plan
+
+    fields: dict[str, Any] = {"model": model, "out": out, "preset": preset, "kv_budget": kv_budget, "seed": seed}
+    fields |= {
+        "target_kl": target_kl,
+        "runtime": runtime,
+        "prefer": prefer,
+        "min_width": min_width,
+        "keep_layers": integers(keep_layers),
+    }
+    calibration = {"data": data, "num_samples": num_samples, "seq_len": seq_len, "select": select}
+    tree = load_recipe(recipe) if recipe else {}
+    if preset:  # a preset is a point on all axes: it replaces those of the recipe
+        tree = {name: value for name, value in tree.items() if name not in AXES}
+    tree |= given(fields) | ({"keep_parameters": True} if keep_parameters else {})
+    for axis, of_axis in (
+        ("calibration", calibration),
+        ("depth", {"owners": owners}),
+        ("width", {"kv_heads": kv_heads}),
+    ):
+        if given_of_axis := given(of_axis):
+            tree[axis] = (tree.get(axis) or {}) | given_of_axis
+    made = compress(make_recipe(tree, set_ or []), run_dir=run_dir, overwrite=overwrite, device=device)
+    print_plan(made.plan, f"{made.out}")
+    print_json(
+        {
+            "out": str(made.out),
+            "kv_budget": made.plan.kv_budget,
+            "kv_bytes_per_token": made.plan.kv_bytes_per_token(),
+            "base_kv_bytes_per_token": made.plan.source_kv_bytes_per_token(),
+            "seconds": made.seconds,
+        }
+    )

@@ -1,0 +1,74 @@
+"""`kvfold evaluate`: what a folded model lost, on texts, on tasks and in recall."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvfold.cli.options import Device, Dtype, Model, SeqLen, integers
+from kvfold.evaluation.task_presets import TASK_PRESETS
+
+TASKS_HELP = "A task of lm-evaluation-harness, a .jsonl file, or the tasks of a paper: " + ", ".join(TASK_PRESETS)
+TASKS_HELP += "; repeatable. Needs the extra eval (lm-eval)."
+
+
+def command(
+    model: Model,
+    against: Annotated[str, typer.Option(help="The original model.", show_default=False)],
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Text to evaluate on, cut into sequences from its beginning; an incomplete last one is left out. Repeatable:"
+            " further texts show what is lost on other kinds of text.",
+            show_default=False,
+        ),
+    ] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help=TASKS_HELP, show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(help="Samples per task.", min=1, show_default=False)] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples before a question (default: the task's).", min=0, show_default=False)
+    ] = None,
+    recall: Annotated[
+        str | None,
+        typer.Option(
+            help="Does it still find passages far back in its cache? Lengths in tokens: 1024,4096; auto: up to the model's"
+            " context, at most 2048. Contexts are stretches of --data if there is one, else random tokens.",
+            show_default=False,
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Use at most this many tokens of a text.", min=2, show_default=False)
+    ] = None,
+    seq_len: SeqLen = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Measure what a folded model lost: on texts (loss, perplexity, KL, top-1 agreement), on tasks, in recall."""
+    from kvfold.evaluation.recall import measure_recall
+    from kvfold.evaluation.tasks import evaluate_tasks
+    from kvfold.evaluation.texts import evaluate_texts
+    from kvfold.report.tables import print_evaluation, print_json, print_recall, print_tasks, print_texts
+
+    if not (data or tasks or recall):
+        raise typer.BadParameter("say what to measure: --data, --tasks or --recall")
+    lengths = integers(None if recall == "auto" else recall, "--recall") or []
+    common: dict[str, Any] = {"against": against, "dtype": dtype, "device": device}
+    values: dict[str, Any] = {}
+    if data:
+        found = evaluate_texts(model, data_files=data, max_tokens=max_tokens, seq_len=seq_len or 0, **common)
+        print_evaluation(found[0])
+        values |= found[0].to_json()
+        if data[1:]:
+            print_texts([path.name for path in data], found)
+            values["further"] = [{"data": str(p)} | one.to_json() for p, one in zip(data[1:], found[1:], strict=True)]
+    if recall:
+        rows = measure_recall(model, lengths=lengths, filler=data[0] if data else None, **common)
+        print_recall(rows)
+        values["recall"] = [row.to_json() for row in rows]
+    if tasks:  # last, since it takes longest
+        scores = evaluate_tasks(model, tasks=tasks, limit=limit, num_fewshot=num_fewshot, **common)
+        print_tasks(scores)
+        values["tasks"] = [score.to_json() for score in scores]
+    print_json(values)

@@ -1,0 +1,36 @@
+"""`kvfold inspect`: what a model's cache takes, and what fits into a memory."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kvfold.cli.options import Model
+from kvfold.errors import RecipeError
+
+
+def command(
+    model: Model,
+    memory: Annotated[str | None, typer.Option(help="How many sequences fit: 80GB, 24GiB.", show_default=False)] = None,
+    context: Annotated[str, typer.Option(help="Tokens per sequence for that: 32k or 32768.")] = "32k",
+    sequences: Annotated[int | None, typer.Option(help="Which budget so many need.", min=1, show_default=False)] = None,
+) -> None:
+    """Show what a model's cache takes, layer by layer, and how many sequences fit into a memory."""
+    from kvfold.evaluation.inspection import inspect
+    from kvfold.evaluation.memory import capacity, parse_size
+    from kvfold.report.tables import STDOUT, print_capacity, print_json, print_plan
+    from kvfold.runtimes.base import servable_by
+
+    found = inspect(model)
+    print_plan(found.plan, model)
+    for runtime, obstacle in servable_by(found.plan).items():
+        STDOUT.print(f"served by {runtime}: {'yes' if obstacle is None else f'no, {obstacle}'}")
+    if sequences and not memory:
+        raise RecipeError("--sequences goes with --memory.")
+    fitting = memory and capacity(
+        model, memory=parse_size(memory), context=parse_size(context, binary=True), wanted=sequences
+    )
+    if fitting:
+        print_capacity(fitting)
+    print_json(found.to_json() | ({"capacity": fitting.to_json()} if fitting else {}))

@@ -1,0 +1,1 @@
+"""Everything that writes a folder with another cache: compress, truncate, export, import."""

@@ -1,0 +1,321 @@
+"""One byte budget -> CachePlan: which shape and how many bits each layer's keys and values get."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from kvfold.compression.hulls import SLACK, Choice, Curve, Curves, Key, best_within
+from kvfold.errors import BudgetError, RecipeError
+from kvfold.methods.bits.base import BitsMethod, noise_share
+from kvfold.methods.depth.base import DepthMethod, Sample, Targets
+from kvfold.methods.length.base import LengthMethod
+from kvfold.methods.width.base import LayerGroup, WidthMethod
+from kvfold.plan.cache_spec import ITEMSIZE, POSITION_BYTES, CacheSpec
+from kvfold.plan.layer import AttentionLayer
+from kvfold.plan.number_format import StoredShape
+from kvfold.plan.plan import CachePlan, source_layer
+from kvfold.runtimes.base import runtime
+
+SIDES = ("keys", "values")
+SMALLEST_BUDGET = 1 / 256
+"""Where the search for the smallest cache begins."""
+BISECTIONS = 9
+"""Of ln 256: the result is within 1.1 % of the bytes that would do."""
+
+Groups = Callable[[int], LayerGroup]
+"""Owner's index -> the layers that use its cache, with what distortion is computed from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    """One method per axis."""
+
+    depth: DepthMethod
+    width: WidthMethod
+    bits: BitsMethod
+    length: LengthMethod
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """`keep_layers`: layers that store every number as it is. `min_width`: the least share of a layer's numbers to store.
+    `one_shape`: a layer's values are stored in the shape of its keys. `widths`: those of a stored head (empty: any)."""
+
+    keep_layers: tuple[int, ...] = ()
+    min_width: float = 0.0
+    one_shape: bool = False
+    widths: tuple[int, ...] = ()
+
+
+def limits_of(recipe: Any) -> Limits:
+    """What a recipe says of them, its runtime's included."""
+    where = runtime(recipe.runtime)
+    return Limits(
+        keep_layers=recipe.keep_layers, min_width=recipe.min_width, one_shape=where.one_shape, widths=where.widths
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for: who owns a cache, by which methods, in which dtype, within which limits."""
+
+    layers: Sequence[AttentionLayer]
+    targets: Targets
+    axes: Axes
+    dtype: str
+    limits: Limits = Limits()
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    @cached_property
+    def owners(self) -> list[AttentionLayer]:
+        return [layer for layer, target in zip(self.layers, self.targets, strict=True) if target is None]
+
+    @cached_property
+    def source_bytes(self) -> int:
+        """Per token, of the original cache."""
+        return self.itemsize * sum(source_layer(layer).elements_per_token for layer in self.layers)
+
+    @cached_property
+    def options(self) -> dict[Key, list[StoredShape]]:
+        """What each side can store, from few bytes to many; of methods that go by the spectrum with the fewest bits."""
+        options = {(layer.index, side): self._options(layer, side) for layer in self.owners for side in SIDES}
+        return {(i, side): self._common(i, options) for i, side in options} if self.limits.one_shape else options
+
+    def _common(self, owner: int, options: Mapping[Key, list[StoredShape]]) -> list[StoredShape]:
+        """What both sides can store."""
+        keys, values = (options[owner, side] for side in SIDES)
+        if both := [shape for shape in keys if shape in values]:
+            return both
+        raise RecipeError(
+            f"this runtime stores keys and values in one shape, and layer {owner} has none that suits both (keys:"
+            f" {keys[0].num_heads} heads and so on, values: {values[0].num_heads}); set width.latent and width.v_latent to"
+            " the same, and leave bits out."
+        )
+
+    def _options(self, layer: AttentionLayer, side: str) -> list[StoredShape]:
+        shapes = self.shapes(layer, side)
+        if layer.index not in self.limits.keep_layers:
+            shapes = self.axes.bits.stored(layer, side, self.allowed(layer, shapes))
+        return sorted(shapes, key=self.cost)
+
+    def widest(self, layer: AttentionLayer, side: str) -> StoredShape:
+        """The shape that loses nothing."""
+        return self._by_numbers(layer, side)[-1]
+
+    def _by_numbers(self, layer: AttentionLayer, side: str) -> list[StoredShape]:
+        found = self.axes.width.shapes(side, layer, 1 + self.targets.count(layer.index))
+        return sorted(found, key=lambda shape: shape.elements)
+
+    def shapes(self, layer: AttentionLayer, side: str) -> list[StoredShape]:
+        """Those of the width method that the limits allow; of a layer that is kept only the one that loses nothing."""
+        shapes = self._by_numbers(layer, side)
+        if layer.index in self.limits.keep_layers:
+            return shapes[-1:]
+        return [shape for shape in shapes if shape.width in self.limits.widths] or shapes
+
+    def allowed(self, layer: AttentionLayer, shapes: Sequence[StoredShape]) -> list[StoredShape]:
+        """Those that are wide enough; the widest if none is."""
+        least = self.limits.min_width * layer.num_kv_heads * layer.head_dim
+        return [shape for shape in shapes if shape.elements >= least / SLACK] or list(shapes[-1:])
+
+    def cost(self, shape: StoredShape) -> float:
+        """Bytes per token."""
+        return shape.bytes_per_token(self.itemsize)
+
+    def total(self, chosen: Mapping[Key, StoredShape]) -> float:
+        """Bytes per token of all that was chosen."""
+        return sum(map(self.cost, chosen.values()))
+
+    @cached_property
+    def bytes_beside(self) -> int:
+        """What is stored per token beside keys and values."""
+        specs = [self.spec(layer, {key: shapes[0] for key, shapes in self.options.items()}) for layer in self.owners]
+        return POSITION_BYTES if any(spec.rope == "on_read" for spec in specs) else 0
+
+    def spec(self, layer: AttentionLayer, chosen: Mapping[Key, StoredShape]) -> CacheSpec:
+        """The cache that `layer` owns."""
+        spec = self.axes.width.spec(layer, chosen[layer.index, "keys"], chosen[layer.index, "values"])
+        return self.axes.length.apply(layer, spec)
+
+    def plan(self, chosen: Mapping[Key, StoredShape]) -> CachePlan:
+        """The plan of what was chosen for every side."""
+        caches: list[CacheSpec | None] = [None] * len(self.layers)
+        for layer in self.owners:
+            caches[layer.index] = self.spec(layer, chosen)
+        return CachePlan(
+            dtype=self.dtype,
+            source=tuple(source_layer(layer) for layer in self.layers),
+            caches=tuple(caches),
+            kv_sharing_target_layer=self.targets,
+        )
+
+
+def choose_layout(request: Request, *, kv_budget: float | None, sample: Sample | None) -> Targets:
+    """Who reads whose cache: of the depth method's layouts the first that uses most of the budget.
+
+    Raises RecipeError where a choice is left and no budget says how to make it.
+    """
+    layouts = request.axes.depth.layouts(request.layers, sample)
+    if len(layouts) > 1 and kv_budget is None:
+        raise RecipeError(
+            "say how many layers keep a cache (--owners 6, for example) or how much to keep (--kv-budget)."
+        )
+    if len(layouts) == 1 or kv_budget is None:
+        return layouts[0]
+    budget = kv_budget * request.source_bytes * SLACK
+    requests = [replace(request, targets=targets) for targets in layouts]
+    reached = [asked.total(_uniform(asked, asked.options, kv_budget)) for asked in requests]
+    fitting = [number if number <= budget else -number for number in reached]
+    return layouts[fitting.index(max(fitting))]
+
+
+def allocate(request: Request, *, kv_budget: float | None, strategy: str, curves: Callable[[], Curves]) -> CachePlan:
+    """The plan whose bytes are at most `kv_budget` of the source's. Raises BudgetError if nothing is that small.
+
+    `strategy`: uniform gives every side the same share, anything else shares by the distortion that `curves` says.
+    """
+    if kv_budget is None:
+        return request.plan(_without_budget(request))
+    budget = kv_budget * request.source_bytes - request.bytes_beside
+    if request.limits.one_shape:
+        chosen = _in_pairs(request, kv_budget, budget, curves if strategy != "uniform" else None)
+    elif strategy == "uniform":
+        options = request.options
+        if request.axes.bits.by_spectrum:
+            options = {key: [shape for shape, _ in points] for key, points in curves().items()}
+        chosen = _trimmed(request, _uniform(request, options, kv_budget), options, budget)
+    else:
+        found = curves()
+        chosen = best_within(budget, found, request.cost)
+    _check_budget(request, chosen, kv_budget)
+    return request.plan(chosen)
+
+
+def _in_pairs(request: Request, kv_budget: float, budget: float, curves: Callable[[], Curves] | None) -> Choice:
+    """Keys and values of a layer in one shape: what is chosen for keys, for half the bytes, holds for both."""
+    keys, values = SIDES
+    options = {key: shapes for key, shapes in request.options.items() if key[1] == keys}
+    if curves is None:
+        chosen = _trimmed(request, _uniform(request, options, kv_budget), options, budget / 2)
+    else:
+        found = curves()
+        both = {(i, side): [(s, lost + dict(found[i, values])[s]) for s, lost in found[i, side]] for i, side in options}
+        chosen = best_within(budget / 2, both, request.cost)
+    return {(i, side): chosen[i, keys] for i, side in request.options}
+
+
+def smallest_under(target_kl: float, plan: Callable[[float], CachePlan], kl: Callable[[CachePlan], float]) -> CachePlan:
+    """The smallest of the plans by budget whose KL is at most `target_kl`, by bisection of the budget's logarithm.
+
+    Raises BudgetError where even the whole budget does not reach that.
+    """
+    best = plan(1.0)
+    if (reached := kl(best)) > target_kl:
+        raise BudgetError(
+            f"target_kl {target_kl:.3g} is out of reach: the most that this method stores ({best.kv_budget:.3g} of the bytes)"
+            f" still leaves a KL of {reached:.3g}. Ask for that much, or choose another preset."
+        )
+    low, high = math.log(SMALLEST_BUDGET), math.log(best.kv_budget)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        try:
+            tried = plan(math.exp(middle))
+        except BudgetError:
+            low = middle
+            continue
+        if kl(tried) <= target_kl:
+            best, high = tried, min(middle, math.log(tried.kv_budget))
+        else:
+            low = middle
+    return best
+
+
+def check_request(request: Request, kv_budget: float | None) -> None:
+    """Raise, before anything is calibrated, what `allocate` would raise: no budget where one is needed, one out of reach,
+    layers that are not there."""
+    if unknown := sorted(set(request.limits.keep_layers) - {layer.index for layer in request.owners}):
+        raise RecipeError(
+            f"keep_layers names {unknown}; layers that own a cache are 0 to {len(request.layers) - 1}"
+            + (", without those that read another one's." if len(request.owners) < len(request.layers) else ".")
+        )
+    if kv_budget is None:
+        _without_budget(request)
+    else:
+        _check_budget(request, {key: options[0] for key, options in request.options.items()}, kv_budget)
+
+
+def _without_budget(request: Request) -> Choice:
+    """The only choice; or, since sharing already makes the cache smaller, what is shared stays as wide as it was."""
+    options, shares = request.options, any(target is not None for target in request.targets)
+    if request.axes.bits.by_spectrum or (
+        any(len(shapes) > 1 for shapes in options.values()) and (not shares or request.axes.width.joint)
+    ):
+        raise RecipeError("this method can store several sizes; say how much to keep: --kv-budget 0.5, for example.")
+    return {key: shapes[-1] for key, shapes in options.items()}
+
+
+def _uniform(request: Request, options: Mapping[Key, Sequence[StoredShape]], kv_budget: float) -> Choice:
+    """Every cache and side gets the same share of its owner's original size, or (joint) of that of all that fill it."""
+    joint, targets = request.axes.width.joint, request.targets
+    filled = {layer.index: 1 + joint * targets.count(layer.index) for layer in request.owners}
+    sides = {i: request.itemsize * source_layer(request.layers[i]).elements_per_token / 2 for i in filled}
+    share = kv_budget * request.source_bytes / sum(2 * filled[i] * sides[i] for i in filled)
+    chosen = {}
+    for key, shapes in options.items():
+        limit = share * filled[key[0]] * sides[key[0]] * SLACK
+        chosen[key] = max((s for s in shapes if request.cost(s) <= limit), key=request.cost, default=shapes[0])
+    return chosen
+
+
+def _trimmed(request: Request, chosen: Choice, options: Mapping[Key, Sequence[StoredShape]], budget: float) -> Choice:
+    """The largest sides of the last caches one size smaller, as often as the budget needs: what is stored beside keys and
+    values can make an equal share of all a little too much."""
+    chosen, cost = dict(chosen), request.cost
+    while request.total(chosen) > budget * SLACK:
+        smaller = {key: [s for s in options[key] if cost(s) < cost(shape)] for key, shape in chosen.items()}
+        reducible = [key for key in chosen if smaller[key]]
+        if not reducible:
+            break
+        key = max(reducible, key=lambda key: (cost(chosen[key]), key))
+        chosen[key] = smaller[key][-1]
+    return chosen
+
+
+def expected_curves(request: Request, groups: Groups) -> Curves:
+    """Of every side."""
+    return {key: expected_curve(request, groups, *key) for key in request.options}
+
+
+def expected_curve(request: Request, groups: Groups, owner: int, side: str, noise: float = 1.0) -> Curve:
+    """What one side can store, from few bytes to many, with the distortion that its method expects, in nats where the method
+    knows them. noise: what errors of quantization cost, where those of leaving numbers out cost 1."""
+    scale = request.axes.width.scale(side, groups(owner))
+    return [(shape, scale * lost) for shape, lost in _relative_curve(request, groups, owner, side, noise)]
+
+
+def _relative_curve(request: Request, groups: Groups, owner: int, side: str, noise: float) -> Curve:
+    """The same as shares of what losing everything would cost."""
+    width, bits, options = request.axes.width, request.axes.bits, request.options[owner, side]
+    layer = request.layers[owner]
+    if not bits.by_spectrum or owner in request.limits.keep_layers:
+        left_out = zip(options, width.distortion(side, groups(owner), options), strict=True)
+        return [(shape, lost + max(1 - lost, 0) * noise_share(shape.format)) for shape, lost in left_out]
+    shapes = request.allowed(layer, request.shapes(layer, side))
+    return bits.curve(shapes, width.spectrum(side, groups(owner), shapes[-1].num_heads), noise)
+
+
+def _check_budget(request: Request, chosen: Choice, kv_budget: float) -> None:
+    total = request.source_bytes
+    if request.total(chosen) + request.bytes_beside > kv_budget * total * SLACK:
+        smallest = request.total({key: options[0] for key, options in request.options.items()}) + request.bytes_beside
+        raise BudgetError(
+            f"kv_budget {kv_budget:.4g} is out of reach: the smallest cache of this method keeps"
+            f" {smallest / total:.4g} of the bytes. Ask for at least that, or choose another preset."
+        )

@@ -1,0 +1,257 @@
+"""compress(recipe): checkpoint -> calibrate -> allocate -> fold, in that order. Start reading here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvfold import distributed as processes
+from kvfold.architectures.base import empty_model, source_config
+from kvfold.calibration.calibrate import Statistics
+from kvfold.calibration.material import TRAINING_TOKENS, Material, layer_group
+from kvfold.checkpoint.fingerprint import fingerprint
+from kvfold.checkpoint.folder import new_folder, refuse_out, write_files
+from kvfold.checkpoint.gguf import dequantized
+from kvfold.checkpoint.reader import Checkpoint
+from kvfold.checkpoint.source import Source, load_plan, open_source
+from kvfold.compression.allocate import (
+    Axes,
+    Curves,
+    Groups,
+    Request,
+    allocate,
+    check_request,
+    choose_layout,
+    expected_curves,
+    limits_of,
+    smallest_under,
+)
+from kvfold.compression.card import write_card_text
+from kvfold.compression.fold import fold, folded_config
+from kvfold.compression.probe import PROBE_VERSION, Probe
+from kvfold.compression.recipe import Recipe, make_recipe, material_of
+from kvfold.compression.widen_mlp import SIZE, widened_size
+from kvfold.errors import BudgetError, RecipeError
+from kvfold.methods.width.base import LayerGroup
+from kvfold.plan.plan import CachePlan
+from kvfold.registry import AXES
+from kvfold.runtimes.base import runtime
+from kvfold.runtimes.transformers.load import resolve_device
+from kvfold.runtimes.transformers.modeling import empty_folded_model
+from kvfold.version import __version__
+
+PLAIN_BITS = {"method": "integer", "k_bits": 8, "v_bits": 8}
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What `compress` made: the folder, its plan, and how long each stage took in seconds."""
+
+    out: Path
+    plan: CachePlan
+    seconds: dict[str, float]
+
+
+def compress(
+    recipe: Recipe | Mapping[str, Any],
+    *,
+    run_dir: str | Path | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
+) -> Folded:
+    """Fold `recipe.model` (a folder, hub id or GGUF file) into the new folder `recipe.out`. A dictionary is taken as
+    `make_recipe` takes it.
+
+    `run_dir` keeps the statistics for later folds of the same model and text (default: `<out>.run`). The result grows in
+    `<out>.partial` and gets its name when it is complete; the same call continues an interrupted one. Under torchrun or
+    accelerate launch the processes share the calibration text; all else is done by the first, for which the others wait.
+    Raises a KvfoldError that says what was found and what to do.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = make_recipe(recipe)
+    out = Path(os.path.abspath(recipe.out))
+    run_dir = Path(run_dir) if run_dir else out.with_name(out.name + ".run")
+    refuse_out(out, overwrite, keep=(Path(recipe.model), run_dir))
+    device = processes.start(processes.own_device(resolve_device(device)))
+    processes.wait_for_all()
+    clock = _Clock()
+    with processes.first_before_others():
+        folder = dequantized(recipe.model, run_dir)
+    source = open_source(folder)
+    material = material_of(recipe, source, run_dir, device)
+    request = _request(recipe, source, material)
+    width, targets = request.axes.width, request.targets
+    statistics = material.statistics(width.needs, width.needs_cross, targets, width.joint)
+    vectors = material.sample(width.needs_vectors, TRAINING_TOKENS) if width.needs_vectors else None
+    clock.lap("calibrate")
+    if processes.rank():
+        processes.wait_for_all()
+        return Folded(Path(recipe.out), load_plan(out)[0], clock.laps)
+
+    @functools.lru_cache(maxsize=1)  # keys and values of a group are asked for one after the other
+    def groups(owner: int) -> LayerGroup:
+        return layer_group(source, targets, owner, statistics, width, vectors)
+
+    probe = functools.cache(functools.partial(_probe, recipe, material, statistics, request, groups))
+    plan = _plan(recipe, request, groups, probe)
+    _warn_if_far_below(recipe, plan)
+    if warning := runtime(recipe.runtime).warning(plan):
+        warnings.warn(warning, stacklevel=2)
+    recipe, request, plan = _or_plain(recipe, request, plan, probe)
+    clock.lap("allocate")
+    config = _config(recipe, source, plan)
+    with new_folder(out, _identity(recipe, source.checkpoint, plan, statistics), overwrite=overwrite) as partial:
+        fold(source.checkpoint, source.arch, source.layers, plan, request.axes.width, groups, partial, config)
+        _complete(partial, recipe, source, plan)
+    clock.lap("fold")
+    processes.wait_for_all()
+    return Folded(Path(recipe.out), plan, clock.laps)
+
+
+def _request(recipe: Recipe, source: Source, material: Material) -> Request:
+    """What the recipe asks for, with the layout of owners and readers.
+
+    Raises RecipeError and BudgetError where that cannot be, before anything takes long.
+    """
+    axes = Axes(**{axis: recipe.method(axis) for axis in AXES})
+    everyone = (None,) * len(source.layers)
+    asked = Request(layers=source.layers, targets=everyone, axes=axes, dtype=source.dtype, limits=limits_of(recipe))
+    sample = material.sample() if axes.depth.needs_sample else None
+    request = dataclasses.replace(asked, targets=choose_layout(asked, kv_budget=recipe.kv_budget, sample=sample))
+    check_request(request, 1.0 if recipe.target_kl else recipe.kv_budget)
+    _check_runtime(recipe, request)
+    if recipe.keep_parameters:
+        widened_size(source.arch, source.checkpoint.config, len(source.layers), 0)
+    return request
+
+
+def _check_runtime(recipe: Recipe, request: Request) -> None:
+    """Raise RecipeError if what is asked for is not what the runtime serves, whatever the budget."""
+    widest = request.plan({key: options[-1] for key, options in request.options.items()})
+    if obstacle := runtime(recipe.runtime).obstacle(widest):
+        raise RecipeError(f"runtime {recipe.runtime!r}: {obstacle}")
+
+
+def _plan(recipe: Recipe, request: Request, groups: Groups, probe: Callable[[], Probe]) -> CachePlan:
+    """By bytes, or the smallest that stays under the KL that the recipe names."""
+
+    @functools.cache
+    def curves() -> Curves:
+        return probe().curves() if recipe.allocate == "measured" else expected_curves(request, groups)
+
+    def plan(kv_budget: float | None) -> CachePlan:
+        return allocate(request, kv_budget=kv_budget, strategy=recipe.allocate, curves=curves)
+
+    if recipe.target_kl is None:
+        return plan(recipe.kv_budget)
+    return smallest_under(recipe.target_kl, plan, lambda made: probe().kl_of(made))
+
+
+def _or_plain(
+    recipe: Recipe, request: Request, plan: CachePlan, probe: Callable[[], Probe]
+) -> tuple[Recipe, Request, CachePlan]:
+    """The plain cache in 8 bits where bits are shared out by measured distortion, the budget allows it, and it loses less:
+    with much to spend, what is left to lose is the rounding of folded weights, and its weights are the original ones."""
+    shares = any(target is not None for target in request.targets)
+    if recipe.allocate == "uniform" or not request.axes.bits.by_spectrum or recipe.kv_budget is None or shares:
+        return recipe, request, plan
+    simple = dataclasses.replace(recipe, width={"method": "identity"}, bits=PLAIN_BITS, allocate="uniform")
+    asked = dataclasses.replace(
+        request, axes=dataclasses.replace(request.axes, width=simple.method("width"), bits=simple.method("bits"))
+    )
+    try:
+        plain = allocate(asked, kv_budget=recipe.kv_budget, strategy="uniform", curves=dict)
+    except BudgetError:
+        return recipe, request, plan
+    measured, lost = probe().kl_of(plan), probe().kl_of(plain, asked.axes.width)
+    if measured <= lost:
+        return recipe, request, plan
+    warnings.warn(
+        f"the plain cache in 8 bits ({plain.kv_budget:.3g} of the bytes) loses less (KL {lost:.2g}) than what the recipe"
+        f" makes of this budget ({measured:.2g}), and is taken instead.",
+        stacklevel=3,
+    )
+    return simple, asked, plain
+
+
+def _probe(
+    recipe: Recipe, material: Material, statistics: Statistics | None, request: Request, groups: Groups
+) -> Probe:
+    tokens_BT, checkpoint = material.tokens(), material.source.checkpoint
+    key = fingerprint(
+        version=PROBE_VERSION,
+        model=checkpoint.fingerprint(),
+        tokens=tokens_BT,
+        statistics=statistics and statistics.folder.name,
+        width=recipe.to_dict()["width"],
+        targets=request.targets,
+        device=material.device.partition(":")[0],
+    )
+    file = material.run_dir / f"probes-{key[:12]}.json"
+    return Probe(material.source, request, groups, tokens_BT=tokens_BT, file=file, device=material.device)
+
+
+def _identity(recipe: Recipe, checkpoint: Checkpoint, plan: CachePlan, statistics: Statistics | None) -> str:
+    """Equal for two runs of the same fold, of which the second continues the first."""
+    return fingerprint(
+        version=__version__,
+        recipe=recipe.to_yaml(),
+        model=checkpoint.fingerprint(),
+        statistics=statistics and statistics.folder.name,
+        plan=plan.to_dict(),
+    )
+
+
+def _complete(partial: Path, recipe: Recipe, source: Source, plan: CachePlan) -> None:
+    """Add what belongs beside the weights: tokenizer, card, recipe."""
+    card = write_card_text(recipe, plan, version=__version__, parameters=_attention_parameters(source, plan))
+    write_files(partial, {"README.md": card, "recipe.yaml": recipe.to_yaml()}, beside=source.checkpoint)
+
+
+def _config(recipe: Recipe, source: Source, plan: CachePlan) -> dict[str, Any]:
+    """The folded model's config.json."""
+    config = folded_config(source.checkpoint, source.arch, plan)
+    if recipe.keep_parameters:
+        before, after = _attention_parameters(source, plan)
+        config[SIZE] = widened_size(source.arch, config, len(source.layers), before - after)
+        if config[SIZE] == source.checkpoint.config[SIZE]:
+            warnings.warn("keep_parameters: attention has as many parameters as before; the MLPs stay as they are.")
+    return config
+
+
+def _attention_parameters(source: Source, plan: CachePlan) -> tuple[int, int]:
+    """Numbers in the attention weights, before and after."""
+    prefixes = tuple(source.arch.attention_prefix(layer.index) for layer in source.layers)
+    stock = empty_model(source.arch, source_config(source.arch, source.checkpoint.config))
+    folded = empty_folded_model(source.arch, folded_config(source.checkpoint, source.arch, plan))
+    before, after = (
+        sum(p.numel() for name, p in model.named_parameters() if name.startswith(prefixes)) for model in (stock, folded)
+    )
+    return before, after
+
+
+def _warn_if_far_below(recipe: Recipe, plan: CachePlan) -> None:
+    if recipe.kv_budget is not None and plan.kv_budget < 0.95 * recipe.kv_budget:
+        warnings.warn(
+            f"kv_budget {recipe.kv_budget:.4g} was asked for and {plan.kv_budget:.4g} is used: the method"
+            f" {recipe.width['method']!r} has no size in between with these fields. Others, or --set allocate=greedy, may"
+            " come nearer.",
+            stacklevel=3,
+        )
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self.last = round(now - self.last, 3), now

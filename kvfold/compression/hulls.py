@@ -1,0 +1,87 @@
+"""Curves of (bytes, distortion) and one budget for all: what to take of each, so that the distortion in sum is least."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+
+from kvfold.plan.number_format import StoredShape
+
+SLACK = 1 + 1e-9
+"""Of a budget: sums of bytes are floating-point numbers."""
+
+Key = tuple[int, str]
+"""Owner of a cache, and a side of it."""
+
+Curve = list[tuple[StoredShape, float]]
+"""What a side can store with the distortion of each, from few bytes to many."""
+
+Curves = dict[Key, Curve]
+Choice = dict[Key, StoredShape]
+Cost = Callable[[StoredShape], float]
+"""Bytes per token."""
+
+
+def best_within(budget: float, curves: Curves, cost: Cost) -> Choice:
+    """Of every curve one shape, of at most `budget` bytes per token in sum where the smallest shapes allow it."""
+    return _spent(curves, _cheapest(curves, budget, cost), budget, cost)
+
+
+def _cheapest(curves: Curves, budget: float, cost: Cost) -> Choice:
+    """Start from the smallest shapes and buy, step by step, where a stored byte saves the most distortion.
+
+    Steps lie on the lower convex hull of each (bytes, distortion) curve, so that gains fall and greedy is optimal but for
+    the last step.
+    """
+    hulls = {key: lower_hull(points, cost) for key, points in curves.items()}
+    position = dict.fromkeys(hulls, 0)
+    left = budget * SLACK - sum(cost(hull[0][0]) for hull in hulls.values())
+    steps = [(-_gain(hull[0], hull[1], cost), key) for key, hull in hulls.items() if len(hull) > 1]
+    heapq.heapify(steps)
+    while steps:
+        _, key = heapq.heappop(steps)
+        hull, at = hulls[key], position[key]
+        price = cost(hull[at + 1][0]) - cost(hull[at][0])
+        if price > left:
+            continue
+        left -= price
+        position[key] = at + 1
+        if at + 2 < len(hull):
+            heapq.heappush(steps, (-_gain(hull[at + 1], hull[at + 2], cost), key))
+    return {key: hull[position[key]][0] for key, hull in hulls.items()}
+
+
+def _spent(curves: Curves, chosen: Choice, budget: float, cost: Cost) -> Choice:
+    """What is left of the budget buys the best steps that still fit, of all points and not only those of the hulls."""
+    chosen = dict(chosen)
+    distortion = {key: dict(points) for key, points in curves.items()}
+    while True:
+        left = budget * SLACK - sum(map(cost, chosen.values()))
+        gains = {
+            (key, shape): distortion[key][chosen[key]] - lost
+            for key, points in curves.items()
+            for shape, lost in points
+            if cost(shape) - cost(chosen[key]) <= left
+        }
+        if not gains or max(gains.values()) <= 0:
+            return chosen
+        key, shape = max(gains, key=lambda step: gains[step])
+        chosen[key] = shape
+
+
+def _gain(point: tuple[StoredShape, float], larger: tuple[StoredShape, float], cost: Cost) -> float:
+    return (point[1] - larger[1]) / (cost(larger[0]) - cost(point[0]))
+
+
+def lower_hull(points: Sequence[tuple[StoredShape, float]], cost: Cost) -> Curve:
+    """The points of a falling curve that no line between two others undercuts, from few bytes to many."""
+    hull: Curve = []
+    for point in points:
+        if hull and cost(point[0]) <= cost(hull[-1][0]) * SLACK:
+            if point[1] >= hull[-1][1]:
+                continue
+            hull.pop()
+        while len(hull) > 1 and _gain(hull[-2], hull[-1], cost) <= _gain(hull[-1], point, cost):
+            hull.pop()
+        hull.append(point)
+    return hull

@@ -1,0 +1,278 @@
+"""Recipe: everything that determines one result, as frozen dataclasses that are written to and read from YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kvfold import registry
+from kvfold.calibration.calibration import Calibration
+from kvfold.calibration.material import Material
+from kvfold.checkpoint.source import Source
+from kvfold.compression.presets import PRESETS
+from kvfold.errors import RecipeError
+from kvfold.runtimes.base import runtime
+
+ALLOCATIONS = ("uniform", "greedy", "measured")
+PREFERENCES = {"size": "on_read", "speed": "applied"}
+"""What to prefer -> how fisher stores keys."""
+TYPES: dict[Any, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+    "str": (str,),
+    "str | None": (str, type(None)),
+    "bool": (bool,),
+}
+"""Python types by the annotation of a recipe's or method's field."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One fold. The four axes hold a method's name and its fields: {"method": "svd_a", "latent": "group"}.
+
+    model: folder or hub id; out: the folder to write; kv_budget: bytes kept / bytes of the original cache.
+    keep_parameters: widen the MLPs by what attention saves, without changing their function (for uptraining, as in the MLKV
+        paper).
+    target_kl: instead of kv_budget, the most that the model may lose (nats per token, measured on calibration text).
+    keep_layers: layers that store every number as it is. min_width: the least share of a layer's numbers to store.
+    runtime: `transformers`, or `vllm` for a plan that vLLM's paged cache holds as well: keys and values of one shape, in
+        heads of widths that its kernels have.
+    prefer: `size` or `speed`, for width method fisher: keys rebuilt on read, or read as they lie.
+    allocate: `uniform` gives every layer the same share, `greedy` shares the budget by the distortion per byte that the
+        method expects (in nats: fisher), `measured` by KL per byte, measured with one cache folded at a time (the whole
+        model must fit into memory).
+    Raises RecipeError on names, fields and values that do not exist or do not fit.
+    """
+
+    model: str
+    out: str
+    preset: str | None = None
+    kv_budget: float | None = None
+    target_kl: float | None = None
+    runtime: str = "transformers"
+    prefer: str | None = None
+    keep_layers: tuple[int, ...] = ()
+    min_width: float = 0.0
+    allocate: str = "uniform"
+    keep_parameters: bool = False
+    seed: int = 0
+    depth: Mapping[str, Any] = field(default_factory=lambda: {"method": "identity"})
+    width: Mapping[str, Any] = field(default_factory=lambda: {"method": "identity"})
+    bits: Mapping[str, Any] = field(default_factory=lambda: {"method": "identity"})
+    length: Mapping[str, Any] = field(default_factory=lambda: {"method": "identity"})
+    calibration: Calibration = field(default_factory=Calibration)
+
+    def __post_init__(self) -> None:
+        if self.kv_budget is not None and not 0 < self.kv_budget <= 1:
+            raise RecipeError(
+                f"kv_budget is {self.kv_budget}; it is bytes kept / bytes of the original cache, above 0 and at most 1"
+                " (0.25 means four times smaller)."
+            )
+        if self.target_kl is not None and (self.target_kl <= 0 or self.kv_budget is not None):
+            raise RecipeError(
+                f"target_kl is {self.target_kl} and kv_budget {self.kv_budget}; give one of them, above 0: either how much to"
+                " lose or how much to keep."
+            )
+        if not 0 <= self.min_width <= 1:
+            raise RecipeError(f"min_width is {self.min_width}; it is a share of a layer's numbers, 0 to 1.")
+        listed = isinstance(self.keep_layers, list | tuple)
+        if not listed or any(isinstance(i, bool) or not isinstance(i, int) for i in self.keep_layers):
+            raise RecipeError(f"keep_layers = {self.keep_layers!r} is not a list of layer numbers, such as [0, 1].")
+        object.__setattr__(self, "keep_layers", tuple(self.keep_layers))
+        runtime(self.runtime)
+        if self.allocate not in ALLOCATIONS:
+            raise RecipeError(registry.unknown("allocation", self.allocate, ALLOCATIONS))
+        for axis in registry.AXES:
+            self.method(axis)
+        if self.bits["method"] != "identity" and self.method("width").joint:
+            raise RecipeError(
+                f"width method {self.width['method']!r} fills caches that are not quantized; leave bits out."
+            )
+        if self.method("bits").by_spectrum and not self.method("width").ordered:
+            raise RecipeError(
+                f"width method {self.width['method']!r} stores numbers of equal rank, so that none deserves more bits than"
+                " others; choose a low-rank one, such as fisher, or --set bits.method=integer."
+            )
+        if self.allocate == "measured" and self.method("width").joint:
+            raise RecipeError(
+                f"allocate = 'measured' cannot measure {self.width['method']}, which sees the tokens of a step exactly;"
+                " choose uniform or greedy."
+            )
+
+    def method(self, axis: str) -> Any:
+        """The method of an axis, built from its name and fields."""
+        fields = dict(getattr(self, axis))
+        cls = registry.load(axis, fields.pop("method"))
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                what = f"field of {axis} method {getattr(self, axis)['method']!r} called"
+                raise RecipeError(registry.unknown(what, name, known or ["(none)"]))
+        check_types(cls, fields, f"{axis}.")
+        needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        if missing := [name for name in needed if name not in fields]:
+            method = getattr(self, axis)["method"]
+            raise RecipeError(f"{axis} method {method!r} needs {', '.join(f'{axis}.{name}' for name in missing)}.")
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with every default written out."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        data["keep_layers"] = list(self.keep_layers)
+        for axis in registry.AXES:
+            data[axis] = {"method": data[axis]["method"]} | dataclasses.asdict(self.method(axis))
+        return data | {"calibration": dataclasses.asdict(self.calibration)}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
+    """A recipe from plain data (of YAML or of the command line) with its preset filled in and `a.b=value` applied last.
+
+    Fields in `data` win over the preset's. Where neither a preset nor a method of any axis is named, the preset is the
+    runtime's own.
+    """
+    tree: dict[str, Any] = {}
+    sets = list(sets)
+    chosen = any("method" in (data.get(axis) or {}) for axis in registry.AXES)
+    chosen |= any(assignment.partition("=")[0].endswith(".method") for assignment in sets)
+    where = {**data, **assignments(s for s in sets if s.startswith("runtime="))}.get("runtime", Recipe.runtime)
+    if preset := data.get("preset") or (
+        None if chosen else runtime(where).default_preset if isinstance(where, str) else None
+    ):
+        data = {**data, "preset": preset}
+        if preset not in PRESETS:
+            raise RecipeError(registry.unknown("preset", preset, PRESETS))
+        _merge(tree, PRESETS[preset].fragment)
+    _merge(tree, data)
+    for assignment in sets:
+        _merge(tree, _parse_set(assignment))
+    if tree.get("kv_budget") is not None:
+        tree["kv_budget"] = parse_budget(tree["kv_budget"])
+    for axis in registry.AXES:
+        if axis in tree:
+            tree[axis] = {"method": "identity"} | tree[axis]
+    if tree.get("prefer") is not None:
+        _prefer(tree)
+    tree["calibration"] = _build(Calibration, tree.get("calibration", {}), "calibration field")
+    return _build(Recipe, tree, "recipe field")
+
+
+def material_of(recipe: Recipe, source: Source, run_dir: Path, device: str = "cpu") -> Material:
+    """The calibration text that a recipe asks for."""
+    asked_by = " + ".join(getattr(recipe, axis)["method"] for axis in ("depth", "width"))
+    width = recipe.method("width")
+    return Material(recipe.calibration, source, run_dir, width, asked_by, seed=recipe.seed, device=device)
+
+
+def _prefer(tree: dict[str, Any]) -> None:
+    if tree["prefer"] not in PREFERENCES:
+        raise RecipeError(registry.unknown("preference", tree["prefer"], PREFERENCES))
+    if tree.get("width", {}).get("method") != "fisher":
+        raise RecipeError("prefer goes with width method fisher (presets auto, fast and small).")
+    tree["width"] = tree["width"] | {"rope": PREFERENCES[tree["prefer"]]}
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """Plain data of a YAML recipe, for `make_recipe`."""
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path} cannot be read as a YAML recipe: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} holds no recipe: a mapping such as 'preset: svd_a' was expected.")
+    return data
+
+
+def preset_recipe(preset: str, fields: Mapping[str, Any]) -> Recipe:
+    """The recipe of `NAME` or `NAME:AXIS.FIELD=VALUE,...`, as in compare and bench, with further fields."""
+    name, _, sets = preset.partition(":")
+    return make_recipe({**fields, "preset": name}, [assignment for assignment in sets.split(",") if assignment])
+
+
+def parse_budget(value: Any) -> float:
+    """0.25, "0.25" or "1/4"."""
+    try:
+        return float(Fraction(str(value)))
+    except (ValueError, ZeroDivisionError) as error:
+        raise RecipeError(f"kv_budget {value!r} is not a number; give 0.25 or 1/4.") from error
+
+
+def assignments(sets: Iterable[str]) -> dict[str, Any]:
+    """`field=value` texts as plain data."""
+    return {name: value for assignment in sets for name, value in _parse_set(assignment).items()}
+
+
+EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+"""1e-4, which YAML 1.1 takes for a text."""
+
+
+def _parse_set(assignment: str) -> dict[str, Any]:
+    path, separator, text = assignment.partition("=")
+    if not separator or not path:
+        raise RecipeError(f"--set {assignment!r} is not AXIS.FIELD=VALUE, for example width.latent=group.")
+    if path == "preset":
+        raise RecipeError("a preset is not a field; give --preset.")
+    try:
+        tree: Any = float(text) if EXPONENT.fullmatch(text) else yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {assignment!r}: the value is not YAML: {error}") from error
+    for name in reversed(path.split(".")):
+        tree = {name: tree}
+    return tree
+
+
+def _merge(tree: dict[str, Any], more: Mapping[str, Any]) -> None:
+    for name, value in more.items():
+        if isinstance(value, Mapping) and isinstance(tree.get(name), dict):
+            # another method's fields would not fit
+            if value.get("method", tree[name].get("method")) != tree[name].get("method"):
+                tree[name] = {}
+            _merge(tree[name], value)
+        elif isinstance(value, Mapping):
+            tree[name] = dict(value)
+        elif name in (*registry.AXES, "calibration"):
+            raise RecipeError(
+                f"{name} = {value!r} was given where its fields are meant, for example {name}.{_example(name)}."
+            )
+        else:
+            tree[name] = value
+
+
+def _example(name: str) -> str:
+    return "data" if name == "calibration" else "method"
+
+
+def check_types(cls: Any, values: Mapping[str, Any], where: str) -> None:
+    """Raise RecipeError where a value is not of its field's type (numbers, texts and what may be None)."""
+    for f in dataclasses.fields(cls):
+        if f.name not in values or f.type not in TYPES:
+            continue
+        value, types = values[f.name], TYPES[f.type]
+        if not isinstance(value, types) or (isinstance(value, bool) and types != (bool,)):
+            raise RecipeError(f"{where}{f.name} = {value!r} is not {f.type.replace(' | None', '')}.")
+
+
+def _build(cls: Any, data: Mapping[str, Any], what: str) -> Any:
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for name in data:
+        if name not in known:
+            raise RecipeError(registry.unknown(what, name, known))
+    needed = [
+        n for n, f in known.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing := [name for name in needed if data.get(name) is None]:
+        raise RecipeError(
+            f"the recipe lacks {', '.join(missing)}; give it on the command line (MODEL, --out) or in the recipe file."
+        )
+    check_types(cls, data, "calibration." if cls is Calibration else "")
+    return cls(**data)

@@ -1,0 +1,73 @@
+"""Continue a prompt with a model folder, and say what its cache took."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvfold.errors import DataError
+from kvfold.runtimes.transformers.load import load
+
+
+@dataclass(frozen=True)
+class Generation:
+    """`cache_bytes` is what the cache object holds at the end, in `dtype`; `seconds` include the prompt."""
+
+    text: str
+    new_tokens: int
+    seconds: float
+    cache_bytes: int
+    dtype: str
+    kv_budget: float
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    sample: bool = False,
+    temperature: float = 1.0,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Generation:
+    """Continue `prompt`, greedily or by sampling. For chats, batches and streams use transformers' generate()."""
+    loaded = load(model, dtype=dtype, device=device)
+    torch.manual_seed(seed)
+    options = {"do_sample": sample} | ({"temperature": temperature} if sample else {})
+    start = time.perf_counter()
+    text, new_tokens, cache = continue_prompt(loaded.model, loaded.tokenizer, prompt, max_new_tokens, **options)
+    seconds = time.perf_counter() - start
+    used = str(loaded.model.dtype).removeprefix("torch.")
+    return Generation(text, new_tokens, seconds, _cache_bytes(cache), used, loaded.plan.kv_budget)
+
+
+def continue_prompt(
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, **options: Any
+) -> tuple[str, int, Any]:
+    """(the new text, its tokens, the cache). Raises DataError on a prompt without tokens."""
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].shape[1]:
+        raise DataError("the prompt is empty; give --prompt TEXT.")
+    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    pad = model.generation_config.pad_token_id
+    pad = tokenizer.eos_token_id if pad is None else pad
+    out = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, return_dict_in_generate=True, **options
+    )
+    # decoded as a whole, since some tokenizers drop the space before the first token they decode
+    row, length = out.sequences[0], inputs["input_ids"].shape[1]
+    before, after = (tokenizer.decode(part, skip_special_tokens=True) for part in (row[:length], row))
+    return after[len(before) :], len(row) - length, out.past_key_values
+
+
+def _cache_bytes(cache: Any) -> int:
+    if hasattr(cache, "nbytes"):
+        return cache.nbytes
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,39 @@
+"""What a model's cache takes, layer by layer, and which runtimes serve it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvfold.checkpoint.source import load_plan
+from kvfold.compression.card import CONTEXTS
+from kvfold.plan.plan import CachePlan
+from kvfold.runtimes.base import servable_by
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A plan and the numbers that people ask of it."""
+
+    plan: CachePlan
+    folded: bool
+
+    def to_json(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "folded": self.folded,
+            "kv_budget": plan.kv_budget,
+            "kv_bytes_per_token": plan.kv_bytes_per_token(),
+            "base_kv_bytes_per_token": plan.source_kv_bytes_per_token(),
+            "kv_bytes": {str(n): plan.kv_bytes(n) for n in CONTEXTS},
+            "base_kv_bytes": {str(n): plan.source_kv_bytes(n) for n in CONTEXTS},
+            "kv_read_bytes": {str(n): plan.kv_read_bytes(n) for n in CONTEXTS},
+            "servable_by": {runtime: obstacle or True for runtime, obstacle in servable_by(plan).items()},
+        }
+
+
+def inspect(model: str | Path) -> Inspection:
+    """Read the plan of a folder, or that of a stock model's own cache. No weights are loaded."""
+    plan, folded = load_plan(model)
+    return Inspection(plan, folded)

@@ -1,1 +1,0 @@
-"""Checkpoints that need no kvfold to load."""

@@ -1,1 +1,0 @@
-"""Axis `length`: which tokens stay in a cache. One file is one method."""

@@ -1,0 +1,74 @@
+"""How much predictions depend on each key and value: errors counted in nats, from gradients of sampled labels.
+
+For labels drawn from the model's own predictions, with g_s the gradient of a sequence's summed log-probability by the key (or
+value) x_s of token s, small errors d_s cost a KL of 1/2 sum_s E[(g_s . d_s)^2], where errors of different tokens are taken as
+independent: the Fisher information. Some tokens, above all the first one, are looked at by all others, so that gradients are
+taken as g_s = w_s^(1/2) M^(1/2) e_s: one metric M for all tokens, and a weight for each. A token costs 1/2 w_s d_s^T M d_s;
+with mean and covariance taken with these weights low rank and bits follow in closed form, in nats. The weights are those of a
+robust fit (Student's t; Lange, Little and Taylor, 1989) after one round; more change nothing (docs/log.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvfold.linalg.eigen import Moment, outer_sum
+
+FLOOR = 0.3
+"""Of a weight, as a share of the mean: one gradient says little of a token."""
+RIDGE = 0.01
+"""Of the mean variance of gradients: one label per position is a small sample."""
+TOGETHER = 1024
+"""Numbers of a layer up to which all heads share one metric; beyond, where it would take more text than there is, each head
+has its own."""
+
+WEIGHTED = "weighted_"
+METRIC = "metric_of_"
+"""Names of the two statistics: WEIGHTED + keys, METRIC + keys, and so on."""
+
+Total = Callable[[Tensor], Tensor]
+"""The sum of what all processes have."""
+
+
+def sensitivities(name: str) -> frozenset[str]:
+    """The two statistics of keys, keys_before_rotation or values."""
+    return frozenset({WEIGHTED + name, METRIC + name})
+
+
+def fit(x_TF: Tensor, gradient_TF: Tensor, heads: int, total: Total = lambda part: part) -> tuple[Moment, Moment]:
+    """Mean and second moment of x with every token's weight, and the metric, the second moment of a Moment without mean: half
+    the sum of metric x E_w[error error^T] is what errors cost, in nats per token.
+
+    The metric is [1, F, F], or [heads, H, H] where gradients of different heads are taken as independent (TOGETHER). Each
+    process gives the tokens that it has seen.
+    """
+    gradient_TKH = gradient_TF.unflatten(1, (1 if gradient_TF.shape[1] <= TOGETHER else heads, -1))
+    count = total(torch.tensor(float(len(x_TF)), dtype=torch.float64, device=x_TF.device))
+    plain_KHH = _metric(gradient_TKH, total, count)
+    weight_T = _weights(gradient_TKH, plain_KHH)
+    metric_KHH = _metric(gradient_TKH / weight_T.sqrt()[:, None, None], total, count)
+    moment = _weighted(x_TF.double(), weight_T.double(), total, int(count))
+    return moment, Moment(torch.zeros_like(metric_KHH[..., 0]), metric_KHH, int(count))
+
+
+def _metric(gradient_TKH: Tensor, total: Total, count: Tensor) -> Tensor:
+    """E[g g^T] of each part, with a ridge of the mean variance over all."""
+    metric_KHH = total(outer_sum(gradient_TKH, gradient_TKH).double()) / count
+    size = metric_KHH.diagonal(dim1=1, dim2=2).mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return metric_KHH + RIDGE * size * torch.eye(metric_KHH.shape[1]).to(metric_KHH)
+
+
+def _weights(gradient_TKH: Tensor, metric_KHH: Tensor) -> Tensor:
+    """How long every token's gradient is where all directions count the same; about 1 in the mean."""
+    lower_KHH = torch.linalg.cholesky(metric_KHH).to(gradient_TKH)
+    white_KHT = torch.linalg.solve_triangular(lower_KHH, gradient_TKH.permute(1, 2, 0), upper=False)
+    return (FLOOR + white_KHT.square().mean((0, 1))) / (FLOOR + 1)
+
+
+def _weighted(x_TF: Tensor, weight_T: Tensor, total: Total, count: int) -> Moment:
+    weights = total(weight_T.sum())
+    mean_F = total(weight_T @ x_TF) / weights
+    return Moment(mean_F, total((x_TF * weight_T[:, None]).T @ x_TF) / weights, count)

@@ -1,0 +1,1 @@
+"""How many bits a number takes: quantization of keys and values."""

@@ -1,0 +1,21 @@
+"""The contract of a length method: which tokens stay."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.layer import AttentionLayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthMethod(ABC):
+    """A choice of `window` and `sinks`. Its dataclass fields are its hyper-parameters, by name in recipes."""
+
+    @abstractmethod
+    def apply(self, layer: AttentionLayer, spec: CacheSpec) -> CacheSpec:
+        """`spec` with `window` and `sinks` set for this layer."""
+
+
+CONTRACT = LengthMethod

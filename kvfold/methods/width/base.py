@@ -1,0 +1,140 @@
+"""The contract of a width method: which shapes it can store, what they cost in quality, and the folded weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvfold.linalg.eigen import Moment
+from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.folded_weights import FoldedWeights
+from kvfold.plan.layer import AttentionLayer, AttentionWeights
+from kvfold.plan.number_format import StoredShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerGroup:
+    """The layers that use one cache: its owner first, then its readers. Most groups are one layer.
+
+    Everything large is read when it is asked for, by position in the group. weights(i): float64. moments(i): statistic ->
+    moment of layer i. cross(i, j=0): statistic -> E[x_i x_j^T] [F, F] for j <= i, of which j = 0 is the owner.
+    vectors(i): statistic -> some of the calibration vectors themselves [T, F].
+    """
+
+    layers: tuple[AttentionLayer, ...]
+    weights: Callable[[int], AttentionWeights]
+    moments: Callable[[int], Mapping[str, Moment]]
+    cross: Callable[..., Mapping[str, Tensor]]
+    vectors: Callable[[int], Mapping[str, Tensor]] = lambda position: {}
+
+    @property
+    def owner(self) -> AttentionLayer:
+        return self.layers[0]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthMethod(ABC):
+    """A way to store fewer numbers per token. Its dataclass fields are its hyper-parameters, by name in recipes.
+
+    `needs`: the statistics it reads (`calibrate.STATISTICS`); empty where weights are enough. `needs_cross`: those of
+    which it also reads the moment between a reader and the owner, or, if `joint`, between all layers of a group.
+    `needs_vectors`: those of which it wants to see vectors. `ordered`: stored numbers come in the order of what they save, so
+    that leading ones can get more bits (`key_spectrum`).
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    needs_cross: ClassVar[frozenset[str]] = frozenset()
+    needs_vectors: ClassVar[frozenset[str]] = frozenset()
+    joint: ClassVar[bool] = False
+    ordered: ClassVar[bool] = False
+
+    @abstractmethod
+    def key_shapes(self, layer: AttentionLayer, layers: int = 1) -> Sequence[StoredShape]:
+        """The shapes in which this method can store the keys of `layer` for the `layers` layers that use its cache, from few
+        to many numbers; the last loses nothing of the owner's."""
+
+    @abstractmethod
+    def value_shapes(self, layer: AttentionLayer, layers: int = 1) -> Sequence[StoredShape]:
+        """The same for values."""
+
+    @abstractmethod
+    def key_distortion(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+        """Expected distortion of storing the keys in each of `shapes`, summed over the group's layers: per layer 0 for none,
+        1 for losing everything. Readers may be damaged by any shape."""
+
+    @abstractmethod
+    def value_distortion(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+        """The same for values."""
+
+    def key_spectrum(self, group: LayerGroup, heads: int) -> Sequence[float]:
+        """Of ordered methods: expected distortion that each number of `heads` latents saves, what `key_distortion`
+        falls by."""
+        raise AssertionError("stored numbers have no order")
+
+    def value_spectrum(self, group: LayerGroup, heads: int) -> Sequence[float]:
+        """The same for values."""
+        raise AssertionError("stored numbers have no order")
+
+    def shapes(self, side: str, layer: AttentionLayer, layers: int = 1) -> Sequence[StoredShape]:
+        """Of `side`, keys or values; so too `distortion` and `spectrum`."""
+        return (self.key_shapes if side == "keys" else self.value_shapes)(layer, layers)
+
+    def distortion(self, side: str, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+        return (self.key_distortion if side == "keys" else self.value_distortion)(group, shapes)
+
+    def spectrum(self, side: str, group: LayerGroup, heads: int) -> Sequence[float]:
+        return (self.key_spectrum if side == "keys" else self.value_spectrum)(group, heads)
+
+    def scale(self, side: str, group: LayerGroup) -> float:
+        """What expected distortions of a side are to be multiplied by to compare layers and sides; 1 where nothing says
+        how."""
+        return 1.0
+
+    @abstractmethod
+    def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
+        """The cache that `layer` owns, with the chosen shapes."""
+
+    @abstractmethod
+    def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
+        """The weights that obey `spec`, layer by layer in the group's order, in float64."""
+
+
+CONTRACT = WidthMethod
+
+
+def method_name(method: WidthMethod) -> str:
+    """Its name in recipes: that of its file."""
+    return type(method).__module__.rpartition(".")[2]
+
+
+def rope_of(layer: AttentionLayer) -> str:
+    """How keys are stored in the layer's cache, as far as rotation goes."""
+    return "applied" if layer.rotary_dim else "none"
+
+
+def plain_spec(layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
+    """A cache of these shapes with nothing beside it; methods replace the fields in which theirs differ."""
+    return CacheSpec(
+        num_kv_heads=keys.num_heads,
+        head_dim=keys.width,
+        num_v_heads=values.num_heads,
+        v_head_dim=values.width,
+        k_bits=keys.format,
+        v_bits=values.format,
+        rope=rope_of(layer),
+        window=layer.window,
+    )
+
+
+def as_reader(folded: FoldedWeights) -> FoldedWeights:
+    """Without what only the owner of a cache has: the way from hidden states to what is stored."""
+    owners = ("k_proj", "v_proj", "k_bias", "v_bias", "k_norm", "k_a_proj", "k_a_bias", "k_u_proj", "k_u_bias")
+    return dataclasses.replace(folded, **dict.fromkeys(owners))  # type: ignore[arg-type]

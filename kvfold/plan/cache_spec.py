@@ -1,0 +1,128 @@
+"""The nouns of one cache: what the original stores per layer, and what a folded layer stores instead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvfold.plan.number_format import NumberFormat, StoredShape
+
+CACHE_BLOCK = 256
+"""Tokens by which a cache grows. Part of the format, since allocated bytes follow from it."""
+
+
+POSITION_BYTES = 4
+"""A token's position, where keys are rotated on read."""
+
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of one number, by the name that config.json uses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceLayer:
+    """What one layer of the original model caches, under stock transformers.
+
+    `window` is the sliding window in tokens, None where a layer sees everything.
+    """
+
+    num_attention_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int | None = None
+
+    @property
+    def elements_per_token(self) -> int:
+        return 2 * self.num_kv_heads * self.head_dim
+
+    def tokens_stored(self, context_len: int) -> int:
+        """Tokens that a stock DynamicCache holds after `context_len` tokens (a window keeps one fewer than its width)."""
+        return context_len if self.window is None else min(context_len, self.window - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """What one owning layer stores for each token.
+
+    Keys are `num_kv_heads` heads of `head_dim` numbers, values `num_v_heads` heads of `v_head_dim` numbers.
+    `rope`: `applied` stores keys as they are after rotation; `on_read` before it, and every step rotates what it reads;
+    `none`: the family does not rotate, so that projections of keys are part of the ordinary weights.
+    `readers_rotate`: whether the layers that read this cache see rotated keys, as its owner does (only published MLKV weights
+    do not; such a cache stores its keys before rotation).
+    `joint`: what is stored is made of the keys and values of ALL layers that use this cache, after they have run; so tokens
+    of the running step are seen exactly, and only past tokens through the latents.
+    `k_projection`: keys go through `k_a_proj` before they are stored, `k_b_proj` leads back to the source's heads.
+    `k_partial`: of heads that are rotated in part, k_proj gives the rotated numbers alone, which pass `k_a_proj`; what the
+    rest adds to the latents comes from `k_u_proj` at once.
+    `k_offset`: a fixed vector is added to keys that are rebuilt on read, before they are rotated.
+    `hidden`: width of the hidden layer of small networks that are added to the linear ways in and back, of keys and values;
+    both are then rebuilt on read. 0 for none.
+    `v_projection`: the way back to the source's value heads is kept apart (`v_b_proj`) instead of being fused into `o_proj`.
+    `output_bias`: the fold added a bias to `o_proj` that the source does not have.
+    `k_bits`, `v_bits`: how stored numbers are quantized; None keeps them in the checkpoint's dtype.
+    `stored_bias`: what makes stored keys and values has a bias that the source does not have (numbers are quantized around
+    their mean).
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    num_v_heads: int
+    v_head_dim: int
+    rope: str = "applied"
+    readers_rotate: bool = True
+    joint: bool = False
+    k_projection: bool = False
+    k_partial: bool = False
+    k_offset: bool = False
+    hidden: int = 0
+    v_projection: bool = False
+    output_bias: bool = False
+    k_bits: NumberFormat | None = None
+    v_bits: NumberFormat | None = None
+    stored_bias: bool = False
+    window: int | None = None
+    sinks: int = 0
+
+    @property
+    def elements_per_token(self) -> int:
+        return self.num_kv_heads * self.head_dim + self.num_v_heads * self.v_head_dim
+
+    @property
+    def sides(self) -> tuple[StoredShape, StoredShape]:
+        """Keys and values."""
+        return (
+            StoredShape(self.num_kv_heads, self.head_dim, self.k_bits),
+            StoredShape(self.num_v_heads, self.v_head_dim, self.v_bits),
+        )
+
+    @property
+    def widest(self) -> int:
+        """Numbers per token of the larger side."""
+        return max(side.elements for side in self.sides)
+
+    def bytes_per_token(self, itemsize: int) -> float:
+        """Stored for one token, scales included; what several tokens share is shared out."""
+        return sum(side.bytes_per_token(itemsize) for side in self.sides)
+
+    def bytes_allocated(self, context_len: int, itemsize: int) -> int:
+        """Of the storage that `context_len` tokens need."""
+        tokens = self.tokens_allocated(context_len)
+        return sum(side.bytes_allocated(tokens, itemsize) for side in self.sides)
+
+    def tokens_allocated(self, context_len: int) -> int:
+        """Tokens for which a cache has room after `context_len` tokens: whole blocks, at most a window and a block more."""
+        capacity = round_up(context_len)
+        return capacity if self.window is None else min(capacity, round_up(self.window) + CACHE_BLOCK)
+
+    def tokens_read(self, context_len: int) -> int:
+        """Tokens that one decode step attends to."""
+        return context_len if self.window is None else min(context_len, self.window)
+
+
+def round_up(tokens: int, block: int = CACHE_BLOCK) -> int:
+    """`tokens` rounded up to whole blocks."""
+    return -(-tokens // block) * block
+
+
+def divisors(number: int) -> list[int]:
+    """All whole numbers that divide `number`, in rising order."""
+    return [d for d in range(1, number + 1) if number % d == 0]

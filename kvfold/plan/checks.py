@@ -1,0 +1,102 @@
+"""What makes a plan impossible, said with the field and the remedy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvfold.errors import PlanError
+from kvfold.plan.cache_spec import CACHE_BLOCK, ITEMSIZE, CacheSpec, SourceLayer, divisors
+from kvfold.plan.number_format import NumberFormat
+
+if TYPE_CHECKING:
+    from kvfold.plan.plan import CachePlan
+
+
+def check_plan(plan: CachePlan) -> None:
+    """Raise PlanError on the first thing that cannot be."""
+    layers = len(plan.source)
+    if not layers or len(plan.caches) != layers or len(plan.kv_sharing_target_layer) != layers:
+        raise PlanError(
+            f"a plan needs one entry per layer: source has {layers}, caches {len(plan.caches)},"
+            f" kv_sharing_target_layer {len(plan.kv_sharing_target_layer)}."
+        )
+    if plan.dtype not in ITEMSIZE:
+        raise PlanError(f"dtype {plan.dtype!r} is not one of {sorted(ITEMSIZE)}; convert the checkpoint first.")
+    for index, (source, spec, target) in enumerate(
+        zip(plan.source, plan.caches, plan.kv_sharing_target_layer, strict=True)
+    ):
+        if (spec is None) == (target is None):
+            raise PlanError(f"layer {index} must either store a cache or read an earlier layer's, not both or neither.")
+        if spec is not None:
+            _check_cache(index, source, spec)
+        elif target is not None:
+            _check_target(plan, index, target)
+
+
+def _check_cache(index: int, source: SourceLayer, spec: CacheSpec) -> None:
+    for name in ("num_kv_heads", "head_dim", "num_v_heads", "v_head_dim"):
+        if not isinstance(getattr(spec, name), int) or getattr(spec, name) < 1:
+            raise PlanError(f"layer {index}: {name} is {getattr(spec, name)!r}; it must be a positive whole number.")
+    for name in ("num_kv_heads", "num_v_heads"):
+        if source.num_kv_heads % getattr(spec, name):
+            raise PlanError(
+                f"layer {index}: {name} {getattr(spec, name)} does not divide the source's {source.num_kv_heads}"
+                f" key/value heads; choose one of {divisors(source.num_kv_heads)}."
+            )
+    if not spec.k_projection and spec.rope != "none" and spec.head_dim != source.head_dim:
+        raise PlanError(
+            f"layer {index}: keys of width {spec.head_dim} need k_projection, since rotation works on the source's"
+            f" {source.head_dim}-wide heads."
+        )
+    if spec.rope not in ("applied", "on_read", "none"):
+        raise PlanError(f"layer {index}: rope = {spec.rope!r}; it is 'applied', 'on_read' or 'none'.")
+    if spec.rope != "on_read" and not spec.readers_rotate:
+        raise PlanError(
+            f"layer {index}: readers can only see keys without rotation if they are stored so (rope: on_read)."
+        )
+    if spec.joint and not (spec.rope != "on_read" and spec.k_projection and spec.v_projection):
+        raise PlanError(f"layer {index}: a joint cache keeps k_projection and v_projection, and keys after rotation.")
+    if spec.k_partial and (spec.joint or spec.rope != "applied" or not spec.k_projection):
+        raise PlanError(
+            f"layer {index}: k_partial goes with k_projection and rope: applied, in caches of one layer's making."
+        )
+    if spec.hidden and not (spec.rope != "applied" and spec.k_projection and spec.v_projection and not spec.joint):
+        raise PlanError(
+            f"layer {index}: hidden = {spec.hidden} goes with k_projection, v_projection and keys before rotation, in caches"
+            " of one layer's making."
+        )
+    if spec.k_offset and not (spec.rope == "on_read" and spec.k_projection):
+        raise PlanError(
+            f"layer {index}: k_offset goes with keys that are rebuilt on read (k_projection, rope: on_read)."
+        )
+    if spec.sinks:
+        raise PlanError(
+            f"layer {index}: sinks = {spec.sinks!r} is reserved; this format version defines sinks = 0 only."
+        )
+    for name, (_, width, format) in zip(("k_bits", "v_bits"), spec.sides, strict=True):
+        if format is not None:
+            _check_format(f"layer {index}: {name}", spec, width, format)
+    if spec.window != source.window:
+        raise PlanError(f"layer {index}: window {spec.window} differs from the source's {source.window}.")
+
+
+def _check_format(where: str, spec: CacheSpec, width: int, format: Any) -> None:
+    if not isinstance(format, NumberFormat):
+        raise PlanError(f"{where} = {format!r} is not a description of tiers and scales (docs/format.md).")
+    if format.width != width:
+        raise PlanError(f"{where} describes {format.width} numbers, but stored heads have {width}.")
+    if spec.joint:
+        raise PlanError(f"{where}: caches that several layers fill together are not quantized.")
+    if format.block > 1 and (spec.window is not None or CACHE_BLOCK % format.block):
+        raise PlanError(
+            f"{where}: scales per channel need a cache without a sliding window, and blocks that divide {CACHE_BLOCK} tokens."
+        )
+
+
+def _check_target(plan: CachePlan, index: int, target: int) -> None:
+    if not 0 <= target < index or plan.caches[target] is None:
+        raise PlanError(
+            f"layer {index} reads layer {target!r}; a reader reads an EARLIER layer that stores a cache of its own."
+        )
+    if plan.source[target].window != plan.source[index].window:
+        raise PlanError(f"layer {index} and layer {target} share a cache but have different sliding windows.")

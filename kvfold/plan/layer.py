@@ -1,0 +1,63 @@
+"""The canonical form that every family is read into: facts, weights and folded weights of one attention layer.
+
+Letters of shape suffixes, here and everywhere: B batch, T query tokens, S cached tokens, D hidden, N query heads,
+K kv heads of the source, H head_dim, C stored key heads, R width of a stored key head, U stored value heads,
+V width of a stored value head, t = K/C source heads per stored head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionLayer:
+    """Facts of one layer of the original model.
+
+    `window`: sliding window in tokens. `qk_norm`: queries and keys are normalised before rotation, per head or (`flat_norm`)
+    all heads of a token at once; `norm_offset` is added to the norm's weight. `rotary_dim`: numbers of each head that
+    are rotated, 0 for none; `rotary_kind`: which of the family's rotations, if it has several. `alibi`: scores get a bias
+    by distance. `softcap`: scores are capped by tanh. `output_dropout`: of the layer's output, which some families apply
+    inside attention.
+    """
+
+    index: int
+    hidden_size: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scaling: float
+    window: int | None = None
+    rotary_dim: int
+    rotary_kind: str | None = None
+    qk_norm: bool = False
+    flat_norm: bool = False
+    norm_offset: float = 0.0
+    alibi: bool = False
+    softcap: float | None = None
+    output_dropout: float = 0.0
+    qkv_bias: bool = False
+    o_bias: bool = False
+    attention_dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionWeights:
+    """Tensors of one layer of the original model, [out_features, in_features] as in nn.Linear.
+
+    q_proj [N*H, D], k_proj and v_proj [K*H, D], o_proj [D, N*H]; biases [out] or None; q_norm, k_norm [H] (flat norms [N*H]
+    and [K*H]) or None.
+    """
+
+    q_proj: Tensor
+    k_proj: Tensor
+    v_proj: Tensor
+    o_proj: Tensor
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None

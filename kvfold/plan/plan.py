@@ -1,0 +1,195 @@
+"""CachePlan: what is cached, who reads it, how wide, in how many bytes. The one format between methods and runtimes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvfold.errors import PlanError
+from kvfold.plan.cache_spec import ITEMSIZE, POSITION_BYTES, CacheSpec, SourceLayer, round_up
+from kvfold.plan.checks import check_plan
+from kvfold.plan.layer import AttentionLayer
+from kvfold.plan.naming import CONFIG_KEY
+from kvfold.plan.number_format import NumberFormat, tokens_at_once
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """The whole cache of a folded model.
+
+    `caches[i]` is what layer i stores; it is None where the layer reads the cache of the EARLIER layer
+    `kv_sharing_target_layer[i]`. `dtype` is the checkpoint's, in which bytes are counted unless another one is asked for.
+    Raises PlanError if the parts contradict each other.
+    """
+
+    dtype: str
+    source: tuple[SourceLayer, ...]
+    caches: tuple[CacheSpec | None, ...]
+    kv_sharing_target_layer: tuple[int | None, ...]
+    version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        check_plan(self)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.source)
+
+    def owner(self, layer: int) -> int:
+        """The layer whose cache `layer` reads: itself, or the one it shares."""
+        target = self.kv_sharing_target_layer[layer]
+        return layer if target is None else target
+
+    def readers(self, owner: int) -> list[int]:
+        """The layers that use the cache of `owner`, itself first; none if it owns none."""
+        return [layer for layer in range(self.num_layers) if self.owner(layer) == owner]
+
+    def cache_of(self, layer: int) -> CacheSpec:
+        spec = self.caches[self.owner(layer)]
+        assert spec is not None, f"layer {layer} reads layer {self.owner(layer)}, which stores nothing"
+        return spec
+
+    @property
+    def owned(self) -> list[CacheSpec]:
+        return [spec for spec in self.caches if spec is not None]
+
+    @property
+    def kv_budget(self) -> float:
+        """Bytes kept per token / bytes per token of the original cache in its own dtype."""
+        return self.kv_bytes_per_token() / self.source_kv_bytes_per_token()
+
+    def kv_bytes_per_token(self, dtype: str | None = None) -> int:
+        """Bytes stored for one more token of one sequence, over all layers (inside every window)."""
+        itemsize = self.itemsize(dtype)
+        return math.ceil(sum(spec.bytes_per_token(itemsize) for spec in self.owned)) + self.position_bytes
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes per token of the positions that rotation on read needs; one cache of them serves all layers."""
+        return POSITION_BYTES if any(spec.rope == "on_read" for spec in self.owned) else 0
+
+    def source_kv_bytes_per_token(self, dtype: str | None = None) -> int:
+        """The same for the original model."""
+        return self.itemsize(dtype) * sum(layer.elements_per_token for layer in self.source)
+
+    def kv_bytes(self, context_len: int, *, batch_size: int = 1, dtype: str | None = None) -> int:
+        """Bytes allocated for `batch_size` sequences of `context_len` tokens, unfilled blocks and windows included."""
+        itemsize = self.itemsize(dtype)
+        stored = sum(spec.bytes_allocated(context_len, itemsize) for spec in self.owned)
+        return batch_size * (stored + self.position_bytes * round_up(context_len))
+
+    def source_kv_bytes(self, context_len: int, *, batch_size: int = 1, dtype: str | None = None) -> int:
+        """Bytes that the original model's DynamicCache holds after `context_len` tokens."""
+        elements = sum(layer.elements_per_token * layer.tokens_stored(context_len) for layer in self.source)
+        return batch_size * self.itemsize(dtype) * elements
+
+    @property
+    def joint(self) -> bool:
+        """Whether some cache shows past tokens through latents and those of the running step exactly."""
+        return any(spec.joint for spec in self.owned)
+
+    @property
+    def depends_on_steps(self) -> bool:
+        """Whether the result depends on the steps in which tokens came: some caches show the last tokens exactly."""
+        return self.joint or any(
+            side.format is not None and side.format.block > 1 for spec in self.owned for side in spec.sides
+        )
+
+    def kv_workspace_bytes(self, *, batch_size: int = 1, dtype: str | None = None, device: str = "cpu") -> int:
+        """Packed keys and values that one decode step turns back into numbers at a time, of one layer; with keys that are
+        rebuilt on read, those too. Unpacking them takes up to three times as much for a moment."""
+        sizes = []
+        for spec, source in zip(self.caches, self.source, strict=True):
+            if spec is not None:
+                full = source.elements_per_token // 2
+                elements = sum(side.elements for side in spec.sides if side.format is not None)
+                elements += full if spec.rope == "on_read" else 0
+                sizes.append(elements * tokens_at_once(batch_size * max(spec.widest, full), device))
+        return batch_size * self.itemsize(dtype) * max(sizes)
+
+    def kv_read_bytes(self, context_len: int, *, dtype: str | None = None) -> int:
+        """Bytes of cache read by one decode step of one sequence; a shared cache is read by each of its readers."""
+        specs = [self.cache_of(layer) for layer in range(self.num_layers)]
+        itemsize = self.itemsize(dtype)
+        read = sum(spec.bytes_per_token(itemsize) * spec.tokens_read(context_len) for spec in specs)
+        return math.ceil(read) + self.position_bytes * context_len
+
+    def itemsize(self, dtype: str | None = None) -> int:
+        return ITEMSIZE[dtype or self.dtype]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data; `from_dict` reads it back."""
+        return {
+            "version": self.version,
+            "dtype": self.dtype,
+            "source": [dataclasses.asdict(layer) for layer in self.source],
+            "caches": [spec and dataclasses.asdict(spec) for spec in self.caches],
+            "kv_sharing_target_layer": list(self.kv_sharing_target_layer),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CachePlan:
+        """The plan that `to_dict` wrote. Raises PlanError on unknown or missing fields."""
+        if data.get("version") != FORMAT_VERSION:
+            raise PlanError(
+                f"{CONFIG_KEY} has version {data.get('version')!r}; this kvfold reads version {FORMAT_VERSION}."
+                " Install the kvfold that wrote the folder, or fold the original model again."
+            )
+        _check_fields(data, cls, "plan")
+        return cls(
+            version=data["version"],
+            dtype=data["dtype"],
+            source=tuple(_build(SourceLayer, entry, f"source[{i}]") for i, entry in enumerate(data["source"])),
+            caches=tuple(entry and _build(CacheSpec, entry, f"caches[{i}]") for i, entry in enumerate(data["caches"])),
+            kv_sharing_target_layer=tuple(data["kv_sharing_target_layer"]),
+        )
+
+
+def source_plan(source: Sequence[SourceLayer], dtype: str) -> CachePlan:
+    """The plan that keeps the original cache as it is."""
+    caches = tuple(
+        CacheSpec(
+            num_kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            num_v_heads=layer.num_kv_heads,
+            v_head_dim=layer.head_dim,
+            window=layer.window,
+        )
+        for layer in source
+    )
+    return CachePlan(dtype=dtype, source=tuple(source), caches=caches, kv_sharing_target_layer=(None,) * len(caches))
+
+
+def _build(cls: Any, data: Mapping[str, Any], where: str) -> Any:
+    _check_fields(data, cls, where)
+    formats = {name: data[name] for name in ("k_bits", "v_bits") if isinstance(data.get(name), Mapping)}
+    for name, value in formats.items():
+        _check_fields(value, NumberFormat, f"{where}.{name}")
+    return cls(**{**data, **{name: NumberFormat(**value) for name, value in formats.items()}})
+
+
+def _check_fields(data: Mapping[str, Any], cls: Any, where: str) -> None:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(data) - set(fields)):
+        raise PlanError(
+            f"{CONFIG_KEY}.{where} has unknown fields {unknown}; this kvfold knows {sorted(fields)}."
+            " The folder was written by a newer kvfold or edited by hand."
+        )
+    required = {name for name, f in fields.items() if f.default is dataclasses.MISSING}
+    if missing := sorted(required - set(data)):
+        raise PlanError(f"{CONFIG_KEY}.{where} lacks the fields {missing}; fold the original model again.")
+
+
+def source_layer(layer: AttentionLayer) -> SourceLayer:
+    """What byte accounting needs to know of an original layer."""
+    return SourceLayer(
+        num_attention_heads=layer.num_attention_heads,
+        num_kv_heads=layer.num_kv_heads,
+        head_dim=layer.head_dim,
+        window=layer.window,
+    )

@@ -1,0 +1,56 @@
+"""The contract of a runtime: what it can serve, and what that asks of a plan. Cheap to import: no engine is loaded."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+from kvfold import registry
+from kvfold.plan.plan import CachePlan
+
+
+class Runtime(ABC):
+    """What runs folded folders. A runtime is the folder `kvfold/runtimes/<name>/` with a file `runtime.py` that holds this.
+
+    `default_preset`: what `kvfold compress --runtime NAME` makes. `one_shape`: a layer's keys and values are stored in one
+    shape. `widths`: of a stored head, those that it stores without padding (empty: all). `serves_requests`: `kvfold bench
+    --engine NAME` measures requests that it answers (`engine`), instead of steps.
+    """
+
+    default_preset: ClassVar[str] = "auto"
+    one_shape: ClassVar[bool] = False
+    widths: ClassVar[tuple[int, ...]] = ()
+    serves_requests: ClassVar[bool] = False
+
+    @abstractmethod
+    def obstacle(self, plan: CachePlan) -> str | None:
+        """Why it cannot serve a plan: the field, and the way out. None if it can."""
+
+    def warning(self, plan: CachePlan) -> str | None:
+        """What a plan that it serves loses there."""
+        return None
+
+    def serve_command(self, folder: str | Path) -> str | None:
+        """The command line that serves a folder, None where there is none."""
+        return None
+
+    def engine(self, folder: Path, *, length: int, memory: int, dtype: str) -> Any:
+        """An engine with `memory` bytes of cache for sequences of up to `length` tokens (runtimes/vllm/engine.py says what it
+        can do). Raises KvfoldError where it is not installed."""
+        raise NotImplementedError("only where serves_requests")
+
+
+CONTRACT = Runtime
+
+
+@functools.cache
+def runtime(name: str) -> Runtime:
+    """Raises RecipeError with the nearest name."""
+    return registry.load("runtimes", name)()
+
+
+def servable_by(plan: CachePlan) -> dict[str, str | None]:
+    """Runtime -> None if it serves this plan, else the obstacle and what to change."""
+    return {name: runtime(name).obstacle(plan) for name in registry.names("runtimes")}

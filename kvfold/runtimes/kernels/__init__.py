@@ -1,0 +1,1 @@
+"""Codecs of packed numbers and attention over them: in torch, C++ and Triton."""

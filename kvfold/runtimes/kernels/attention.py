@@ -1,0 +1,231 @@
+"""Attention over stored heads: the obvious way (`grouped_attention`) and the fast ways that are compared with it.
+
+Keys z [B, C, S, R] and values y [B, U, S, V] may differ in head count and width; C and U divide the N query heads, and
+nothing is ever expanded to N heads. Queries q [B, N, T, R] are already absorbed. Results are [B, T, N, V].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvfold.plan.number_format import tokens_at_once
+from kvfold.runtimes.kernels import cpu
+from kvfold.runtimes.kernels.packed_tokens import Operand, PackedTokens, Stored
+
+LARGEST_CODE = 128
+
+Piece = Callable[[int, int], Operand]
+"""(start, end) -> the heads of these tokens."""
+
+
+def grouped_attention(
+    q_BNTR: Tensor,
+    z_BCSR: Tensor,
+    y_BUSV: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Any widths and head counts, by two matrix products. Returns the output and the probabilities [B, N, T, S]."""
+    B, N, T, R = q_BNTR.shape
+    C, S = z_BCSR.shape[1:3]
+    U, V = y_BUSV.shape[1], y_BUSV.shape[3]
+    queries = (q_BNTR * scale).reshape(B, C, N // C * T, R)
+    scores_BNTS = (queries @ z_BCSR.transpose(2, 3)).view(B, N, T, S)
+    if softcap is not None:
+        scores_BNTS = softcap * torch.tanh(scores_BNTS / softcap)
+    probs_BNTS = softmax(scores_BNTS, mask)
+    used = F.dropout(probs_BNTS, dropout) if dropout else probs_BNTS
+    out_BNTV = (used.reshape(B, U, N // U * T, S) @ y_BUSV).view(B, N, T, V)
+    return out_BNTV.transpose(1, 2), probs_BNTS
+
+
+def one_query_attention(q_BN1R: Tensor, z_BCSR: Tensor, y_BCSR: Tensor, mask: Tensor | None, *, scale: float) -> Tensor:
+    """One query token, keys and values alike in heads and width: torch's fused kernel, where the queries of a stored head
+    become the rows of one product."""
+    B, N, _, R = q_BN1R.shape
+    C = z_BCSR.shape[1]
+    packed = q_BN1R.view(B, C, N // C, R)
+    if mask is not None and mask.shape[1] == N > 1:  # one mask per query head
+        mask = mask.expand(B, -1, -1, -1).view(B, C, N // C, -1)
+    out = F.scaled_dot_product_attention(packed, z_BCSR, y_BCSR, attn_mask=mask, scale=scale)
+    return out.reshape(B, N, 1, R).transpose(1, 2)
+
+
+def cpu_attention(q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, mask: Tensor | None, *, scale: float) -> Tensor:
+    """Few query tokens over numbers or packed ones that `cpu.serves`."""
+    T, S = q_BNTR.shape[2], z_BCSR.shape[2]
+    bias = _additive(mask, T, S, 0, S, q_BNTR)
+    return cpu.decode(q_BNTR, z_BCSR, y_BUSV, None if bias is None else bias.float(), scale=scale)
+
+
+def products_attention(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor | None, *, scale: float) -> Tensor:
+    """One query token, by two matrix products per stored head."""
+    # On the CPU a batched half-precision product over a view of a larger buffer copies the buffer first; mm does not.
+    B, N, _, R = q_BN1R.shape
+    C, S = z_BCSR.shape[1:3]
+    U, V = y_BUSV.shape[1], y_BUSV.shape[3]
+    queries = (q_BN1R * scale).view(B, C, N // C, R)
+    scores = queries.new_empty(B, C, N // C, S)
+    out = queries.new_empty(B, U, N // U, V)
+    for b in range(B):
+        for c in range(C):
+            torch.mm(queries[b, c], z_BCSR[b, c].T, out=scores[b, c])
+    probs = softmax(scores.view(B, N, 1, S), mask).view(B, U, N // U, S)
+    for b in range(B):
+        for u in range(U):
+            torch.mm(probs[b, u], y_BUSV[b, u], out=out[b, u])
+    return out.view(B, N, 1, V).transpose(1, 2)
+
+
+def packed_attention(
+    q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, mask: Tensor | None, *, scale: float, softcap: float | None = None
+) -> Tensor:
+    """Few query tokens over packed numbers that `gpu.serves`: the scores exist, the numbers never do."""
+    from kvfold.runtimes.kernels import triton_kernels as kernels
+
+    assert isinstance(z_BCSR, PackedTokens) and isinstance(y_BUSV, PackedTokens), "gpu.serves() was asked"
+    scores_BNTS = kernels.scores(q_BNTR, z_BCSR) * scale
+    if softcap is not None:
+        scores_BNTS = softcap * torch.tanh(scores_BNTS / softcap)
+    T, S = scores_BNTS.shape[2:]
+    part = _additive(mask, T, S, 0, S, q_BNTR)
+    weights_BNTS = (scores_BNTS if part is None else scores_BNTS + part).softmax(-1)
+    out_BNTV = kernels.weighted(weights_BNTS, y_BUSV, q_BNTR.dtype)
+    return out_BNTV.to(q_BNTR.dtype).transpose(1, 2)
+
+
+def chunked_attention(
+    q_BNTH: Tensor,
+    keys: Piece,
+    values: Piece,
+    tokens: int,
+    mask: Tensor | None,
+    *,
+    elements: int,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Query tokens over `tokens` keys and values made piece by piece. numbers: the most of a side, per token and row.
+
+    Running maximum and sum, as in flash attention: equal to `grouped_attention` over all keys at once, but for rounding.
+    """
+    B, N, T, _ = q_BNTH.shape
+    largest = q_BNTH.new_full((B, N, T, 1), float("-inf"), dtype=_exact(q_BNTH))
+    total = out = torch.zeros_like(largest)
+    step = tokens_at_once(B * max(elements, N * T), q_BNTH.device.type)
+    for start in range(0, tokens, step):
+        end = min(start + step, tokens)
+        scores = _scores(q_BNTH * scale, keys(start, end))
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        part = _additive(mask, T, tokens, start, end, q_BNTH)
+        scores = scores if part is None else scores + part
+        highest = torch.maximum(largest, scores.amax(-1, keepdim=True))
+        shrink, weights = (largest - highest).exp(), (scores - highest).exp()
+        out = out * shrink + _weighted(weights, values(start, end), q_BNTH.dtype)
+        total, largest = total * shrink + weights.sum(-1, keepdim=True), highest
+    return (out / total).to(q_BNTH.dtype).transpose(1, 2)
+
+
+def _scores(q_BNTH: Tensor, keys: Operand) -> Tensor:
+    """q . k [B, N, T, s], in float32 at least."""
+    B, N, T, _ = q_BNTH.shape
+    if isinstance(keys, Tensor):
+        rows = q_BNTH.reshape(B, keys.shape[1], -1, keys.shape[3])
+        return (rows @ keys.transpose(2, 3)).reshape(B, N, T, -1).to(_exact(q_BNTH))
+    C, total, at = keys[0].codes.shape[1], torch.zeros((), dtype=_exact(q_BNTH), device=q_BNTH.device), 0
+    for codes, scale in keys:
+        # codes are up to 128: what is divided by that here keeps products of half precision in range
+        rows = q_BNTH[..., at : at + codes.shape[3]].reshape(B, C, N // C * T, -1) / LARGEST_CODE
+        at += codes.shape[3]
+        half = rows.sum(-1, keepdim=True, dtype=total.dtype) / 2
+        products = (rows @ codes.transpose(2, 3)).to(total.dtype) + half
+        total = total + products * (LARGEST_CODE * scale).transpose(2, 3)
+    return total.reshape(B, N, T, -1)
+
+
+def _weighted(weights_BNTs: Tensor, values: Operand, dtype: torch.dtype) -> Tensor:
+    """sum_s w_s v_s [B, N, T, V], in float32 at least; products are taken in `dtype`."""
+    B, N, T, s = weights_BNTs.shape
+    if isinstance(values, Tensor):
+        rows = weights_BNTs.reshape(B, values.shape[1], -1, s)
+        return (rows.to(dtype) @ values).to(weights_BNTs.dtype).reshape(B, N, T, -1)
+    rows, parts = weights_BNTs.reshape(B, values[0].codes.shape[1], -1, s), []
+    for codes, scale in values:
+        largest = scale.amax(2, keepdim=True)  # small weights times small scales would vanish in half precision
+        scaled = rows * (scale / largest).transpose(2, 3)
+        half = scaled.sum(-1, keepdim=True) / 2
+        parts.append(((scaled.to(dtype) @ codes).to(weights_BNTs.dtype) + half) * largest)
+    return torch.cat(parts, dim=-1).reshape(B, N, T, -1)
+
+
+def _additive(mask: Tensor | None, T: int, S: int, start: int, end: int, like: Tensor) -> Tensor | None:
+    """A piece of any of the masks as numbers to add, finite so that a row or a piece of padding stays a number."""
+    lowest = torch.finfo(like.dtype).min
+    if mask is None and T == 1:
+        return None
+    if mask is None:
+        seen = torch.arange(start, end, device=like.device) <= torch.arange(S - T, S, device=like.device)[:, None]
+    elif mask.dtype == torch.bool:
+        seen = mask[..., start:end]
+    else:
+        return mask[..., start:end].clamp_min(lowest)
+    return torch.zeros(seen.shape, dtype=_exact(like), device=like.device).masked_fill(~seen, lowest)
+
+
+def with_alibi(mask: Tensor | None, alibi: Tensor | None, heads: int) -> Tensor | None:
+    """Alibi [B*N, 1, S] and a mask of numbers to add (or none) as one mask [B, N, T, S]."""
+    if alibi is None:
+        return mask
+    bias_BN1S = alibi.unflatten(0, (-1, heads))
+    if mask is None:
+        return bias_BN1S
+    # a masked score stays the lowest number: adding to it could overflow to infinity, and a row of infinities is no number
+    return (bias_BN1S + mask).clamp_min(torch.finfo(bias_BN1S.dtype).min)
+
+
+def prefill_attention(
+    q_BNTR: Tensor, k_BKSR: Tensor, y_BUSV: Tensor, mask: Tensor | None, *, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Many query tokens: torch's fused kernel, on heads and widths made equal for the duration of this call."""
+    N, T, R = q_BNTR.shape[1:]
+    K, U, V = k_BKSR.shape[1], y_BUSV.shape[1], y_BUSV.shape[3]
+    # with a mask, torch shares heads between queries only in its slow kernel; transformers repeats them there as well
+    heads = N if mask is not None else K if K % U == 0 else U if U % K == 0 else N
+    k_BKSR, y_BUSV = _repeat_heads(k_BKSR, heads), _repeat_heads(y_BUSV, heads)
+    width = max(R, V)
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q_BNTR, k_BKSR, y_BUSV))
+    causal = mask is None and T > 1
+    assert not causal or k.shape[2] == T, "a prompt that continues a cache needs a mask"
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=heads != N
+    )
+    return out[..., :V].transpose(1, 2)
+
+
+def _repeat_heads(x_BCSR: Tensor, heads: int) -> Tensor:
+    repeats = heads // x_BCSR.shape[1]
+    return x_BCSR if repeats == 1 else x_BCSR.repeat_interleave(repeats, dim=1)
+
+
+def softmax(scores_BNTS: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax in float32 under a mask: None (causal), bool (True = seen) or additive."""
+    T, S = scores_BNTS.shape[2:]
+    if mask is None and T > 1:
+        mask = torch.ones(T, S, dtype=torch.bool, device=scores_BNTS.device).tril(S - T)
+    if mask is not None and mask.dtype == torch.bool:
+        scores_BNTS = scores_BNTS.masked_fill(~mask, torch.finfo(scores_BNTS.dtype).min)
+    elif mask is not None:
+        scores_BNTS = scores_BNTS + mask
+    return scores_BNTS.softmax(dim=-1, dtype=_exact(scores_BNTS)).to(scores_BNTS.dtype)
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    """At least float32."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,132 @@
+"""Which kernel reads a cache in which situation, and which one packs it.
+
+Decoding is bound by the bytes of the cache, so queries are absorbed and stored numbers are read as they lie. A prompt is
+bound by arithmetic: unless the stored heads suit the fused kernel, they are rebuilt for that one call.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from kvfold.plan.number_format import ELSEWHERE, NumberFormat
+from kvfold.runtimes.kernels import codec, cpu, gpu
+from kvfold.runtimes.kernels.attention import (
+    cpu_attention,
+    grouped_attention,
+    one_query_attention,
+    packed_attention,
+    products_attention,
+)
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, Stored, read_all, recorded
+
+FEW_TOKENS = 16
+"""A step of at most so many tokens (speculative decoding, short chunks) is bound by the cache's bytes, like one of one."""
+
+
+class Way(Enum):
+    """How to attend. The first five meet stored numbers with absorbed queries, at few tokens."""
+
+    CPU = "cpp/decode.cpp, packed numbers too"
+    TRITON = "triton_kernels.py, over packed numbers"
+    ONE_QUERY = "torch's fused kernel, the queries of a stored head as its rows"
+    PRODUCTS = "two matrix products per stored head, without copies"
+    GROUPED = "two matrix products"
+    PIECES = "a piece of the cache at a time as numbers, with a running maximum and sum"
+    EAGER = "two matrix products, with probabilities, dropout and capped scores"
+    STORED = "torch's fused kernel over stored heads"
+    REBUILT = "torch's fused kernel over heads that are rebuilt for this call"
+
+
+def choose(
+    q_BNTH: Tensor,
+    z: Stored,
+    y: Stored,
+    *,
+    on_read: bool = False,
+    eager: bool = False,
+    exact: bool = False,
+    softcap: float | None = None,
+    head_dim: int = 0,
+) -> Way:
+    """The way of one call.
+
+    `on_read`: the source's keys are rebuilt from z. `eager`: probabilities are wanted, the config asks for it, or scores are
+    capped. `exact`: probabilities are wanted or dropped out. `head_dim`: the source's.
+    """
+    T, S = q_BNTH.shape[2], z.shape[2]
+    few = T <= FEW_TOKENS and not exact
+    packed = isinstance(z, PackedTokens) or isinstance(y, PackedTokens)
+    if packed and not exact and (few or T < S):  # decoding, or a prompt that continues a cache
+        if not on_read and few and softcap is None and cpu.serves(q_BNTH, z, y):
+            return Way.CPU
+        if not on_read and few and _scores(q_BNTH, S) <= ELSEWHERE and gpu.serves(q_BNTH, z, y):
+            return Way.TRITON
+        return Way.PIECES
+    if eager:
+        return Way.EAGER
+    if few and on_read:
+        return Way.PIECES
+    if few:
+        return _over_numbers(q_BNTH, z, y)
+    alike = z.shape[1::2] == y.shape[1::2] and z.shape[3] <= head_dim
+    return Way.STORED if alike and not on_read else Way.REBUILT
+
+
+def _over_numbers(q: Tensor, z: Stored, y: Stored) -> Way:
+    """At few tokens, where nothing is packed."""
+    if cpu.serves(q, z, y):
+        return Way.CPU
+    if q.shape[2] > 1:
+        return Way.GROUPED
+    if z.shape[1::2] == y.shape[1::2]:
+        return Way.ONE_QUERY
+    # on the CPU a batched half-precision product over a view of a larger buffer copies the buffer first
+    copies = q.device.type == "cpu" and q.dtype != torch.float32 and not torch.is_grad_enabled()
+    return Way.PRODUCTS if copies else Way.GROUPED
+
+
+def _scores(q_BNTH: Tensor, tokens: int) -> int:
+    return q_BNTH[..., 0].numel() * tokens
+
+
+def decode_attention(
+    q_BNTR: Tensor,
+    z_BCSR: Stored,
+    y_BUSV: Stored,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    way: Way | None = None,
+) -> Tensor:
+    """Few absorbed query tokens over stored numbers, by one of the first five ways: [B, T, N, V]."""
+    way = way or _over_numbers(q_BNTR, z_BCSR, y_BUSV)
+    if way is Way.CPU:
+        return cpu_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale)
+    if way is Way.TRITON:
+        return packed_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale, softcap=softcap)
+    z, y = read_all(z_BCSR), read_all(y_BUSV)
+    if way is Way.ONE_QUERY:
+        return one_query_attention(q_BNTR, z, y, mask, scale=scale)
+    if way is Way.PRODUCTS:
+        return products_attention(q_BNTR, z, y, mask, scale=scale)
+    return grouped_attention(q_BNTR, z, y, mask, scale=scale)[0]
+
+
+def pack(x_BCTR: Tensor, format: NumberFormat) -> Tensor:
+    """As `codec.pack`, by the device's kernel where there is one: torch's operations take dozens of calls per tier.
+
+    Equal but for scales whose errors differ by a rounding.
+    """
+    x = x_BCTR.detach()
+    if format.codec.packs_fused and x.numel() and not recorded(x):
+        if cpu.packs(x):
+            return cpu.pack(x, format)
+        if gpu.works_for(x):
+            from kvfold.runtimes.kernels import triton_kernels
+
+            return triton_kernels.pack(x, format)
+    return codec.pack(x, format)

@@ -1,0 +1,81 @@
+"""Stored tokens as attention gets them: plain numbers, or rows of bytes that are turned into numbers where they are read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvfold.plan.codecs.base import Scaled
+from kvfold.plan.number_format import NumberFormat
+from kvfold.runtimes.kernels.codec import unpack, unpack_scaled
+
+Operand = Tensor | list[Scaled]
+"""Heads of some tokens [B, heads, tokens, width], or their tiers: a number is (code + 1/2) times its token's scale."""
+
+
+def recorded(*tensors: Tensor) -> bool:
+    """Whether somebody records or transforms what is done with these tensors, so that their memory means nothing."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    real = (Tensor, torch.nn.Parameter)
+    return any(type(x) not in real or torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
+
+
+class PackedTokens:
+    """Tokens [B, C, S, R] as bytes, turned into numbers where they are read.
+
+    `rows`: [B, C, S / block, bytes]; `recent`: tokens behind them that are still exact, of a block that is not full.
+    """
+
+    def __init__(self, rows: Tensor, format: NumberFormat, dtype: torch.dtype, recent: Tensor | None = None) -> None:
+        self.rows, self.format, self.dtype, self.recent = rows, format, dtype, recent
+
+    @property
+    def shape(self) -> torch.Size:
+        B, C, blocks, _ = self.rows.shape
+        recent = 0 if self.recent is None else self.recent.shape[2]
+        return torch.Size((B, C, blocks * self.format.block + recent, self.format.width))
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    def to(self, device: torch.device) -> PackedTokens:
+        recent = None if self.recent is None else self.recent.to(device)
+        return PackedTokens(self.rows.to(device), self.format, self.dtype, recent)
+
+    def read(self, start: int, end: int) -> Tensor:
+        """The tokens start:end as numbers."""
+        block = self.format.block
+        if block == 1:
+            return unpack(self.rows[:, :, start:end], self.format, self.dtype)
+        packed = self.rows.shape[2] * block
+        first = min(start // block, self.rows.shape[2])
+        seen = unpack(self.rows[:, :, first : -(-min(end, packed) // block)], self.format, self.dtype)
+        exact = [] if self.recent is None else [self.recent[:, :, max(start - packed, 0) : max(end - packed, 0)]]
+        return torch.cat([seen[:, :, start - first * block : min(end, packed) - first * block], *exact], dim=2)
+
+    def read_scaled(self, start: int, end: int) -> list[Scaled]:
+        """The same with the scales of every tier apart."""
+        return unpack_scaled(self.rows[:, :, start:end], self.format, self.dtype)
+
+
+Stored = Tensor | PackedTokens
+"""All tokens of one side that queries may see."""
+
+
+def read(stored: Stored, start: int, end: int) -> Tensor:
+    """The tokens start:end as numbers [B, heads, end - start, width]."""
+    return stored.read(start, end) if isinstance(stored, PackedTokens) else stored[:, :, start:end]
+
+
+def read_for_product(stored: Stored, start: int, end: int) -> Operand:
+    """The same for a product with queries or probabilities, which can take scales afterwards."""
+    if isinstance(stored, PackedTokens) and stored.format.codec.keeps_scales_apart:
+        return stored.read_scaled(start, end)
+    return read(stored, start, end)
+
+
+def read_all(stored: Stored) -> Tensor:
+    """All tokens as numbers."""
+    return read(stored, 0, stored.shape[2])

@@ -1,0 +1,301 @@
+"""The one attention module of every folded family."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.layer import AttentionLayer
+from kvfold.plan.tensors import tensor_shapes
+from kvfold.runtimes.kernels.attention import chunked_attention, grouped_attention, prefill_attention, with_alibi
+from kvfold.runtimes.kernels.codec import roundtrip
+from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose, decode_attention, pack
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, Stored, read, read_all, read_for_product
+from kvfold.runtimes.kernels.rotary import apply_rotary
+from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
+from kvfold.runtimes.transformers.projections import projections
+
+Heads = Callable[[int, int], Tensor]
+"""(start, end) -> the source's heads of these tokens [B, K, end - start, H]."""
+
+
+class FoldedAttention(nn.Module):
+    """Attention of one layer under its cache spec. Takes the place of a family's attention module.
+
+    A layer whose `owner` is another one reads that layer's cache: it has no way to make keys and values itself.
+    """
+
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    o_proj: Any
+    k_a_proj: Any
+    k_b_proj: Any
+    k_u_proj: Any
+    v_a_proj: Any
+    v_b_proj: Any
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        layer: AttentionLayer,
+        spec: CacheSpec,
+        norms: tuple[nn.Module | None, nn.Module | None],
+        owner: int | None = None,
+        **options: Any,
+    ) -> None:
+        nn.Module.__init__(self)  # the family's own __init__ would build the modules that this one replaces
+        self.config, self.layer, self.spec = config, layer, spec
+        self.layer_idx, self.scaling, self.is_causal = layer.index, layer.scaling, True
+        self.owner = layer.index if owner is None else owner
+        shapes = tensor_shapes(layer, spec, owns=self.owner == layer.index)
+        for name, module in projections(shapes, **options).items():
+            setattr(self, name, module)
+        self.q_norm, self.k_norm = norms[0], norms[1] if "k_norm.weight" in shapes else None
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        whose = "" if self.owner == self.layer_idx else f" of layer {self.owner}"
+        bits = "".join(f", {side} {f.tiers}" for side, f in (("keys", s.k_bits), ("values", s.v_bits)) if f)
+        return f"keys {s.num_kv_heads} x {s.head_dim}, values {s.num_v_heads} x {s.v_head_dim}{bits}{whose}"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor | None = None,
+        *,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        layer_past: Any = None,
+        alibi: Tensor | None = None,
+        kv_state: ForwardState | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Takes the arguments of every family: some call the cache layer_past, BLOOM hands over alibi and the residual."""
+        if kwargs.get("cache") is not None:
+            raise ValueError("continuous batching pages full-width keys; use generate() with a folded model.")
+        cache = layer_past if past_key_values is None else past_key_values
+        state = CURRENT_STATE.get() if kv_state is None else kv_state
+        mask = with_alibi(attention_mask, alibi, self.layer.num_attention_heads)
+        q = self._queries(hidden_states, position_embeddings)
+        z, y = self._keys_values(hidden_states, position_embeddings, cache, state)
+        keys = None
+        if self.spec.rope == "on_read" or self.spec.hidden:
+            tables = None
+            if self.spec.rope == "on_read" and (self.spec.readers_rotate or self.owner == self.layer_idx):
+                tables = position_embeddings
+                if cache is not None:
+                    state = state or ForwardState()
+                    tables = state.tables_of_all(
+                        hidden_states, kwargs.get("position_ids"), cache, self.layer.rotary_kind
+                    )
+            keys = self._keys_on_read(z, tables)
+        out_BTNH, probs = self._attend(q, z, y, mask, keys, wants_probs=bool(kwargs.get("output_attentions")))
+        return self._output(out_BTNH, residual), probs
+
+    def _queries(self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        q = self._heads(self.q_proj(hidden_BTD), self.layer.num_attention_heads, self.q_norm)
+        return q if rotary is None else apply_rotary(q, *rotary)
+
+    def _heads(self, x_BTF: Tensor, heads: int, norm: nn.Module | None) -> Tensor:
+        """[B, T, heads*width] -> [B, heads, T, width], normalised where the family does."""
+        if norm is not None and self.layer.flat_norm:
+            x_BTF, norm = norm(x_BTF), None
+        x = x_BTF.unflatten(-1, (heads, -1))
+        return (x if norm is None else norm(x)).transpose(1, 2)
+
+    def _output(self, out_BTNH: Tensor, residual: Tensor | None) -> Tensor:
+        out = self.o_proj(out_BTNH.flatten(2))
+        if self.training and self.layer.output_dropout:
+            out = nn.functional.dropout(out, self.layer.output_dropout)
+        return out if residual is None else residual + out
+
+    def _keys_values(
+        self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Any, state: ForwardState | None
+    ) -> tuple[Stored, Stored]:
+        """All tokens that the T queries may see: z [B, C, S, R], y [B, U, S, V]."""
+        if self.owner != self.layer_idx:
+            if state is None or self.owner not in state.stored:
+                raise ValueError(
+                    f"layer {self.layer_idx} reads the cache of layer {self.owner}, which has not run in this forward; call"
+                    " the whole ...ForCausalLM model, not a part of it."
+                )
+            return tuple(x.to(hidden_BTD.device) for x in state.stored[self.owner])  # type: ignore[return-value]
+        new_z, new_y = self._new_keys_values(hidden_BTD, rotary)
+        if not hasattr(cache, "owned"):  # without kvfold's own cache numbers lose what it would lose
+            new_z = roundtrip(new_z, self.spec.k_bits, pack)
+            new_y = roundtrip(new_y, self.spec.v_bits, pack)
+        z: Stored = new_z
+        y: Stored = new_y
+        if cache is not None:
+            z, y = cache.update(new_z, new_y, self.layer_idx)
+            z, y = _with_gradient(z, new_z), _with_gradient(y, new_y)
+        if state is not None:
+            state.stored[self.layer_idx] = (z, y)
+        return z, y
+
+    def _new_keys_values(self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """What the T new tokens add to the cache: z [B, C, T, R], y [B, U, T, V]."""
+        heads = self.spec.num_kv_heads if self.k_a_proj is None else self.layer.num_kv_heads
+        z = self._heads(self.k_proj(hidden_BTD), heads, self.k_norm)
+        if self.spec.rope == "applied" and rotary is not None:
+            z = apply_rotary(z, *rotary)
+        if self.v_a_proj is None:
+            y = self.v_proj(hidden_BTD).unflatten(-1, (-1, self.spec.v_head_dim)).transpose(1, 2)
+        else:
+            y = self._way("v_a", self.v_proj(hidden_BTD).unflatten(-1, (self.spec.num_v_heads, -1)).transpose(1, 2))
+        if self.k_a_proj is not None:
+            z = self._way("k_a", z.unflatten(1, (self.spec.num_kv_heads, -1)).transpose(2, 3).flatten(3))
+        if self.k_u_proj is not None:
+            z = z + self._heads(self.k_u_proj(hidden_BTD), self.spec.num_kv_heads, None)
+        return z, y
+
+    def _attend(
+        self,
+        q: Tensor,
+        z: Stored,
+        y: Stored,
+        mask: Tensor | None,
+        keys: Heads | None = None,
+        *,
+        wants_probs: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, T, N, H or V], and probabilities where they are wanted.
+
+        keys(start, end) makes the source's keys of these tokens, where they are rebuilt on read; otherwise absorbed queries
+        meet the stored ones.
+        """
+        dropout = self.layer.attention_dropout if self.training else 0.0
+        few = q.shape[2] <= FEW_TOKENS
+        absorbed = self._absorb(q) if few and keys is None else None  # kernels are asked about what they will be given
+        way = choose(
+            q if absorbed is None else absorbed, z, y, on_read=keys is not None, eager=self._eager() or wants_probs, exact=wants_probs or dropout > 0,
+            softcap=self.layer.softcap, head_dim=self.layer.head_dim,
+        )  # fmt: skip
+        if way is Way.REBUILT:
+            k = self._rebuild(read_all(z), "k_b") if keys is None else keys(0, z.shape[2])
+            v = self._rebuild(read_all(y), "v_b")
+            return prefill_attention(q, k, v, mask, scale=self.scaling, dropout=dropout), None
+        if self.spec.hidden:  # a network's values are rebuilt before they are averaged
+            assert keys is not None, "networks are applied on read"
+            return self._over_rebuilt(way, q, keys, y, mask, dropout)
+        out, probs = self._over_stored(
+            way, q if keys else self._absorb(q) if absorbed is None else absorbed, z, y, mask, keys, dropout
+        )
+        return self._lead_values_back(out), probs
+
+    def _over_stored(
+        self, way: Way, q: Tensor, z: Stored, y: Stored, mask: Tensor | None, keys: Heads | None, dropout: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Averages of stored values."""
+        softcap, scale = self.layer.softcap, self.scaling
+        if way is Way.PIECES:
+            pieces, values = keys or functools.partial(read_for_product, z), functools.partial(read_for_product, y)
+            sizes = {"tokens": z.shape[2], "elements": self._elements_at_a_time}
+            return chunked_attention(q, pieces, values, mask=mask, scale=scale, softcap=softcap, **sizes), None
+        if way is Way.EAGER:
+            k = read_all(z) if keys is None else keys(0, z.shape[2])
+            return grouped_attention(q, k, read_all(y), mask, scale=scale, dropout=dropout, softcap=softcap)
+        if way is Way.STORED:
+            return prefill_attention(q, read_all(z), read_all(y), mask, scale=scale, dropout=dropout), None
+        return decode_attention(q, z, y, mask, scale=scale, softcap=softcap, way=way), None
+
+    def _over_rebuilt(
+        self, way: Way, q: Tensor, keys: Heads, y: Stored, mask: Tensor | None, dropout: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Averages of values that are rebuilt."""
+        S, softcap = y.shape[2], self.layer.softcap
+
+        def values(start: int, end: int) -> Tensor:
+            return self._rebuild(read(y, start, end), "v_b")
+
+        if way is Way.EAGER:
+            sizes = {"scale": self.scaling, "dropout": dropout}
+            return grouped_attention(q, keys(0, S), values(0, S), mask, softcap=softcap, **sizes)
+        elements = self._elements_at_a_time
+        out = chunked_attention(q, keys, values, S, mask, elements=elements, scale=self.scaling, softcap=softcap)
+        return out, None
+
+    def _keys_on_read(self, z: Stored, tables: tuple[Tensor, Tensor] | None) -> Heads:
+        """(start, end) -> the source's keys of these tokens, rebuilt and rotated.
+
+        All at once for a prompt, piece by piece for few tokens, so that the keys of a long cache never exist at once.
+        `tables`: cos and sin of all tokens, None for keys that stay unrotated.
+        """
+        S = z.shape[2]
+        if tables is not None:
+            tables = tables[0][:, -S:], tables[1][:, -S:]
+
+        def keys(start: int, end: int) -> Tensor:
+            part = self._rebuild(read(z, start, end), "k_b")
+            return part if tables is None else apply_rotary(part, *(table[:, start:end] for table in tables))
+
+        return keys
+
+    def _eager(self) -> bool:
+        """The fused kernels cap no scores. A family with alibi only knows eager, and means by it
+        that masks are numbers to add, which they take as well."""
+        asked = self.config._attn_implementation == "eager" and not self.layer.alibi
+        return asked or self.layer.softcap is not None
+
+    @property
+    def _elements_at_a_time(self) -> int:
+        """Of one side of one token, stored or rebuilt."""
+        return max(self.spec.widest, self.layer.num_kv_heads * self.layer.head_dim)
+
+    def _absorb(self, q_BNTH: Tensor) -> Tensor:
+        """Queries [B, N, T, H] -> [B, N, T, R], so that they meet the stored keys directly."""
+        if self.k_b_proj is None:
+            return q_BNTH
+        B, N, T, H = q_BNTH.shape
+        per_kv_head = q_BNTH.reshape(B, self.layer.num_kv_heads, -1, H)
+        return self.k_b_proj(per_kv_head, heads=self.layer.num_kv_heads, transposed=True).reshape(B, N, T, -1)
+
+    def _rebuild(self, z_BCSR: Tensor, way: str) -> Tensor:
+        """Stored heads [B, C, S, R] -> the source's heads [B, K, S, H]; unchanged where there is no way back."""
+        if getattr(self, f"{way}_proj") is None:
+            return z_BCSR
+        return self._way(way, z_BCSR).unflatten(3, (-1, self.layer.head_dim)).transpose(2, 3).flatten(1, 2)
+
+    def _way(self, way: str, x: Tensor) -> Tensor:
+        """In ("k_a", "v_a") or back ("k_b", "v_b"): a linear map of each group, and a network where the plan has one."""
+        out = getattr(self, f"{way}_proj")(x)
+        if self.spec.hidden:
+            inner = nn.functional.gelu(getattr(self, f"{way}_up_proj")(x))
+            out = out + getattr(self, f"{way}_down_proj")(inner)
+        return out
+
+    def _lead_values_back(self, out_BTNV: Tensor) -> Tensor:
+        """Averaged latents [B, T, N, V] -> averaged values of the source's heads [B, T, N, H], if o_proj expects those."""
+        if self.v_b_proj is None:
+            return out_BTNV
+        B, T, N, V = out_BTNV.shape
+        per_kv_head = out_BTNV.transpose(1, 2).reshape(B, self.layer.num_kv_heads, -1, V)
+        return self.v_b_proj(per_kv_head, heads=self.layer.num_kv_heads).reshape(B, N, T, -1).transpose(1, 2)
+
+
+def _with_gradient(stored: Stored, new_BCTR: Tensor) -> Stored:
+    """What is stored, with the gradient of the new tokens passing straight through: bytes have none."""
+    if not isinstance(stored, PackedTokens) or not (torch.is_grad_enabled() and new_BCTR.requires_grad):
+        return stored
+    seen, tokens = read_all(stored), new_BCTR.shape[2]
+    exact = seen[:, :, -tokens:] + (new_BCTR - new_BCTR.detach())
+    return torch.cat([seen[:, :, :-tokens], exact], dim=2)
+
+
+@functools.cache
+def attention_class(
+    family_attention: type[nn.Module], base: type[FoldedAttention] = FoldedAttention
+) -> type[FoldedAttention]:
+    """`base` that is also an instance of the family's class, by which transformers records attentions."""
+    name = base.__name__.removesuffix("Attention") + family_attention.__name__
+    cls = type(name, (base, family_attention), {"__module__": __name__})
+    globals()[name] = cls  # pickle and copy look a class up by its module and name
+    return cls

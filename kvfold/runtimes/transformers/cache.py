@@ -1,0 +1,216 @@
+"""The cache of a folded model: exactly the plan's numbers, grown in place, read where they lie."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvfold.errors import PlanError
+from kvfold.plan.cache_spec import CacheSpec, round_up
+from kvfold.plan.plan import CachePlan
+from kvfold.runtimes.kernels.packed_tokens import Stored
+from kvfold.runtimes.transformers.buffers import Buffer, GrowingBuffer, buffer
+
+
+class GrowingLayer(CacheLayerMixin):
+    """What one owning layer stores. Keys and values may differ in head count and width."""
+
+    is_croppable = True
+    is_compileable = False  # a growing shape would be compiled again for every block
+
+    def __init__(self, spec: CacheSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.is_sliding = spec.window is not None
+        self.record_past = False
+        self.length = 0
+        self.k: Buffer = buffer(spec.k_bits)
+        self.v: Buffer = buffer(spec.v_bits)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Stored, Stored]:
+        """Store z [B, C, T, R] and y [B, U, T, V]; return all tokens that the T queries may see."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check(key_states, value_states)
+        self.length += key_states.shape[2]
+        window, capacity = self.spec.window, self.spec.tokens_allocated(self.length)
+        if window is not None and not self.record_past:
+            return self.k.slide(key_states, capacity, window), self.v.slide(value_states, capacity, window)
+        self.k.append(key_states, capacity)
+        self.v.append(value_states, capacity)
+        return self._last(None if window is None else window - 1 + key_states.shape[2])
+
+    def live(self) -> tuple[Stored, Stored] | None:
+        """What is stored now, z [B, C, S, R] and y [B, U, S, V]; None if nothing is."""
+        if not self.length:
+            return None
+        return self._last(None if self.spec.window is None else min(self.length, self.spec.window - 1))
+
+    def _last(self, tokens: int | None) -> tuple[Stored, Stored]:
+        return self.k.view(tokens), self.v.view(tokens)
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1 if self.spec.window is None else self.spec.window
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(tokens that the next `query_length` queries may see, position of the first of them)."""
+        if self.spec.window is None:
+            return self.length + query_length, 0
+        past = min(self.length, self.spec.window - 1)
+        return past + query_length, self.length - past
+
+    def activate_past_recording(self) -> None:
+        """Keep tokens that left the window until the next crop, as assisted decoding needs."""
+        self.record_past = self.is_sliding
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens: -n removes n; a positive n keeps n, as transformers 5.19 still allows."""
+        n = -tokens_to_remove if tokens_to_remove <= 0 else max(self.length - tokens_to_remove, 0)
+        if self.spec.window is not None and n and self.length >= self.spec.window and not self.record_past:
+            raise RuntimeError(
+                f"{n} tokens cannot be removed: the sliding window of {self.spec.window} tokens has already forgotten what"
+                " would come back into sight. Call activate_past_recording() before generating."
+            )
+        self.length -= n
+        for side in (self.k, self.v):
+            side.forget(n, self.spec.window)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        for side in (self.k, self.v):
+            side.select(beam_idx)
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for side in (self.k, self.v):
+            side.repeat(repeats)
+
+    def reset(self) -> None:
+        self.__init__(self.spec)  # type: ignore[misc]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the live tokens."""
+        return self.k.nbytes + self.v.nbytes
+
+    @property
+    def nbytes_allocated(self) -> int:
+        """Bytes of the storage: what the plan's `kv_bytes` promises."""
+        return self.k.nbytes_allocated + self.v.nbytes_allocated
+
+    def _check(self, z: Tensor, y: Tensor) -> None:
+        s = self.spec
+        expected = (s.num_kv_heads, s.head_dim, s.num_v_heads, s.v_head_dim)
+        found = (z.shape[1], z.shape[3], y.shape[1], y.shape[3])
+        if found != expected:
+            raise PlanError(
+                f"this cache stores (key heads, width, value heads, width) = {expected} but was given {found}: it was made"
+                " for another model."
+            )
+
+
+class ReaderLayer(CacheLayerMixin):
+    """The place of a layer that reads another's cache: it stores nothing, and answers questions as its owner does."""
+
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, owner: GrowingLayer) -> None:
+        self.owner, self.is_sliding = owner, owner.is_sliding
+        self.keys = self.values = None
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.owner.is_initialized
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise AssertionError("a reader stores nothing")
+
+    update = lazy_initialization
+
+    def get_seq_length(self) -> int:
+        return self.owner.get_seq_length()
+
+    def get_max_length(self) -> int:
+        return self.owner.get_max_length()
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.owner.get_mask_sizes(query_length)
+
+    def _nothing(self, *args: Any) -> None:
+        """What changes the storage is done by its owner, once."""
+
+    crop = reorder_cache = batch_select_indices = batch_repeat_interleave = _nothing
+    reset = activate_past_recording = offload = prefetch = _nothing
+
+
+class FoldedCache(Cache):
+    """One storage per owning layer."""
+
+    def __init__(self, plan: CachePlan) -> None:
+        owned = {index: GrowingLayer(spec) for index, spec in enumerate(plan.caches) if spec is not None}
+        layers = [owned.get(index) or ReaderLayer(owned[plan.owner(index)]) for index in range(plan.num_layers)]
+        super().__init__(layers=layers)
+        self.positions = GrowingBuffer() if plan.position_bytes else None
+
+    def see(self, positions_BT: Tensor, rows: int) -> Tensor:
+        """Note the positions of new tokens; return those of all tokens [B, S]. Once per forward."""
+        assert self.positions is not None, "this plan does not rotate on read"
+        new = positions_BT.expand(rows, -1).to(torch.int32)[:, None, :, None]
+        self.positions.append(new, round_up(self.positions.end + new.shape[2]))
+        return self.positions.tensor()[:, 0, :, 0].long()
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)
+        if self.positions is not None and self.positions.data is not None:
+            self.positions.end = self.owned[0].length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.positions is not None:
+            self.positions.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.positions is not None:
+            self.positions.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.positions is not None:
+            self.positions.repeat(repeats)
+
+    def reset(self) -> None:
+        super().reset()
+        if self.positions is not None:
+            self.positions = GrowingBuffer()
+
+    @property
+    def owned(self) -> list[GrowingLayer]:
+        """The layers that store something."""
+        return [layer for layer in self.layers if isinstance(layer, GrowingLayer)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the live tokens of all layers, and of their positions where those are kept."""
+        return sum(layer.nbytes for layer in self.owned) + (self.positions.nbytes if self.positions else 0)
+
+    @property
+    def nbytes_allocated(self) -> int:
+        """Bytes of all storage, unfilled blocks included; equals `plan.kv_bytes(tokens, batch_size=B)`."""
+        positions = self.positions.nbytes_allocated if self.positions else 0
+        return sum(layer.nbytes_allocated for layer in self.owned) + positions

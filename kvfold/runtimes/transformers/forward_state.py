@@ -1,0 +1,46 @@
+"""What the layers of one forward pass share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor
+
+from kvfold.runtimes.kernels.packed_tokens import Stored
+
+
+class ForwardState:
+    """What the layers of one forward pass share: the keys and values of owners, for their readers.
+
+    A plain class on purpose: dictionaries and dataclasses among a module's arguments are rebuilt by FSDP and accelerate, so
+    what an owner writes would never reach its readers. A keyword argument, not an attribute, so that gradient checkpointing,
+    threads and two forwards before one backward each see their own.
+    """
+
+    def __init__(self, rotary: Callable[..., tuple[Tensor, Tensor]] | None = None) -> None:
+        self.stored: dict[int, tuple[Stored, Stored]] = {}
+        self.rotary = rotary
+        self.past: dict[int, tuple[Stored, Stored] | None] = {}
+        self.positions_BS: Tensor | None = None
+        self.tables: dict[str | None, tuple[Tensor, Tensor]] = {}
+
+    def tables_of_all(
+        self, hidden_BTD: Tensor, positions_BT: Tensor | None, cache: Any, kind: str | None
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, S, r] of every token that is or was seen, made once per forward and kind of layer."""
+        if kind not in self.tables:
+            if positions_BT is None or self.rotary is None or not hasattr(cache, "see"):
+                raise ValueError(
+                    "keys that are rotated on read need the whole ...ForCausalLM model and kvfold's own cache: leave"
+                    " past_key_values out, or pass kvfold.FoldedCache(model.kv_plan)."
+                )
+            if self.positions_BS is None:
+                self.positions_BS = cache.see(positions_BT, len(hidden_BTD))
+            self.tables[kind] = self.rotary(hidden_BTD, self.positions_BS, *([] if kind is None else [kind]))
+        return self.tables[kind]
+
+
+CURRENT_STATE: ContextVar[ForwardState | None] = ContextVar("kvfold_state", default=None)
+"""The state of the forward that runs now, for families whose layers drop keyword arguments (BLOOM)."""

@@ -1,0 +1,203 @@
+"""One model class per family: the stock class with its attention replaced, and the folded cache in generate()."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import initialization as init
+
+from kvfold.architectures.base import Architecture, all_architectures
+from kvfold.errors import CheckpointError, PlanError
+from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
+from kvfold.plan.plan import CachePlan
+from kvfold.runtimes.transformers.attention import FoldedAttention, attention_class
+from kvfold.runtimes.transformers.cache import FoldedCache
+from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
+from kvfold.runtimes.transformers.joint import JointAttention
+from kvfold.runtimes.transformers.projections import GroupedLinear
+
+
+class FoldedModel:
+    """Mixin before a stock causal model. Raises PlanError if the config holds no plan that this runtime serves."""
+
+    architecture: Architecture
+    config: Any
+
+    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        self._replace_attention()
+
+    @property
+    def kv_plan(self) -> CachePlan:
+        """The plan that the config holds."""
+        return CachePlan.from_dict(self.config.kv_compression_config)
+
+    def _replace_attention(self) -> None:
+        if self.config.kv_compression_config is None:
+            raise PlanError(f"the config has no {CONFIG_KEY}; load a folder that `kvfold compress` wrote.")
+        plan = self.kv_plan
+        self.has_readers = any(target is not None for target in plan.kv_sharing_target_layer)
+        self.needs_state = self.has_readers or plan.position_bytes > 0 or plan.joint
+        layers = self.architecture.describe(self)  # type: ignore[arg-type]
+        for facts, old in zip(layers, self.architecture.modules(self), strict=True):  # type: ignore[arg-type]
+            weight = next(old.parameters())
+            spec, norms, owner = plan.cache_of(facts.index), self.architecture.norms(old), plan.owner(facts.index)
+            users: Any = tuple(plan.readers(owner)) if spec.joint else owner
+            base = JointAttention if spec.joint else FoldedAttention
+            new = attention_class(type(old), base)(  # type: ignore[arg-type]
+                self.config, facts, spec, norms, users, device=weight.device, dtype=weight.dtype
+            )
+            parent = self.get_submodule(self.architecture.prefix(facts.index).rstrip("."))  # type: ignore[attr-defined]
+            setattr(parent, self.architecture.attention, new)
+            if weight.device.type != "meta":
+                new.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, GroupedLinear):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif not isinstance(module, FoldedAttention):  # the family's rule would look for the family's tensors in it
+            super()._init_weights(module)  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, but an incomplete checkpoint is an error: its missing tensors would be random numbers."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        faults = {key: sorted(map(str, info[key]))[:3] for key in info if info[key] and key.endswith("_keys")}
+        if faults:
+            where = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+            raise CheckpointError(f"{where} does not hold the weights that its {CONFIG_KEY} asks for: {faults}")
+        return (model, info) if output_loading_info else model
+
+    def _set_gradient_checkpointing(self, *args: Any, gradient_checkpointing_func: Any = None, **kwargs: Any) -> None:
+        if self.has_readers and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "reentrant gradient checkpointing would silently lose the gradients that readers send to the layer whose"
+                ' cache they share; enable it with gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
+        if self.has_readers and gradient_checkpointing_func and not self.architecture.passes_keywords:
+            gradient_checkpointing_func = _with_current_state(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(  # type: ignore[misc]
+            *args, gradient_checkpointing_func=gradient_checkpointing_func, **kwargs
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        kind = generation_config.cache_implementation
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        elif kind in (None, "dynamic"):
+            cache = FoldedCache(self.kv_plan)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+            model_kwargs["past_key_values"] = cache
+        else:
+            raise ValueError(
+                f"cache_implementation={kind!r} cannot hold a folded cache; leave it out. Bits per number are part of the"
+                " plan, not of generate()."
+            )
+
+
+def _with_current_state(checkpoint: Any) -> Any:
+    """A checkpoint function whose recomputation, long after the forward, still sees the state of that forward."""
+
+    def run(function: Any, *args: Any, **kwargs: Any) -> Any:
+        state = CURRENT_STATE.get()
+
+        def in_state(*inner: Any, **named: Any) -> Any:
+            token = CURRENT_STATE.set(state)
+            try:
+                return function(*inner, **named)
+            finally:
+                CURRENT_STATE.reset(token)
+
+        return checkpoint(in_state, *args, **kwargs)
+
+    return run
+
+
+def _folded_forward(stock_class: type[PreTrainedModel]) -> Any:
+    """The family's forward, with a FoldedCache where it would make a DynamicCache. Its signature stays: generate(),
+    Trainer and peft inspect it."""
+    signature = inspect.signature(stock_class.forward)
+
+    @functools.wraps(stock_class.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind_partial(self, *args, **kwargs).arguments
+        use_cache = bound.get("use_cache")
+        wanted = self.config.use_cache if use_cache is None else use_cache
+        if self.training and use_cache is None:  # the stock forward would make a cache that nobody reads
+            wanted = bound["use_cache"] = False
+        if wanted and bound.get("past_key_values") is None:
+            bound["past_key_values"] = FoldedCache(self.kv_plan)
+        bound.pop("self")
+        extra = bound.pop("kwargs", {})
+        if not self.needs_state:
+            return stock_class.forward(self, **bound, **extra)
+        state = ForwardState(self.get_submodule(self.architecture.rotary) if self.architecture.rotary else None)
+        if self.architecture.passes_keywords:
+            return stock_class.forward(self, **bound, **extra, kv_state=state)
+        token = CURRENT_STATE.set(state)
+        try:
+            return stock_class.forward(self, **bound, **extra)
+        finally:
+            CURRENT_STATE.reset(token)
+
+    return forward
+
+
+@functools.cache
+def folded_classes(arch: Architecture) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
+    """The config class and the model class of a folded family, for example KvfoldLlamaForCausalLM."""
+    stem = arch.config_class.__name__.removesuffix("Config")
+    config = type(
+        f"Kvfold{stem}Config",
+        (arch.config_class,),
+        {
+            "__module__": __name__,
+            "__annotations__": {CONFIG_KEY: dict | None},
+            "model_type": MODEL_TYPE_PREFIX + arch.model_type,
+            CONFIG_KEY: None,
+            "base_model_tp_plan": None,
+            "base_model_pp_plan": None,
+        },
+    )
+    model = type(
+        f"Kvfold{arch.causal_lm}",
+        (FoldedModel, arch.model_class),
+        {
+            "__module__": __name__,
+            "__annotations__": {"config": config},
+            "architecture": arch,
+            "config_class": config,
+            "forward": _folded_forward(arch.model_class),
+            "_tp_plan": None,
+            "_pp_plan": None,
+            "_supports_flash_attn": False,
+            "_supports_flex_attn": False,
+        },
+    )
+    globals()[config.__name__], globals()[model.__name__] = config, model  # pickle looks classes up here
+    return config, model
+
+
+def register() -> None:
+    """Teach AutoConfig and AutoModelForCausalLM the folded families. Safe to call twice."""
+    for arch in all_architectures():
+        config, model = folded_classes(arch)
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, model, exist_ok=True)
+
+
+def empty_folded_model(arch: Architecture, config: dict[str, Any]) -> PreTrainedModel:
+    """A folded model on the meta device, from the dictionary of its config.json: names and shapes of its tensors."""
+    config_class, model_class = folded_classes(arch)
+    with torch.device("meta"):
+        return model_class(config_class.from_dict(config))

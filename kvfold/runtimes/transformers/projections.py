@@ -1,0 +1,52 @@
+"""The projections of a folded layer as modules, made from its tensor shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvfold.plan.tensors import PROJECTIONS, Shape
+
+
+class GroupedLinear(nn.Module):
+    """One small matrix per group: [B, groups, T, in] -> [B, groups, T, out]. weight [groups, out, in], bias [groups, out].
+
+    `heads`: cut each matrix by its rows into those of its group's heads, for x [B, heads, T, ...].
+    `transposed`: go from out to in.
+    All use of the weight passes through here, so that hooks (device_map, offloading, adapters) see it.
+    """
+
+    def __init__(self, groups: int, in_features: int, out_features: int, *, bias: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups, out_features, in_features, **options))
+        self.bias = nn.Parameter(torch.empty(groups, out_features, **options)) if bias else None
+
+    def extra_repr(self) -> str:
+        groups, out_features, in_features = self.weight.shape
+        return f"{groups=}, {in_features=}, {out_features=}"
+
+    def forward(self, x: Tensor, *, heads: int | None = None, transposed: bool = False) -> Tensor:
+        weight = self.weight if heads is None else self.weight.view(heads, -1, self.weight.shape[2])
+        # One product per group over all rows of the batch: a product that broadcasts the weight would copy it for each row.
+        B, G, T, _ = x.shape
+        rows = x.transpose(0, 1).reshape(G, B * T, -1)
+        out = torch.bmm(rows, weight if transposed else weight.transpose(1, 2)).view(G, B, T, -1).transpose(0, 1)
+        return out if self.bias is None or transposed else out + self.bias.view(G, 1, -1)
+
+
+def projections(shapes: Mapping[str, Shape], **options: Any) -> dict[str, nn.Module | None]:
+    """A module for every projection of a layer, None for those that it does not have."""
+    return {name: _projection(name, shapes, **options) for name in PROJECTIONS}
+
+
+def _projection(name: str, shapes: Mapping[str, Shape], **options: Any) -> nn.Module | None:
+    if f"{name}.weight" not in shapes:
+        return None
+    *groups, out_features, in_features = (axis.size for axis in shapes[f"{name}.weight"])
+    bias = f"{name}.bias" in shapes
+    if groups:
+        return GroupedLinear(groups[0], in_features, out_features, bias=bias, **options)
+    return nn.Linear(in_features, out_features, bias=bias, **options)

@@ -1,0 +1,13 @@
+"""transformers serves every plan: it is where kvfold folds, evaluates and heals."""
+
+from __future__ import annotations
+
+from kvfold.plan.plan import CachePlan
+from kvfold.runtimes.base import Runtime
+
+
+class Transformers(Runtime):
+    """generate(), Trainer and everything else that takes a transformers model."""
+
+    def obstacle(self, plan: CachePlan) -> str | None:
+        return None

@@ -1,0 +1,102 @@
+"""vLLM's own models, in which every attention is replaced by one that caches what a plan says. Made on demand, by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm import ModelRegistry
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.transformers import TransformersForCausalLM
+
+from kvfold.architectures.base import Architecture, architecture, empty_model, source_config
+from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
+from kvfold.plan.plan import CachePlan
+from kvfold.runtimes.vllm.attention import FoldedAttention, TransformersFoldedAttention
+from kvfold.runtimes.vllm.check import check_servable
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("Kvfold"):
+        raise AttributeError(name)
+    stock = ModelRegistry.models[name.removeprefix("Kvfold")].load_model_cls()
+    before = _FoldedTransformers if issubclass(stock, TransformersForCausalLM) else _Folded
+    globals()[name] = made = type(name, (before, stock), {"__module__": __name__})
+    return made
+
+
+class _Folded:
+    """Goes before a model class of vLLM's."""
+
+    attention_class = FoldedAttention
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        check_servable(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        config = vllm_config.model_config.hf_text_config
+        arch = _architecture(config)
+        layers = arch.describe(empty_model(arch, source_config(arch, config.to_dict())))
+        self.attentions = {
+            arch.attention_prefix(index): path
+            for index, path in _places(self, arch)  # type: ignore[arg-type]
+        }
+        plan, names = CachePlan.from_dict(getattr(config, CONFIG_KEY)), {}
+        with torch.device(vllm_config.device_config.device):
+            for index, path in _places(self, arch):  # type: ignore[arg-type]
+                old = self.get_submodule(path)  # type: ignore[attr-defined]
+                (stock,) = (module for module in old.modules() if isinstance(module, Attention))
+                names[index] = stock.layer_name
+                del vllm_config.compilation_config.static_forward_context[stock.layer_name]
+                owner = plan.owner(index)
+                target = None if owner == index else names[owner]
+                new = self.attention_class(layers[index], plan.cache_of(index), old, stock, target, vllm_config)
+                self.set_submodule(path, new)  # type: ignore[attr-defined]
+                # kernels size their buffers by the model's head size
+                facts = vllm_config.model_config.model_arch_config
+                facts.head_size = max(facts.head_size, new.attn.head_size)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Tensors of attention go where the plan has them, all others as vLLM knows them."""
+        loaded: set[str] = set()
+        parameters = dict(self.named_parameters())  # type: ignore[attr-defined]
+
+        def others() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                prefix = next((prefix for prefix in self.attentions if name.startswith(prefix)), None)
+                if prefix is None:
+                    yield name, tensor
+                    continue
+                place = f"{self.attentions[prefix]}.{name.removeprefix(prefix)}"
+                parameters[place].data.copy_(parameters[place].of_rank(tensor))
+                loaded.add(place)
+
+        return super().load_weights(others()) | loaded  # type: ignore[misc]
+
+
+class _FoldedTransformers(_Folded):
+    """Of a family that vLLM takes from transformers."""
+
+    attention_class = TransformersFoldedAttention
+
+    @cached_property
+    def _from_config_kwargs(self) -> dict[str, Any]:
+        """vLLM builds the stock model, whose attention is replaced later."""
+        asked = super()._from_config_kwargs  # type: ignore[misc]
+        stock = source_config(_architecture(asked["config"]), asked["config"].to_dict())
+        stock._attn_implementation = asked["config"]._attn_implementation
+        return asked | {"config": stock}
+
+
+def _architecture(config: Any) -> Architecture:
+    return architecture(config.model_type.removeprefix(MODEL_TYPE_PREFIX))
+
+
+def _places(model: nn.Module, arch: Architecture) -> list[tuple[int, str]]:
+    """(layer, path of its attention module) of the layers that this process has, in their order."""
+    pattern = re.compile(rf".*\.(\d+)\.{arch.attention}")
+    found = [(pattern.fullmatch(path), path) for path, _ in model.named_modules()]
+    return sorted((int(match[1]), path) for match, path in found if match)

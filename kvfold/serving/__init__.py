@@ -1,1 +1,0 @@
-"""Servers that load a folded folder."""
