@@ -176,8 +176,8 @@ class FoldedAttention(nn.Module):
         few = q.shape[2] <= FEW_TOKENS
         absorbed = self._absorb(q) if few and keys is None else None  # kernels are asked about what they will be given
         way = choose(
-            q if absorbed is None else absorbed, z, y, on_read=keys is not None, eager=self._eager() or wants_probs, exact=wants_probs or dropout > 0,
-            softcap=self.layer.softcap, head_dim=self.layer.head_dim,
+            q if absorbed is None else absorbed, z, y, on_read=keys is not None, eager=self._eager() or wants_probs,
+            exact=wants_probs or dropout > 0, softcap=self.layer.softcap, head_dim=self.layer.head_dim,
         )  # fmt: skip
         if way is Way.REBUILT:
             k = self._rebuild(read_all(z), "k_b") if keys is None else keys(0, z.shape[2])
