@@ -250,9 +250,9 @@ results-long: $(VENV)/installed
 
 # constraints.txt names versions that work together. To save gigabytes on a machine without a GPU, make the environment first
 # and install torch's CPU build into it; what is there already is kept.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt extras/kvfold-autoencoder/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' -e extras/kvfold-autoencoder
 	touch $@
 
 clean:

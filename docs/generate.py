@@ -34,7 +34,7 @@ def cli() -> str:
 
 
 def _option(parameter: click.Parameter) -> Iterator[str]:
-    if parameter.name != "help":
+    if parameter.name != "help" and not getattr(parameter, "hidden", False):
         names = ", ".join((*parameter.opts, *parameter.secondary_opts))
         names = names if parameter.param_type_name == "option" else names.upper()
         told = (getattr(parameter, "help", None) or "").replace("|", "\\|").replace("\n", " ")
@@ -50,6 +50,10 @@ def presets() -> str:
     lines += [f"| `{name}` | {preset.about} |" for name, preset in PRESETS.items() if name not in MLKV_PAPER]
     mlkv = ", ".join(f"`{name}`" for name in MLKV_PAPER)
     lines += [f"| {mlkv} | the configurations of arXiv 2406.09297, for models of 12 layers x 12 heads (Pythia-160M) |"]
+    lines += [
+        "",
+        "`autoencoder` comes with the package in `extras/` of the repository: small networks beside the latents.",
+    ]
     lines += ["", "## Healing (`kvfold heal --preset NAME`)", "", "| preset | what it does |", "|---|---|"]
     lines += [f"| `{name}` | {preset.about} |" for name, preset in HEALING_PRESETS.items()]
     return "\n".join(lines) + "\n"

@@ -49,7 +49,7 @@ KeepParameters = Annotated[bool, _option("Widen the MLPs by what attention saves
 
 NumSamples = Annotated[int | None, _option("Sequences (default 64; 16 of rotated keys).", min=1, panel=TEXT)]
 SeqLen = Annotated[int | None, _option("Tokens of each (default 256; 1,024 of rotated keys).", min=2, panel=TEXT)]
-Select = Annotated[str | None, _option("random (default), or diverse ones out of more.", panel=TEXT)]
+Select = Annotated[str | None, _option("random (default), or diverse ones out of more.", panel=TEXT, hidden=True)]
 Seed = Annotated[int | None, _option("Of calibration (default 0).", panel=TEXT)]
 
 RecipeFile = Annotated[Path | None, _option("YAML recipe; options given here win.", panel=RUN)]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import dataclass
 from typing import Any
+
+from kvfold import registry
+from kvfold.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,6 @@ PRESETS = {
         "low rank of keys and queries together (Eigen Attention, arXiv 2408.05646)",
         {"width": {"method": "eigen_attention", "v_latent": "layer"}},
     ),
-    "autoencoder": Preset(
-        "small networks beside the latents, trained on calibration text", {"width": {"method": "autoencoder"}}
-    ),
     "fast": Preset(
         "latents of rotated keys, which kernels read as they lie; widths by expected nats",
         {"width": {"method": "fisher"}, "allocate": "greedy"},
@@ -140,3 +141,31 @@ PRESETS = {
         {"depth": {"method": "cla", "factor": 4}, "width": {"method": "cross_layer"}},
     ),
 } | MLKV_PAPER
+
+EXTRAS = {"autoencoder": "kvfold-autoencoder"}
+"""Presets of packages in extras/, by the package that brings them."""
+
+
+def find_preset(name: str) -> Preset:
+    """kvfold's own, or that of an installed package. Raises RecipeError with the nearest name."""
+    if name in PRESETS:
+        return PRESETS[name]
+    if name in (foreign := _foreign()):
+        return foreign[name].load()
+    if name in EXTRAS:
+        package = EXTRAS[name]
+        raise RecipeError(
+            f"preset {name!r} comes with the package {package}, which is not installed: pip install ./extras/{package} in"
+            " kvfold's repository."
+        )
+    raise RecipeError(registry.unknown("preset", name, [*PRESETS, *foreign]))
+
+
+def all_presets() -> dict[str, Preset]:
+    """kvfold's own and those of other packages (entry points of the group `kvfold.presets`, which lead to a `Preset`)."""
+    return {name: find_preset(name) for name in (*PRESETS, *_foreign())}
+
+
+def _foreign() -> dict[str, importlib.metadata.EntryPoint]:
+    points = importlib.metadata.entry_points(group="kvfold.presets")
+    return {point.name: point for point in points if point.name not in PRESETS}

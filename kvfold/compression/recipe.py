@@ -16,7 +16,7 @@ from kvfold import registry
 from kvfold.calibration.calibration import Calibration
 from kvfold.calibration.material import Material
 from kvfold.checkpoint.source import Source
-from kvfold.compression.presets import PRESETS
+from kvfold.compression.presets import find_preset
 from kvfold.errors import RecipeError
 from kvfold.runtimes.base import runtime
 
@@ -150,9 +150,7 @@ def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
         None if chosen else runtime(where).default_preset if isinstance(where, str) else None
     ):
         data = {**data, "preset": preset}
-        if preset not in PRESETS:
-            raise RecipeError(registry.unknown("preset", preset, PRESETS))
-        _merge(tree, PRESETS[preset].fragment)
+        _merge(tree, find_preset(preset).fragment)
     _merge(tree, data)
     for assignment in sets:
         _merge(tree, _parse_set(assignment))

@@ -287,7 +287,9 @@ def test_what_absorbs_queries_can_be_trained_alone(fold, model):
     for T in (8, 40):  # few tokens read stored numbers, many rebuild them
         network = load(folder).requires_grad_(False)
         wanted = [p.requires_grad_() for n, p in network.named_parameters() if "k_b_proj" in n]
-        network(tokens(2, 40)[:, :8] if T == 8 else tokens(2, 40), use_cache=False).logits[:, :8].square().sum().backward()
+        network(tokens(2, 40)[:, :8] if T == 8 else tokens(2, 40), use_cache=False).logits[
+            :, :8
+        ].square().sum().backward()
         found.append([p.grad for p in wanted])
     assert found[0]
     for few, many in zip(*found, strict=True):

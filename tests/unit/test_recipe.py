@@ -1,5 +1,7 @@
 """Recipes, presets and names."""
 
+import importlib.metadata
+
 import pytest
 import yaml
 
@@ -105,3 +107,16 @@ def test_numbers_with_exponents_are_numbers():
     """YAML 1.1 takes 1e-4 for a text."""
     found = assignments(["a=1e-4", "b=2.5E+3", "c=1e", "d=0.5", "e=text"])
     assert found == {"a": 1e-4, "b": 2500.0, "c": "1e", "d": 0.5, "e": "text"}
+
+
+def test_presets_of_other_packages():
+    """extras/kvfold-autoencoder, by its entry points: `make test` installs it."""
+    recipe = make_recipe(BASE | {"preset": "autoencoder", "kv_budget": "1/4"}, ["width.hidden=8"])
+    assert recipe.width == {"method": "autoencoder", "hidden": 8}
+    assert registry.load("width", "autoencoder").__module__ == "kvfold_autoencoder.autoencoder"
+
+
+def test_a_preset_of_a_package_that_is_not_installed_says_which(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: ())
+    with pytest.raises(RecipeError, match=r"pip install \./extras/kvfold-autoencoder"):
+        make_recipe(BASE | {"preset": "autoencoder"})

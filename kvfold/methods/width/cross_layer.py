@@ -11,7 +11,7 @@ import torch
 from kvfold.errors import RecipeError
 from kvfold.linalg.block_diagonal import BlockDiagonal
 from kvfold.linalg.reduced_rank import Term, distortions, solve
-from kvfold.methods.width._low_rank import value_metric
+from kvfold.methods.low_rank import value_metric
 from kvfold.methods.width.base import LayerGroup, WidthMethod, plain_spec
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.folded_weights import FoldedWeights

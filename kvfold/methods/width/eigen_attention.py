@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from kvfold.linalg.reduced_rank import Term
-from kvfold.methods.width._low_rank import LowRankWidth
+from kvfold.methods.low_rank import LowRankWidth
 from kvfold.methods.width.base import LayerGroup
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from kvfold.errors import RecipeError
 from kvfold.linalg.reduced_rank import Term, energy
 from kvfold.linalg.sensitivity import WEIGHTED, sensitivities
-from kvfold.methods.width._low_rank import LowRankWidth, fisher_metric
+from kvfold.methods.low_rank import LowRankWidth, fisher_metric
 from kvfold.methods.width.base import LayerGroup
 
 ROPES = ("applied", "on_read")

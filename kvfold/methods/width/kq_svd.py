@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from kvfold.linalg.block_diagonal import BlockDiagonal
 from kvfold.linalg.reduced_rank import Term
-from kvfold.methods.width._low_rank import LowRankWidth, value_metric
+from kvfold.methods.low_rank import LowRankWidth, value_metric
 from kvfold.methods.width.base import LayerGroup
 
 

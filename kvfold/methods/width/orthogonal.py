@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvfold.errors import RecipeError
 from kvfold.linalg.reduced_rank import Latents, Term
-from kvfold.methods.width._low_rank import LowRankWidth
+from kvfold.methods.low_rank import LowRankWidth
 from kvfold.methods.width.base import LayerGroup
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer

@@ -12,8 +12,8 @@ from torch import Tensor
 from kvfold.errors import RecipeError
 from kvfold.linalg.block_diagonal import BlockDiagonal
 from kvfold.linalg.reduced_rank import Term, solve
+from kvfold.methods.low_rank import fuse_keys, lead_values_back, store_values, value_metric
 from kvfold.methods.width._head_grouping import GROUPINGS, best_order, head_columns, reordered_weights
-from kvfold.methods.width._low_rank import fuse_keys, lead_values_back, store_values, value_metric
 from kvfold.methods.width.base import LayerGroup, WidthMethod, plain_spec
 from kvfold.plan.cache_spec import CacheSpec, divisors
 from kvfold.plan.folded_weights import FoldedWeights

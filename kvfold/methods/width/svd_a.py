@@ -6,7 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from kvfold.linalg.reduced_rank import Term
-from kvfold.methods.width._low_rank import LowRankWidth
+from kvfold.methods.low_rank import LowRankWidth
 from kvfold.methods.width.base import LayerGroup
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvfold.linalg.reduced_rank import Term
-from kvfold.methods.width._low_rank import LowRankWidth
+from kvfold.methods.low_rank import LowRankWidth
 from kvfold.methods.width.base import LayerGroup
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
 

@@ -14,7 +14,7 @@ from kvfold.linalg.block_diagonal import BlockDiagonal
 from kvfold.linalg.eigen import Moment
 from kvfold.linalg.reduced_rank import Latents, Term, solve
 from kvfold.linalg.sensitivity import METRIC
-from kvfold.methods.width._low_rank import LowRankWidth, fisher_metric, restore_mean
+from kvfold.methods.low_rank import LowRankWidth, fisher_metric, restore_mean
 from kvfold.methods.width.base import LayerGroup
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.folded_weights import FoldedWeights
