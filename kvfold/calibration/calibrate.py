@@ -25,6 +25,7 @@ from kvfold.errors import DataError
 from kvfold.linalg.eigen import Moment
 from kvfold.plan.cache_spec import ITEMSIZE
 from kvfold.plan.layer import AttentionLayer
+from kvfold.progress import STDERR
 
 __all__ = ["STATISTICS", "Statistics", "calibrate"]
 
@@ -79,6 +80,7 @@ def calibrate(
     key, wanted = _key(checkpoint, tokens_BT, seed), needs | cross.labels
     if (finished := _finished(run_dir, key, wanted)) is not None:
         return Statistics(finished, tokens_BT.numel())
+    _say_what_is_left_alone(run_dir, key)
     folder = run_dir / f"statistics-{key}-{_short('+'.join(sorted(wanted)))}"
     make_folder(folder)
     total = tokens_BT.numel()
@@ -132,6 +134,15 @@ def _bytes(
 def _key(checkpoint: Checkpoint, tokens_BT: Tensor, seed: int) -> str:
     tokens_BT = tokens_BT.to(torch.int64)
     return fingerprint(version=STATISTICS_VERSION, model=checkpoint.fingerprint(), tokens=tokens_BT, seed=seed)[:12]
+
+
+def _say_what_is_left_alone(run_dir: Path, key: str) -> None:
+    others = {file.name.split("-")[1] for file in run_dir.glob("statistics-*")} - {key}
+    if others:
+        STDERR.print(
+            f"{run_dir} holds statistics of another model, text or version of kvfold; gathering those of this one.",
+            highlight=False,
+        )
 
 
 def _short(label: str) -> str:

@@ -72,7 +72,7 @@ def test_keys_before_rotation_are_what_the_projection_gives(calibrated, tiny_dir
         assert_close(moment.second_FF, x.T @ x / len(x), tolerance=1e-5)
 
 
-def test_statistics_are_reused_and_extended(calibrated):
+def test_statistics_are_reused_and_extended(calibrated, capsys):
     ids = tokens(8, 16)
     first = calibrated("llama_mha", ids, frozenset({"keys", "values"}))
     stamp = {f: f.stat().st_mtime_ns for f in first.folder.iterdir()}
@@ -81,7 +81,9 @@ def test_statistics_are_reused_and_extended(calibrated):
     assert set(more.layer(0, ALL)) == ALL and more.folder != first.folder
     assert calibrated("llama_mha", ids, frozenset({"keys_before_rotation"})).folder == more.folder
     assert {f: f.stat().st_mtime_ns for f in first.folder.iterdir()} == stamp
+    assert "statistics of another" not in capsys.readouterr().err
     assert calibrated("llama_mha", ids.flip(1)).folder != first.folder
+    assert "statistics of another" in " ".join(capsys.readouterr().err.split())
 
 
 def test_only_one_layer_is_in_memory(calibrated, monkeypatch):
