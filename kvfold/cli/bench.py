@@ -82,7 +82,9 @@ def command(
     geometry = Shape(name=shape, layers=layers) if shape else None
     tokens = parse_size(context, binary=True)
     what: dict[str, Any] = {"presets": preset or (), "kv_heads": kv_heads or (), "against": against, "dtype": dtype}
-    if runtime(engine).serves_requests:
+    if not runtime(engine).measured_by:
+        raise RecipeError(f"runtime {engine!r} says no way to be measured (measured_by).")
+    if runtime(engine).measured_by == "requests":
         if threads or device != "auto":
             raise RecipeError(
                 f"--engine {engine} goes without --threads and --device: it takes the device that it was built for."

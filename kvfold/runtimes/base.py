@@ -15,14 +15,14 @@ class Runtime(ABC):
     """What runs folded folders. A runtime is the folder `kvfold/runtimes/<name>/` with a file `runtime.py` that holds this.
 
     `default_preset`: what `kvfold compress --runtime NAME` makes. `one_shape`: a layer's keys and values are stored in one
-    shape. `widths`: of a stored head, those that it stores without padding (empty: all). `serves_requests`: `kvfold bench
-    --engine NAME` measures requests that it answers (`engine`), instead of steps.
+    shape. `widths`: of a stored head, those that it stores without padding (empty: all). `measured_by`: what
+    `kvfold bench --engine NAME` times: `steps` of a model, `requests` that its `engine` answers, or nothing (empty).
     """
 
     default_preset: ClassVar[str] = "auto"
     one_shape: ClassVar[bool] = False
     widths: ClassVar[tuple[int, ...]] = ()
-    serves_requests: ClassVar[bool] = False
+    measured_by: ClassVar[str] = ""
 
     @abstractmethod
     def obstacle(self, plan: CachePlan) -> str | None:
@@ -39,7 +39,7 @@ class Runtime(ABC):
     def engine(self, folder: Path, *, length: int, memory: int, dtype: str) -> Any:
         """An engine with `memory` bytes of cache for sequences of up to `length` tokens (runtimes/vllm/engine.py says what it
         can do). Raises KvfoldError where it is not installed."""
-        raise NotImplementedError("only where serves_requests")
+        raise NotImplementedError("only where measured_by = requests")
 
 
 CONTRACT = Runtime

@@ -1,10 +1,13 @@
 """`--runtime vllm` makes plans that vLLM's paged cache holds, and says before any work what it cannot hold."""
 
+import dataclasses
+
 import pytest
 from tiny import make_tiny, save_tiny
 
 import kvfold
 from kvfold.architectures.base import empty_model
+from kvfold.cli import bench
 from kvfold.compression.allocate import Axes, Request, limits_of
 from kvfold.compression.recipe import make_recipe, preset_recipe
 from kvfold.errors import BudgetError, PlanError, RecipeError
@@ -12,6 +15,7 @@ from kvfold.evaluation.demo import MODEL
 from kvfold.evaluation.geometries import Shape
 from kvfold.registry import AXES
 from kvfold.runtimes.base import servable_by
+from kvfold.runtimes.transformers.runtime import Transformers
 from kvfold.runtimes.vllm.runtime import WIDTHS
 
 GROUPS = {"method": "svd_w", "latent": "group", "v_latent": "group"}
@@ -92,3 +96,16 @@ def test_padding_is_said(tmp_path):
 def test_a_budget_below_the_narrowest_head_is_refused(tmp_path):
     with pytest.raises(BudgetError, match="the smallest cache of this method keeps 0.16"):
         compress(tmp_path, width=GROUPS, kv_budget=1 / 16)
+
+
+def test_a_bias_on_what_is_stored_is_refused(tmp_path):
+    plan = compress(tmp_path, width=GROUPS, kv_budget=1 / 2)
+    first = dataclasses.replace(plan.caches[0], stored_bias=True)
+    biased = dataclasses.replace(plan, caches=(first, *plan.caches[1:]))
+    assert "layer 0's stored_bias" in servable_by(biased)["vllm"]
+
+
+def test_a_runtime_that_nothing_measures_is_not_benched_as_another(monkeypatch):
+    monkeypatch.setattr(Transformers, "measured_by", "")
+    with pytest.raises(RecipeError, match="says no way to be measured"):
+        bench.command([str(MODEL)], against=str(MODEL))

@@ -9,5 +9,7 @@ from kvfold.runtimes.base import Runtime
 class Transformers(Runtime):
     """generate(), Trainer and everything else that takes a transformers model."""
 
+    measured_by = "steps"
+
     def obstacle(self, plan: CachePlan) -> str | None:
         return None

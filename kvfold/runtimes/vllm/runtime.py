@@ -22,7 +22,7 @@ class Vllm(Runtime):
     default_preset = "served"
     one_shape = True
     widths = WIDTHS
-    serves_requests = True
+    measured_by = "requests"
 
     def obstacle(self, plan: CachePlan) -> str | None:
         for layer, spec in enumerate(plan.caches):
@@ -58,6 +58,8 @@ def _in_the_way(spec: CacheSpec) -> str | None:
         return "joint = True: latents that several layers fill"
     if spec.hidden:
         return f"hidden = {spec.hidden}: networks beside the latents"
+    if spec.stored_bias:
+        return "stored_bias = True: a bias on what is stored"
     if spec.num_kv_heads != spec.num_v_heads:
         return f"num_v_heads = {spec.num_v_heads}: as many heads of values as of keys are needed ({spec.num_kv_heads})"
     if max(spec.head_dim, spec.v_head_dim) > WIDEST_HEAD:
