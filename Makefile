@@ -10,13 +10,19 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/models/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: docs wheel results-real results-real-tasks results-real-recall demo test test-real test-vllm lint check results results-frontier results-auto results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
+.PHONY: docs wheel results-real results-real-tasks results-real-recall demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
 
+# Every two of test, model and variant; test-rest runs the other combinations and what takes long (tests/pairwise.py)
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-rest: $(VENV)/installed
+	$(BIN)/python -m pytest -n $(WORKERS) --rest
+
+test-all: test test-rest
 
 # On SmolLM2-135M, in under ten minutes; without the model (make real-models) every test is skipped, and says so
 test-real: $(VENV)/installed

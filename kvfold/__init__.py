@@ -31,6 +31,7 @@ _HOME = {
     "load_recipe": "kvfold.compression.recipe",
     "make_recipe": "kvfold.compression.recipe",
     "measure_recall": "kvfold.evaluation.recall",
+    "servable_by": "kvfold.runtimes.base",
     "truncate": "kvfold.compression.truncate",
 }
 """Public names, and the modules that they live in."""

@@ -15,7 +15,8 @@ import torch
 
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # read when Triton is imported
 
-from tiny import MODELS, make_tiny, save_tiny
+from pairwise import cell, chosen
+from tiny import MODELS, load, make_tiny, save_tiny
 
 import kvfold
 from kvfold.compression.compress import Folded
@@ -24,6 +25,24 @@ from kvfold.compression.recipe import make_recipe
 torch.set_num_threads(1)
 
 CALIBRATION = {"data": "self", "num_samples": 16, "seq_len": 64}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rest", action="store_true", help="what does not run by default: tests/pairwise.py and `rare`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """By default every pair of test, model and variant, and no rare test; with --rest the others; all that is named by ::."""
+    if any("::" in str(argument) for argument in config.args):
+        return
+    default = [
+        runs and item.get_closest_marker("rare") is None
+        for item, runs in zip(items, chosen([cell(item) for item in items]), strict=True)
+    ]
+    rest = bool(config.getoption("--rest"))
+    dropped = [item for item, runs in zip(items, default, strict=True) if runs == rest]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item, runs in zip(items, default, strict=True) if runs != rest]
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +79,12 @@ def fold(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
         return done[key]
 
     return run
+
+
+@pytest.fixture
+def source(tiny_dir: Path, tmp_path: Path) -> Path:
+    """A copy of a tiny model in three shards, which a test may spoil."""
+    folder = tmp_path / "source"
+    load(tiny_dir / "llama_mha").save_pretrained(folder, max_shard_size="150KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder

@@ -16,13 +16,10 @@ from kvfold.checkpoint.source import open_source, read_layer
 from kvfold.compression.allocate import Axes, Request, allocate, choose_layout
 from kvfold.compression.presets import MLKV_PAPER
 from kvfold.compression.recipe import make_recipe
-from kvfold.compression.widen_mlp import widened_size
-from kvfold.errors import PlanError, RecipeError
-from kvfold.linalg.reduced_rank import Term, distortions, solve
+from kvfold.errors import RecipeError
 from kvfold.methods.bits.identity import Identity as Bits
 from kvfold.methods.length.identity import Identity as Length
 from kvfold.plan.folded_weights import FoldedWeights
-from kvfold.plan.number_format import StoredShape
 from kvfold.plan.plan import CachePlan
 from kvfold.runtimes import reference
 from kvfold.runtimes.transformers.cache import FoldedCache
@@ -294,55 +291,6 @@ def test_generation_with_shared_caches(shared, model):
     assert torch.equal(batch[0, 5 : 5 + alone.shape[1]], alone[0])
 
 
-def test_regression_finds_a_planted_linear_map():
-    """Readers whose vectors are a linear map of the owner's lose nothing at full width, nor at the planted rank."""
-    torch.manual_seed(0)
-    rank, size = 6, 16
-    x = torch.randn(400, rank, dtype=torch.float64) @ torch.randn(rank, size, dtype=torch.float64)
-    maps = [torch.eye(size, dtype=torch.float64), *torch.randn(2, size, size, dtype=torch.float64)]
-    metrics = [None, torch.diag(torch.rand(size, dtype=torch.float64) + 0.1), None]
-    vectors = [x @ m.T for m in maps]
-
-    def terms(i):
-        return Term(vectors[i].T @ vectors[i] / 400, vectors[i].T @ x / 400, metrics[i])
-
-    for width in (rank, size):
-        latents = solve(terms, 3, 1, width)
-        for position, expected in enumerate(vectors):
-            rebuilt = x @ latents.a_CRF[0].T @ latents.back(position)[0].T
-            assert_close(rebuilt, expected, tolerance=2e-3)
-    lost = distortions(terms, 3, [StoredShape(1, width) for width in (2, 4, rank)])
-    assert lost[0] > lost[1] > lost[2] == pytest.approx(0, abs=1e-3)
-
-
-def test_regression_of_one_layer_is_the_solution_without_regression():
-    torch.manual_seed(0)
-    x = torch.randn(500, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
-    second, metric = x.T @ x / 500, torch.diag(torch.rand(12, dtype=torch.float64) + 0.1)
-    alone = solve(lambda i: Term(second, second, metric), 1, 1, 5)
-    twice = solve(lambda i: Term(second, second, metric), 2, 1, 5)
-    assert_close(twice.back(1)[0] @ twice.a_CRF[0], alone.back(0)[0] @ alone.a_CRF[0], tolerance=2e-3)
-
-
-@pytest.mark.parametrize(
-    ("uses", "message"),
-    [
-        ("0,0,1", "layer 2 uses layer 1's cache; it must be its own or that of an EARLIER layer"),
-        ("0,2,2", "layer 1 uses layer 2's cache"),
-        ("0,0", "names 2 layers, the model has 3"),
-        ("a,b,c", "is not a list such as"),
-    ],
-)
-def test_layer_lists_that_cannot_be(tiny_dir, tmp_path, uses, message):
-    recipe = {
-        "model": str(tiny_dir / "llama_mha"),
-        "out": str(tmp_path / "out"),
-        "depth": {"method": "explicit", "uses": uses},
-    }
-    with pytest.raises(RecipeError, match=message):
-        kvfold.compress(recipe, device="cpu")
-
-
 def test_an_explicit_list_is_followed(shared):
     plan = shared("llama_mha", {"method": "explicit", "uses": "0,1,0"}, {"method": "identity"}).plan
     assert plan.kv_sharing_target_layer == (None, None, 0)
@@ -352,83 +300,6 @@ def test_a_part_of_a_sharing_model_says_why_it_cannot_run(shared):
     network = load(shared("llama_mha", {"method": "contiguous", "owners": 1}, {"method": "identity"}).out)
     with pytest.raises(ValueError, match=r"layer 1 reads the cache of layer 0.*whole"):
         network.model(tokens())
-
-
-def test_different_windows_cannot_share(tiny_dir, tmp_path):
-    recipe = {"model": str(tiny_dir / "qwen3_norm_window"), "out": str(tmp_path / "out")}
-    with pytest.raises(RecipeError, match="layers 0 and 1 have different sliding windows"):
-        kvfold.compress(recipe | {"depth": {"method": "explicit", "uses": "0,0,2"}}, device="cpu")
-    with pytest.raises(PlanError, match="different sliding windows"):
-        plan = open_plan(tiny_dir / "qwen3_norm_window")
-        CachePlan(
-            dtype=plan.dtype,
-            source=plan.source,
-            caches=(plan.caches[0], None, plan.caches[2]),
-            kv_sharing_target_layer=(None, 0, None),
-        )
-
-
-def open_plan(folder):
-    from kvfold.checkpoint.source import load_plan
-
-    return load_plan(folder)[0]
-
-
-@pytest.mark.parametrize("model", ["neox_partial", "llama_mha"])
-def test_widening_the_mlp_keeps_parameters_and_function(tiny_dir, tmp_path, model):
-    """Bit for bit the logits without it, where pythia-mlkv's copies change the MLP's output by 49 %."""
-    recipe = {"model": str(tiny_dir / model), "preset": "mlkv", "depth": {"owners": 1}, "width": {"kv_heads": 1}}
-    plain = load(kvfold.compress(recipe | {"out": str(tmp_path / "plain")}, device="cpu").out)
-    wide = load(kvfold.compress(recipe | {"out": str(tmp_path / "wide"), "keep_parameters": True}, device="cpu").out)
-    assert wide.config.intermediate_size > plain.config.intermediate_size
-    assert_close(logits(wide, tokens()), logits(plain, tokens()), tolerance=1e-6)
-    before, after, narrow = (sum(p.numel() for p in m.parameters()) for m in (load(tiny_dir / model), wide, plain))
-    assert narrow < 0.9 * before and abs(after - before) < 0.02 * before
-    ids = tokens()
-    wide.train()(ids, labels=ids).loss.backward()
-    arch = wide.architecture
-    columns = wide.get_submodule(f"{arch.layers}.0.{arch.mlp_out}").weight.grad[:, plain.config.intermediate_size :]
-    assert columns.abs().min() > 0  # training finds the new neurons
-
-
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [("GQA-48", 3584), ("MLKV-48", 3584), ("MQA-12", 3777), ("MLKV-12", 3777), ("MLKV-6", 3809), ("MLKV-4", 3819),
-     ("MLKV-2", 3830), ("MLKV-1", 3835)],
-)  # fmt: skip
-def test_widths_are_the_papers(name, size):
-    owners, heads = (
-        MLKV_PAPER[name].fragment[axis][field] for axis, field in (("depth", "owners"), ("width", "kv_heads"))
-    )
-    saved = (144 - owners * heads) * 2 * (768 * 64 + 64)
-    config = {"hidden_size": 768, "intermediate_size": 3072}
-    assert widened_size(architecture("gpt_neox"), config, 12, saved) == size
-
-
-def test_owners_are_shared_out_exactly_among_windows(tiny_dir):
-    """Two kinds of window of three layers each: the layers asked for, whatever the rounding."""
-    layers = open_source(tiny_dir / "llama_mha").layers
-    mixed = [dataclasses.replace(layers[0], index=i, window=9 if i % 2 else None) for i in range(6)]
-    for owners in range(2, 7):
-        method = make_recipe({"model": "-", "out": "-", "depth": {"method": "contiguous", "owners": owners}}).method(
-            "depth"
-        )
-        assert method.layouts(mixed, None)[0].count(None) == owners
-    with pytest.raises(RecipeError, match="2 kinds of sliding window"):
-        make_recipe({"model": "-", "out": "-", "depth": {"method": "contiguous", "owners": 1}}).method("depth").layouts(
-            mixed, None
-        )
-
-
-def test_shared_finds_a_layout_for_mixed_windows(tiny_dir, tmp_path):
-    recipe = {
-        "model": str(tiny_dir / "gemma2_softcap"),
-        "out": str(tmp_path / "out"),
-        "preset": "shared",
-        "kv_budget": 0.7,
-    }
-    recipe |= {"depth": {"owners": 2}, "calibration": {"data": "self", "num_samples": 8, "seq_len": 32}}
-    assert kvfold.compress(recipe, device="cpu").plan.kv_sharing_target_layer.count(None) == 2
 
 
 @pytest.mark.parametrize("model", ["bloom_alibi", "gpt2_conv"])

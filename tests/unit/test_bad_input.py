@@ -2,49 +2,18 @@
 
 import errno
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from short_runs import CALIBRATION, compress, copy_tokenizer, digests
 
 import kvfold
-from kvfold.calibration import passes
 from kvfold.checkpoint import atomic as storage
 from kvfold.compression import fold as fold_module
 from kvfold.compression.recipe import make_recipe
 from kvfold.errors import BudgetError, CheckpointError, DataError, KvfoldError, OutputError, RecipeError
-from kvfold.evaluation.demo import MODEL
-
-CALIBRATION = {"data": "self", "num_samples": 4, "seq_len": 32}
-
-
-@pytest.fixture
-def source(tiny_dir, tmp_path):
-    """A copy of a tiny model in three shards, to distortion."""
-    from tiny import load
-
-    folder = tmp_path / "source"
-    load(tiny_dir / "llama_mha").save_pretrained(folder, max_shard_size="150KB")
-    assert len(list(folder.glob("*.safetensors"))) > 2
-    return folder
-
-
-def compress(source, out, method="svd_w", calibration=CALIBRATION, kv_budget=0.5, **options):
-    tree = {
-        "model": str(source),
-        "out": str(out),
-        "kv_budget": kv_budget,
-        "width": {"method": method},
-        "calibration": calibration,
-    }
-    return kvfold.compress(make_recipe(tree), device="cpu", **options)
 
 
 def refused(source, error, message, **options):
@@ -139,17 +108,6 @@ def test_nan_in_weights(source, method, name):
     copy_tokenizer(source)
     calibration = CALIBRATION | {"data": str(text)}
     refused(source, CheckpointError, f"{name}' holds 1 NaN", method=method, calibration=calibration)
-
-
-def copy_tokenizer(source):
-    """A tokenizer with the tiny models' vocabulary."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {f"t{i}": i for i in range(200)} | {"word": 200, "[UNK]": 201}
-    inner = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]").save_pretrained(source)
 
 
 def test_no_safetensors(source):
@@ -284,90 +242,6 @@ def test_a_disk_that_fills_up(source, monkeypatch):
         assert not list((source.parent / "out.partial").glob("*.unfinished"))
     monkeypatch.setattr(storage, "save_file", save)
     assert digests(compress(source, source.parent / "out").out) == expected
-
-
-@pytest.mark.parametrize("method", ["svd_a", "fisher"])
-def test_interrupted_anywhere_continues_with_the_same_result(source, monkeypatch, method):
-    """The process dies at every write in turn; each time the same command goes on, and the result is the same."""
-    monkeypatch.setattr(fold_module, "MAX_SHARD_BYTES", 60_000)
-    monkeypatch.setattr(passes, "SECONDS_BETWEEN_SAVES", 0)
-    options = {"method": method, "calibration": {"data": "self", "num_samples": 4, "seq_len": 32}}
-    expected = digests(compress(source, source.parent / "expected", **options).out)
-    out, replace, writes = source.parent / "out", os.replace, []
-
-    class Killed(BaseException):
-        pass
-
-    def dying(a, b):
-        if len(writes) >= limit:
-            raise Killed
-        writes.append(Path(b).name)
-        replace(a, b)
-
-    monkeypatch.setattr(storage.os, "replace", dying)
-    limit, deaths = 1, 0
-    while True:
-        writes.clear()
-        try:
-            compress(source, out, **options)
-            break
-        except Killed:
-            deaths += 1
-            assert not out.exists()
-            limit += 1 if not deaths % 3 else 0
-    assert deaths > 10
-    assert digests(out) == expected
-    assert not out.with_name("out.partial").exists()
-
-
-def test_other_text_after_an_interruption_starts_anew(source, monkeypatch):
-    """The plan is the same, the bases are not: what the first text left must not be mixed in."""
-    monkeypatch.setattr(fold_module, "MAX_SHARD_BYTES", 60_000)
-    copy_tokenizer(source)
-    text, out = source.parent / "text.txt", source.parent / "out"
-    options = {"method": "svd_a", "calibration": CALIBRATION | {"data": str(text)}}
-    text.write_text(" ".join(f"t{i * 7 % 200}" for i in range(3000)))
-    monkeypatch.setattr(passes, "SECONDS_BETWEEN_SAVES", 0)
-    with monkeypatch.context() as patch:
-        patch.setattr("kvfold.compression.compress._complete", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            compress(source, out, **options)
-    assert len(list(source.parent.glob("out.partial/*.safetensors"))) > 4
-    text.write_text(" ".join(f"t{i * 13 % 190}" for i in range(3000)))
-    compress(source, out, **options)
-    assert digests(out) == digests(compress(source, source.parent / "fresh", **options).out)
-
-
-def test_kill_9_and_again(tmp_path):
-    """A real SIGKILL while the packaged model is being folded."""
-    command = [
-        sys.executable,
-        "-m",
-        "kvfold",
-        "compress",
-        str(MODEL),
-        "--preset",
-        "svd_a",
-        "--kv-budget",
-        "0.5",
-    ]
-    command += ["--data", "self", "--num-samples", "8", "--seq-len", "128", "--device", "cpu", "--out"]
-    killed = subprocess.Popen([*command, tmp_path / "out"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not list((tmp_path / "out.run").glob("statistics-*/layer-00001*.safetensors")) and time.time() < deadline:
-        time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "out").exists()
-    for name in ("out", "fresh"):
-        subprocess.run([*command, tmp_path / name], check=True, capture_output=True)
-    assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
-
-
-def digests(folder):
-    """Bytes of every file but the two that name the folder itself."""
-    names_folder = ("README.md", "recipe.yaml")
-    return {f.name: f.read_bytes() for f in Path(folder).iterdir() if f.name not in names_folder}
 
 
 def test_an_incomplete_folded_folder_is_not_loaded(fold, tmp_path):

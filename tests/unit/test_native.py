@@ -265,7 +265,7 @@ print("inside its memory")
 
 
 @compiler
-@pytest.mark.parametrize("guard", ["sanitizer", "fence"])
+@pytest.mark.parametrize("guard", [pytest.param("sanitizer", marks=pytest.mark.rare), "fence"])
 def test_the_kernel_stays_inside_its_memory(guard, tmp_path):
     """Of every number of queries per head: results may be right all the same, and the process die much later.
 

@@ -26,6 +26,7 @@ def text(tmp_path_factory):
     return file
 
 
+@pytest.mark.rare
 @pytest.mark.parametrize("config", ["books-llama", "books-bloom"])
 def test_interrupted_training_ends_the_same(config, text, tmp_path):
     whole = run(config, text, tmp_path / "whole", "--valid", text)

@@ -90,6 +90,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.rare
 @pytest.mark.parametrize("name", [None, *BROKEN])
 def test_the_kernels_are_tried_before_they_serve(name, monkeypatch, caplog):
     monkeypatch.setattr(gpu, "QUERIES", (2,))
@@ -128,6 +129,7 @@ for scales, bits in (("exponent", 3), ("exponent", 8), ("float8", 8)):
 """
 
 
+@pytest.mark.rare
 def test_the_kernels_compile_for_a_gpu(tmp_path):
     """Down to its machine code, for which none is needed. The interpreter does not see what a compiler refuses."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
