@@ -7,7 +7,7 @@ WORKERS ?= 2
 VALID ?= $(error give VALID=FILE, a text to evaluate on)
 CALIBRATION ?= self
 SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
-MODEL ?= kvfold/models/books-6l
+MODEL ?= kvfold/demo_model/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
 .PHONY: docs wheel results-real results-real-tasks results-real-recall demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean

@@ -28,7 +28,7 @@ trap 'rm -rf "$scratch"' EXIT
 
 $python -m pytest -q tests/gpu tests/contracts/test_runtime.py tests/unit/test_quantize.py tests/unit/test_triton_kernels.py 2>&1 | tee "$out/tests.txt" | tail -3
 
-$python -m kvfold compare kvfold/models/books-6l --preset gqa --preset svd_w --preset svd_a:width.latent=group \
+$python -m kvfold compare kvfold/demo_model/books-6l --preset gqa --preset svd_w --preset svd_a:width.latent=group \
   --preset svd_a --preset int4:kv_budget=null --preset auto --kv-budget 1/2 --kv-budget 1/6 --num-samples 64 --seq-len 256 --out "$scratch/compare" | tail -1 > "$out/compare.json"
 
 # Speed tables of arXiv 2406.07056 at 2,048 cached tokens: random weights of the published geometries, LAYERS of their layers.
@@ -52,7 +52,7 @@ bench bloomz-7b1-2048 --shape bloomz-7b1 --context 2048 --kv-heads 16 --kv-heads
 $python benchmarks/fold_llama2_7b.py --folder "$scratch" --layers "$layers" --preset svd_w | tail -1 | tee "$out/fold.json"
 
 # Recovery training, with the packaged model's own text: does it run, and how fast.
-$python -m kvfold compress kvfold/models/books-6l --preset gqa --kv-heads 3 --out "$scratch/gqa" | tail -1 > /dev/null
+$python -m kvfold compress kvfold/demo_model/books-6l --preset gqa --kv-heads 3 --out "$scratch/gqa" | tail -1 > /dev/null
 cat README.md docs/*.md > "$scratch/text.txt"
-$python -m kvfold heal "$scratch/gqa" --teacher kvfold/models/books-6l --data "$scratch/text.txt" --seq-len 256 --max-tokens 32768 \
+$python -m kvfold heal "$scratch/gqa" --teacher kvfold/demo_model/books-6l --data "$scratch/text.txt" --seq-len 256 --max-tokens 32768 \
   --set bf16=true --out "$scratch/healed" | tail -1 | tee "$out/heal.json"

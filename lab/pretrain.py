@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 LAB = Path(__file__).parent
-TOKENIZER = LAB.parent / "kvfold" / "models" / "books-6l"
+TOKENIZER = LAB.parent / "kvfold" / "demo_model" / "books-6l"
 DOCUMENT_END = "<|endoftext|>"
 STATE = "state.safetensors"
 LOG = "training.jsonl"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kvfold.evaluation.compare import Comparison, compare
 
-MODEL = Path(__file__).parents[1] / "models" / "books-6l"
+MODEL = Path(__file__).parents[1] / "demo_model" / "books-6l"
 PRESETS = ("int8:kv_budget=null", "int4:kv_budget=null", "gqa", "svd_a", "small", "auto")
 BUDGETS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 CALIBRATION = {"data": "self", "num_samples": 64, "seq_len": 256}

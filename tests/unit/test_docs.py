@@ -76,7 +76,7 @@ def test_the_wheel_works_elsewhere(tmp_path, monkeypatch):
         [python, "-c", "import kvfold; print(kvfold.__file__)"], cwd=tmp_path, capture_output=True, text=True
     )
     assert Path(found.stdout.strip()).is_relative_to(tmp_path)
-    packaged = next(site.glob("kvfold/models/books-6l"))
+    packaged = next(site.glob("kvfold/demo_model/books-6l"))
     kvfold_("compress", str(packaged), "--preset", "int8", "--out", "eight", "--device", "cpu")
     assert kvfold_("generate", "eight", "--prompt", "The sea", "--max-new-tokens", "4", "--device", "cpu")
     assert "llama2-7b" in kvfold_("bench", "--help")
