@@ -125,7 +125,8 @@ def _bytes(
 ) -> int:
     """On disk, at most: moments of all layers, hidden states, and what enters every layer where gradients come back."""
     size = max(x.num_kv_heads * x.head_dim for x in model.layers)
-    matrices = len(needs) * len(model.layers) + len(cross.labels)
+    wide = sum("keys_and_values" in name for name in needs)  # four times the size
+    matrices = (len(needs) + 3 * wide) * len(model.layers) + len(cross.labels)
     hidden = model.layers[0].hidden_size
     per_token = 4 * (hidden + size * len(cross.needs) * cross.most_kept())
     return 8 * matrices * size**2 + (per_token + entering_itemsize * hidden * len(model.layers)) * tokens_BT.numel()

@@ -57,7 +57,8 @@ class LayerObserver:
             self.cross.sums = {label: processes.summed(self.cross.sums[label]) for label in sorted(self.cross.sums)}
         for name in sorted(self.kept):
             x_TF, gradient_TF = (torch.cat(parts) for parts in zip(*self.kept.pop(name), strict=True))
-            found = fit(x_TF, gradient_TF, self.layer.num_kv_heads, processes.summed)
+            heads = x_TF.shape[1] // self.layer.head_dim
+            found = fit(x_TF, gradient_TF, heads, processes.summed)
             self.own[WEIGHTED + name], self.own[METRIC + name] = found
 
     def moments(self, tokens: int) -> dict[str, Tensor]:

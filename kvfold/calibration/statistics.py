@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from kvfold.runtimes.kernels.rotary import apply_rotary
@@ -50,10 +51,12 @@ VECTORS: dict[str, Callable[[Seen], Tensor]] = {
     "keys": lambda seen: _flat(seen.k),
     "keys_before_rotation": lambda seen: _flat(_unrotated(seen.k, seen.cos, seen.sin)),
     "values": lambda seen: _flat(seen.v),
+    "keys_and_values": lambda seen: torch.cat([_flat(_unrotated(seen.k, seen.cos, seen.sin)), _flat(seen.v)], dim=1),
     "queries": lambda seen: _per_kv_head(seen.q, seen.k.shape[1]),
     "queries_before_rotation": lambda seen: _per_kv_head(_unrotated(seen.q, seen.cos, seen.sin), seen.k.shape[1]),
 }
-"""Statistic -> the vectors [tokens, K*H] whose moment it is; `queries...` are [vectors, K, H], a moment per head."""
+"""Statistic -> the vectors [tokens, K*H] whose moment it is; `keys_and_values` [tokens, 2*K*H]: those before rotation, then
+these; `queries...` are [vectors, K, H], a moment per head."""
 
 
 def _before_rotation(gradient_BKTH: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
@@ -65,8 +68,15 @@ GRADIENTS: dict[str, Callable[[Seen], Tensor]] = {
     "keys": lambda seen: _flat(_known(seen.k_gradient)),
     "keys_before_rotation": lambda seen: _flat(_before_rotation(_known(seen.k_gradient), seen.cos, seen.sin)),
     "values": lambda seen: _flat(_known(seen.v_gradient)),
+    "keys_and_values": lambda seen: torch.cat(
+        [
+            _flat(_before_rotation(_known(seen.k_gradient), seen.cos, seen.sin)),
+            _flat(_known(seen.v_gradient)),
+        ],
+        dim=1,
+    ),
 }
-"""Of VECTORS -> their gradients [tokens, K*H]."""
+"""Of VECTORS -> their gradients, as wide."""
 
 
 def _known(gradient: Tensor | None) -> Tensor:

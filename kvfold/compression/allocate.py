@@ -85,8 +85,14 @@ class Request:
     @cached_property
     def options(self) -> dict[Key, list[StoredShape]]:
         """What each side can store, from few bytes to many; of methods that go by the spectrum with the fewest bits."""
-        options = {(layer.index, side): self._options(layer, side) for layer in self.owners for side in SIDES}
-        return {(i, side): self._common(i, options) for i, side in options} if self.limits.one_shape else options
+        options = {(layer.index, side): self._options(layer, side) for layer in self.owners for side in self.parts}
+        paired = self.limits.one_shape and len(self.parts) == 2
+        return {(i, side): self._common(i, options) for i, side in options} if paired else options
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What gets a share of the budget in every layer: keys and values, or both as one."""
+        return self.axes.width.parts
 
     def _common(self, owner: int, options: Mapping[Key, list[StoredShape]]) -> list[StoredShape]:
         """What both sides can store."""
@@ -122,7 +128,7 @@ class Request:
 
     def allowed(self, layer: AttentionLayer, shapes: Sequence[StoredShape]) -> list[StoredShape]:
         """Those that are wide enough; the widest if none is."""
-        least = self.limits.min_width * layer.num_kv_heads * layer.head_dim
+        least = self.limits.min_width * 2 / len(self.parts) * layer.num_kv_heads * layer.head_dim
         return [shape for shape in shapes if shape.elements >= least / SLACK] or list(shapes[-1:])
 
     def cost(self, shape: StoredShape) -> float:
@@ -141,7 +147,7 @@ class Request:
 
     def spec(self, layer: AttentionLayer, chosen: Mapping[Key, StoredShape]) -> CacheSpec:
         """The cache that `layer` owns."""
-        spec = self.axes.width.spec(layer, chosen[layer.index, "keys"], chosen[layer.index, "values"])
+        spec = self.axes.width.spec(layer, *(chosen[layer.index, side] for side in self.parts))
         return self.axes.length.apply(layer, spec)
 
     def plan(self, chosen: Mapping[Key, StoredShape]) -> CachePlan:
@@ -265,8 +271,9 @@ def _uniform(request: Request, options: Mapping[Key, Sequence[StoredShape]], kv_
     """Every cache and side gets the same share of its owner's original size, or (joint) of that of all that fill it."""
     joint, targets = request.axes.width.joint, request.targets
     filled = {layer.index: 1 + joint * targets.count(layer.index) for layer in request.owners}
-    sides = {i: request.itemsize * source_layer(request.layers[i]).elements_per_token / 2 for i in filled}
-    share = kv_budget * request.source_bytes / sum(2 * filled[i] * sides[i] for i in filled)
+    count = len(request.parts)
+    sides = {i: request.itemsize * source_layer(request.layers[i]).elements_per_token / count for i in filled}
+    share = kv_budget * request.source_bytes / sum(count * filled[i] * sides[i] for i in filled)
     chosen = {}
     for key, shapes in options.items():
         limit = share * filled[key[0]] * sides[key[0]] * SLACK

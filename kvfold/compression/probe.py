@@ -119,9 +119,10 @@ class Probe:
 
     def of_side(self, owner: int, side: str, shape: StoredShape) -> float:
         """KL of storing one side so, all else being as it was."""
-        layer, other = self.request.layers[owner], "values" if side == "keys" else "keys"
+        layer = self.request.layers[owner]
         # the other side loses nothing: the widest shape of all, whatever a runtime would serve
-        chosen = {(owner, side): shape, (owner, other): self.request.widest(layer, other)}
+        whole = {(owner, other): self.request.widest(layer, other) for other in self.request.parts}
+        chosen = whole | {(owner, side): shape}
         format = "" if shape.format is None else f" {dataclasses.astuple(shape.format)}"
         label = f"{owner} {side} {shape.num_heads}x{shape.width}{format}"
         return self._known(label, {owner: self.request.spec(layer, chosen)}, self.width)

@@ -50,6 +50,8 @@ class CacheSpec:
     do not; such a cache stores its keys before rotation).
     `joint`: what is stored is made of the keys and values of ALL layers that use this cache, after they have run; so tokens
     of the running step are seen exactly, and only past tokens through the latents.
+    `shared_latent`: keys and values are rebuilt from one latent, which is stored once, as keys (multi-head latent attention,
+    arXiv 2405.04434): the value fields repeat those of keys, and values store nothing.
     `k_projection`: keys go through `k_a_proj` before they are stored, `k_b_proj` leads back to the source's heads.
     `k_partial`: of heads that are rotated in part, k_proj gives the rotated numbers alone, which pass `k_a_proj`; what the
     rest adds to the latents comes from `k_u_proj` at once.
@@ -70,6 +72,7 @@ class CacheSpec:
     rope: str = "applied"
     readers_rotate: bool = True
     joint: bool = False
+    shared_latent: bool = False
     k_projection: bool = False
     k_partial: bool = False
     k_offset: bool = False
@@ -84,14 +87,14 @@ class CacheSpec:
 
     @property
     def elements_per_token(self) -> int:
-        return self.num_kv_heads * self.head_dim + self.num_v_heads * self.v_head_dim
+        return sum(side.elements for side in self.sides)
 
     @property
     def sides(self) -> tuple[StoredShape, StoredShape]:
-        """Keys and values."""
+        """What is stored of keys and of values, which have no heads of their own in a shared latent."""
         return (
             StoredShape(self.num_kv_heads, self.head_dim, self.k_bits),
-            StoredShape(self.num_v_heads, self.v_head_dim, self.v_bits),
+            StoredShape(0 if self.shared_latent else self.num_v_heads, self.v_head_dim, self.v_bits),
         )
 
     @property

@@ -65,6 +65,8 @@ def _check_cache(index: int, source: SourceLayer, spec: CacheSpec) -> None:
             f"layer {index}: hidden = {spec.hidden} goes with k_projection, v_projection and keys before rotation, in caches"
             " of one layer's making."
         )
+    if spec.shared_latent:
+        _check_shared_latent(index, spec)
     if spec.k_offset and not (spec.rope == "on_read" and spec.k_projection):
         raise PlanError(
             f"layer {index}: k_offset goes with keys that are rebuilt on read (k_projection, rope: on_read)."
@@ -78,6 +80,16 @@ def _check_cache(index: int, source: SourceLayer, spec: CacheSpec) -> None:
             _check_format(f"layer {index}: {name}", spec, width, format)
     if spec.window != source.window:
         raise PlanError(f"layer {index}: window {spec.window} differs from the source's {source.window}.")
+
+
+def _check_shared_latent(index: int, spec: CacheSpec) -> None:
+    if spec.rope == "applied" or spec.joint or spec.hidden or not (spec.k_projection and spec.v_projection):
+        raise PlanError(
+            f"layer {index}: shared_latent goes with keys before rotation, k_projection and v_projection, in caches of one"
+            " layer's making."
+        )
+    if (spec.num_v_heads, spec.v_head_dim) != (spec.num_kv_heads, spec.head_dim) or spec.v_bits is not None:
+        raise PlanError(f"layer {index}: with shared_latent values have the heads of keys, and no v_bits of their own.")
 
 
 def _check_format(where: str, spec: CacheSpec, width: int, format: Any) -> None:

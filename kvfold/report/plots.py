@@ -40,6 +40,8 @@ def shade(bits: int) -> str:
 
 def tiers(side: StoredShape, itemsize: int) -> list[tuple[int, int]]:
     """(numbers over all heads, bits of each)."""
+    if not side.num_heads:
+        return []
     if side.format is None:
         return [(side.elements, 8 * itemsize)]
     return [(side.num_heads * elements, bits) for elements, bits in side.format.tiers]
@@ -48,6 +50,8 @@ def tiers(side: StoredShape, itemsize: int) -> list[tuple[int, int]]:
 def described(side: StoredShape) -> str:
     """`1 x 48: 8x8 16x3 24x1`: heads x width, and of a head how many numbers have how many bits."""
     size = f"{side.num_heads} x {side.width}"
+    if not side.num_heads:
+        return "in the latents of keys"
     if side.format is None:
         return size
     kind = f" {side.format.codec.word}".rstrip()
@@ -73,6 +77,7 @@ def plan_plot(plan: CachePlan) -> str:
                     labelled.add(bits)
                     at += elements
             full = max(layer.num_kv_heads * layer.head_dim for layer in plan.source)
+            full = max(full, *(spec.widest for spec in plan.owned))
             panel.set(title=title, xlabel="numbers per token", xlim=(0, full), ylim=(plan.num_layers - 0.4, -0.6))
         axes[0].set_ylabel("layer")
         handles = [pair for panel in axes for pair in zip(*panel.get_legend_handles_labels(), strict=True)]

@@ -6,6 +6,7 @@ Slow and obvious on purpose. Tests compare every runtime with it. It never build
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -81,13 +82,15 @@ def stored(
     sin_Tr: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What the owner of a cache stores of one sequence: key heads [T, R] and value heads [T, V]."""
-    assert weights.k_proj is not None and weights.v_proj is not None, "a reader stores nothing"
+    assert weights.k_proj is not None, "a reader stores nothing"
     flat = _linear(hidden_TD, weights.k_proj, weights.k_bias)
     width = spec.head_dim if weights.k_a_proj is None else layer.rotary_dim if spec.k_partial else layer.head_dim
     keys = normalised_heads(layer, flat, width, weights.k_norm)
     if spec.rope == "applied":
         keys = [rotate(k, cos_Tr, sin_Tr) for k in keys]
-    values = _linear(hidden_TD, weights.v_proj, weights.v_bias).split(spec.v_head_dim, dim=1)
+    values: Sequence[Tensor] = ()
+    if weights.v_proj is not None:
+        values = _linear(hidden_TD, weights.v_proj, weights.v_bias).split(spec.v_head_dim, dim=1)
     if spec.hidden:
         heads = _linear(hidden_TD, weights.v_proj, weights.v_bias).split(layer.head_dim, dim=1)
         values = _grouped(spec.num_v_heads, list(heads), weights.v_a_proj)
@@ -100,6 +103,10 @@ def stored(
     if weights.k_u_proj is not None:
         others = _linear(hidden_TD, weights.k_u_proj, weights.k_u_bias).split(spec.head_dim, dim=1)
         latents = [rotated + other for rotated, other in zip(latents, others, strict=True)]
+    if spec.shared_latent:
+        if values:
+            latents = [latent + value for latent, value in zip(latents, values, strict=True)]
+        return latents, latents
     return latents, list(values)
 
 

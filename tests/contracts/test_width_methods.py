@@ -30,7 +30,7 @@ VARIANTS = {
     "svd_a": [{}, {"latent": "group"}, {"v_latent": "layer"}],
     "svd_w": [{}, {"latent": "group"}, {"v_latent": "layer"}],
 }
-LOW_RANK = ("autoencoder", "eigen_attention", "fisher", "kq_svd", "kvtc", "logit", "palu", "svd_a", "svd_w")
+LOW_RANK = ("autoencoder", "eigen_attention", "fisher", "kq_svd", "kvtc", "logit", "mla", "palu", "svd_a", "svd_w")
 METHODS = [
     pytest.param(method, fields, id="-".join([method, *map(str, fields.values())]))
     for method in registry.names("width")
@@ -65,7 +65,7 @@ halving_on_qwen2 = pytest.mark.parametrize(("method", "fields"), HALVING)
 
 def asked(model, method, fields, heads):
     """As many numbers as `heads` of the source's have, as a budget; or as heads, where positions are stored beside them."""
-    if method in ("autoencoder", "palu", "eigen_attention", "kvtc") or fields.get("rope") == "on_read":
+    if method in ("autoencoder", "mla", "palu", "eigen_attention", "kvtc") or fields.get("rope") == "on_read":
         return {"kv_budget": None}, fields | {"kv_heads": heads}
     return {"kv_budget": heads / kv_heads(model)}, fields
 
@@ -118,7 +118,8 @@ def test_more_numbers_never_mean_more_expected_distortion(tiny_dir, model, metho
     width = registry.load("width", method)(**fields)
     moments, K, F = {}, layer.num_kv_heads, layer.num_kv_heads * layer.head_dim
     for name in width.needs:
-        size = {"queries": (K, F // K), "metric": (1, F)}.get(name.partition("_")[0], (F,))
+        wide = 2 * F if name.endswith("keys_and_values") else F
+        size = {"queries": (K, F // K), "metric": (1, wide)}.get(name.partition("_")[0], (wide,))
         moments[name] = Moment.zeros(*size)
         moments[name].update(torch.randn(500, *size).cumsum(-1))
     group = LayerGroup(
@@ -127,11 +128,11 @@ def test_more_numbers_never_mean_more_expected_distortion(tiny_dir, model, metho
         moments=lambda i: moments,
         cross=lambda i: {name: moments[name].second_FF for name in width.needs_cross},
     )
-    for shapes, distortion in ((width.key_shapes, width.key_distortion), (width.value_shapes, width.value_distortion)):
-        shapes = shapes(layer)
+    for part in width.parts:
+        shapes = width.shapes(part, layer)
         assert [s.elements for s in shapes] == sorted({s.elements for s in shapes})
-        assert shapes[-1].elements == layer.num_kv_heads * layer.head_dim
-        curve = distortion(group, shapes)
+        assert shapes[-1].elements == 2 * F // len(width.parts)
+        curve = width.distortion(part, group, shapes)
         assert curve[-1] == pytest.approx(0, abs=1e-12)
         # mean_pool's groups need not nest, and low-rank groups of different sizes do not either
         assert curve[0] == max(curve) or len({s.num_heads for s in shapes}) > 1
@@ -178,8 +179,8 @@ def test_real_bytes_are_planned_bytes(fold, model, method, fields):
     live = sum(4 * 4 * s.elements_per_token * n for s, n in zip(folded.plan.owned, kept, strict=True))
     live += 4 * 230 * folded.plan.position_bytes
     assert cache.nbytes == live
-    storages = {b.data.untyped_storage().data_ptr() for layer in cache.owned for b in (layer.k, layer.v)}
-    assert len(storages) == 2 * len(cache.owned)
+    storages = {b.data.untyped_storage().data_ptr() for layer in cache.owned for b in layer.buffers}
+    assert len(storages) == sum(len(layer.buffers) for layer in cache.owned)
 
 
 @every_method

@@ -35,7 +35,7 @@ class Integer(BitsMethod):
             raise RecipeError("bits.group_size must be at least 0, and goes with bits.scales=affine.")
 
     def format(self, layer: AttentionLayer, side: str, width: int) -> NumberFormat:
-        bits = self.k_bits if side == "keys" else self.v_bits
+        bits = self.v_bits if side == "values" else self.k_bits
         return plain_tiers(width, bits, scales=self.scales, group_size=self.group_size)
 
     def fits(self, width: int) -> bool:

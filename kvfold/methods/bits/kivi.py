@@ -37,7 +37,7 @@ class Kivi(BitsMethod):
             )
 
     def format(self, layer: AttentionLayer, side: str, width: int) -> NumberFormat:
-        bits = self.k_bits if side == "keys" else self.v_bits
+        bits = self.v_bits if side == "values" else self.k_bits
         if side == "keys" and layer.window is None:
             return plain_tiers(width, bits, scales="channel", block=self.block)
         return plain_tiers(width, bits, scales="affine", group_size=self.group_size)

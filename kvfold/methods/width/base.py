@@ -47,13 +47,14 @@ class WidthMethod(ABC):
     `needs`: the statistics it reads (`calibrate.STATISTICS`); empty where weights are enough. `needs_cross`: those of
     which it also reads the moment between a reader and the owner, or, if `joint`, between all layers of a group.
     `needs_vectors`: those of which it wants to see vectors. `ordered`: stored numbers come in the order of what they save, so
-    that leading ones can get more bits (`key_spectrum`).
+    that leading ones can get more bits (`key_spectrum`). `parts`: what gets a share of the budget of its own.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     needs_cross: ClassVar[frozenset[str]] = frozenset()
     needs_vectors: ClassVar[frozenset[str]] = frozenset()
     joint: ClassVar[bool] = False
+    parts: ClassVar[tuple[str, ...]] = ("keys", "values")
     ordered: ClassVar[bool] = False
 
     @abstractmethod

@@ -60,6 +60,19 @@ class PackedTokens:
         return unpack_scaled(self.rows[:, :, start:end], self.format, self.dtype)
 
 
+class ReadOnce(PackedTokens):
+    """Packed tokens whose last reading is kept, for keys and values that are rebuilt from the same numbers."""
+
+    def __init__(self, tokens: PackedTokens) -> None:
+        super().__init__(tokens.rows, tokens.format, tokens.dtype, tokens.recent)
+        self.last: tuple[tuple[int, int], Tensor] | None = None
+
+    def read(self, start: int, end: int) -> Tensor:
+        if self.last is None or self.last[0] != (start, end):
+            self.last = (start, end), super().read(start, end)
+        return self.last[1]
+
+
 Stored = Tensor | PackedTokens
 """All tokens of one side that queries may see."""
 

@@ -16,7 +16,7 @@ from kvfold.plan.tensors import tensor_shapes
 from kvfold.runtimes.kernels.attention import chunked_attention, grouped_attention, prefill_attention, with_alibi
 from kvfold.runtimes.kernels.codec import roundtrip
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose, decode_attention, pack
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, Stored, read, read_all, read_for_product
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, ReadOnce, Stored, read, read_all, read_for_product
 from kvfold.runtimes.kernels.rotary import apply_rotary
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
 from kvfold.runtimes.transformers.projections import projections
@@ -86,6 +86,8 @@ class FoldedAttention(nn.Module):
         mask = with_alibi(attention_mask, alibi, self.layer.num_attention_heads)
         q = self._queries(hidden_states, position_embeddings)
         z, y = self._keys_values(hidden_states, position_embeddings, cache, state)
+        if isinstance(z, PackedTokens) and self.spec.shared_latent:
+            z = y = ReadOnce(z)
         keys = None
         if self.spec.rope == "on_read" or self.spec.hidden:
             tables = None
@@ -131,23 +133,26 @@ class FoldedAttention(nn.Module):
         new_z, new_y = self._new_keys_values(hidden_BTD, rotary)
         if not hasattr(cache, "owned"):  # without kvfold's own cache numbers lose what it would lose
             new_z = roundtrip(new_z, self.spec.k_bits, pack)
-            new_y = roundtrip(new_y, self.spec.v_bits, pack)
+            new_y = new_z if self.spec.shared_latent else roundtrip(new_y, self.spec.v_bits, pack)
         z: Stored = new_z
         y: Stored = new_y
         if cache is not None:
             z, y = cache.update(new_z, new_y, self.layer_idx)
-            z, y = _with_gradient(z, new_z), _with_gradient(y, new_y)
+            z, y = _with_gradient(z, new_z), y if self.spec.shared_latent else _with_gradient(y, new_y)
+            y = z if self.spec.shared_latent else y
         if state is not None:
             state.stored[self.layer_idx] = (z, y)
         return z, y
 
     def _new_keys_values(self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """What the T new tokens add to the cache: z [B, C, T, R], y [B, U, T, V]."""
+        """What the T new tokens add to the cache: z [B, C, T, R], y [B, U, T, V], which a shared latent is at once."""
         heads = self.spec.num_kv_heads if self.k_a_proj is None else self.layer.num_kv_heads
         z = self._heads(self.k_proj(hidden_BTD), heads, self.k_norm)
         if self.spec.rope == "applied" and rotary is not None:
             z = apply_rotary(z, *rotary)
-        if self.v_a_proj is None:
+        if self.spec.shared_latent:
+            y = None
+        elif self.v_a_proj is None:
             y = self.v_proj(hidden_BTD).unflatten(-1, (-1, self.spec.v_head_dim)).transpose(1, 2)
         else:
             y = self._way("v_a", self.v_proj(hidden_BTD).unflatten(-1, (self.spec.num_v_heads, -1)).transpose(1, 2))
@@ -155,7 +160,9 @@ class FoldedAttention(nn.Module):
             z = self._way("k_a", z.unflatten(1, (self.spec.num_kv_heads, -1)).transpose(2, 3).flatten(3))
         if self.k_u_proj is not None:
             z = z + self._heads(self.k_u_proj(hidden_BTD), self.spec.num_kv_heads, None)
-        return z, y
+        if y is None and self.v_proj is not None:
+            z = z + self._heads(self.v_proj(hidden_BTD), self.spec.num_kv_heads, None)
+        return z, z if y is None else y
 
     def _attend(
         self,
@@ -197,7 +204,8 @@ class FoldedAttention(nn.Module):
         """Averages of stored values."""
         softcap, scale = self.layer.softcap, self.scaling
         if way is Way.PIECES:
-            pieces, values = keys or functools.partial(read_for_product, z), functools.partial(read_for_product, y)
+            of_values = read if self.spec.shared_latent else read_for_product
+            pieces, values = keys or functools.partial(read_for_product, z), functools.partial(of_values, y)
             sizes = {"tokens": z.shape[2], "elements": self._elements_at_a_time}
             return chunked_attention(q, pieces, values, mask=mask, scale=scale, softcap=softcap, **sizes), None
         if way is Way.EAGER:

@@ -28,23 +28,26 @@ class GrowingLayer(CacheLayerMixin):
         self.record_past = False
         self.length = 0
         self.k: Buffer = buffer(spec.k_bits)
-        self.v: Buffer = buffer(spec.v_bits)
+        self.v: Buffer = self.k if spec.shared_latent else buffer(spec.v_bits)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Stored, Stored]:
-        """Store z [B, C, T, R] and y [B, U, T, V]; return all tokens that the T queries may see."""
+        """Store z [B, C, T, R] and y [B, U, T, V]; return all tokens that the T queries may see. A shared latent is
+        stored once, and returned as both."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         self.length += key_states.shape[2]
         window, capacity = self.spec.window, self.spec.tokens_allocated(self.length)
         if window is not None and not self.record_past:
-            return self.k.slide(key_states, capacity, window), self.v.slide(value_states, capacity, window)
+            k = self.k.slide(key_states, capacity, window)
+            return k, k if self.v is self.k else self.v.slide(value_states, capacity, window)
         self.k.append(key_states, capacity)
-        self.v.append(value_states, capacity)
+        if self.v is not self.k:
+            self.v.append(value_states, capacity)
         return self._last(None if window is None else window - 1 + key_states.shape[2])
 
     def live(self) -> tuple[Stored, Stored] | None:
@@ -54,7 +57,8 @@ class GrowingLayer(CacheLayerMixin):
         return self._last(None if self.spec.window is None else min(self.length, self.spec.window - 1))
 
     def _last(self, tokens: int | None) -> tuple[Stored, Stored]:
-        return self.k.view(tokens), self.v.view(tokens)
+        k = self.k.view(tokens)
+        return k, k if self.v is self.k else self.v.view(tokens)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -84,17 +88,17 @@ class GrowingLayer(CacheLayerMixin):
                 " would come back into sight. Call activate_past_recording() before generating."
             )
         self.length -= n
-        for side in (self.k, self.v):
+        for side in self.buffers:
             side.forget(n, self.spec.window)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        for side in (self.k, self.v):
+        for side in self.buffers:
             side.select(beam_idx)
 
     batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        for side in (self.k, self.v):
+        for side in self.buffers:
             side.repeat(repeats)
 
     def reset(self) -> None:
@@ -103,12 +107,17 @@ class GrowingLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of the live tokens."""
-        return self.k.nbytes + self.v.nbytes
+        return sum(side.nbytes for side in self.buffers)
 
     @property
     def nbytes_allocated(self) -> int:
         """Bytes of the storage: what the plan's `kv_bytes` promises."""
-        return self.k.nbytes_allocated + self.v.nbytes_allocated
+        return sum(side.nbytes_allocated for side in self.buffers)
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """Of keys and of values, or the one of both."""
+        return (self.k,) if self.v is self.k else (self.k, self.v)
 
     def _check(self, z: Tensor, y: Tensor) -> None:
         s = self.spec

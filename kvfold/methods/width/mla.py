@@ -1,0 +1,128 @@
+"""mla: one latent for keys and values of a layer, as in multi-head latent attention (arXiv 2405.04434), in closed form."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvfold.errors import RecipeError
+from kvfold.linalg.block_diagonal import BlockDiagonal
+from kvfold.linalg.quantization_basis import arranged, centred
+from kvfold.linalg.reduced_rank import Latents, Term, distortions, energy, solve, spectrum
+from kvfold.linalg.sensitivity import METRIC, WEIGHTED, sensitivities
+from kvfold.methods.low_rank import fuse_keys, restore_mean, store_values
+from kvfold.methods.width.base import LayerGroup, WidthMethod, plain_spec
+from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.folded_weights import FoldedWeights
+from kvfold.plan.layer import AttentionLayer
+from kvfold.plan.number_format import StoredShape
+
+BOTH = "keys_and_values"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mla(WidthMethod):
+    """Keys before rotation and values of a layer are linear maps of the same hidden state, so that one latent of both says
+    more per number than two. Errors count in nats, as in `fisher`; keys are rebuilt on read.
+
+    kv_heads: as many numbers as so many source heads of keys and of values; 0 leaves the choice to the budget.
+    multiple: stored widths are multiples of this.
+    """
+
+    needs: ClassVar[frozenset[str]] = sensitivities(BOTH)
+    parts: ClassVar[tuple[str, ...]] = (BOTH,)
+    ordered: ClassVar[bool] = True
+
+    kv_heads: int = 0
+    multiple: int = 8
+
+    def __post_init__(self) -> None:
+        if self.multiple < 1 or self.kv_heads < 0:
+            raise RecipeError("width.multiple must be at least 1, width.kv_heads at least 0.")
+
+    def key_shapes(self, layer: AttentionLayer, layers: int = 1) -> list[StoredShape]:
+        if layers > 1:
+            raise RecipeError("width method 'mla' does not span layers; use logit or mean_pool with a depth method.")
+        if layer.num_kv_heads < self.kv_heads:
+            raise RecipeError(
+                f"width.kv_heads = {self.kv_heads}, but layer {layer.index} has {layer.num_kv_heads} key/value heads."
+            )
+        if self.kv_heads:
+            return [StoredShape(1, 2 * self.kv_heads * layer.head_dim)]
+        limit = 2 * layer.num_kv_heads * layer.head_dim
+        return [StoredShape(1, width) for width in sorted({*range(self.multiple, limit, self.multiple), limit})]
+
+    def key_distortion(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
+        return distortions(lambda position: _term(group), 1, shapes)
+
+    def key_spectrum(self, group: LayerGroup, heads: int) -> list[float]:
+        return spectrum(lambda position: _term(group), 1, heads)
+
+    def value_shapes(self, layer: AttentionLayer, layers: int = 1) -> list[StoredShape]:
+        return self.key_shapes(layer, layers)
+
+    value_distortion, value_spectrum = key_distortion, key_spectrum
+
+    def scale(self, side: str, group: LayerGroup) -> float:
+        return float(energy(_term(group))) / 2
+
+    def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape | None = None) -> CacheSpec:
+        rotates = layer.rotary_dim > 0
+        return dataclasses.replace(
+            plain_spec(layer, keys, keys._replace(format=None)),
+            rope="on_read" if rotates else "none",
+            shared_latent=True,
+            k_projection=True,
+            v_projection=True,
+            k_offset=rotates,
+            output_bias=True,
+            stored_bias=True,
+        )
+
+    def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
+        layer, weights = group.owner, group.weights(0)
+        latents, mean_F = self._latents(group, spec), group.moments(0)[WEIGHTED + BOTH].mean_F
+        back_1FR, half = latents.back(0), len(mean_F) // 2
+        folded = FoldedWeights(
+            **{f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)},
+            k_a_proj=latents.a_CRF[:, :, :half],
+            k_b_proj=back_1FR[:, :half],
+            v_b_proj=back_1FR[:, half:],
+            k_b_bias=mean_F[None, :half] if spec.k_offset else None,
+        )
+        folded = store_values(folded, latents.a_CRF[:, :, half:])
+        assert latents.centre_CR is not None, "latents are stored without their mean"
+        folded = _joined(layer, folded, spec, latents.centre_CR)
+        yield restore_mean(folded, mean_F[half:].unflatten(0, (layer.num_kv_heads, -1)))
+
+    def _latents(self, group: LayerGroup, spec: CacheSpec) -> Latents:
+        term = _term(group)
+        latents = solve(lambda position: term, 1, 1, spec.head_dim)
+        if spec.k_bits is not None:
+            latents = arranged(latents, lambda position: term, 1, term.second_FF, spec.k_bits)
+        return centred(latents, group.moments(0)[WEIGHTED + BOTH].mean_F)
+
+
+def _term(group: LayerGroup) -> Term:
+    moments = group.moments(0)
+    covariance_FF = moments[WEIGHTED + BOTH].covariance_FF
+    return Term(covariance_FF, covariance_FF, BlockDiagonal(moments[METRIC + BOTH].second_FF))
+
+
+def _joined(layer: AttentionLayer, folded: FoldedWeights, spec: CacheSpec, centre_1R: Tensor) -> FoldedWeights:
+    """What keys and what values add to the latent: one projection, unless a norm stands before keys."""
+    if layer.qk_norm:
+        return dataclasses.replace(folded, k_a_bias=-centre_1R)
+    folded = fuse_keys(layer, folded, spec)
+    biases = [bias for bias in (folded.k_bias, folded.v_bias) if bias is not None]
+    assert folded.k_proj is not None and folded.v_proj is not None, "the layer owns its cache"
+    return dataclasses.replace(
+        folded,
+        k_proj=folded.k_proj + folded.v_proj,
+        k_bias=sum(biases, -centre_1R.flatten()),
+        v_proj=None,
+        v_bias=None,
+    )
