@@ -36,7 +36,7 @@ from kvfold.compression.allocate import (
 from kvfold.compression.card import write_card_text
 from kvfold.compression.fold import fold, folded_config
 from kvfold.compression.probe import PROBE_VERSION, Probe
-from kvfold.compression.recipe import Recipe, make_recipe, material_of
+from kvfold.compression.recipe import Recipe, make_recipe, material_of, suited
 from kvfold.compression.widen_mlp import SIZE, widened_size
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.methods.width.base import LayerGroup
@@ -85,6 +85,7 @@ def compress(
     with processes.first_before_others():
         folder = dequantized(recipe.model, run_dir)
     source = open_source(folder)
+    recipe = suited(recipe, source.layers)
     material = material_of(recipe, source, run_dir, device)
     request = _request(recipe, source, material)
     width, targets = request.axes.width, request.targets

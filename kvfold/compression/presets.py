@@ -59,9 +59,9 @@ def _turboquant(k_bits: int, v_bits: int) -> Preset:
 
 PRESETS = {
     "auto": Preset(
-        "low rank and few bits, shared out over layers, keys and values by expected nats (the default)",
+        "one latent of keys and values per layer in few bits, shared out by expected nats (the default)",
         {
-            "width": {"method": "fisher", "rope": "on_read"},
+            "width": {"method": "mla"},
             "bits": {"method": "mixed"},
             "allocate": "greedy",
             "calibration": {"data": "self"},

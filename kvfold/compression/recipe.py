@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -18,11 +18,12 @@ from kvfold.calibration.material import Material
 from kvfold.checkpoint.source import Source
 from kvfold.compression.presets import find_preset
 from kvfold.errors import RecipeError
+from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.base import runtime
 
 ALLOCATIONS = ("uniform", "greedy", "measured")
 PREFERENCES = {"size": "on_read", "speed": "applied"}
-"""What to prefer -> how fisher stores keys."""
+"""What to prefer -> how keys are stored."""
 TYPES: dict[Any, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -175,9 +176,19 @@ def material_of(recipe: Recipe, source: Source, run_dir: Path, device: str = "cp
 def _prefer(tree: dict[str, Any]) -> None:
     if tree["prefer"] not in PREFERENCES:
         raise RecipeError(registry.unknown("preference", tree["prefer"], PREFERENCES))
-    if tree.get("width", {}).get("method") != "fisher":
-        raise RecipeError("prefer goes with width method fisher (presets auto, fast and small).")
-    tree["width"] = tree["width"] | {"rope": PREFERENCES[tree["prefer"]]}
+    method, rope = tree.get("width", {}).get("method"), PREFERENCES[tree["prefer"]]
+    if method not in ("fisher", "mla"):
+        raise RecipeError("prefer goes with width methods mla and fisher (presets auto, fast and small).")
+    if method == "fisher":
+        tree["width"] = tree["width"] | {"rope": rope}
+    elif rope == "applied":  # a latent of both holds keys before rotation
+        tree["width"] = {"method": "fisher", "rope": rope}
+
+
+def suited(recipe: Recipe, layers: Sequence[AttentionLayer]) -> Recipe:
+    """The recipe with the width method that takes the place of its own for such layers."""
+    other = recipe.method("width").instead(layers)
+    return recipe if other is None else dataclasses.replace(recipe, width=other)
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:

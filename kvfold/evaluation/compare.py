@@ -19,7 +19,7 @@ from kvfold.checkpoint.atomic import write_text
 from kvfold.checkpoint.source import Source, open_source
 from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.compression.compress import compress
-from kvfold.compression.recipe import Recipe, make_recipe, material_of, preset_recipe
+from kvfold.compression.recipe import Recipe, make_recipe, material_of, preset_recipe, suited
 from kvfold.errors import BudgetError
 from kvfold.evaluation.generate import continue_prompt
 from kvfold.evaluation.texts import Evaluation, Predictions, evaluate_models
@@ -87,10 +87,10 @@ def compare(
     out, device = Path(out), resolve_device(device)
     source = open_source(model)
     fields = {"model": str(model), "calibration": calibration, "seed": seed}
-    first = make_recipe(fields | {"out": str(out / "unused")})
+    first = suited(make_recipe(fields | {"out": str(out / "unused")}), source.layers)
     material = material_of(first, source, out / "run", device)
     cases = _cases(fields, presets, budgets, out)
-    energy = _energies(material, _shared_needs(recipe for _, _, recipe in cases))
+    energy = _energies(material, _shared_needs(suited(recipe, source.layers) for _, _, recipe in cases))
     seq_len = first.calibration.seq_len or source.seq_len
     files: list[str | Path | None] = [*eval_files] or [None]
     texts = [_windows(source, file, seq_len, max_tokens, seed, out / "run", device) for file in files]

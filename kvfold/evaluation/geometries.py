@@ -11,7 +11,7 @@ import torch
 
 from kvfold.architectures.base import Architecture, architecture, empty_model
 from kvfold.compression.allocate import Axes, Curves, Request, allocate, choose_layout, limits_of
-from kvfold.compression.recipe import Recipe
+from kvfold.compression.recipe import Recipe, suited
 from kvfold.errors import RecipeError
 from kvfold.evaluation.published_shapes import SHAPES
 from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
@@ -66,6 +66,7 @@ class Shape:
         """Of a recipe, without calibration: equal shares of a budget, and for methods that go by the spectrum one that falls
         as FALL says."""
         layers = self.arch.describe(empty_model(self.arch, self.config()))
+        recipe = suited(recipe, layers)
         axes = Axes(**{axis: recipe.method(axis) for axis in ("depth", "width", "bits", "length")})
         asked = Request(layers=layers, targets=(None,) * len(layers), axes=axes, dtype=dtype, limits=limits_of(recipe))
         targets = choose_layout(asked, kv_budget=recipe.kv_budget, sample=None)

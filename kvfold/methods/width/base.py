@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -98,6 +98,11 @@ class WidthMethod(ABC):
         """What expected distortions of a side are to be multiplied by to compare layers and sides; 1 where nothing says
         how."""
         return 1.0
+
+    def instead(self, layers: Sequence[AttentionLayer]) -> dict[str, Any] | None:
+        """The method, with its fields as in recipes, that takes the place of this one for such layers; None where it suits
+        them."""
+        return None
 
     @abstractmethod
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:

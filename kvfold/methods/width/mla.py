@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -21,12 +21,17 @@ from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.number_format import StoredShape
 
 BOTH = "keys_and_values"
+WIDEST = 2048
+"""Numbers of keys and values of a layer up to which they share a latent. Beyond, which is multi-head attention of large
+models, solving for it would take hours: eight times what keys and values take apart."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mla(WidthMethod):
     """Keys before rotation and values of a layer are linear maps of the same hidden state, so that one latent of both says
     more per number than two. Errors count in nats, as in `fisher`; keys are rebuilt on read.
+
+    Layers of more than WIDEST numbers are left to `fisher`.
 
     kv_heads: as many numbers as so many source heads of keys and of values; 0 leaves the choice to the budget.
     multiple: stored widths are multiples of this.
@@ -42,6 +47,10 @@ class Mla(WidthMethod):
     def __post_init__(self) -> None:
         if self.multiple < 1 or self.kv_heads < 0:
             raise RecipeError("width.multiple must be at least 1, width.kv_heads at least 0.")
+
+    def instead(self, layers: Sequence[AttentionLayer]) -> dict[str, Any] | None:
+        widest = max(2 * layer.num_kv_heads * layer.head_dim for layer in layers)
+        return None if widest <= WIDEST else {"method": "fisher", "rope": "on_read"}
 
     def key_shapes(self, layer: AttentionLayer, layers: int = 1) -> list[StoredShape]:
         if layers > 1:
