@@ -1,14 +1,17 @@
 """Recipes, presets and names."""
 
+import dataclasses
 import importlib.metadata
 
 import pytest
 import yaml
 
 from kvfold import registry
+from kvfold.architectures.base import empty_model
 from kvfold.compression.presets import PRESETS
-from kvfold.compression.recipe import assignments, load_recipe, make_recipe, parse_budget
+from kvfold.compression.recipe import assignments, load_recipe, make_recipe, parse_budget, suited
 from kvfold.errors import RecipeError
+from kvfold.evaluation.geometries import Shape
 
 BASE = {"model": "m", "out": "o"}
 
@@ -56,7 +59,7 @@ def test_another_method_drops_the_presets_fields():
         ({"kv_budget": 0.5, "target_kl": 0.1}, [], "give one of them"),
         ({"target_kl": 0}, [], "above 0"),
         ({"preset": "auto", "prefer": "sped"}, [], "Did you mean 'speed'"),
-        ({"preset": "svd_a", "prefer": "speed"}, [], "goes with width method fisher"),
+        ({"preset": "svd_a", "prefer": "speed"}, [], "goes with width methods mla and fisher"),
         ({"min_width": 2.0}, [], "0 to 1"),
         ({"keep_layers": ["0"]}, [], "not a list of layer numbers"),
         ({"preset": "xkv"}, ["bits.method=integer"], "not quantized"),
@@ -84,10 +87,21 @@ def test_unreadable_recipes(tmp_path):
 
 
 def test_a_preference_is_how_keys_are_stored():
-    assert make_recipe(BASE | {"preset": "auto"}).width["rope"] == "on_read"
+    assert make_recipe(BASE | {"preset": "auto"}).width == {"method": "mla"}
+    assert make_recipe(BASE | {"preset": "auto", "prefer": "size"}).width == {"method": "mla"}
+    assert make_recipe(BASE | {"preset": "small", "prefer": "size"}).width["rope"] == "on_read"
     assert make_recipe(BASE | {"preset": "auto", "prefer": "speed"}).width["rope"] == "applied"
     assert make_recipe(BASE | {"preset": "auto"}).calibration.data == "self"
     assert make_recipe(BASE | {"preset": "auto", "keep_layers": [0, 1]}).keep_layers == (0, 1)
+
+
+def test_layers_of_large_multi_head_models_keep_keys_and_values_apart():
+    recipe = make_recipe(BASE | {"preset": "auto"})
+    shape = Shape(name="llama2-7b", layers=1)
+    layers = shape.arch.describe(empty_model(shape.arch, shape.config()))
+    assert suited(recipe, layers).width == {"method": "fisher", "rope": "on_read"}
+    grouped = [dataclasses.replace(layers[0], num_kv_heads=8)]
+    assert suited(recipe, grouped) == recipe
 
 
 def test_budgets():
