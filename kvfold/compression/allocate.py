@@ -17,12 +17,14 @@ from kvfold.methods.width.base import LayerGroup, WidthMethod
 from kvfold.plan.cache_spec import ITEMSIZE, POSITION_BYTES, CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.number_format import StoredShape
-from kvfold.plan.plan import CachePlan, source_layer
+from kvfold.plan.plan import BUDGET_CONTEXT, CachePlan, source_layer
 from kvfold.runtimes.base import runtime
 
 SIDES = ("keys", "values")
 SMALLEST_BUDGET = 1 / 256
 """Where the search for the smallest cache begins."""
+ROUNDS = 4
+"""In which a choice is brought under the budget, where what is stored beside keys and values depends on it."""
 BISECTIONS = 9
 """Of ln 256: the result is within 1.1 % of the bytes that would do."""
 
@@ -139,11 +141,16 @@ class Request:
         """Bytes per token of all that was chosen."""
         return sum(map(self.cost, chosen.values()))
 
+    def bytes_beside(self, chosen: Mapping[Key, StoredShape]) -> float:
+        """What is stored per token beside keys and values; what a sequence takes once is shared out among BUDGET_CONTEXT."""
+        specs = [self.spec(layer, chosen) for layer in self.owners]
+        positions = POSITION_BYTES if any(spec.rope == "on_read" for spec in specs) else 0
+        return positions + sum(spec.recent_bytes(BUDGET_CONTEXT, self.itemsize) for spec in specs) / BUDGET_CONTEXT
+
     @cached_property
-    def bytes_beside(self) -> int:
-        """What is stored per token beside keys and values."""
-        specs = [self.spec(layer, {key: shapes[0] for key, shapes in self.options.items()}) for layer in self.owners]
-        return POSITION_BYTES if any(spec.rope == "on_read" for spec in specs) else 0
+    def smallest(self) -> Choice:
+        """Of every side the shape of the fewest bytes."""
+        return {key: shapes[0] for key, shapes in self.options.items()}
 
     def spec(self, layer: AttentionLayer, chosen: Mapping[Key, StoredShape]) -> CacheSpec:
         """The cache that `layer` owns."""
@@ -189,19 +196,28 @@ def allocate(request: Request, *, kv_budget: float | None, strategy: str, curves
     """
     if kv_budget is None:
         return request.plan(_without_budget(request))
-    budget = kv_budget * request.source_bytes - request.bytes_beside
-    if request.limits.one_shape:
-        chosen = _in_pairs(request, kv_budget, budget, curves if strategy != "uniform" else None)
-    elif strategy == "uniform":
-        options = request.options
-        if request.axes.bits.by_spectrum:
-            options = {key: [shape for shape, _ in points] for key, points in curves().items()}
-        chosen = _trimmed(request, _uniform(request, options, kv_budget), options, budget)
-    else:
-        found = curves()
-        chosen = best_within(budget, found, request.cost)
+    asked = kv_budget * request.source_bytes
+    budget = asked - request.bytes_beside(request.smallest)
+    for _ in range(ROUNDS):
+        chosen = _chosen(request, kv_budget, budget, strategy, curves)
+        excess = request.total(chosen) + request.bytes_beside(chosen) - asked * SLACK
+        if excess <= 0:
+            break
+        budget -= excess
     _check_budget(request, chosen, kv_budget)
     return request.plan(chosen)
+
+
+def _chosen(request: Request, kv_budget: float, budget: float, strategy: str, curves: Callable[[], Curves]) -> Choice:
+    """For so many bytes per token."""
+    if request.limits.one_shape:
+        return _in_pairs(request, kv_budget, budget, curves if strategy != "uniform" else None)
+    if strategy != "uniform":
+        return best_within(budget, curves(), request.cost)
+    options = request.options
+    if request.axes.bits.by_spectrum:
+        options = {key: [shape for shape, _ in points] for key, points in curves().items()}
+    return _trimmed(request, _uniform(request, options, kv_budget), options, budget)
 
 
 def _in_pairs(request: Request, kv_budget: float, budget: float, curves: Callable[[], Curves] | None) -> Choice:
@@ -254,7 +270,7 @@ def check_request(request: Request, kv_budget: float | None) -> None:
     if kv_budget is None:
         _without_budget(request)
     else:
-        _check_budget(request, {key: options[0] for key, options in request.options.items()}, kv_budget)
+        _check_budget(request, request.smallest, kv_budget)
 
 
 def _without_budget(request: Request) -> Choice:
@@ -320,8 +336,8 @@ def _relative_curve(request: Request, groups: Groups, owner: int, side: str, noi
 
 def _check_budget(request: Request, chosen: Choice, kv_budget: float) -> None:
     total = request.source_bytes
-    if request.total(chosen) + request.bytes_beside > kv_budget * total * SLACK:
-        smallest = request.total({key: options[0] for key, options in request.options.items()}) + request.bytes_beside
+    if request.total(chosen) + request.bytes_beside(chosen) > kv_budget * total * SLACK:
+        smallest = request.total(request.smallest) + request.bytes_beside(request.smallest)
         raise BudgetError(
             f"kv_budget {kv_budget:.4g} is out of reach: the smallest cache of this method keeps"
             f" {smallest / total:.4g} of the bytes. Ask for at least that, or choose another preset."

@@ -100,7 +100,7 @@ def _folded_layers(checkpoint: Checkpoint) -> dict[str, AttentionLayer]:
 
 def _cut(tensor: Tensor, axes: Shape, narrow: CacheSpec) -> Tensor:
     """A parameter of attention without the trailing numbers of every stored head."""
-    kept = {"R": narrow.head_dim, "V": narrow.v_head_dim}
+    kept = {"E": narrow.head_dim, "G": narrow.v_head_dim}
     for place, axis in enumerate(axes):
         if axis.width_letter in kept:
             per_head = tensor.unflatten(place, (axis.heads, axis.width))

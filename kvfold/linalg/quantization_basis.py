@@ -21,8 +21,11 @@ from kvfold.plan.number_format import LEAST_VARIANCE, NumberFormat
 
 
 def arranged(latents: Latents, terms: Terms, layers: int, covariance_FF: Tensor, format: NumberFormat) -> Latents:
-    """The same latents in that basis. covariance_FF: of the owner's keys or values."""
-    a_CRF = latents.a_CRF
+    """The same latents in that basis, as many of the leading ones as `format` has. covariance_FF: of the owner's keys or
+    values."""
+    kept = format.width
+    a_CRF, all_of = latents.a_CRF[:, :kept], latents
+    latents = Latents(a_CRF, lambda position: all_of.back(position)[:, :, :kept])
     turns = [
         _turn(a_RF @ block @ a_RF.T, cost_RR, format)
         for a_RF, block, cost_RR in zip(
@@ -31,7 +34,8 @@ def arranged(latents: Latents, terms: Terms, layers: int, covariance_FF: Tensor,
     ]
     inverse_CRR = torch.stack([inverse for _, inverse in turns])
     return Latents(
-        torch.stack([turn for turn, _ in turns]) @ a_CRF, lambda position: latents.back(position) @ inverse_CRR
+        torch.cat([torch.stack([turn for turn, _ in turns]) @ a_CRF, all_of.a_CRF[:, kept:]], dim=1),
+        lambda position: torch.cat([latents.back(position) @ inverse_CRR, all_of.back(position)[:, :, kept:]], dim=2),
     )
 
 

@@ -176,7 +176,7 @@ class LowRankWidth(WidthMethod):
 
     def _stored_latents(self, group: LayerGroup, spec: CacheSpec) -> tuple[Latents, Latents]:
         """Of keys and values, arranged and centred where they are quantized."""
-        keys = solve(lambda i: self.key_term(group, i), len(group), spec.num_kv_heads, spec.head_dim)
+        keys = solve(lambda i: self.key_term(group, i), len(group), spec.num_kv_heads, spec.made_widths[0])
         values = self.value_latents(group, spec)
         if spec.k_bits is not None:
             covariance_FF = self._covariance(group, 0, self.key_term)
@@ -235,7 +235,7 @@ class LowRankWidth(WidthMethod):
 
     def value_latents(self, group: LayerGroup, spec: CacheSpec) -> Latents:
         """A and B_i of values."""
-        return solve(lambda i: self.value_term(group, i), len(group), spec.num_v_heads, spec.v_head_dim)
+        return solve(lambda i: self.value_term(group, i), len(group), spec.num_v_heads, spec.made_widths[1])
 
     def missing_values(self, group: LayerGroup, position: int, values: Latents) -> Tensor:
         """[K, H]: the layer's own mean values, without what the latents say of the owner's."""

@@ -10,6 +10,9 @@ CACHE_BLOCK = 256
 """Tokens by which a cache grows. Part of the format, since allocated bytes follow from it."""
 
 
+RECENT_SLACK = 32
+"""Tokens that are kept finely beyond `recent`, so that the last ones can be taken back (speculative decoding)."""
+
 POSITION_BYTES = 4
 """A token's position, where keys are rotated on read."""
 
@@ -63,6 +66,10 @@ class CacheSpec:
     `k_bits`, `v_bits`: how stored numbers are quantized; None keeps them in the checkpoint's dtype.
     `stored_bias`: what makes stored keys and values has a bias that the source does not have (numbers are quantized around
     their mean).
+    `recent`: so many of the newest tokens are read in a finer form, which is kept beside the other: heads of
+    `recent_head_dim` and `v_recent_head_dim` numbers, of which the first head_dim and v_head_dim are what is stored for all
+    tokens, in `k_recent_bits` and `v_recent_bits`. A query sees a token finely if fewer than `recent` tokens lie
+    between, whatever the steps in which they came.
     """
 
     num_kv_heads: int
@@ -84,6 +91,25 @@ class CacheSpec:
     stored_bias: bool = False
     window: int | None = None
     sinks: int = 0
+    recent: int = 0
+    recent_head_dim: int = 0
+    v_recent_head_dim: int = 0
+    k_recent_bits: NumberFormat | None = None
+    v_recent_bits: NumberFormat | None = None
+
+    @property
+    def made_widths(self) -> tuple[int, int]:
+        """Numbers of a head of keys and of values as they are made, of which `sides` stores the first."""
+        return self.recent_head_dim or self.head_dim, self.v_recent_head_dim or self.v_head_dim
+
+    @property
+    def recent_sides(self) -> tuple[StoredShape, StoredShape]:
+        """The same as `sides` for recent tokens."""
+        keys, values = self.made_widths
+        return (
+            StoredShape(self.num_kv_heads, keys, self.k_recent_bits),
+            StoredShape(0 if self.shared_latent else self.num_v_heads, values, self.v_recent_bits),
+        )
 
     @property
     def elements_per_token(self) -> int:
@@ -109,7 +135,15 @@ class CacheSpec:
     def bytes_allocated(self, context_len: int, itemsize: int) -> int:
         """Of the storage that `context_len` tokens need."""
         tokens = self.tokens_allocated(context_len)
-        return sum(side.bytes_allocated(tokens, itemsize) for side in self.sides)
+        stored = sum(side.bytes_allocated(tokens, itemsize) for side in self.sides)
+        return stored + self.recent_bytes(context_len, itemsize)
+
+    def recent_bytes(self, context_len: int, itemsize: int) -> int:
+        """Of the newest tokens in their finer form."""
+        if not self.recent:
+            return 0
+        tokens = min(context_len, self.recent + RECENT_SLACK)
+        return sum(side.bytes_allocated(tokens, itemsize) for side in self.recent_sides)
 
     def tokens_allocated(self, context_len: int) -> int:
         """Tokens for which a cache has room after `context_len` tokens: whole blocks, at most a window and a block more."""

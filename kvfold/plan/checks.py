@@ -78,6 +78,7 @@ def _check_cache(index: int, source: SourceLayer, spec: CacheSpec) -> None:
     for name, (_, width, format) in zip(("k_bits", "v_bits"), spec.sides, strict=True):
         if format is not None:
             _check_format(f"layer {index}: {name}", spec, width, format)
+    _check_recent(index, spec)
     if spec.window != source.window:
         raise PlanError(f"layer {index}: window {spec.window} differs from the source's {source.window}.")
 
@@ -90,6 +91,25 @@ def _check_shared_latent(index: int, spec: CacheSpec) -> None:
         )
     if (spec.num_v_heads, spec.v_head_dim) != (spec.num_kv_heads, spec.head_dim) or spec.v_bits is not None:
         raise PlanError(f"layer {index}: with shared_latent values have the heads of keys, and no v_bits of their own.")
+
+
+def _check_recent(index: int, spec: CacheSpec) -> None:
+    fields = ("recent_head_dim", "v_recent_head_dim", "k_recent_bits", "v_recent_bits")
+    if not spec.recent:
+        if any(getattr(spec, name) for name in fields):
+            raise PlanError(f"layer {index}: {', '.join(fields)} go with recent, which is 0.")
+        return
+    if spec.joint or spec.hidden or spec.k_partial or spec.recent < 0:
+        raise PlanError(f"layer {index}: recent = {spec.recent} does not go with joint, hidden or k_partial caches.")
+    if any(side.format is not None and side.format.block > 1 for side in (*spec.sides, *spec.recent_sides)):
+        raise PlanError(f"layer {index}: recent tokens do not go with scales per channel.")
+    if any(made < width for made, (_, width, _) in zip(spec.made_widths, spec.sides, strict=True)):
+        raise PlanError(
+            f"layer {index}: recent tokens have at least the numbers of all others; found {spec.made_widths}."
+        )
+    for name, (_, width, format) in zip(("k_recent_bits", "v_recent_bits"), spec.recent_sides, strict=True):
+        if format is not None:
+            _check_format(f"layer {index}: {name}", spec, width, format)
 
 
 def _check_format(where: str, spec: CacheSpec, width: int, format: Any) -> None:

@@ -31,6 +31,8 @@ def _obstacle(spec: CacheSpec) -> str | None:
         return "quantizes what it stores"
     if spec.hidden:
         return "stores what a network made"
+    if spec.recent:
+        return "keeps recent tokens in a finer form"
     if spec.joint:
         return "stores latents of several layers"
     if spec.rope == "applied" and not spec.k_projection:

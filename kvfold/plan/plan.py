@@ -16,6 +16,9 @@ from kvfold.plan.naming import CONFIG_KEY
 from kvfold.plan.number_format import NumberFormat, tokens_at_once
 
 FORMAT_VERSION = 1
+BUDGET_CONTEXT = 2048
+"""Tokens among which `kv_budget` shares out what a sequence takes once, such as its recent tokens in their finer form."""
+FORMATS = ("k_bits", "v_bits", "k_recent_bits", "v_recent_bits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +63,15 @@ class CachePlan:
 
     @property
     def kv_budget(self) -> float:
-        """Bytes kept per token / bytes per token of the original cache in its own dtype."""
-        return self.kv_bytes_per_token() / self.source_kv_bytes_per_token()
+        """Bytes kept per token / bytes per token of the original cache in its own dtype; what a sequence takes once is shared
+        out among BUDGET_CONTEXT tokens."""
+        once = self.recent_bytes() / BUDGET_CONTEXT
+        return (self.kv_bytes_per_token() + once) / self.source_kv_bytes_per_token()
+
+    def recent_bytes(self, dtype: str | None = None) -> int:
+        """Of the newest tokens of one sequence in their finer form, over all layers."""
+        itemsize = self.itemsize(dtype)
+        return sum(spec.recent_bytes(BUDGET_CONTEXT, itemsize) for spec in self.owned)
 
     def kv_bytes_per_token(self, dtype: str | None = None) -> int:
         """Bytes stored for one more token of one sequence, over all layers (inside every window)."""
@@ -117,7 +127,8 @@ class CachePlan:
         specs = [self.cache_of(layer) for layer in range(self.num_layers)]
         itemsize = self.itemsize(dtype)
         read = sum(spec.bytes_per_token(itemsize) * spec.tokens_read(context_len) for spec in specs)
-        return math.ceil(read) + self.position_bytes * context_len
+        recent = sum(spec.recent_bytes(context_len, itemsize) for spec in specs)
+        return math.ceil(read) + recent + self.position_bytes * context_len
 
     def itemsize(self, dtype: str | None = None) -> int:
         return ITEMSIZE[dtype or self.dtype]
@@ -167,7 +178,7 @@ def source_plan(source: Sequence[SourceLayer], dtype: str) -> CachePlan:
 
 def _build(cls: Any, data: Mapping[str, Any], where: str) -> Any:
     _check_fields(data, cls, where)
-    formats = {name: data[name] for name in ("k_bits", "v_bits") if isinstance(data.get(name), Mapping)}
+    formats = {name: data[name] for name in FORMATS if isinstance(data.get(name), Mapping)}
     for name, value in formats.items():
         _check_fields(value, NumberFormat, f"{where}.{name}")
     return cls(**{**data, **{name: NumberFormat(**value) for name, value in formats.items()}})

@@ -1,6 +1,6 @@
 """The tensors of one folded attention layer: their names and their named axes, for everyone who makes, cuts or reads them.
 
-Runtimes build their modules from `tensor_shapes`, truncation cuts the axes that end in R and V, tensor parallelism shares out
+Runtimes build their modules from `tensor_shapes`, truncation cuts the axes that end in E and G, tensor parallelism shares out
 those that begin with heads, and the table in docs/format.md is `TENSORS`.
 """
 
@@ -13,29 +13,29 @@ from kvfold.plan.layer import AttentionLayer
 
 TENSORS = (
     ("q_proj.weight", "N*H, D", "!absorbed"),
-    ("q_proj.weight", "N*R, D", "absorbed"),
+    ("q_proj.weight", "N*E, D", "absorbed"),
     ("q_proj.bias", "", "qkv_bias"),
-    ("k_proj.weight", "C*R, D", "makes !mapped"),
+    ("k_proj.weight", "C*E, D", "makes !mapped"),
     ("k_proj.weight", "K*H, D", "makes mapped !k_partial"),
     ("k_proj.weight", "K*r, D", "makes mapped k_partial"),
     ("k_proj.bias", "", "makes qkv_bias"),
     ("k_proj.bias", "", "makes stored_bias !mapped"),
-    ("k_a_proj.weight", "C, R, K/C*H", "makes mapped !k_partial"),
-    ("k_a_proj.weight", "C, R, K/C*r", "makes mapped k_partial"),
+    ("k_a_proj.weight", "C, E, K/C*H", "makes mapped !k_partial"),
+    ("k_a_proj.weight", "C, E, K/C*r", "makes mapped k_partial"),
     ("k_a_proj.bias", "", "makes mapped stored_bias !joint"),
-    ("k_u_proj.weight", "C*R, D", "makes k_partial"),
+    ("k_u_proj.weight", "C*E, D", "makes k_partial"),
     ("k_u_proj.bias", "", "makes k_partial qkv_bias"),
-    ("k_b_proj.weight", "C, K/C*H, R", "k_projection"),
+    ("k_b_proj.weight", "C, K/C*H, E", "k_projection"),
     ("k_b_proj.bias", "", "k_projection k_offset"),
-    ("v_proj.weight", "U*V, D", "makes !v_mapped !shared_latent"),
-    ("v_proj.weight", "U*V, D", "makes mapped shared_latent"),
+    ("v_proj.weight", "U*G, D", "makes !v_mapped !shared_latent"),
+    ("v_proj.weight", "U*G, D", "makes mapped shared_latent"),
     ("v_proj.weight", "K*H, D", "makes v_mapped"),
     ("v_proj.bias", "", "makes qkv_bias !shared_latent"),
     ("v_proj.bias", "", "makes qkv_bias mapped shared_latent"),
     ("v_proj.bias", "", "makes stored_bias !v_mapped !shared_latent"),
-    ("v_a_proj.weight", "U, V, K/U*H", "makes v_mapped"),
-    ("v_b_proj.weight", "U, K/U*H, V", "v_projection"),
-    ("o_proj.weight", "D, N*V", "!v_projection"),
+    ("v_a_proj.weight", "U, G, K/U*H", "makes v_mapped"),
+    ("v_b_proj.weight", "U, K/U*H, G", "v_projection"),
+    ("o_proj.weight", "D, N*G", "!v_projection"),
     ("o_proj.weight", "D, N*H", "v_projection"),
     ("o_proj.bias", "", "o_bias"),
     ("q_norm.weight", "H", "head_norm"),
@@ -44,14 +44,14 @@ TENSORS = (
     ("k_norm.weight", "K*H", "makes flat_norm"),
     ("k_a_up_proj.weight", "C, h, K/C*H", "hidden"),
     ("k_a_up_proj.bias", "", "hidden"),
-    ("k_a_down_proj.weight", "C, R, h", "hidden"),
-    ("k_b_up_proj.weight", "C, h, R", "hidden"),
+    ("k_a_down_proj.weight", "C, E, h", "hidden"),
+    ("k_b_up_proj.weight", "C, h, E", "hidden"),
     ("k_b_up_proj.bias", "", "hidden"),
     ("k_b_down_proj.weight", "C, K/C*H, h", "hidden"),
     ("v_a_up_proj.weight", "U, h, K/U*H", "hidden"),
     ("v_a_up_proj.bias", "", "hidden"),
-    ("v_a_down_proj.weight", "U, V, h", "hidden"),
-    ("v_b_up_proj.weight", "U, h, V", "hidden"),
+    ("v_a_down_proj.weight", "U, G, h", "hidden"),
+    ("v_b_up_proj.weight", "U, h, G", "hidden"),
     ("v_b_up_proj.bias", "", "hidden"),
     ("v_b_down_proj.weight", "U, K/U*H, h", "hidden"),
 )
@@ -80,7 +80,7 @@ class Axis:
 
     @property
     def width_letter(self) -> str:
-        """What one head has of it: H, r, R, V, D or h; nothing where the axis only counts heads."""
+        """What one head has of it: H, r, E and G (stored keys and values, as made), D or h; nothing for C and U alone."""
         return "" if self.name in ("C", "U") else self.name[-1]
 
 
@@ -128,7 +128,8 @@ def conditions(layer: AttentionLayer, spec: CacheSpec, *, owns: bool) -> dict[st
 
 def _sizes(layer: AttentionLayer, spec: CacheSpec) -> dict[str, int]:
     K, C, U = layer.num_kv_heads, spec.num_kv_heads, spec.num_v_heads
-    own = {"C": C, "R": spec.head_dim, "U": U, "V": spec.v_head_dim, "h": spec.hidden, "K/C": K // C, "K/U": K // U}
+    E, G = spec.made_widths
+    own = {"C": C, "E": E, "U": U, "G": G, "h": spec.hidden, "K/C": K // C, "K/U": K // U}
     return own | {
         "D": layer.hidden_size,
         "N": layer.num_attention_heads,

@@ -81,16 +81,17 @@ def stored(
     cos_Tr: Tensor | None,
     sin_Tr: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What the owner of a cache stores of one sequence: key heads [T, R] and value heads [T, V]."""
+    """What the owner of a cache makes of one sequence: key heads [T, E] and value heads [T, G], of which the first R and V
+    are stored for all tokens (E = R and G = V without recent ones)."""
     assert weights.k_proj is not None, "a reader stores nothing"
     flat = _linear(hidden_TD, weights.k_proj, weights.k_bias)
-    width = spec.head_dim if weights.k_a_proj is None else layer.rotary_dim if spec.k_partial else layer.head_dim
+    width = spec.made_widths[0] if weights.k_a_proj is None else layer.rotary_dim if spec.k_partial else layer.head_dim
     keys = normalised_heads(layer, flat, width, weights.k_norm)
     if spec.rope == "applied":
         keys = [rotate(k, cos_Tr, sin_Tr) for k in keys]
     values: Sequence[Tensor] = ()
     if weights.v_proj is not None:
-        values = _linear(hidden_TD, weights.v_proj, weights.v_bias).split(spec.v_head_dim, dim=1)
+        values = _linear(hidden_TD, weights.v_proj, weights.v_bias).split(spec.made_widths[1], dim=1)
     if spec.hidden:
         heads = _linear(hidden_TD, weights.v_proj, weights.v_bias).split(layer.head_dim, dim=1)
         values = _grouped(spec.num_v_heads, list(heads), weights.v_a_proj)
@@ -153,6 +154,33 @@ def folded_attention(
             head = head @ weights.v_b_proj[u].split(H, dim=0)[kv % (K // spec.num_v_heads)].T
         heads.append(head)
     return _linear(torch.cat(heads, dim=1), weights.o_proj, weights.o_bias)
+
+
+def folded_attention_by_age(
+    layer: AttentionLayer,
+    spec: CacheSpec,
+    weights: FoldedWeights,
+    hidden_TD: Tensor,
+    cos_Tr: Tensor | None,
+    sin_Tr: Tensor | None,
+    seen_TS: Tensor,
+    far: tuple[list[Tensor], list[Tensor]],
+    near: tuple[list[Tensor], list[Tensor]],
+) -> Tensor:
+    """The same where the newest `recent` tokens are seen in another form: query by query, over a cache mixed for it."""
+    pad, rows = torch.nn.functional.pad, []
+    for t in range(len(hidden_TD)):
+        fine_S1 = (t - torch.arange(len(hidden_TD)) < spec.recent)[:, None]
+        mixed = [
+            [
+                torch.where(fine_S1, new, pad(old, (0, new.shape[1] - old.shape[1])))
+                for old, new in zip(*heads, strict=True)
+            ]
+            for heads in zip(far, near, strict=True)
+        ]
+        cache = (mixed[0], mixed[1])
+        rows.append(folded_attention(layer, spec, weights, hidden_TD, cos_Tr, sin_Tr, seen_TS, cache)[t])
+    return torch.stack(rows)
 
 
 def joint_attention(

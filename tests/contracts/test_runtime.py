@@ -84,6 +84,23 @@ def test_quantized_latents_equal_the_oracle(shape, scales, rope, monkeypatch):
     _compare_with_the_oracle(monkeypatch, shape, True, rope, "sdpa", dtype=torch.float64, tolerance=1e-3, **fields)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("rope", ["applied", "on_read"])
+@pytest.mark.parametrize("quantized", [False, True], ids=["", "quantized"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_recent_tokens_in_a_finer_form_equal_the_oracle(shape, quantized, rope, implementation, monkeypatch):
+    _, R, _, V, k_projection, _ = shape
+    more = (R + 8 if k_projection else R, V + 8 if shape[-1] else V)
+    fields = {"recent": 5, "recent_head_dim": more[0], "v_recent_head_dim": more[1]}
+    if quantized:
+        bits = ("k_bits", R, 3), ("v_bits", V, 3), ("k_recent_bits", more[0], 6), ("v_recent_bits", more[1], 6)
+        fields |= {name: _format(width, b, "exponent") for name, width, b in bits}
+        fields |= {"stored_bias": True, "k_offset": rope == "on_read" and k_projection}
+    monkeypatch.setattr("kvfold.runtimes.kernels.aged_attention.QUERIES_AT_ONCE", 4)
+    dtype, tolerance = (torch.float64, 1e-3) if quantized else (torch.float32, None)
+    _compare_with_the_oracle(monkeypatch, shape, True, rope, implementation, dtype=dtype, tolerance=tolerance, **fields)
+
+
 def _compare_with_the_oracle(
     monkeypatch, shape, bias, rope, implementation, dtype=torch.float32, tolerance=None, **fields
 ):
@@ -96,9 +113,19 @@ def _compare_with_the_oracle(
     expected = []
     for row in hidden.double():
         inputs = (facts, spec, weights, row, cos[0].double(), sin[0].double())
-        latents = zip(reference.stored(*inputs), (spec.k_bits, spec.v_bits), strict=True)
-        seen_again = tuple([_stored_and_read(head, format) for head in heads] for heads, format in latents)
-        expected.append(reference.folded_attention(*inputs, seen, seen_again))
+        made = reference.stored(*inputs)
+        far = tuple(
+            [_stored_and_read(head[:, : side.width], side.format) for head in heads]
+            for heads, side in zip(made, spec.sides, strict=True)
+        )
+        if spec.recent:
+            near = tuple(
+                [_stored_and_read(head, side.format) for head in heads]
+                for heads, side in zip(made, spec.recent_sides, strict=True)
+            )
+            expected.append(reference.folded_attention_by_age(*inputs, seen, far, near))
+        else:
+            expected.append(reference.folded_attention(*inputs, seen, far))
     expected = torch.stack(expected)
     with torch.no_grad():
         assert_close(module(hidden, position_embeddings=(cos, sin))[0], expected, name="prefill", tolerance=tolerance)

@@ -1,4 +1,4 @@
-"""The contract of a length method: which tokens stay."""
+"""The contract of a length method: which tokens stay, and in which form."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from kvfold.plan.layer import AttentionLayer
 
 @dataclass(frozen=True, kw_only=True)
 class LengthMethod(ABC):
-    """A choice of `window` and `sinks`. Its dataclass fields are its hyper-parameters, by name in recipes."""
+    """A choice of which tokens stay, and in which form. Its dataclass fields are its hyper-parameters, by name in recipes."""
 
     @abstractmethod
     def apply(self, layer: AttentionLayer, spec: CacheSpec) -> CacheSpec:
-        """`spec` with `window` and `sinks` set for this layer."""
+        """`spec` with what concerns tokens set for this layer."""
 
 
 CONTRACT = LengthMethod

@@ -109,7 +109,7 @@ class Mla(WidthMethod):
 
     def _latents(self, group: LayerGroup, spec: CacheSpec) -> Latents:
         term = _term(group)
-        latents = solve(lambda position: term, 1, 1, spec.head_dim)
+        latents = solve(lambda position: term, 1, 1, spec.made_widths[0])
         if spec.k_bits is not None:
             latents = arranged(latents, lambda position: term, 1, term.second_FF, spec.k_bits)
         return centred(latents, group.moments(0)[WEIGHTED + BOTH].mean_F)

@@ -61,7 +61,7 @@ def one_query_attention(q_BN1R: Tensor, z_BCSR: Tensor, y_BCSR: Tensor, mask: Te
 def cpu_attention(q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, mask: Tensor | None, *, scale: float) -> Tensor:
     """Few query tokens over numbers or packed ones that `cpu.serves`."""
     T, S = q_BNTR.shape[2], z_BCSR.shape[2]
-    bias = _additive(mask, T, S, 0, S, q_BNTR)
+    bias = additive(mask, T, S, 0, S, q_BNTR)
     return cpu.decode(q_BNTR, z_BCSR, y_BUSV, None if bias is None else bias.float(), scale=scale)
 
 
@@ -95,7 +95,7 @@ def packed_attention(
     if softcap is not None:
         scores_BNTS = softcap * torch.tanh(scores_BNTS / softcap)
     T, S = scores_BNTS.shape[2:]
-    part = _additive(mask, T, S, 0, S, q_BNTR)
+    part = additive(mask, T, S, 0, S, q_BNTR)
     weights_BNTS = (scores_BNTS if part is None else scores_BNTS + part).softmax(-1)
     out_BNTV = kernels.weighted(weights_BNTS, y_BUSV, q_BNTR.dtype)
     return out_BNTV.to(q_BNTR.dtype).transpose(1, 2)
@@ -117,29 +117,29 @@ def chunked_attention(
     Running maximum and sum, as in flash attention: equal to `grouped_attention` over all keys at once, but for rounding.
     """
     B, N, T, _ = q_BNTH.shape
-    largest = q_BNTH.new_full((B, N, T, 1), float("-inf"), dtype=_exact(q_BNTH))
+    largest = q_BNTH.new_full((B, N, T, 1), float("-inf"), dtype=exact(q_BNTH))
     total = out = torch.zeros_like(largest)
     step = tokens_at_once(B * max(elements, N * T), q_BNTH.device.type)
     for start in range(0, tokens, step):
         end = min(start + step, tokens)
-        scores = _scores(q_BNTH * scale, keys(start, end))
+        scores = scores_of(q_BNTH * scale, keys(start, end))
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        part = _additive(mask, T, tokens, start, end, q_BNTH)
+        part = additive(mask, T, tokens, start, end, q_BNTH)
         scores = scores if part is None else scores + part
         highest = torch.maximum(largest, scores.amax(-1, keepdim=True))
         shrink, weights = (largest - highest).exp(), (scores - highest).exp()
-        out = out * shrink + _weighted(weights, values(start, end), q_BNTH.dtype)
+        out = out * shrink + weighted(weights, values(start, end), q_BNTH.dtype)
         total, largest = total * shrink + weights.sum(-1, keepdim=True), highest
     return (out / total).to(q_BNTH.dtype).transpose(1, 2)
 
 
-def _scores(q_BNTH: Tensor, keys: Operand) -> Tensor:
+def scores_of(q_BNTH: Tensor, keys: Operand) -> Tensor:
     """q . k [B, N, T, s], in float32 at least."""
     B, N, T, _ = q_BNTH.shape
     if isinstance(keys, Tensor):
         rows = q_BNTH.reshape(B, keys.shape[1], -1, keys.shape[3])
-        return (rows @ keys.transpose(2, 3)).reshape(B, N, T, -1).to(_exact(q_BNTH))
-    C, total, at = keys[0].codes.shape[1], torch.zeros((), dtype=_exact(q_BNTH), device=q_BNTH.device), 0
+        return (rows @ keys.transpose(2, 3)).reshape(B, N, T, -1).to(exact(q_BNTH))
+    C, total, at = keys[0].codes.shape[1], torch.zeros((), dtype=exact(q_BNTH), device=q_BNTH.device), 0
     for codes, scale in keys:
         # codes are up to 128: what is divided by that here keeps products of half precision in range
         rows = q_BNTH[..., at : at + codes.shape[3]].reshape(B, C, N // C * T, -1) / LARGEST_CODE
@@ -150,7 +150,7 @@ def _scores(q_BNTH: Tensor, keys: Operand) -> Tensor:
     return total.reshape(B, N, T, -1)
 
 
-def _weighted(weights_BNTs: Tensor, values: Operand, dtype: torch.dtype) -> Tensor:
+def weighted(weights_BNTs: Tensor, values: Operand, dtype: torch.dtype) -> Tensor:
     """sum_s w_s v_s [B, N, T, V], in float32 at least; products are taken in `dtype`."""
     B, N, T, s = weights_BNTs.shape
     if isinstance(values, Tensor):
@@ -165,7 +165,7 @@ def _weighted(weights_BNTs: Tensor, values: Operand, dtype: torch.dtype) -> Tens
     return torch.cat(parts, dim=-1).reshape(B, N, T, -1)
 
 
-def _additive(mask: Tensor | None, T: int, S: int, start: int, end: int, like: Tensor) -> Tensor | None:
+def additive(mask: Tensor | None, T: int, S: int, start: int, end: int, like: Tensor) -> Tensor | None:
     """A piece of any of the masks as numbers to add, finite so that a row or a piece of padding stays a number."""
     lowest = torch.finfo(like.dtype).min
     if mask is None and T == 1:
@@ -176,7 +176,7 @@ def _additive(mask: Tensor | None, T: int, S: int, start: int, end: int, like: T
         seen = mask[..., start:end]
     else:
         return mask[..., start:end].clamp_min(lowest)
-    return torch.zeros(seen.shape, dtype=_exact(like), device=like.device).masked_fill(~seen, lowest)
+    return torch.zeros(seen.shape, dtype=exact(like), device=like.device).masked_fill(~seen, lowest)
 
 
 def with_alibi(mask: Tensor | None, alibi: Tensor | None, heads: int) -> Tensor | None:
@@ -223,9 +223,9 @@ def softmax(scores_BNTS: Tensor, mask: Tensor | None) -> Tensor:
         scores_BNTS = scores_BNTS.masked_fill(~mask, torch.finfo(scores_BNTS.dtype).min)
     elif mask is not None:
         scores_BNTS = scores_BNTS + mask
-    return scores_BNTS.softmax(dim=-1, dtype=_exact(scores_BNTS)).to(scores_BNTS.dtype)
+    return scores_BNTS.softmax(dim=-1, dtype=exact(scores_BNTS)).to(scores_BNTS.dtype)
 
 
-def _exact(x: Tensor) -> torch.dtype:
+def exact(x: Tensor) -> torch.dtype:
     """At least float32."""
     return torch.promote_types(x.dtype, torch.float32)

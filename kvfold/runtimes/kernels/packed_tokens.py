@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -77,6 +79,21 @@ Stored = Tensor | PackedTokens
 """All tokens of one side that queries may see."""
 
 
+class AgedTokens(NamedTuple):
+    """All tokens of one side, `far` [B, C, S, R], and the newest of them again in their finer form, `near` [B, C, n, E]."""
+
+    far: Stored
+    near: Stored
+    recent: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.far.shape
+
+    def to(self, device: torch.device) -> AgedTokens:
+        return AgedTokens(self.far.to(device), self.near.to(device), self.recent)
+
+
 def read(stored: Stored, start: int, end: int) -> Tensor:
     """The tokens start:end as numbers [B, heads, end - start, width]."""
     return stored.read(start, end) if isinstance(stored, PackedTokens) else stored[:, :, start:end]
@@ -92,3 +109,15 @@ def read_for_product(stored: Stored, start: int, end: int) -> Operand:
 def read_all(stored: Stored) -> Tensor:
     """All tokens as numbers."""
     return read(stored, 0, stored.shape[2])
+
+
+def with_gradient(stored: Stored, new_BCTR: Tensor) -> Stored:
+    """What is stored, with the gradient of the new tokens passing straight through: bytes have none."""
+    if isinstance(stored, AgedTokens) and torch.is_grad_enabled() and new_BCTR.requires_grad:
+        near, far = (with_gradient(part, new_BCTR[..., : part.shape[-1]]) for part in (stored.near, stored.far))
+        return stored._replace(near=near, far=far)
+    if not isinstance(stored, PackedTokens) or not (torch.is_grad_enabled() and new_BCTR.requires_grad):
+        return stored
+    seen, tokens = read_all(stored), new_BCTR.shape[2]
+    exact = seen[:, :, -tokens:] + (new_BCTR - new_BCTR.detach())
+    return torch.cat([seen[:, :, :-tokens], exact], dim=2)

@@ -6,17 +6,26 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.tensors import tensor_shapes
+from kvfold.runtimes.kernels.aged_attention import attend_by_age
 from kvfold.runtimes.kernels.attention import chunked_attention, grouped_attention, prefill_attention, with_alibi
 from kvfold.runtimes.kernels.codec import roundtrip
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose, decode_attention, pack
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, ReadOnce, Stored, read, read_all, read_for_product
+from kvfold.runtimes.kernels.packed_tokens import (
+    AgedTokens,
+    PackedTokens,
+    ReadOnce,
+    Stored,
+    read,
+    read_all,
+    read_for_product,
+    with_gradient,
+)
 from kvfold.runtimes.kernels.rotary import apply_rotary
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
 from kvfold.runtimes.transformers.projections import projections
@@ -88,9 +97,8 @@ class FoldedAttention(nn.Module):
         z, y = self._keys_values(hidden_states, position_embeddings, cache, state)
         if isinstance(z, PackedTokens) and self.spec.shared_latent:
             z = y = ReadOnce(z)
-        keys = None
+        keys = tables = None
         if self.spec.rope == "on_read" or self.spec.hidden:
-            tables = None
             if self.spec.rope == "on_read" and (self.spec.readers_rotate or self.owner == self.layer_idx):
                 tables = position_embeddings
                 if cache is not None:
@@ -98,8 +106,9 @@ class FoldedAttention(nn.Module):
                     tables = state.tables_of_all(
                         hidden_states, kwargs.get("position_ids"), cache, self.layer.rotary_kind
                     )
-            keys = self._keys_on_read(z, tables)
-        out_BTNH, probs = self._attend(q, z, y, mask, keys, wants_probs=bool(kwargs.get("output_attentions")))
+            keys = functools.partial(self._keys_on_read, tables=tables)
+        attend = self._attend_by_age if isinstance(z, AgedTokens) else self._attend
+        out_BTNH, probs = attend(q, z, y, mask, keys, wants_probs=bool(kwargs.get("output_attentions")))
         return self._output(out_BTNH, residual), probs
 
     def _queries(self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -131,21 +140,20 @@ class FoldedAttention(nn.Module):
                 )
             return tuple(x.to(hidden_BTD.device) for x in state.stored[self.owner])  # type: ignore[return-value]
         new_z, new_y = self._new_keys_values(hidden_BTD, rotary)
-        if not hasattr(cache, "owned"):  # without kvfold's own cache numbers lose what it would lose
-            new_z = roundtrip(new_z, self.spec.k_bits, pack)
-            new_y = new_z if self.spec.shared_latent else roundtrip(new_y, self.spec.v_bits, pack)
         z: Stored = new_z
         y: Stored = new_y
+        if not hasattr(cache, "owned"):  # without kvfold's own cache numbers lose what it would lose
+            z, y = new_z, new_y = self._as_stored(new_z, new_y)
         if cache is not None:
             z, y = cache.update(new_z, new_y, self.layer_idx)
-            z, y = _with_gradient(z, new_z), y if self.spec.shared_latent else _with_gradient(y, new_y)
+            z, y = with_gradient(z, new_z), y if self.spec.shared_latent else with_gradient(y, new_y)
             y = z if self.spec.shared_latent else y
         if state is not None:
             state.stored[self.layer_idx] = (z, y)
         return z, y
 
     def _new_keys_values(self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """What the T new tokens add to the cache: z [B, C, T, R], y [B, U, T, V], which a shared latent is at once."""
+        """What the T new tokens add to the cache: z [B, C, T, E], y [B, U, T, G], which a shared latent is at once."""
         heads = self.spec.num_kv_heads if self.k_a_proj is None else self.layer.num_kv_heads
         z = self._heads(self.k_proj(hidden_BTD), heads, self.k_norm)
         if self.spec.rope == "applied" and rotary is not None:
@@ -153,7 +161,7 @@ class FoldedAttention(nn.Module):
         if self.spec.shared_latent:
             y = None
         elif self.v_a_proj is None:
-            y = self.v_proj(hidden_BTD).unflatten(-1, (-1, self.spec.v_head_dim)).transpose(1, 2)
+            y = self.v_proj(hidden_BTD).unflatten(-1, (-1, self.spec.made_widths[1])).transpose(1, 2)
         else:
             y = self._way("v_a", self.v_proj(hidden_BTD).unflatten(-1, (self.spec.num_v_heads, -1)).transpose(1, 2))
         if self.k_a_proj is not None:
@@ -164,21 +172,57 @@ class FoldedAttention(nn.Module):
             z = z + self._heads(self.v_proj(hidden_BTD), self.spec.num_kv_heads, None)
         return z, z if y is None else y
 
+    def _as_stored(self, z_BCTE: Tensor, y_BUTG: Tensor) -> tuple[Any, Any]:
+        """What a cache would give back of new tokens."""
+        if self.spec.shared_latent:
+            z = self._aged(z_BCTE, 0)
+            return z, z
+        return self._aged(z_BCTE, 0), self._aged(y_BUTG, 1)
+
+    def _aged(self, x_BHTW: Tensor, side: int) -> Any:
+        spec = self.spec
+        bits, width = ((spec.k_bits, spec.head_dim), (spec.v_bits, spec.v_head_dim))[side]
+        if not spec.recent:
+            return roundtrip(x_BHTW, bits, pack)
+        near = roundtrip(x_BHTW, (spec.k_recent_bits, spec.v_recent_bits)[side], pack)
+        return AgedTokens(roundtrip(x_BHTW[..., :width], bits, pack), near, spec.recent)
+
+    def _attend_by_age(
+        self,
+        q: Tensor,
+        z: AgedTokens,
+        y: AgedTokens,
+        mask: Tensor | None,
+        keys: Callable[[Stored], Heads] | None = None,
+        *,
+        wants_probs: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same as `_attend`, where the newest tokens are seen in a finer form."""
+        dropout = self.layer.attention_dropout if self.training else 0.0
+        absorbed = q if keys else self._absorb(q)
+        out, probs = attend_by_age(
+            (q if keys else absorbed[..., : self.spec.head_dim], absorbed), z, y, mask, keys=keys, dropout=dropout,
+            by_masks=self._eager() or wants_probs or dropout > 0, elements=self._elements_at_a_time, scale=self.scaling,
+            softcap=self.layer.softcap,
+        )  # fmt: skip
+        return self._lead_values_back(out), probs
+
     def _attend(
         self,
         q: Tensor,
         z: Stored,
         y: Stored,
         mask: Tensor | None,
-        keys: Heads | None = None,
+        on_read: Callable[[Stored], Heads] | None = None,
         *,
         wants_probs: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """[B, T, N, H or V], and probabilities where they are wanted.
 
-        keys(start, end) makes the source's keys of these tokens, where they are rebuilt on read; otherwise absorbed queries
-        meet the stored ones.
+        on_read(z)(start, end) makes the source's keys of these tokens, where they are rebuilt on read; otherwise absorbed
+        queries meet the stored ones.
         """
+        keys = on_read(z) if on_read else None
         dropout = self.layer.attention_dropout if self.training else 0.0
         few = q.shape[2] <= FEW_TOKENS
         absorbed = self._absorb(q) if few and keys is None else None  # kernels are asked about what they will be given
@@ -287,15 +331,6 @@ class FoldedAttention(nn.Module):
         B, T, N, V = out_BTNV.shape
         per_kv_head = out_BTNV.transpose(1, 2).reshape(B, self.layer.num_kv_heads, -1, V)
         return self.v_b_proj(per_kv_head, heads=self.layer.num_kv_heads).reshape(B, N, T, -1).transpose(1, 2)
-
-
-def _with_gradient(stored: Stored, new_BCTR: Tensor) -> Stored:
-    """What is stored, with the gradient of the new tokens passing straight through: bytes have none."""
-    if not isinstance(stored, PackedTokens) or not (torch.is_grad_enabled() and new_BCTR.requires_grad):
-        return stored
-    seen, tokens = read_all(stored), new_BCTR.shape[2]
-    exact = seen[:, :, -tokens:] + (new_BCTR - new_BCTR.detach())
-    return torch.cat([seen[:, :, :-tokens], exact], dim=2)
 
 
 @functools.cache

@@ -242,6 +242,38 @@ class BlockedBuffer(Buffer):
         return torch.empty(*like.shape[:2], 0, self.format.block_bytes, dtype=torch.uint8, device=like.device)
 
 
+class RecentBuffer:
+    """The newest tokens, no more than `tokens`: few enough to be written anew at every step."""
+
+    def __init__(self, format: NumberFormat | None, tokens: int) -> None:
+        self.format, self.tokens = format, tokens
+        self.rows: Tensor | None = None
+        self.dtype = torch.float32
+
+    def append(self, new_BCTE: Tensor) -> Stored:
+        """Show what is kept and the new tokens; keep the newest of them."""
+        self.dtype = new_BCTE.dtype
+        new = new_BCTE if self.format is None else pack(new_BCTE, self.format)
+        shown = new if self.rows is None else torch.cat([self.rows, new], dim=2)
+        self.rows = shown[:, :, -self.tokens :].clone(memory_format=torch.contiguous_format)
+        return shown if self.format is None else PackedTokens(shown, self.format, self.dtype)
+
+    def forget(self, tokens: int) -> None:
+        """Drop the last tokens."""
+        if self.rows is not None and tokens:
+            self.rows = self.rows[:, :, : max(self.rows.shape[2] - tokens, 0)].clone()
+
+    def select(self, rows: Tensor) -> None:
+        self.rows = None if self.rows is None else self.rows.index_select(0, rows.to(self.rows.device))
+
+    def repeat(self, repeats: int) -> None:
+        self.rows = None if self.rows is None else self.rows.repeat_interleave(repeats, dim=0)
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.rows is None else self.rows.numel() * self.rows.element_size()
+
+
 def buffer(format: NumberFormat | None) -> Buffer:
     """An empty storage for numbers of this format."""
     if format is None:

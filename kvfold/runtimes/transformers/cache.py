@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvfold.errors import PlanError
-from kvfold.plan.cache_spec import CacheSpec, round_up
+from kvfold.plan.cache_spec import RECENT_SLACK, CacheSpec, round_up
 from kvfold.plan.plan import CachePlan
-from kvfold.runtimes.kernels.packed_tokens import Stored
-from kvfold.runtimes.transformers.buffers import Buffer, GrowingBuffer, buffer
+from kvfold.runtimes.kernels.packed_tokens import AgedTokens, Stored
+from kvfold.runtimes.transformers.buffers import Buffer, GrowingBuffer, RecentBuffer, buffer
 
 
 class GrowingLayer(CacheLayerMixin):
@@ -29,17 +29,28 @@ class GrowingLayer(CacheLayerMixin):
         self.length = 0
         self.k: Buffer = buffer(spec.k_bits)
         self.v: Buffer = self.k if spec.shared_latent else buffer(spec.v_bits)
+        self.recent = [RecentBuffer(side.format, spec.recent + RECENT_SLACK) for side in spec.recent_sides]
+        self.recent = self.recent[: len(self.buffers)] if spec.recent else []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Stored, Stored]:
-        """Store z [B, C, T, R] and y [B, U, T, V]; return all tokens that the T queries may see. A shared latent is
+        """Store z [B, C, T, E] and y [B, U, T, G]; return all tokens that the T queries may see. A shared latent is
         stored once, and returned as both."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
+        if not self.spec.recent:
+            return self._append(key_states, value_states)
+        R, V = self.spec.head_dim, self.spec.v_head_dim
+        near = [side.append(new) for side, new in zip(self.recent, (key_states, value_states), strict=False)]
+        far = self._append(key_states[..., :R], value_states[..., :V])
+        k, *v = (AgedTokens(old, new, self.spec.recent) for old, new in zip(far, near, strict=False))
+        return k, v[0] if v else k  # type: ignore[return-value]
+
+    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Stored, Stored]:
         self.length += key_states.shape[2]
         window, capacity = self.spec.window, self.spec.tokens_allocated(self.length)
         if window is not None and not self.record_past:
@@ -87,19 +98,30 @@ class GrowingLayer(CacheLayerMixin):
                 f"{n} tokens cannot be removed: the sliding window of {self.spec.window} tokens has already forgotten what"
                 " would come back into sight. Call activate_past_recording() before generating."
             )
+        if self.recent and n > RECENT_SLACK and self.length > self.spec.recent + RECENT_SLACK and n < self.length:
+            raise RuntimeError(
+                f"{n} tokens cannot be removed: those before them are no longer kept in the finer form of the newest"
+                f" {self.spec.recent}; at most {RECENT_SLACK} can, or all."
+            )
         self.length -= n
+        for near in self.recent:
+            near.forget(n)
         for side in self.buffers:
             side.forget(n, self.spec.window)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         for side in self.buffers:
             side.select(beam_idx)
+        for near in self.recent:
+            near.select(beam_idx)
 
     batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         for side in self.buffers:
             side.repeat(repeats)
+        for near in self.recent:
+            near.repeat(repeats)
 
     def reset(self) -> None:
         self.__init__(self.spec)  # type: ignore[misc]
@@ -107,12 +129,12 @@ class GrowingLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of the live tokens."""
-        return sum(side.nbytes for side in self.buffers)
+        return sum(side.nbytes for side in self.buffers) + sum(near.nbytes for near in self.recent)
 
     @property
     def nbytes_allocated(self) -> int:
         """Bytes of the storage: what the plan's `kv_bytes` promises."""
-        return sum(side.nbytes_allocated for side in self.buffers)
+        return sum(side.nbytes_allocated for side in self.buffers) + sum(near.nbytes for near in self.recent)
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
@@ -121,7 +143,8 @@ class GrowingLayer(CacheLayerMixin):
 
     def _check(self, z: Tensor, y: Tensor) -> None:
         s = self.spec
-        expected = (s.num_kv_heads, s.head_dim, s.num_v_heads, s.v_head_dim)
+        width, v_width = s.made_widths
+        expected = (s.num_kv_heads, width, s.num_v_heads, v_width)
         found = (z.shape[1], z.shape[3], y.shape[1], y.shape[3])
         if found != expected:
             raise PlanError(

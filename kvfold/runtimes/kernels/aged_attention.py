@@ -1,0 +1,191 @@
+"""Attention over tokens whose form depends on their age: a query sees the newest ones finely, others as stored."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvfold.plan.number_format import tokens_at_once
+from kvfold.runtimes.kernels.attention import Piece, additive, exact, scores_of, softmax, weighted
+from kvfold.runtimes.kernels.dispatch import FEW_TOKENS
+from kvfold.runtimes.kernels.packed_tokens import AgedTokens, Operand, PackedTokens, ReadOnce, Stored, read
+
+QUERIES_AT_ONCE = 256
+"""Of a prompt."""
+
+
+class Aged(NamedTuple):
+    """Keys or values of which a query sees the newest `recent` in a finer form. far(start, end): those of all `tokens`;
+    near(start, end): of these again in that form, where they are kept: the last `kept`."""
+
+    far: Piece
+    near: Piece
+    tokens: int
+    kept: int
+    recent: int
+
+
+def attend_by_age(
+    q: tuple[Tensor, Tensor],
+    z: AgedTokens,
+    y: AgedTokens,
+    mask: Tensor | None,
+    *,
+    keys: Callable[[Stored], Piece] | None,
+    by_masks: bool,
+    elements: int,
+    scale: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """[B, T, N, V] and, `by_masks`, probabilities. keys: makes the source's keys of stored ones, where they are rebuilt on
+    read; otherwise queries are absorbed. A prompt reads all tokens several times, so they are made once."""
+    if z is y:  # a latent of both is unpacked once
+        far, near = (ReadOnce(x) if isinstance(x, PackedTokens) else x for x in (z.far, z.near))
+        z = y = AgedTokens(far, near, z.recent)
+    k, v = _aged(z, keys, q[0]), _aged(y, None, q[0])
+    if by_masks:
+        return aged_attention_by_masks(q, k, v, mask, scale=scale, dropout=dropout, softcap=softcap)
+    return aged_attention(q, k, v, mask, elements=elements, scale=scale, softcap=softcap), None
+
+
+def _aged(x: AgedTokens, make: Callable[[Stored], Piece] | None, q: Tensor) -> Aged:
+    sides = [make(part) if make else functools.partial(read, part) for part in (x.far, x.near)]
+    if q.shape[2] > FEW_TOKENS:
+        sides = [_whole(side, part.shape[2]) for side, part in zip(sides, (x.far, x.near), strict=True)]
+    return Aged(sides[0], sides[1], x.shape[2], x.near.shape[2], x.recent)
+
+
+def _whole(piece: Piece, tokens: int) -> Piece:
+    made = piece(0, tokens)
+    assert isinstance(made, Tensor), "pieces are numbers here"
+    return lambda start, end: made[:, :, start:end]
+
+
+def aged_attention(
+    q: tuple[Tensor, Tensor],
+    keys: Aged,
+    values: Aged,
+    mask: Tensor | None,
+    *,
+    elements: int,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Queries (as they meet far and near keys, [B, N, T, R and E]) over tokens whose form their age gives: equal to
+    `aged_attention_by_masks`, by pieces with a running maximum and sum, for QUERIES_AT_ONCE queries at a time."""
+    T, S = q[0].shape[2], keys.tokens
+    parts = []
+    for first in range(0, T, QUERIES_AT_ONCE):
+        last = min(first + QUERIES_AT_ONCE, T)
+        some = tuple(x[:, :, first:last] for x in q)
+        seen = _rows(mask, T, S, first, last, q[0])
+        parts.append(_aged_rows(some, keys, values, seen, S - T + first, elements, scale, softcap))
+    return torch.cat(parts, dim=1)
+
+
+def _aged_rows(
+    q: tuple[Tensor, ...],
+    keys: Aged,
+    values: Aged,
+    mask_TS: Tensor | None,
+    position: int,
+    elements: int,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Of queries that lie together, the first at `position`. mask_TS: to add, of all tokens; None: a query that sees all."""
+    B, N, T, _ = q[0].shape
+    oldest_near = max(position - keys.recent + 1, 0)
+    ranges = (
+        (keys.far, values.far, 0, max(position + T - keys.recent, 0), 0),
+        (keys.near, values.near, oldest_near, position + T, keys.tokens - keys.kept),
+    )
+    step = tokens_at_once(B * max(elements, N * T), q[0].device.type)
+    running = _Running(q[0])
+    for queries, (k, v, start, end, shift), is_near in zip(q, ranges, (False, True), strict=True):
+        for at in range(start, end, step):
+            to = min(at + step, end)
+            scores = scores_of(queries * scale, k(at - shift, to - shift))
+            scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+            scores = scores if mask_TS is None else scores + mask_TS[..., at:to]
+            of_age = _of_age(T, position, at, to, keys.recent, is_near, scores)
+            running.add(
+                scores if of_age is None else scores.masked_fill(~of_age, float("-inf")), v(at - shift, to - shift)
+            )
+    return running.result()
+
+
+def _of_age(T: int, position: int, start: int, end: int, recent: int, near: bool, like: Tensor) -> Tensor | None:
+    """[T, s]: of which tokens start:end queries from `position` on see this form; None where it is all."""
+    if T == 1:
+        return None
+    queries = torch.arange(position, position + T, device=like.device)[:, None]
+    fine = queries - torch.arange(start, end, device=like.device) < recent
+    return fine if near else ~fine
+
+
+class _Running:
+    """Softmax and weighted sum over pieces that come one after the other."""
+
+    def __init__(self, q_BNTH: Tensor) -> None:
+        B, N, T, _ = q_BNTH.shape
+        self.dtype, precise = q_BNTH.dtype, exact(q_BNTH)
+        self.largest = torch.full((B, N, T, 1), torch.finfo(precise).min, dtype=precise, device=q_BNTH.device)
+        self.total = torch.zeros_like(self.largest)
+        self.out: Tensor | None = None
+
+    def add(self, scores_BNTs: Tensor, values_BUsV: Operand) -> None:
+        highest = torch.maximum(self.largest, scores_BNTs.amax(-1, keepdim=True))
+        shrink, weights = (self.largest - highest).exp(), (scores_BNTs - highest).exp()
+        new = weighted(weights, values_BUsV, self.dtype)
+        if self.out is not None:
+            out = self.out * shrink
+            wide = max(out.shape[-1], new.shape[-1])  # far values may have fewer numbers
+            new = F.pad(out, (0, wide - out.shape[-1])) + F.pad(new, (0, wide - new.shape[-1]))
+        self.out, self.largest = new, highest
+        self.total = self.total * shrink + weights.sum(-1, keepdim=True)
+
+    def result(self) -> Tensor:
+        """[B, T, N, V]."""
+        assert self.out is not None, "a query sees at least itself"
+        return (self.out / self.total).to(self.dtype).transpose(1, 2)
+
+
+def aged_attention_by_masks(
+    q: tuple[Tensor, Tensor],
+    keys: Aged,
+    values: Aged,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The obvious version: all scores in both forms, and a mask that chooses. Also the probabilities [B, N, T, S]."""
+    S, T = keys.tokens, q[0].shape[2]
+    lead = S - keys.kept  # of these tokens no query sees the finer form
+    far = scores_of(q[0] * scale, keys.far(0, S))
+    near = F.pad(scores_of(q[1] * scale, keys.near(0, keys.kept)), (lead, 0))
+    fine = torch.arange(S - T, S, device=far.device)[:, None] - torch.arange(S, device=far.device) < keys.recent
+    scores = torch.where(fine, near, far)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    probs = softmax(scores, mask)
+    used = F.dropout(probs, dropout) if dropout else probs
+    old = weighted(used * ~fine, values.far(0, S), used.dtype)
+    new = weighted((used * fine)[..., lead:], values.near(0, keys.kept), used.dtype)
+    out = F.pad(old, (0, new.shape[-1] - old.shape[-1])) + new
+    return out.to(q[0].dtype).transpose(1, 2), probs
+
+
+def _rows(mask: Tensor | None, T: int, S: int, first: int, last: int, like: Tensor) -> Tensor | None:
+    """Of queries first:last out of T what is added to their scores; none where they see all that came before them."""
+    if mask is not None:
+        return additive(mask[..., first:last, :], last - first, S, 0, S, like)
+    seen = S - T + last
+    return additive(None, last - first, seen, 0, seen, like)
