@@ -58,7 +58,14 @@ def _aged(x: AgedTokens, make: Callable[[Stored], Piece] | None, q: Tensor) -> A
     sides = [make(part) if make else functools.partial(read, part) for part in (x.far, x.near)]
     if q.shape[2] > FEW_TOKENS:
         sides = [_whole(side, part.shape[2]) for side, part in zip(sides, (x.far, x.near), strict=True)]
-    return Aged(sides[0], sides[1], x.shape[2], x.near.shape[2], x.recent)
+    far, near = sides
+    if (beyond := x.near.shape[2] - x.shape[2]) > 0:  # of a sliding window
+        near = functools.partial(_shifted, near, beyond)
+    return Aged(far, near, x.shape[2], min(x.near.shape[2], x.shape[2]), x.recent)
+
+
+def _shifted(piece: Piece, by: int, start: int, end: int) -> Operand:
+    return piece(start + by, end + by)
 
 
 def _whole(piece: Piece, tokens: int) -> Piece:

@@ -1,0 +1,162 @@
+"""The newest tokens in a finer form: whatever the steps in which tokens come, a query sees each by its age."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import FULL_ATTENTION, MODELS, load, tokens
+
+import kvfold
+from kvfold.compression.recipe import make_recipe
+from kvfold.errors import PlanError, RecipeError
+from kvfold.runtimes.transformers.cache import FoldedCache
+from kvfold.testing import assert_close, relative_rms
+
+MIXED = {"method": "mixed", "multiple": 4}
+FORMS = {
+    "mla-mixed": ({"method": "mla", "multiple": 4}, MIXED),
+    "on_read-mixed": ({"method": "fisher", "multiple": 4, "rope": "on_read"}, MIXED),
+    "applied-mixed": ({"method": "fisher", "multiple": 4}, MIXED),
+    "logit-plain": ({"method": "logit", "multiple": 4}, {"method": "identity"}),
+    "groups-int": (
+        {"method": "svd_w", "latent": "group", "multiple": 4},
+        {"method": "integer", "k_bits": 3, "v_bits": 3},
+    ),
+    "int4": ({"method": "identity"}, {"method": "integer"}),
+}
+PARTIAL = ("neox_partial", "phi3_partial")
+"""Keys that are rotated in part, and stored after rotation, are made in two ways: no finer form of them."""
+
+
+@pytest.fixture(scope="module")
+def fold(tiny_dir, tmp_path_factory):
+    root, done = tmp_path_factory.mktemp("recent"), {}
+
+    def run(model, form, tokens=6):
+        if (model, form, tokens) not in done:
+            width, bits = FORMS[form]
+            fields = {"model": str(tiny_dir / model), "out": str(root / f"{len(done)}"), "width": width, "bits": bits}
+            fields |= {"length": {"method": "recent", "tokens": tokens}, "allocate": "greedy"}
+            fields |= {"kv_budget": None if form == "int4" else 0.2}
+            calibration = {"data": "self", "num_samples": 8, "seq_len": 48}
+            recipe = make_recipe(fields | {"calibration": calibration})
+            done[model, form, tokens] = kvfold.compress(recipe, run_dir=root / "run", device="cpu")
+        return done[model, form, tokens]
+
+    return run
+
+
+CASES = [
+    pytest.param(model, form, id=f"{form}-{model}")
+    for form in FORMS
+    for model in MODELS
+    if not (model in PARTIAL and form in ("applied-mixed", "logit-plain", "groups-int"))
+]
+every_form = pytest.mark.parametrize(("model", "form"), CASES)
+
+
+def step(network, ids, mask, positions, cache, start, end):
+    options = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end], "past_key_values": cache}
+    with torch.no_grad():
+        return network(ids[:, start:end], **options).logits
+
+
+@pytest.mark.filterwarnings("ignore:kv_budget")
+@every_form
+def test_cached_equals_uncached(fold, model, form):
+    """In float64, where codes do not depend on how a product was rounded."""
+    folded = fold(model, form)
+    network, ids = load(folded.out, dtype=torch.float64), tokens(3, 30)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = mask[2, :2] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        expected = network(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    seen = mask.bool()
+    for cuts in ([*range(1, 31)], [17, *range(18, 31)], [8, 20, 30], [30]):
+        cache, start, out = FoldedCache(folded.plan), 0, []
+        for end in cuts:
+            out.append(step(network, ids, mask, positions, cache, start, end))
+            start = end
+        assert_close(torch.cat(out, 1)[seen], expected[seen], tolerance=1e-3, name=f"cuts {cuts[:3]}")
+    if model in FULL_ATTENTION:
+        cache = FoldedCache(folded.plan)
+        step(network, ids, mask, positions, cache, 0, 20)
+        step(network, ids.flip(1), mask, positions, cache, 20, 26)
+        cache.crop(-6)
+        assert_close(
+            step(network, ids, mask, positions, cache, 20, 30)[seen[:, 20:]],
+            expected[:, 20:][seen[:, 20:]],
+            tolerance=1e-3,
+        )
+
+
+@pytest.mark.filterwarnings("ignore:kv_budget")
+@every_form
+def test_real_bytes_are_planned_bytes(fold, model, form):
+    plan = fold(model, form).plan
+    network, cache, ids = load(fold(model, form).out), FoldedCache(plan), tokens(2, 60)
+    assert any(spec.recent for spec in plan.owned)
+    assert form == "int4" or plan.kv_budget <= 0.2 * 1.001
+    with torch.no_grad():
+        for start, end in ((0, 3), (3, 37), *((i, i + 1) for i in range(37, 60))):
+            network(ids[:, start:end], past_key_values=cache)
+            assert cache.nbytes_allocated == plan.kv_bytes(end, batch_size=2)
+
+
+@pytest.mark.filterwarnings("ignore:kv_budget")
+@pytest.mark.parametrize("form", FORMS)
+def test_it_loses_less(fold, tiny_dir, form):
+    """With all tokens recent what is left is the finer form's loss."""
+    ids = tokens(4, 40)
+    with torch.no_grad():
+        original = load(tiny_dir / "llama_mha")(ids).logits
+        lost = [
+            relative_rms(load(fold("llama_mha", form, n).out)(ids, use_cache=False).logits, original) for n in (1, 64)
+        ]
+    assert lost[0] > lost[1]
+
+
+@pytest.mark.filterwarnings("ignore:kv_budget")
+@pytest.mark.parametrize("form", ["mla-mixed", "logit-plain"])
+def test_gradients_pass(fold, form):
+    network, ids = load(fold("llama_mha", form).out, dtype=torch.float64), tokens(2, 24)
+    found = []
+    for use_cache in (False, True):
+        network.zero_grad()
+        network(ids, labels=ids, use_cache=use_cache).loss.backward()
+        found.append({name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None})
+    for name, gradient in found[0].items():
+        assert_close(found[1][name], gradient, tolerance=1e-5, name=name)
+
+
+@pytest.mark.filterwarnings("ignore:kv_budget")
+def test_generation_with_beams_and_lookup(fold):
+    network, ids = load(fold("llama_mha", "mla-mixed").out, dtype=torch.float64), tokens(2, 20)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(
+        network.generate(ids, **options, num_beams=3), network.generate(ids, **options, num_beams=3, use_cache=False)
+    )
+    one = ids[:1]
+    assert torch.equal(network.generate(one, prompt_lookup_num_tokens=3, **options), network.generate(one, **options))
+
+
+@pytest.mark.filterwarnings("ignore:kv_budget")
+def test_what_is_no_longer_fine_cannot_come_back(fold):
+    plan = fold("llama_mha", "mla-mixed").plan
+    network, cache = load(fold("llama_mha", "mla-mixed").out), FoldedCache(plan)
+    with torch.no_grad():
+        network(tokens(1, 60), past_key_values=cache)
+    with pytest.raises(RuntimeError, match="finer form of the newest 6"):
+        cache.crop(-40)
+    cache.crop(-60)
+    assert cache.get_seq_length() == 0
+
+
+def test_mistakes(tiny_dir, tmp_path):
+    recipe = {"model": str(tiny_dir / "neox_partial"), "out": str(tmp_path / "o"), "kv_budget": 0.5}
+    recipe |= {"width": {"method": "svd_w"}, "length": {"method": "recent"}}
+    with pytest.raises(PlanError, match="k_partial"):
+        kvfold.compress(recipe, device="cpu")
+    with pytest.raises(RecipeError, match=r"length\.tokens must be at least 1"):
+        make_recipe(recipe | {"length": {"method": "recent", "tokens": 0}})
