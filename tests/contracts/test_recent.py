@@ -37,7 +37,7 @@ def fold(tiny_dir, tmp_path_factory):
             width, bits = FORMS[form]
             fields = {"model": str(tiny_dir / model), "out": str(root / f"{len(done)}"), "width": width, "bits": bits}
             fields |= {"length": {"method": "recent", "tokens": tokens}, "allocate": "greedy"}
-            fields |= {"kv_budget": None if form == "int4" else 0.2}
+            fields |= {"kv_budget": None if form == "int4" else 0.08 if form == "mla-mixed" else 0.2}
             calibration = {"data": "self", "num_samples": 8, "seq_len": 48}
             recipe = make_recipe(fields | {"calibration": calibration})
             done[model, form, tokens] = kvfold.compress(recipe, run_dir=root / "run", device="cpu")
