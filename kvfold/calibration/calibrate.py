@@ -67,24 +67,26 @@ def calibrate(
     needs_cross: frozenset[str] = frozenset(),
     device: str = "cpu",
     seed: int = 0,
+    recent: int = 0,
 ) -> Statistics:
     """Moments of all layers over the given sequences, in float64.
 
     `pairs`: (layer, earlier layer) between which the moments of `needs_cross` are gathered as well. `seed`: of the labels
-    that gradients are of. All are kept in `run_dir` and reused whenever model and tokens are the same; an interrupted run
-    continues where it last wrote its hidden states. Peak memory: the hidden states, one layer in float32 and its moments,
-    and the vectors of layers that a later one is paired with; with gradients also those of one layer. Several processes
-    share the sequences, and add up what they saw.
+    that gradients are of. `recent`: gradients are by what queries see that stand at least so many tokens behind. All are kept
+    in `run_dir` and reused whenever model and tokens are the same; an interrupted run continues where it last wrote its
+    hidden states. Peak memory: the hidden states, one layer in float32 and its moments, and the vectors of layers that a
+    later one is paired with; with gradients also those of one layer. Several processes share the sequences, and add up what
+    they saw.
     """
     cross = CrossMoments(frozenset(pairs), needs_cross)
-    key, wanted = _key(checkpoint, tokens_BT, seed), needs | cross.labels
+    key, wanted = _key(checkpoint, tokens_BT, seed, recent), needs | cross.labels
     if (finished := _finished(run_dir, key, wanted)) is not None:
         return Statistics(finished, tokens_BT.numel())
     _say_what_is_left_alone(run_dir, key)
     folder = run_dir / f"statistics-{key}-{_short('+'.join(sorted(wanted)))}"
     make_folder(folder)
     total = tokens_BT.numel()
-    model = StreamedModel(checkpoint, arch, device)
+    model = StreamedModel(checkpoint, arch, device, recent)
     downward, dtype = bool(needs & SENSITIVITIES), source_dtype(checkpoint, arch, model.layers[0])
     assert not (downward and cross.labels), "gradients are seen from the last layer down, pairs from the first up"
     require_space(folder, _bytes(model, needs, cross, tokens_BT, downward * ITEMSIZE[dtype]))
@@ -132,9 +134,10 @@ def _bytes(
     return 8 * matrices * size**2 + (per_token + entering_itemsize * hidden * len(model.layers)) * tokens_BT.numel()
 
 
-def _key(checkpoint: Checkpoint, tokens_BT: Tensor, seed: int) -> str:
-    tokens_BT = tokens_BT.to(torch.int64)
-    return fingerprint(version=STATISTICS_VERSION, model=checkpoint.fingerprint(), tokens=tokens_BT, seed=seed)[:12]
+def _key(checkpoint: Checkpoint, tokens_BT: Tensor, seed: int, recent: int) -> str:
+    facts = {"model": checkpoint.fingerprint(), "tokens": tokens_BT.to(torch.int64), "seed": seed}
+    facts |= {"recent": recent} if recent else {}
+    return fingerprint(version=STATISTICS_VERSION, **facts)[:12]
 
 
 def _say_what_is_left_alone(run_dir: Path, key: str) -> None:

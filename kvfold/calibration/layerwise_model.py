@@ -19,6 +19,7 @@ from kvfold.architectures.base import Architecture, empty_model, source_config
 from kvfold.calibration.statistics import Seen
 from kvfold.checkpoint.reader import Checkpoint
 from kvfold.plan.layer import AttentionLayer
+from kvfold.runtimes.kernels.aged_attention import Aged, aged_attention_by_masks
 from kvfold.runtimes.kernels.attention import grouped_attention
 
 OBSERVED = "kvfold_observed"
@@ -38,9 +39,14 @@ def ignore(seen: Seen) -> None:
 
 
 class StreamedModel:
-    """A checkpoint's model on the meta device, of which single parts get their weights when they run."""
+    """A checkpoint's model on the meta device, of which single parts get their weights when they run.
 
-    def __init__(self, checkpoint: Checkpoint, arch: Architecture, device: str) -> None:
+    `recent`: gradients are by keys and values as queries see them that stand at least so many tokens behind, where the
+    family's attention is observed through transformers' interface (elsewhere as all see them).
+    """
+
+    def __init__(self, checkpoint: Checkpoint, arch: Architecture, device: str, recent: int = 0) -> None:
+        self.recent = recent
         config = source_config(arch, checkpoint.config)
         config._attn_implementation = arch.attn_implementation or _register_observed_attention()
         self.checkpoint, self.arch, self.device = checkpoint, arch, device
@@ -156,7 +162,7 @@ class StreamedModel:
         if self.arch.attn_implementation:
             hook = self.arch.watch(getattr(module, self.arch.attention), observer)
         else:
-            call = call | {"kvfold_observer": observer}
+            call = call | {"kvfold_observer": observer, "kvfold_recent": self.recent}
 
         def run(hidden_BTD: Tensor) -> tuple[Tensor, Seen]:
             out = module(hidden_BTD, **self.arch.for_rows(call, len(hidden_BTD)))
@@ -194,6 +200,11 @@ def _score(logits_KV: Tensor, draws_K: Tensor) -> Tensor:
     return probs_KV.neg_().scatter_add_(1, labels_K1, torch.ones_like(probs_KV[:, :1]))
 
 
+def _of_two_ages(far: Tensor, near: Tensor, recent: int) -> Aged:
+    T = far.shape[2]
+    return Aged(lambda start, end: far[:, :, start:end], lambda start, end: near[:, :, start:end], T, T, recent)
+
+
 def _register_observed_attention() -> str:
     AttentionInterface.register(OBSERVED, _observed_attention)
     AttentionMaskInterface.register(OBSERVED, sdpa_mask)
@@ -209,9 +220,16 @@ def _observed_attention(
     *,
     scaling: float,
     kvfold_observer: Callable[[Tensor, Tensor, Tensor, float], None],
+    kvfold_recent: int = 0,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    if kvfold_recent and torch.is_grad_enabled():
+        far_key, far_value = key.clone(), value.clone()  # the same numbers, with gradients of their own
+        kvfold_observer(query, far_key, far_value, scaling)
+        keys, values = (_of_two_ages(*pair, kvfold_recent) for pair in ((far_key, key), (far_value, value)))
+        out, _ = aged_attention_by_masks((query, query), keys, values, attention_mask, scale=scaling, softcap=softcap)
+        return out, None
     kvfold_observer(query, key, value, scaling)
     if softcap is not None:  # which torch's fused kernel would ignore
         return grouped_attention(query, key, value, attention_mask, scale=scaling, softcap=softcap)[0], None

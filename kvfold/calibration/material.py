@@ -62,6 +62,7 @@ class Material:
     width: WidthMethod
     asked_by: str
     seed: int = 0
+    recent: int = 0
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -90,6 +91,7 @@ class Material:
             needs_cross=needs_cross,
             device=self.device,
             seed=self.seed,
+            recent=self.recent,
         )
 
     @torch.no_grad()

@@ -170,7 +170,10 @@ def material_of(recipe: Recipe, source: Source, run_dir: Path, device: str = "cp
     """The calibration text that a recipe asks for."""
     asked_by = " + ".join(getattr(recipe, axis)["method"] for axis in ("depth", "width"))
     width = recipe.method("width")
-    return Material(recipe.calibration, source, run_dir, width, asked_by, seed=recipe.seed, device=device)
+    return Material(
+        recipe.calibration, source, run_dir, width, asked_by,
+        seed=recipe.seed, device=device, recent=recipe.method("length").recent,
+    )  # fmt: skip
 
 
 def _prefer(tree: dict[str, Any]) -> None:

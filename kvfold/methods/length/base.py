@@ -13,6 +13,11 @@ from kvfold.plan.layer import AttentionLayer
 class LengthMethod(ABC):
     """A choice of which tokens stay, and in which form. Its dataclass fields are its hyper-parameters, by name in recipes."""
 
+    @property
+    def recent(self) -> int:
+        """Of how many of the newest tokens the common form does not matter, since they are read in a finer one."""
+        return 0
+
     @abstractmethod
     def apply(self, layer: AttentionLayer, spec: CacheSpec) -> CacheSpec:
         """`spec` with what concerns tokens set for this layer."""

@@ -30,6 +30,10 @@ class Recent(LengthMethod):
         if self.tokens < 1 or self.more_bits < 0 or not 1 <= self.rest_bits <= MOST_BITS:
             raise RecipeError("length.tokens must be at least 1, length.more_bits 0, length.rest_bits 1 to 8.")
 
+    @property
+    def recent(self) -> int:
+        return self.tokens
+
     def apply(self, layer: AttentionLayer, spec: CacheSpec) -> CacheSpec:
         if layer.window is not None and layer.window <= self.tokens:
             return spec
