@@ -273,8 +273,9 @@ def fill(cache: Any, plan: CachePlan, batch: int, context: int, dtype: torch.dty
     for index, spec in enumerate(plan.caches):
         if spec is None:
             continue
-        z = torch.randn(batch, spec.num_kv_heads, context, spec.head_dim, dtype=dtype, device=device)
-        y = torch.randn(batch, spec.num_v_heads, context, spec.v_head_dim, dtype=dtype, device=device)
+        width, v_width = spec.made_widths
+        z = torch.randn(batch, spec.num_kv_heads, context, width, dtype=dtype, device=device)
+        y = torch.randn(batch, spec.num_v_heads, context, v_width, dtype=dtype, device=device)
         cache.update(z, y, index)
     if plan.position_bytes:
         cache.see(torch.arange(context, device=device)[None], batch)

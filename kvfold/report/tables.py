@@ -20,7 +20,7 @@ from kvfold.evaluation.memory import Capacity
 from kvfold.evaluation.recall import Recall
 from kvfold.evaluation.tasks import TaskScore
 from kvfold.evaluation.texts import Evaluation
-from kvfold.plan.plan import CachePlan
+from kvfold.plan.plan import BUDGET_CONTEXT, CachePlan
 from kvfold.report.html import budget_plot, numbers_table, render
 from kvfold.report.plots import SVG, bar, described
 from kvfold.report.table import Table
@@ -56,6 +56,12 @@ def print_plan(plan: CachePlan, title: str) -> None:
             "heads x width: numbers x bits. █ 7 bits and more, ▓ 5 and 6, ▒ 3 and 4, ░ 1 and 2, · not stored. A decode step"
             f" turns {plan.kv_workspace_bytes() / 1e6:,.2f} MB per sequence back into numbers at a time.",
             highlight=False,
+        )
+    if once := plan.recent_bytes():
+        newest = max(spec.recent for spec in plan.owned)
+        STDOUT.print(
+            f"The newest {newest} tokens are kept in a finer form as well: {once / 1e6:,.2f} MB per sequence, which the share"
+            f" above counts over {BUDGET_CONTEXT:,} tokens."
         )
     if plan.position_bytes:
         STDOUT.print(

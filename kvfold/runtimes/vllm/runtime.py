@@ -52,6 +52,10 @@ class Vllm(Runtime):
 def _in_the_way(spec: CacheSpec) -> str | None:
     if spec.k_bits is not None or spec.v_bits is not None:
         return f"{'v_bits' if spec.k_bits is None else 'k_bits'}: numbers in few bits"
+    if spec.recent:
+        return f"recent = {spec.recent}: a finer form of the newest tokens"
+    if spec.shared_latent:
+        return "shared_latent = True: keys and values in one latent"
     if spec.rope == "on_read":
         return "rope = on_read: keys that are rotated when they are read"
     if spec.joint:
