@@ -49,6 +49,46 @@ def test_streamed_gradients_are_those_of_the_whole_model(tiny_dir, model):
         assert_close(ours, theirs, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("model", ["llama_yarn", "gemma2_softcap", "mistral_window"])
+@torch.no_grad()
+def test_far_gradients_are_those_of_far_queries(tiny_dir, model):
+    """What enters a layer keeps its whole gradient; keys and values keep that of queries at least `recent` tokens behind."""
+    source, ids, recent = open_source(tiny_dir / model), tokens(4, 21), 5
+    found = {}
+    for far in (0, 1, recent, 21):
+        stream, parts = StreamedModel(source.checkpoint, source.arch, "cpu", far), []
+        hidden = stream.embed(ids)
+        gradient = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+        stream.retreat(stream.layers[0], hidden, gradient, parts.append)
+        found[far] = gradient, *(torch.cat([getattr(p, name) for p in parts]) for name in ("k_gradient", "v_gradient"))
+    for far in (1, recent, 21):
+        assert_close(found[far][0], found[0][0], tolerance=1e-5)
+    for side in (1, 2):
+        assert not found[21][side].any()
+        assert not found[recent][side][:, :, -recent:].any() and found[recent][side][:, :, :-recent].any()
+    by_hand = _far_value_gradient(source, ids, recent)
+    assert_close(found[recent][2], by_hand, tolerance=1e-4)
+
+
+def _far_value_gradient(source, ids, recent):
+    """Of the first layer: probabilities of far queries, transposed, times the gradient of what they average."""
+    stream = StreamedModel(source.checkpoint, source.arch, "cpu")
+    hidden = stream.embed(ids)
+    gradient = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+    layer, total = stream.layers[0], 0
+    age = torch.arange(21)[:, None] - torch.arange(21)
+    for n in range(21):  # one query alone sends a gradient to every value that it sees
+        if n < recent:
+            continue
+        parts, alone = [], StreamedModel(source.checkpoint, source.arch, "cpu")
+        states, only = alone.embed(ids), torch.zeros_like(gradient)
+        only[:, n] = gradient[:, n]
+        alone.retreat(layer, states, only, parts.append)
+        sent = torch.cat([p.v_gradient for p in parts])
+        total = total + sent * (age[n] >= recent)[None, None, :, None]
+    return total
+
+
 def test_labels_are_drawn_from_the_models_predictions():
     logits = torch.randn(1, 7).repeat(20_000, 1)
     scores = _score(logits, torch.rand(20_000, generator=torch.Generator().manual_seed(0)))
