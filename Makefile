@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/demo_model/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: docs wheel results-real results-real-tasks results-real-recall demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
+.PHONY: docs wheel results-real results-real-auto results-real-tasks results-real-recall demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -206,6 +206,12 @@ results-real-frontier: $(VENV)/installed
 	$(BIN)/kvfold compare $(REAL) $(addprefix --preset ,$(REAL_PRESETS)) $(addprefix --kv-budget ,1/2 1/4 1/8 1/16 1/32) \
 	  --data $(CALIBRATION) $(ON_REAL) --out runs/real-frontier
 	$(BIN)/python benchmarks/frontier.py --real runs/real-frontier
+
+# The default alone, anew, beside the peers of results-real-frontier
+results-real-auto: $(VENV)/installed
+	$(BIN)/kvfold compare $(REAL) --preset auto $(addprefix --kv-budget ,1/2 1/4 1/8 1/16 1/32) --data $(CALIBRATION) $(ON_REAL) \
+	  --out runs/real-auto
+	$(BIN)/python benchmarks/frontier.py --real runs/real-frontier runs/real-auto
 
 # What more or longer calibration text buys at 1/8
 CALIBRATED = auto:calibration.num_samples=$(1),calibration.seq_len=$(2)

@@ -1,7 +1,8 @@
 """The frontier of bytes and quality over all models that `make results-frontier` compared: one table, and a plot per model.
 
     python benchmarks/frontier.py [RUNS]
-    python benchmarks/frontier.py --real FOLDER      # the same of one comparison: results/real.md, and its plot and table
+    python benchmarks/frontier.py --real FOLDER [NEWER]  # of one comparison: results/real.md, and its plot and table; NEWER
+                                                     # holds `auto` as it is now, FOLDER the peers and `auto` as it was
 
 At every budget `auto` stands beside the best of the others that take at most as many bytes. Every point of another method is
 compared with `auto` at the same budget, or, where it has one size only, at the largest budget within it.
@@ -27,6 +28,7 @@ NAMES = {
     "auto:allocate=uniform,bits.method=integer": "auto, equal shares in 4 bits",
     "auto:prefer=speed": "auto, speed",
 }
+BEFORE = "auto, keys and values apart"
 RESULTS = Path("results")
 LEAST = 1e-8
 COLUMNS = (
@@ -54,7 +56,7 @@ def main() -> None:
     """Write results/frontier.md, -shifted.md (further texts) and -ablation.md, per model a table and a plot, and
     frontier.json: how many points of others there are, and which lose less."""
     if sys.argv[1:2] == ["--real"]:
-        real(Path(sys.argv[2]))
+        real(*map(Path, sys.argv[2:]))
         return
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
     lines: list[str] = []
@@ -85,10 +87,21 @@ def main() -> None:
     print(counted)
 
 
-def real(folder: Path) -> None:
+def real(folder: Path, newer: Path | None = None) -> None:
     """Of one comparison: results/real.md over all its texts, and its own table and plot."""
     file = folder / "comparison.json"
     comparison = json.loads(file.read_text())
+    table = (folder / "table.md").read_text()
+    if newer is not None:
+        for row in comparison["rows"]:
+            row["preset"] = BEFORE if row["preset"] == "auto" else row["preset"]
+        added = json.loads((newer / "comparison.json").read_text())
+        assert added["evaluated_on"] == comparison["evaluated_on"], "both are measured on the same tokens"
+        comparison["rows"] += added["rows"]
+        rows = [
+            line for line in (newer / "table.md").read_text().splitlines(keepends=True) if line.startswith("| auto")
+        ]
+        table = table.replace("| auto |", f"| {BEFORE} |").rstrip("\n") + "\n" + "".join(rows)
     texts = [comparison["evaluated_on"].partition(".")[0], *comparison["also_on"]]
     lines = [
         f"| {comparison['model']} | {text.removesuffix('.txt')} | {line}"
@@ -96,16 +109,16 @@ def real(folder: Path) -> None:
         for line in beside(read(comparison, index))
     ]
     write("real.md", COLUMNS, lines)
-    illustrate(file, comparison)
+    illustrate(file, comparison, table)
 
 
-def illustrate(file: Path, comparison: dict[str, Any]) -> None:
+def illustrate(file: Path, comparison: dict[str, Any], table: str | None = None) -> None:
     """The plot of a comparison on its first text, and its table."""
     first = read(comparison, 0)
     curves = {p.preset: [(q.kept, max(q.kl, LEAST)) for q in first if q.preset == p.preset] for p in first}
     plot = frontier_plot(list(curves.items()), f"{comparison['model']}, books it never saw, no training")
     (RESULTS / f"{file.parent.name}.svg").write_text(SVG + plot)
-    (RESULTS / f"{file.parent.name}.md").write_text((file.parent / "table.md").read_text())
+    (RESULTS / f"{file.parent.name}.md").write_text(table or (file.parent / "table.md").read_text())
 
 
 def read(comparison: dict[str, Any], index: int) -> list[Point]:
