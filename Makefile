@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/demo_model/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: docs wheel results-real results-real-auto results-real-tasks results-real-recall demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
+.PHONY: docs wheel results-real results-real-auto results-real-tasks results-real-recall demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -82,6 +82,13 @@ results-auto: $(VENV)/installed
 	  --data $(CALIBRATION) --num-samples 128 --seq-len 256 --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 16384 \
 	  --out runs/auto-$(notdir $(MODEL))
 	cp runs/auto-$(notdir $(MODEL))/table.md results/auto-$(notdir $(MODEL)).md
+
+# One latent of keys and values beside latents apart: make results-mla MODEL=... VALID=... SHIFTED=... CALIBRATION=...
+results-mla: $(VENV)/installed
+	$(BIN)/kvfold compare $(MODEL) --preset auto --preset auto:width.method=fisher,width.rope=on_read \
+	  $(addprefix --kv-budget ,1/4 1/8 1/16 1/32) --data $(CALIBRATION) --num-samples 128 --seq-len 256 --eval-data $(VALID) \
+	  --eval-data $(SHIFTED) --max-tokens 16384 --out runs/mla-$(notdir $(MODEL))
+	cp runs/mla-$(notdir $(MODEL))/table.md results/mla-$(notdir $(MODEL)).md
 
 # A decode step with packed caches, of two layers of Llama-2-7B's shape
 DECODE := --prefills 0 --threads 2

@@ -17,6 +17,7 @@ from kvfold.calibration import text as data
 from kvfold.calibration.calibrate import Statistics, calibrate
 from kvfold.calibration.calibration import Calibration
 from kvfold.calibration.layerwise_model import StreamedModel
+from kvfold.calibration.observing import SENSITIVITIES
 from kvfold.calibration.statistics import VECTORS, Seen
 from kvfold.checkpoint.atomic import make_folder, write_tensors
 from kvfold.checkpoint.source import Source, read_layer, warn_if_too_long
@@ -78,9 +79,15 @@ class Material:
         targets: Targets = (),
         joint: bool = False,
     ) -> Statistics | None:
-        """Moments of all layers, calibrated now or reused; None if none are needed."""
+        """Moments of all layers, calibrated now or reused; None if none are needed. Raises DataError where gradients
+        are wanted of what stands further behind than sequences reach."""
         if not needs:
             return None
+        if needs & SENSITIVITIES and self.seq_len < 2 * self.recent:
+            raise DataError(
+                f"sequences of {self.seq_len} tokens say little of what queries see {self.recent} tokens behind: at least"
+                f" --seq-len {2 * self.recent}, or fewer tokens in length.tokens."
+            )
         return calibrate(
             self.source.checkpoint,
             self.source.arch,

@@ -23,7 +23,7 @@ from kvfold.runtimes.base import runtime
 SIDES = ("keys", "values")
 SMALLEST_BUDGET = 1 / 256
 """Where the search for the smallest cache begins."""
-ROUNDS = 4
+ROUNDS = 12
 """In which a choice is brought under the budget, where what is stored beside keys and values depends on it."""
 BISECTIONS = 9
 """Of ln 256: the result is within 1.1 % of the bytes that would do."""

@@ -63,7 +63,7 @@ def _spent(curves: Curves, chosen: Choice, budget: float, cost: Cost) -> Choice:
             for shape, lost in points
             if cost(shape) - cost(chosen[key]) <= left
         }
-        if not gains or max(gains.values()) <= 0:
+        if not any(gain > 0 for gain in gains.values()):  # nor where distortions are no numbers
             return chosen
         key, shape = max(gains, key=lambda step: gains[step])
         chosen[key] = shape
