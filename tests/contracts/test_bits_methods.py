@@ -16,7 +16,7 @@ from kvfold.compression.recipe import make_recipe
 from kvfold.evaluation.texts import evaluate_models
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels import packed_tokens as packed
-from kvfold.runtimes.kernels.attention import _weighted
+from kvfold.runtimes.kernels.attention import weighted
 from kvfold.runtimes.kernels.codec import pack, unpack, unpack_scaled
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.testing import assert_close, relative_rms
@@ -338,5 +338,5 @@ def test_small_weights_times_small_scales_do_not_vanish(dtype):
     weights[..., 0] = 0.99
     rows = pack(values, format)
     exact = weights @ unpack(rows, format, torch.float32)
-    found = _weighted(weights, unpack_scaled(rows, format, dtype), dtype)
+    found = weighted(weights, unpack_scaled(rows, format, dtype), dtype)
     assert_close(found, exact, tolerance=5e-3)
