@@ -176,6 +176,11 @@ def choose_layout(request: Request, *, kv_budget: float | None, sample: Sample |
     Raises RecipeError where a choice is left and no budget says how to make it.
     """
     layouts = request.axes.depth.layouts(request.layers, sample)
+    if not layouts:
+        raise RecipeError(
+            f"none of the {len(request.layers)} layers may share a cache evenly with others: layers share within their kind of"
+            " sliding window. Name how many keep one: --owners."
+        )
     if len(layouts) > 1 and kv_budget is None:
         raise RecipeError(
             "say how many layers keep a cache (--owners 6, for example) or how much to keep (--kv-budget)."

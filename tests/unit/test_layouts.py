@@ -61,6 +61,19 @@ def test_owners_are_shared_out_exactly_among_windows(tiny_dir):
         )
 
 
+def test_no_even_layout_is_said(tiny_dir, tmp_path):
+    """Three layers of two kinds of window: neither all nor one of them can be owners."""
+    recipe = {
+        "model": str(tiny_dir / "qwen3_norm_window"),
+        "out": str(tmp_path / "out"),
+        "preset": "shared",
+        "kv_budget": 0.5,
+    }
+    recipe |= {"calibration": {"data": "self", "num_samples": 8, "seq_len": 32}}
+    with pytest.raises(RecipeError, match="Name how many keep one: --owners"):
+        kvfold.compress(recipe, device="cpu")
+
+
 def test_shared_finds_a_layout_for_mixed_windows(tiny_dir, tmp_path):
     recipe = {
         "model": str(tiny_dir / "gemma2_softcap"),
