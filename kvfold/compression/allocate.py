@@ -178,7 +178,7 @@ def choose_layout(request: Request, *, kv_budget: float | None, sample: Sample |
     layouts = request.axes.depth.layouts(request.layers, sample)
     if not layouts:
         raise RecipeError(
-            f"none of the {len(request.layers)} layers may share a cache evenly with others: layers share within their kind of"
+            f"none of the {len(request.layers)} layers may share a cache evenly: layers share within their kind of"
             " sliding window. Name how many keep one: --owners."
         )
     if len(layouts) > 1 and kv_budget is None:
