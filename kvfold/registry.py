@@ -76,10 +76,16 @@ def _own(group: str) -> tuple[str, ...]:
 @functools.cache
 def _foreign(group: str) -> dict[str, importlib.metadata.EntryPoint]:
     """Those of other packages; kvfold's own names win."""
-    prefix = f"{group}." if group in AXES else ""
-    found = importlib.metadata.entry_points(group="kvfold.methods" if group in AXES else f"kvfold.{group}")
+    if group in AXES:
+        return entry_points("kvfold.methods", _own(group), prefix=f"{group}.")
+    return entry_points(f"kvfold.{group}", _own(group))
+
+
+def entry_points(group: str, own: Iterable[str], prefix: str = "") -> dict[str, importlib.metadata.EntryPoint]:
+    """Those of installed packages whose name begins with `prefix`, by what follows it, without the names of our `own`."""
+    found = importlib.metadata.entry_points(group=group)
     named = {point.name.removeprefix(prefix): point for point in found if point.name.startswith(prefix)}
-    return {name: point for name, point in named.items() if name not in _own(group)}
+    return {name: point for name, point in named.items() if name not in own}
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

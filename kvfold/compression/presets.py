@@ -167,5 +167,4 @@ def all_presets() -> dict[str, Preset]:
 
 
 def _foreign() -> dict[str, importlib.metadata.EntryPoint]:
-    points = importlib.metadata.entry_points(group="kvfold.presets")
-    return {point.name: point for point in points if point.name not in PRESETS}
+    return registry.entry_points("kvfold.presets", PRESETS)

@@ -102,7 +102,7 @@ class LowRankWidth(WidthMethod):
     def _shapes(self, layer: AttentionLayer, latent: str) -> list[StoredShape]:
         K, H = layer.num_kv_heads, layer.head_dim
         if latent == "layer":
-            return [StoredShape(1, width) for width in self._widths(K * H)]
+            return [StoredShape(1, width) for width in latent_widths(K * H, self.multiple)]
         sizes = [self.group_size] if self.group_size else divisors(K)
         if K % sizes[0]:
             raise RecipeError(
@@ -113,11 +113,8 @@ class LowRankWidth(WidthMethod):
         best = {}
         for t in sizes:
             limit = t * H if self.group_size else H
-            best.update({K // t * width: StoredShape(K // t, width) for width in self._widths(limit)})
+            best.update({K // t * width: StoredShape(K // t, width) for width in latent_widths(limit, self.multiple)})
         return [best[elements] for elements in sorted(best)]
-
-    def _widths(self, limit: int) -> list[int]:
-        return sorted({*range(self.multiple, limit, self.multiple), limit})
 
     def key_distortion(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
         return distortions(lambda i: self.key_term(group, i), len(group), shapes)
@@ -244,6 +241,11 @@ class LowRankWidth(WidthMethod):
         owner_UF = group.moments(0)[stored].mean_F.unflatten(0, (back_UFV.shape[0], -1))
         seen_F = torch.einsum("ufv,uvg,ug->uf", back_UFV, values.a_CRF, owner_UF).flatten()
         return (group.moments(position)[stored].mean_F - seen_F).unflatten(0, (group.owner.num_kv_heads, -1))
+
+
+def latent_widths(limit: int, multiple: int) -> list[int]:
+    """Multiples up to `limit`, and `limit` itself, which loses nothing."""
+    return sorted({*range(multiple, limit, multiple), limit})
 
 
 def restore_mean(folded: FoldedWeights, missing_KH: Tensor) -> FoldedWeights:

@@ -13,7 +13,7 @@ from kvfold.linalg.block_diagonal import BlockDiagonal
 from kvfold.linalg.quantization_basis import arranged, centred
 from kvfold.linalg.reduced_rank import Latents, Term, distortions, energy, solve, spectrum
 from kvfold.linalg.sensitivity import METRIC, WEIGHTED, sensitivities
-from kvfold.methods.low_rank import fuse_keys, restore_mean, store_values
+from kvfold.methods.low_rank import fuse_keys, latent_widths, restore_mean, store_values
 from kvfold.methods.width.base import LayerGroup, WidthMethod, plain_spec
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.folded_weights import FoldedWeights
@@ -62,7 +62,7 @@ class Mla(WidthMethod):
         if self.kv_heads:
             return [StoredShape(1, 2 * self.kv_heads * layer.head_dim)]
         limit = 2 * layer.num_kv_heads * layer.head_dim
-        return [StoredShape(1, width) for width in sorted({*range(self.multiple, limit, self.multiple), limit})]
+        return [StoredShape(1, width) for width in latent_widths(limit, self.multiple)]
 
     def key_distortion(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
         return distortions(lambda position: _term(group), 1, shapes)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvfold.plan.number_format import tokens_at_once
-from kvfold.runtimes.kernels.attention import Piece, additive, exact, scores_of, softmax, weighted
+from kvfold.runtimes.kernels.attention import Piece, RunningSoftmax, additive, scores_of, softmax, weighted
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS
-from kvfold.runtimes.kernels.packed_tokens import AgedTokens, Operand, PackedTokens, ReadOnce, Stored, read
+from kvfold.runtimes.kernels.packed_tokens import AgedTokens, Operand, Stored, read
 
 QUERIES_AT_ONCE = 256
 """Of a prompt."""
@@ -45,9 +45,6 @@ def attend_by_age(
 ) -> tuple[Tensor, Tensor | None]:
     """[B, T, N, V] and, `by_masks`, probabilities. keys: makes the source's keys of stored ones, where they are rebuilt on
     read; otherwise queries are absorbed. A prompt reads all tokens several times, so they are made once."""
-    if z is y:  # a latent of both is unpacked once
-        far, near = (ReadOnce(x) if isinstance(x, PackedTokens) else x for x in (z.far, z.near))
-        z = y = AgedTokens(far, near, z.recent)
     k, v = _aged(z, keys, q[0]), _aged(y, None, q[0])
     if by_masks:
         return aged_attention_by_masks(q, k, v, mask, scale=scale, dropout=dropout, softcap=softcap)
@@ -114,7 +111,7 @@ def _aged_rows(
         (keys.near, values.near, oldest_near, position + T, keys.tokens - keys.kept),
     )
     step = tokens_at_once(B * max(elements, N * T), q[0].device.type)
-    running = _Running(q[0])
+    running = RunningSoftmax(q[0])
     for queries, (k, v, start, end, shift), is_near in zip(q, ranges, (False, True), strict=True):
         for at in range(start, end, step):
             to = min(at + step, end)
@@ -135,33 +132,6 @@ def _of_age(T: int, position: int, start: int, end: int, recent: int, near: bool
     queries = torch.arange(position, position + T, device=like.device)[:, None]
     fine = queries - torch.arange(start, end, device=like.device) < recent
     return fine if near else ~fine
-
-
-class _Running:
-    """Softmax and weighted sum over pieces that come one after the other."""
-
-    def __init__(self, q_BNTH: Tensor) -> None:
-        B, N, T, _ = q_BNTH.shape
-        self.dtype, precise = q_BNTH.dtype, exact(q_BNTH)
-        self.largest = torch.full((B, N, T, 1), torch.finfo(precise).min, dtype=precise, device=q_BNTH.device)
-        self.total = torch.zeros_like(self.largest)
-        self.out: Tensor | None = None
-
-    def add(self, scores_BNTs: Tensor, values_BUsV: Operand) -> None:
-        highest = torch.maximum(self.largest, scores_BNTs.amax(-1, keepdim=True))
-        shrink, weights = (self.largest - highest).exp(), (scores_BNTs - highest).exp()
-        new = weighted(weights, values_BUsV, self.dtype)
-        if self.out is not None:
-            out = self.out * shrink
-            wide = max(out.shape[-1], new.shape[-1])  # far values may have fewer numbers
-            new = F.pad(out, (0, wide - out.shape[-1])) + F.pad(new, (0, wide - new.shape[-1]))
-        self.out, self.largest = new, highest
-        self.total = self.total * shrink + weights.sum(-1, keepdim=True)
-
-    def result(self) -> Tensor:
-        """[B, T, N, V]."""
-        assert self.out is not None, "a query sees at least itself"
-        return (self.out / self.total).to(self.dtype).transpose(1, 2)
 
 
 def aged_attention_by_masks(

@@ -117,20 +117,42 @@ def chunked_attention(
     Running maximum and sum, as in flash attention: equal to `grouped_attention` over all keys at once, but for rounding.
     """
     B, N, T, _ = q_BNTH.shape
-    largest = q_BNTH.new_full((B, N, T, 1), float("-inf"), dtype=exact(q_BNTH))
-    total = out = torch.zeros_like(largest)
+    running = RunningSoftmax(q_BNTH)
     step = tokens_at_once(B * max(elements, N * T), q_BNTH.device.type)
     for start in range(0, tokens, step):
         end = min(start + step, tokens)
         scores = scores_of(q_BNTH * scale, keys(start, end))
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
         part = additive(mask, T, tokens, start, end, q_BNTH)
-        scores = scores if part is None else scores + part
-        highest = torch.maximum(largest, scores.amax(-1, keepdim=True))
-        shrink, weights = (largest - highest).exp(), (scores - highest).exp()
-        out = out * shrink + weighted(weights, values(start, end), q_BNTH.dtype)
-        total, largest = total * shrink + weights.sum(-1, keepdim=True), highest
-    return (out / total).to(q_BNTH.dtype).transpose(1, 2)
+        running.add(scores if part is None else scores + part, values(start, end))
+    return running.result()
+
+
+class RunningSoftmax:
+    """Softmax and weighted sum over pieces that come one after the other."""
+
+    def __init__(self, q_BNTH: Tensor) -> None:
+        B, N, T, _ = q_BNTH.shape
+        self.dtype, precise = q_BNTH.dtype, exact(q_BNTH)
+        self.largest = torch.full((B, N, T, 1), torch.finfo(precise).min, dtype=precise, device=q_BNTH.device)
+        self.total = torch.zeros_like(self.largest)
+        self.out: Tensor | None = None
+
+    def add(self, scores_BNTs: Tensor, values_BUsV: Operand) -> None:
+        highest = torch.maximum(self.largest, scores_BNTs.amax(-1, keepdim=True))
+        shrink, weights = (self.largest - highest).exp(), (scores_BNTs - highest).exp()
+        new = weighted(weights, values_BUsV, self.dtype)
+        if self.out is not None:
+            out = self.out * shrink
+            wide = max(out.shape[-1], new.shape[-1])  # far values may have fewer numbers
+            new = F.pad(out, (0, wide - out.shape[-1])) + F.pad(new, (0, wide - new.shape[-1]))
+        self.out, self.largest = new, highest
+        self.total = self.total * shrink + weights.sum(-1, keepdim=True)
+
+    def result(self) -> Tensor:
+        """[B, T, N, V]."""
+        assert self.out is not None, "a query sees at least itself"
+        return (self.out / self.total).to(self.dtype).transpose(1, 2)
 
 
 def scores_of(q_BNTH: Tensor, keys: Operand) -> Tensor:

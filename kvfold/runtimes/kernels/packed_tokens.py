@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,6 +92,13 @@ class AgedTokens(NamedTuple):
 
     def to(self, device: torch.device) -> AgedTokens:
         return AgedTokens(self.far.to(device), self.near.to(device), self.recent)
+
+
+def read_once(stored: Stored | AgedTokens) -> Any:
+    """The same, so that keys and values which are made of it unpack each piece once."""
+    if isinstance(stored, AgedTokens):
+        return stored._replace(far=read_once(stored.far), near=read_once(stored.near))
+    return ReadOnce(stored) if isinstance(stored, PackedTokens) else stored
 
 
 def read(stored: Stored, start: int, end: int) -> Tensor:

@@ -18,12 +18,11 @@ from kvfold.runtimes.kernels.codec import roundtrip
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose, decode_attention, pack
 from kvfold.runtimes.kernels.packed_tokens import (
     AgedTokens,
-    PackedTokens,
-    ReadOnce,
     Stored,
     read,
     read_all,
     read_for_product,
+    read_once,
     with_gradient,
 )
 from kvfold.runtimes.kernels.rotary import apply_rotary
@@ -95,8 +94,8 @@ class FoldedAttention(nn.Module):
         mask = with_alibi(attention_mask, alibi, self.layer.num_attention_heads)
         q = self._queries(hidden_states, position_embeddings)
         z, y = self._keys_values(hidden_states, position_embeddings, cache, state)
-        if isinstance(z, PackedTokens) and self.spec.shared_latent:
-            z = y = ReadOnce(z)
+        if self.spec.shared_latent:
+            z = y = read_once(z)
         keys = tables = None
         if self.spec.rope == "on_read" or self.spec.hidden:
             if self.spec.rope == "on_read" and (self.spec.readers_rotate or self.owner == self.layer_idx):
@@ -180,12 +179,9 @@ class FoldedAttention(nn.Module):
         return self._aged(z_BCTE, 0), self._aged(y_BUTG, 1)
 
     def _aged(self, x_BHTW: Tensor, side: int) -> Any:
-        spec = self.spec
-        bits, width = ((spec.k_bits, spec.head_dim), (spec.v_bits, spec.v_head_dim))[side]
-        if not spec.recent:
-            return roundtrip(x_BHTW, bits, pack)
-        near = roundtrip(x_BHTW, (spec.k_recent_bits, spec.v_recent_bits)[side], pack)
-        return AgedTokens(roundtrip(x_BHTW[..., :width], bits, pack), near, spec.recent)
+        common, finer = self.spec.sides[side], self.spec.recent_sides[side]
+        far = roundtrip(x_BHTW[..., : common.width], common.format, pack)
+        return AgedTokens(far, roundtrip(x_BHTW, finer.format, pack), self.spec.recent) if self.spec.recent else far
 
     def _attend_by_age(
         self,

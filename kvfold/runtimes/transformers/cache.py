@@ -29,8 +29,8 @@ class GrowingLayer(CacheLayerMixin):
         self.length = 0
         self.k: Buffer = buffer(spec.k_bits)
         self.v: Buffer = self.k if spec.shared_latent else buffer(spec.v_bits)
-        self.recent = [RecentBuffer(side.format, spec.recent + RECENT_SLACK) for side in spec.recent_sides]
-        self.recent = self.recent[: len(self.buffers)] if spec.recent else []
+        finer = spec.recent_sides[: len(self.buffers)] if spec.recent else ()
+        self.recent = [RecentBuffer(side.format, spec.recent + RECENT_SLACK) for side in finer]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
