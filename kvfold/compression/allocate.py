@@ -203,12 +203,12 @@ def allocate(request: Request, *, kv_budget: float | None, strategy: str, curves
         return request.plan(_without_budget(request))
     asked = kv_budget * request.source_bytes
     budget = asked - request.bytes_beside(request.smallest)
-    for _ in range(ROUNDS):
+    for attempt in range(ROUNDS):
         chosen = _chosen(request, kv_budget, budget, strategy, curves)
         excess = request.total(chosen) + request.bytes_beside(chosen) - asked * SLACK
         if excess <= 0:
             break
-        budget -= excess
+        budget -= excess * 2**attempt  # a smaller choice may store more beside, so that equal steps can take for ever
     _check_budget(request, chosen, kv_budget)
     return request.plan(chosen)
 
