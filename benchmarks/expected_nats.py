@@ -68,11 +68,11 @@ def of_side(probe: Probe, owner: int, side: str, options: argparse.Namespace) ->
     began = time.perf_counter()
     curve = expected_curve(probe.request, probe.groups, owner, side)
     expecting, rows = time.perf_counter() - began, []
-    whole = probe.request.cost(probe.request.widest(probe.request.layers[owner], side))
+    whole = probe.request.cost((owner, side), probe.request.widest(probe.request.layers[owner], side))
     for budget in options.budgets:
         shape, nats = max(
-            (point for point in curve if probe.request.cost(point[0]) <= parse_budget(budget) * whole),
-            key=lambda point: probe.request.cost(point[0]),
+            (point for point in curve if probe.request.cost((owner, side), point[0]) <= parse_budget(budget) * whole),
+            key=lambda point: probe.request.cost((owner, side), point[0]),
         )
         began = time.perf_counter()
         row = {

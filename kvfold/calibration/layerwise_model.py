@@ -41,8 +41,8 @@ def ignore(seen: Seen) -> None:
 class StreamedModel:
     """A checkpoint's model on the meta device, of which single parts get their weights when they run.
 
-    `recent`: gradients are by keys and values as queries see them that stand at least so many tokens behind, where the
-    family's attention is observed through transformers' interface (elsewhere as all see them).
+    `recent`: gradients are by keys and values as queries see them that stand at least so many tokens behind, and apart from
+    those as all others see them, where the family's attention is observed through transformers' interface.
     """
 
     def __init__(self, checkpoint: Checkpoint, arch: Architecture, device: str, recent: int = 0) -> None:
@@ -107,10 +107,10 @@ class StreamedModel:
             for part, gradient in zip(hidden_BTD.split(rows), gradient_BTD.split(rows), strict=True):
                 entered = part.to(self.device).requires_grad_()
                 left, seen = run(entered)
-                inputs = (entered, seen.k, seen.v)
-                by_hidden, by_keys, by_values = torch.autograd.grad(left, inputs, gradient.to(self.device))
+                parts = seen.differentiated
+                by_hidden, *by_parts = torch.autograd.grad(left, (entered, *parts.values()), gradient.to(self.device))
                 gradient.copy_(by_hidden)
-                observe(seen.detached()._replace(k_gradient=by_keys, v_gradient=by_values))
+                observe(seen.detached()._replace(**dict(zip(parts, by_parts, strict=True))))
 
     @torch.no_grad()
     def label_gradients(self, tokens_BT: Tensor, hidden_BTD: Tensor, draws_BT: Tensor) -> Tensor:
@@ -154,9 +154,10 @@ class StreamedModel:
         cos, sin = call.get("position_embeddings") or (None, None)
         found: list[Seen] = []
 
-        def observer(q: Tensor, k: Tensor, v: Tensor, scaling: float = layer.scaling) -> None:
+        def observer(q: Tensor, k: Tensor, v: Tensor, scaling: float = layer.scaling, **recent: Tensor) -> None:
             # some families scale queries before attention and not in it
-            found.append(Seen(q if scaling == layer.scaling else q * (scaling / layer.scaling), k, v, cos, sin))
+            q = q if scaling == layer.scaling else q * (scaling / layer.scaling)
+            found.append(Seen(q, k, v, cos, sin, **recent))
 
         hook = None
         if self.arch.attn_implementation:
@@ -219,17 +220,21 @@ def _observed_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    kvfold_observer: Callable[[Tensor, Tensor, Tensor, float], None],
+    kvfold_observer: Callable[..., None],
     kvfold_recent: int = 0,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if kvfold_recent and torch.is_grad_enabled():
-        far_key, far_value = key.clone(), value.clone()  # the same numbers, with gradients of their own
-        kvfold_observer(query, far_key, far_value, scaling)
-        keys, values = (_of_two_ages(*pair, kvfold_recent) for pair in ((far_key, key), (far_value, value)))
-        out, _ = aged_attention_by_masks((query, query), keys, values, attention_mask, scale=scaling, softcap=softcap)
-        return out, None
+        # the same numbers four times, with gradients of their own
+        far_key, far_value, near_key, near_value = key.clone(), value.clone(), key.clone(), value.clone()
+        kvfold_observer(query, far_key, far_value, scaling, recent_k=near_key, recent_v=near_value)
+        keys, values = (
+            _of_two_ages(far_key, near_key, kvfold_recent),
+            _of_two_ages(far_value, near_value, kvfold_recent),
+        )
+        sizes: dict[str, Any] = {"width": value.shape[-1], "scale": scaling, "softcap": softcap}
+        return aged_attention_by_masks((query, query), keys, values, attention_mask, **sizes)[0], None
     kvfold_observer(query, key, value, scaling)
     if softcap is not None:  # which torch's fused kernel would ignore
         return grouped_attention(query, key, value, attention_mask, scale=scaling, softcap=softcap)[0], None

@@ -24,7 +24,7 @@ from kvfold.checkpoint.source import Source, read_layer, warn_if_too_long
 from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.errors import CheckpointError, DataError
 from kvfold.linalg.eigen import Moment
-from kvfold.linalg.sensitivity import WEIGHTED
+from kvfold.linalg.sensitivity import RECENT, WEIGHTED
 from kvfold.methods.depth.base import Sample, Targets
 from kvfold.methods.width.base import LayerGroup, WidthMethod
 from kvfold.plan.layer import AttentionWeights
@@ -83,6 +83,7 @@ class Material:
         are wanted of what stands further behind than sequences reach."""
         if not needs:
             return None
+        needs = of_all_ages(needs) if self.recent else needs
         if needs & SENSITIVITIES and self.seq_len < 2 * self.recent:
             raise DataError(
                 f"sequences of {self.seq_len} tokens say little of what queries see {self.recent} tokens behind: at least"
@@ -194,6 +195,11 @@ def _chat_opening(path: Path) -> list[int]:
         return []
 
 
+def of_all_ages(needs: frozenset[str]) -> frozenset[str]:
+    """With the statistics of recent tokens."""
+    return needs | {RECENT + name for name in needs & SENSITIVITIES}
+
+
 def layer_group(
     source: Source,
     targets: Targets,
@@ -201,8 +207,12 @@ def layer_group(
     statistics: Statistics | None,
     method: WidthMethod,
     sample: Sample | None = None,
+    *,
+    recent: int = 0,
 ) -> LayerGroup:
-    """The layers that use the cache of `owner`, with what `method` may read of them."""
+    """The layers that use the cache of `owner`, with what `method` may read of them. recent: of how many tokens there is
+    another form."""
+    needs = of_all_ages(method.needs) if recent else method.needs
     layers = [source.layers[i] for i, target in enumerate(targets) if owner in (i, target)]
 
     @functools.lru_cache(maxsize=2)
@@ -211,7 +221,7 @@ def layer_group(
 
     @functools.lru_cache(maxsize=2)
     def moments(position: int) -> Mapping[str, Moment]:
-        return statistics.layer(layers[position].index, method.needs) if statistics else {}
+        return statistics.layer(layers[position].index, needs) if statistics else {}
 
     @functools.lru_cache(maxsize=1)
     def cross(position: int, other: int = 0) -> Mapping[str, Tensor]:

@@ -11,10 +11,12 @@ from kvfold import distributed as processes
 from kvfold.calibration.cross_moments import CrossMoments
 from kvfold.calibration.statistics import GRADIENTS, VECTORS, Seen
 from kvfold.linalg.eigen import Moment
-from kvfold.linalg.sensitivity import METRIC, WEIGHTED, fit
+from kvfold.linalg.sensitivity import METRIC, RECENT, WEIGHTED, fit
 from kvfold.plan.layer import AttentionLayer
 
-SENSITIVITIES = frozenset(part + name for name in GRADIENTS for part in (WEIGHTED, METRIC))
+SENSITIVITIES = frozenset(
+    age + part + name for name in GRADIENTS for part in (WEIGHTED, METRIC) for age in ("", RECENT)
+)
 """Statistics that need gradients."""
 
 STATISTICS = frozenset({*VECTORS, *SENSITIVITIES})
@@ -30,10 +32,11 @@ class LayerObserver:
     device: str
     layer: AttentionLayer
     own: dict[str, Moment] = field(default_factory=dict)
-    kept: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    kept: dict[str, list[tuple[Tensor, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sensitive = [name for name in GRADIENTS if {WEIGHTED + name, METRIC + name} & self.needs]
+        self.tells_ages = any(name.startswith(RECENT) for name in self.needs)
 
     def __call__(self, seen: Seen) -> None:
         for name in sorted((self.needs | self.cross.needs) & set(VECTORS)):
@@ -45,7 +48,8 @@ class LayerObserver:
         for (
             name
         ) in self.sensitive:  # tokens are weighed by each other's gradients: all of a layer are kept till the end
-            self.kept.setdefault(name, []).append((VECTORS[name](seen), GRADIENTS[name](seen)))
+            gradients = [GRADIENTS[name](s) for s in ((seen, seen.of_recent) if self.tells_ages else (seen,))]
+            self.kept.setdefault(name, []).append((VECTORS[name](seen), *gradients))
 
     def _update(self, name: str, vectors: Tensor) -> None:
         self.own.setdefault(name, Moment.zeros(*vectors.shape[1:], device=self.device)).update(vectors)
@@ -56,10 +60,13 @@ class LayerObserver:
             self.own = {name: _of_all(self.own[name]) for name in sorted(self.own)}
             self.cross.sums = {label: processes.summed(self.cross.sums[label]) for label in sorted(self.cross.sums)}
         for name in sorted(self.kept):
-            x_TF, gradient_TF = (torch.cat(parts) for parts in zip(*self.kept.pop(name), strict=True))
+            x_TF, gradient_TF, *near_TF = (torch.cat(parts) for parts in zip(*self.kept.pop(name), strict=True))
             heads = x_TF.shape[1] // self.layer.head_dim
-            found = fit(x_TF, gradient_TF, heads, processes.summed)
-            self.own[WEIGHTED + name], self.own[METRIC + name] = found
+            moment, metric = fit(x_TF, gradient_TF, heads, processes.summed)
+            self.own |= {WEIGHTED + name: moment, METRIC + name: metric}
+            for gradient_TF in near_TF:  # both forms of a token are made of it without the same mean
+                near, near_metric = fit(x_TF, gradient_TF, heads, processes.summed, moment.mean_F)
+                self.own |= {RECENT + WEIGHTED + name: near, RECENT + METRIC + name: near_metric}
 
     def moments(self, tokens: int) -> dict[str, Tensor]:
         """The tensors of the layer's file."""

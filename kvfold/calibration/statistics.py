@@ -15,6 +15,8 @@ class Seen(NamedTuple):
     """q [B, N, T, H] and k [B, K, T, H] after rotation, v [B, K, T, H]; cos and sin [1 or B, T, r], None without rotation.
 
     k_gradient, v_gradient: of sampled labels' log-probabilities by k and v (`layerwise_model.py`), where they are asked for.
+    recent_k, recent_v: the same numbers as queries see them that stand close by, where those are told apart: k and v are then
+    what all other queries see, and so are the gradients.
     """
 
     q: Tensor
@@ -24,10 +26,27 @@ class Seen(NamedTuple):
     sin: Tensor | None
     k_gradient: Tensor | None = None
     v_gradient: Tensor | None = None
+    recent_k: Tensor | None = None
+    recent_v: Tensor | None = None
+    recent_k_gradient: Tensor | None = None
+    recent_v_gradient: Tensor | None = None
+
+    @property
+    def differentiated(self) -> dict[str, Tensor]:
+        """By what gradients are taken, with the name that each gets."""
+        parts = {"k": self.k, "v": self.v, "recent_k": self.recent_k, "recent_v": self.recent_v}
+        return {f"{name}_gradient": part for name, part in parts.items() if part is not None}
+
+    @property
+    def of_recent(self) -> Seen:
+        """With the gradients of queries that stand close by, or of all where they are not told apart."""
+        if self.recent_k_gradient is None:
+            return self
+        return self._replace(k_gradient=self.recent_k_gradient, v_gradient=self.recent_v_gradient)
 
     def detached(self) -> Seen:
         """Without the graph that gradients need."""
-        return self._replace(q=self.q.detach(), k=self.k.detach(), v=self.v.detach())
+        return self._replace(q=self.q.detach(), k=self.k.detach(), v=self.v.detach(), recent_k=None, recent_v=None)
 
 
 def _flat(x_BKTH: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any
 
 from kvfold.compression.hulls import SLACK, Choice, Curve, Curves, Key, best_within
 from kvfold.errors import BudgetError, RecipeError
+from kvfold.linalg.sensitivity import RECENT
 from kvfold.methods.bits.base import BitsMethod, noise_share
 from kvfold.methods.depth.base import DepthMethod, Sample, Targets
 from kvfold.methods.length.base import LengthMethod
@@ -87,7 +89,9 @@ class Request:
     @cached_property
     def options(self) -> dict[Key, list[StoredShape]]:
         """What each side can store, from few bytes to many; of methods that go by the spectrum with the fewest bits."""
-        options = {(layer.index, side): self._options(layer, side) for layer in self.owners for side in self.parts}
+        options = {
+            (layer.index, side): self._options(layer, side) for layer in self.owners for side in self.parts_of(layer)
+        }
         paired = self.limits.one_shape and len(self.parts) == 2
         return {(i, side): self._common(i, options) for i, side in options} if paired else options
 
@@ -95,6 +99,17 @@ class Request:
     def parts(self) -> tuple[str, ...]:
         """What gets a share of the budget in every layer: keys and values, or both as one."""
         return self.axes.width.parts
+
+    def recent_of(self, layer: AttentionLayer) -> int:
+        """Of how many recent tokens a layer has a form of its own."""
+        kept = layer.index in self.limits.keep_layers
+        told_apart = self.axes.length.told_apart(self.axes.width, self.axes.bits)
+        return self.axes.length.recent_of(layer) if told_apart and not kept else 0
+
+    def parts_of(self, layer: AttentionLayer) -> tuple[str, ...]:
+        """The same for one layer, the finer forms of recent tokens included."""
+        finer = tuple(RECENT + part for part in self.parts) if self.recent_of(layer) else ()
+        return self.parts + finer
 
     def _common(self, owner: int, options: Mapping[Key, list[StoredShape]]) -> list[StoredShape]:
         """What both sides can store."""
@@ -111,14 +126,14 @@ class Request:
         shapes = self.shapes(layer, side)
         if layer.index not in self.limits.keep_layers:
             shapes = self.axes.bits.stored(layer, side, self.allowed(layer, shapes))
-        return sorted(shapes, key=self.cost)
+        return sorted(shapes, key=lambda shape: self.cost((layer.index, side), shape))
 
     def widest(self, layer: AttentionLayer, side: str) -> StoredShape:
         """The shape that loses nothing."""
         return self._by_numbers(layer, side)[-1]
 
     def _by_numbers(self, layer: AttentionLayer, side: str) -> list[StoredShape]:
-        found = self.axes.width.shapes(side, layer, 1 + self.targets.count(layer.index))
+        found = self.axes.width.shapes(side.removeprefix(RECENT), layer, 1 + self.targets.count(layer.index))
         return sorted(found, key=lambda shape: shape.elements)
 
     def shapes(self, layer: AttentionLayer, side: str) -> list[StoredShape]:
@@ -133,19 +148,21 @@ class Request:
         least = self.limits.min_width * 2 / len(self.parts) * layer.num_kv_heads * layer.head_dim
         return [shape for shape in shapes if shape.elements >= least / SLACK] or list(shapes[-1:])
 
-    def cost(self, shape: StoredShape) -> float:
-        """Bytes per token."""
-        return shape.bytes_per_token(self.itemsize)
+    def cost(self, key: Key, shape: StoredShape) -> float:
+        """Bytes per token; those of recent tokens are shared out among BUDGET_CONTEXT."""
+        whole = shape.bytes_per_token(self.itemsize)
+        return whole * self.axes.length.recent / BUDGET_CONTEXT if key[1].startswith(RECENT) else whole
 
     def total(self, chosen: Mapping[Key, StoredShape]) -> float:
         """Bytes per token of all that was chosen."""
-        return sum(map(self.cost, chosen.values()))
+        return sum(self.cost(key, shape) for key, shape in chosen.items())
 
     def bytes_beside(self, chosen: Mapping[Key, StoredShape]) -> float:
-        """What is stored per token beside keys and values; what a sequence takes once is shared out among BUDGET_CONTEXT."""
+        """What is stored per token beside all that."""
         specs = [self.spec(layer, chosen) for layer in self.owners]
-        positions = POSITION_BYTES if any(spec.rope == "on_read" for spec in specs) else 0
-        return positions + sum(spec.recent_bytes(BUDGET_CONTEXT, self.itemsize) for spec in specs) / BUDGET_CONTEXT
+        counted = sum(self.total({key: shape}) for key, shape in chosen.items() if key[1].startswith(RECENT))
+        recent = sum(spec.recent_bytes(BUDGET_CONTEXT, self.itemsize) for spec in specs) / BUDGET_CONTEXT
+        return recent - counted + POSITION_BYTES * any(spec.rope == "on_read" for spec in specs)
 
     @cached_property
     def smallest(self) -> Choice:
@@ -154,8 +171,11 @@ class Request:
 
     def spec(self, layer: AttentionLayer, chosen: Mapping[Key, StoredShape]) -> CacheSpec:
         """The cache that `layer` owns."""
-        spec = self.axes.width.spec(layer, *(chosen[layer.index, side] for side in self.parts))
-        return self.axes.length.apply(layer, spec)
+        spec, *finer = (
+            self.axes.width.spec(layer, *(chosen[layer.index, age + side] for side in self.parts))
+            for age in (("", RECENT) if self.recent_of(layer) else ("",))
+        )
+        return spec if layer.index in self.limits.keep_layers else self.axes.length.apply(layer, spec, *finer)
 
     def plan(self, chosen: Mapping[Key, StoredShape]) -> CachePlan:
         """The plan of what was chosen for every side."""
@@ -298,7 +318,8 @@ def _uniform(request: Request, options: Mapping[Key, Sequence[StoredShape]], kv_
     chosen = {}
     for key, shapes in options.items():
         limit = share * filled[key[0]] * sides[key[0]] * SLACK
-        chosen[key] = max((s for s in shapes if request.cost(s) <= limit), key=request.cost, default=shapes[0])
+        fitting = (shape for shape in shapes if request.cost(key, shape) <= limit)
+        chosen[key] = max(fitting, key=functools.partial(request.cost, key), default=shapes[0])
     return chosen
 
 
@@ -307,36 +328,37 @@ def _trimmed(request: Request, chosen: Choice, options: Mapping[Key, Sequence[St
     values can make an equal share of all a little too much."""
     chosen, cost = dict(chosen), request.cost
     while request.total(chosen) > budget * SLACK:
-        smaller = {key: [s for s in options[key] if cost(s) < cost(shape)] for key, shape in chosen.items()}
+        smaller = {key: [s for s in options[key] if cost(key, s) < cost(key, shape)] for key, shape in chosen.items()}
         reducible = [key for key in chosen if smaller[key]]
         if not reducible:
             break
-        key = max(reducible, key=lambda key: (cost(chosen[key]), key))
+        key = max(reducible, key=lambda key: (cost(key, chosen[key]), key))
         chosen[key] = smaller[key][-1]
     return chosen
 
 
 def expected_curves(request: Request, groups: Groups) -> Curves:
     """Of every side."""
-    return {key: expected_curve(request, groups, *key) for key in request.options}
+    return {(owner, side): expected_curve(request, groups, owner, side) for owner, side in request.options}
 
 
 def expected_curve(request: Request, groups: Groups, owner: int, side: str, noise: float = 1.0) -> Curve:
     """What one side can store, from few bytes to many, with the distortion that its method expects, in nats where the method
     knows them. noise: what errors of quantization cost, where those of leaving numbers out cost 1."""
-    scale = request.axes.width.scale(side, groups(owner))
-    return [(shape, scale * lost) for shape, lost in _relative_curve(request, groups, owner, side, noise)]
+    group = groups(owner).of_recent if side.startswith(RECENT) else groups(owner)
+    scale = request.axes.width.scale(side.removeprefix(RECENT), group)
+    return [(shape, scale * lost) for shape, lost in _relative_curve(request, group, side, noise)]
 
 
-def _relative_curve(request: Request, groups: Groups, owner: int, side: str, noise: float) -> Curve:
+def _relative_curve(request: Request, group: LayerGroup, side: str, noise: float) -> Curve:
     """The same as shares of what losing everything would cost."""
-    width, bits, options = request.axes.width, request.axes.bits, request.options[owner, side]
-    layer = request.layers[owner]
-    if not bits.by_spectrum or owner in request.limits.keep_layers:
-        left_out = zip(options, width.distortion(side, groups(owner), options), strict=True)
+    width, bits, layer, what = request.axes.width, request.axes.bits, group.owner, side.removeprefix(RECENT)
+    if not bits.by_spectrum or layer.index in request.limits.keep_layers:
+        options = request.options[layer.index, side]
+        left_out = zip(options, width.distortion(what, group, options), strict=True)
         return [(shape, lost + max(1 - lost, 0) * noise_share(shape.format)) for shape, lost in left_out]
     shapes = request.allowed(layer, request.shapes(layer, side))
-    return bits.curve(shapes, width.spectrum(side, groups(owner), shapes[-1].num_heads), noise)
+    return bits.curve(shapes, width.spectrum(what, group, shapes[-1].num_heads), noise)
 
 
 def _check_budget(request: Request, chosen: Choice, kv_budget: float) -> None:

@@ -98,7 +98,8 @@ def compress(
 
     @functools.lru_cache(maxsize=1)  # keys and values of a group are asked for one after the other
     def groups(owner: int) -> LayerGroup:
-        return layer_group(source, targets, owner, statistics, width, vectors)
+        group = layer_group(source, targets, owner, statistics, width, vectors, recent=material.recent)
+        return group if request.recent_of(group.owner) else group.of_recent
 
     probe = functools.cache(functools.partial(_probe, recipe, material, statistics, request, groups))
     plan = _plan(recipe, request, groups, probe)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from kvfold.checkpoint.source import source_dtype
 from kvfold.compression.allocate import Groups
 from kvfold.compression.widen_mlp import SIZE, widen
 from kvfold.errors import CheckpointError
-from kvfold.methods.width.base import WidthMethod
-from kvfold.plan.cache_spec import ITEMSIZE
+from kvfold.methods.width.base import LayerGroup, WidthMethod
+from kvfold.plan.cache_spec import ITEMSIZE, CacheSpec
+from kvfold.plan.folded_weights import FoldedWeights, beside
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
 from kvfold.plan.plan import CachePlan
+from kvfold.plan.tensors import tensor_shapes
 from kvfold.progress import track
 from kvfold.runtimes.transformers.modeling import empty_folded_model, folded_classes
 
@@ -87,11 +89,21 @@ def _folded(
     tensors: dict[str, Tensor] = {}
     for owner in (i for i in shard.folded if plan.owner(i) == i):
         group = groups(owner)
-        for layer, folded in zip(group.layers, method.fold(group, plan.cache_of(owner)), strict=True):
+        for layer, folded in zip(group.layers, _weights(method, group, plan.cache_of(owner)), strict=True):
             dtype = getattr(torch, source_dtype(checkpoint, arch, layer))
             prefix = arch.attention_prefix(layer.index)
             tensors |= {prefix + name: tensor for name, tensor in folded.state_dict(dtype).items()}
     return tensors
+
+
+def _weights(method: WidthMethod, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
+    """Of the layers of a group, with the finer form of recent tokens where the plan has one of its own."""
+    if not spec.recent_head_dim:
+        yield from method.fold(group, spec.of_all)
+        return
+    forms = method.fold(group, spec.of_all), method.fold(group.of_recent, spec.of_recent)
+    for position, (layer, far, near) in enumerate(zip(group.layers, *forms, strict=True)):
+        yield beside(tensor_shapes(layer, spec, owns=not position), far, near)
 
 
 def _check(tensors: Mapping[str, Tensor], names: list[str], shapes: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Callable, Sequence
 
@@ -18,8 +19,10 @@ Curve = list[tuple[StoredShape, float]]
 
 Curves = dict[Key, Curve]
 Choice = dict[Key, StoredShape]
-Cost = Callable[[StoredShape], float]
+Cost = Callable[[Key, StoredShape], float]
 """Bytes per token."""
+Price = Callable[[StoredShape], float]
+"""The same of one side."""
 
 
 def best_within(budget: float, curves: Curves, cost: Cost) -> Choice:
@@ -33,21 +36,22 @@ def _cheapest(curves: Curves, budget: float, cost: Cost) -> Choice:
     Steps lie on the lower convex hull of each (bytes, distortion) curve, so that gains fall and greedy is optimal but for
     the last step.
     """
-    hulls = {key: lower_hull(points, cost) for key, points in curves.items()}
+    price = {key: functools.partial(cost, key) for key in curves}
+    hulls = {key: lower_hull(points, price[key]) for key, points in curves.items()}
     position = dict.fromkeys(hulls, 0)
-    left = budget * SLACK - sum(cost(hull[0][0]) for hull in hulls.values())
-    steps = [(-_gain(hull[0], hull[1], cost), key) for key, hull in hulls.items() if len(hull) > 1]
+    left = budget * SLACK - sum(cost(key, hull[0][0]) for key, hull in hulls.items())
+    steps = [(-_gain(hull[0], hull[1], price[key]), key) for key, hull in hulls.items() if len(hull) > 1]
     heapq.heapify(steps)
     while steps:
         _, key = heapq.heappop(steps)
         hull, at = hulls[key], position[key]
-        price = cost(hull[at + 1][0]) - cost(hull[at][0])
-        if price > left:
+        more = cost(key, hull[at + 1][0]) - cost(key, hull[at][0])
+        if more > left:
             continue
-        left -= price
+        left -= more
         position[key] = at + 1
         if at + 2 < len(hull):
-            heapq.heappush(steps, (-_gain(hull[at + 1], hull[at + 2], cost), key))
+            heapq.heappush(steps, (-_gain(hull[at + 1], hull[at + 2], price[key]), key))
     return {key: hull[position[key]][0] for key, hull in hulls.items()}
 
 
@@ -56,12 +60,12 @@ def _spent(curves: Curves, chosen: Choice, budget: float, cost: Cost) -> Choice:
     chosen = dict(chosen)
     distortion = {key: dict(points) for key, points in curves.items()}
     while True:
-        left = budget * SLACK - sum(map(cost, chosen.values()))
+        left = budget * SLACK - sum(cost(key, shape) for key, shape in chosen.items())
         gains = {
             (key, shape): distortion[key][chosen[key]] - lost
             for key, points in curves.items()
             for shape, lost in points
-            if cost(shape) - cost(chosen[key]) <= left
+            if cost(key, shape) - cost(key, chosen[key]) <= left
         }
         if not any(gain > 0 for gain in gains.values()):  # nor where distortions are no numbers
             return chosen
@@ -69,19 +73,19 @@ def _spent(curves: Curves, chosen: Choice, budget: float, cost: Cost) -> Choice:
         chosen[key] = shape
 
 
-def _gain(point: tuple[StoredShape, float], larger: tuple[StoredShape, float], cost: Cost) -> float:
-    return (point[1] - larger[1]) / (cost(larger[0]) - cost(point[0]))
+def _gain(point: tuple[StoredShape, float], larger: tuple[StoredShape, float], price: Price) -> float:
+    return (point[1] - larger[1]) / (price(larger[0]) - price(point[0]))
 
 
-def lower_hull(points: Sequence[tuple[StoredShape, float]], cost: Cost) -> Curve:
+def lower_hull(points: Sequence[tuple[StoredShape, float]], price: Price) -> Curve:
     """The points of a falling curve that no line between two others undercuts, from few bytes to many."""
     hull: Curve = []
     for point in points:
-        if hull and cost(point[0]) <= cost(hull[-1][0]) * SLACK:
+        if hull and price(point[0]) <= price(hull[-1][0]) * SLACK:
             if point[1] >= hull[-1][1]:
                 continue
             hull.pop()
-        while len(hull) > 1 and _gain(hull[-2], hull[-1], cost) <= _gain(hull[-1], point, cost):
+        while len(hull) > 1 and _gain(hull[-2], hull[-1], price) <= _gain(hull[-1], point, price):
             hull.pop()
         hull.append(point)
     return hull

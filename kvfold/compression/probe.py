@@ -92,8 +92,8 @@ class Probe:
         if self.request.axes.bits.by_spectrum and owner not in self.request.limits.keep_layers:
             noise = self._noise(owner, side)
         points = expected_curve(self.request, self.groups, owner, side, noise)
-        full = self.request.cost(self.request.shapes(self.request.layers[owner], side)[-1])
-        costs = [self.request.cost(shape) for shape, _ in points]
+        full = self.request.cost((owner, side), self.request.shapes(self.request.layers[owner], side)[-1])
+        costs = [self.request.cost((owner, side), shape) for shape, _ in points]
         wanted = {min(range(len(points)), key=lambda i: abs(math.log(costs[i] / (share * full)))) for share in SIZES}
         wanted |= {len(points) - 1}  # where numbers are quantized not even all of them lose nothing
         measured = {i: self.of_side(owner, side, points[i][0]) for i in sorted(wanted) if points[i][1] > LEAST}

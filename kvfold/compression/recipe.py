@@ -102,6 +102,11 @@ class Recipe:
                 f"width method {self.width['method']!r} stores numbers of equal rank, so that none deserves more bits than"
                 " others; choose a low-rank one, such as fisher, or --set bits.method=integer."
             )
+        if self.allocate != "greedy" and self.method("length").told_apart(self.method("width"), self.method("bits")):
+            raise RecipeError(
+                f"allocate = {self.allocate!r}: bytes are shared out between recent tokens and all others by what they are"
+                " expected to save; choose greedy."
+            )
         if self.allocate == "measured" and self.method("width").joint:
             raise RecipeError(
                 f"allocate = 'measured' cannot measure {self.width['method']}, which sees the tokens of a step exactly;"
@@ -170,9 +175,10 @@ def material_of(recipe: Recipe, source: Source, run_dir: Path, device: str = "cp
     """The calibration text that a recipe asks for."""
     asked_by = " + ".join(getattr(recipe, axis)["method"] for axis in ("depth", "width"))
     width = recipe.method("width")
+    recent = recipe.method("length").told_apart(width, recipe.method("bits"))
     return Material(
         recipe.calibration, source, run_dir, width, asked_by,
-        seed=recipe.seed, device=device, recent=recipe.method("length").recent,
+        seed=recipe.seed, device=device, recent=recent,
     )  # fmt: skip
 
 

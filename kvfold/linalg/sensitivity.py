@@ -28,6 +28,8 @@ has its own."""
 WEIGHTED = "weighted_"
 METRIC = "metric_of_"
 """Names of the two statistics: WEIGHTED + keys, METRIC + keys, and so on."""
+RECENT = "recent_"
+"""Before these names: the same, as queries see tokens that stand close by."""
 
 Total = Callable[[Tensor], Tensor]
 """The sum of what all processes have."""
@@ -38,19 +40,25 @@ def sensitivities(name: str) -> frozenset[str]:
     return frozenset({WEIGHTED + name, METRIC + name})
 
 
-def fit(x_TF: Tensor, gradient_TF: Tensor, heads: int, total: Total = lambda part: part) -> tuple[Moment, Moment]:
+def fit(
+    x_TF: Tensor,
+    gradient_TF: Tensor,
+    heads: int,
+    total: Total = lambda part: part,
+    mean_F: Tensor | None = None,
+) -> tuple[Moment, Moment]:
     """Mean and second moment of x with every token's weight, and the metric, the second moment of a Moment without mean: half
     the sum of metric x E_w[error error^T] is what errors cost, in nats per token.
 
     The metric is [1, F, F], or [heads, H, H] where gradients of different heads are taken as independent (TOGETHER). Each
-    process gives the tokens that it has seen.
+    process gives the tokens that it has seen. mean_F: what is to count as the mean.
     """
     gradient_TKH = gradient_TF.unflatten(1, (1 if gradient_TF.shape[1] <= TOGETHER else heads, -1))
     count = total(torch.tensor(float(len(x_TF)), dtype=torch.float64, device=x_TF.device))
     plain_KHH = _metric(gradient_TKH, total, count)
     weight_T = _weights(gradient_TKH, plain_KHH)
     metric_KHH = _metric(gradient_TKH / weight_T.sqrt()[:, None, None], total, count)
-    moment = _weighted(x_TF.double(), weight_T.double(), total, int(count))
+    moment = _weighted(x_TF.double(), weight_T.double(), total, int(count), mean_F)
     return moment, Moment(torch.zeros_like(metric_KHH[..., 0]), metric_KHH, int(count))
 
 
@@ -68,7 +76,11 @@ def _weights(gradient_TKH: Tensor, metric_KHH: Tensor) -> Tensor:
     return (FLOOR + white_KHT.square().mean((0, 1))) / (FLOOR + 1)
 
 
-def _weighted(x_TF: Tensor, weight_T: Tensor, total: Total, count: int) -> Moment:
+def _weighted(x_TF: Tensor, weight_T: Tensor, total: Total, count: int, mean_F: Tensor | None) -> Moment:
     weights = total(weight_T.sum())
-    mean_F = total(weight_T @ x_TF) / weights
-    return Moment(mean_F, total((x_TF * weight_T[:, None]).T @ x_TF) / weights, count)
+    if mean_F is None:
+        mean_F = total(weight_T @ x_TF) / weights
+        return Moment(mean_F, total((x_TF * weight_T[:, None]).T @ x_TF) / weights, count)
+    x_TF = x_TF - mean_F
+    covariance_FF = total((x_TF * weight_T[:, None]).T @ x_TF) / weights
+    return Moment(mean_F.clone(), covariance_FF + mean_F[:, None] * mean_F, count)

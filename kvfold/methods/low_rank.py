@@ -168,12 +168,12 @@ class LowRankWidth(WidthMethod):
                 folded = subtract_centres(folded, keys, values)
             if spec.output_bias:
                 folded = restore_mean(folded, self._missing(group, position, values))
-            folded = lead_values_back(layer, folded, back_UFV)
+            folded = lead_values_back(layer, folded, back_UFV, apart=spec.v_projection)
             yield as_reader(folded) if position else folded
 
     def _stored_latents(self, group: LayerGroup, spec: CacheSpec) -> tuple[Latents, Latents]:
         """Of keys and values, arranged and centred where they are quantized."""
-        keys = solve(lambda i: self.key_term(group, i), len(group), spec.num_kv_heads, spec.made_widths[0])
+        keys = solve(lambda i: self.key_term(group, i), len(group), spec.num_kv_heads, spec.head_dim)
         values = self.value_latents(group, spec)
         if spec.k_bits is not None:
             covariance_FF = self._covariance(group, 0, self.key_term)
@@ -232,7 +232,7 @@ class LowRankWidth(WidthMethod):
 
     def value_latents(self, group: LayerGroup, spec: CacheSpec) -> Latents:
         """A and B_i of values."""
-        return solve(lambda i: self.value_term(group, i), len(group), spec.num_v_heads, spec.made_widths[1])
+        return solve(lambda i: self.value_term(group, i), len(group), spec.num_v_heads, spec.v_head_dim)
 
     def missing_values(self, group: LayerGroup, position: int, values: Latents) -> Tensor:
         """[K, H]: the layer's own mean values, without what the latents say of the owner's."""
@@ -321,10 +321,10 @@ def store_values(folded: FoldedWeights, a_UVF: Tensor) -> FoldedWeights:
     return dataclasses.replace(folded, v_proj=v_proj, v_bias=v_bias)
 
 
-def lead_values_back(layer: AttentionLayer, folded: FoldedWeights, back_UFV: Tensor) -> FoldedWeights:
-    """o_proj takes the latents, or v_b_proj does where that is smaller (arXiv 2406.07056, eqs 7-14)."""
-    V, K, H = back_UFV.shape[2], layer.num_kv_heads, layer.head_dim
-    if layer.head_dim < V:
+def lead_values_back(layer: AttentionLayer, folded: FoldedWeights, back_UFV: Tensor, *, apart: bool) -> FoldedWeights:
+    """o_proj takes the latents, or (`apart`) v_b_proj does, where that is smaller (arXiv 2406.07056, eqs 7-14)."""
+    K, H, V = layer.num_kv_heads, layer.head_dim, back_UFV.shape[2]
+    if apart:
         return dataclasses.replace(folded, v_b_proj=back_UFV)
     o_proj_DKGH = folded.o_proj.unflatten(1, (K, -1, H))
     back_KHV = back_UFV.reshape(K, H, V)

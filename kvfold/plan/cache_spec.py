@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from kvfold.plan.number_format import NumberFormat, StoredShape
@@ -9,9 +10,6 @@ from kvfold.plan.number_format import NumberFormat, StoredShape
 CACHE_BLOCK = 256
 """Tokens by which a cache grows. Part of the format, since allocated bytes follow from it."""
 
-
-RECENT_SLACK = 32
-"""Tokens that are kept finely beyond `recent`, so that the last ones can be taken back (speculative decoding)."""
 
 POSITION_BYTES = 4
 """A token's position, where keys are rotated on read."""
@@ -67,9 +65,9 @@ class CacheSpec:
     `stored_bias`: what makes stored keys and values has a bias that the source does not have (numbers are quantized around
     their mean).
     `recent`: so many of the newest tokens are read in a finer form, which is kept beside the other: heads of
-    `recent_head_dim` and `v_recent_head_dim` numbers, of which the first head_dim and v_head_dim are what is stored for all
-    tokens, in `k_recent_bits` and `v_recent_bits`. A query sees a token finely if fewer than `recent` tokens lie
-    between, whatever the steps in which they came.
+    `recent_head_dim` and `v_recent_head_dim` numbers of their own, in `k_recent_bits` and `v_recent_bits`; 0 where it is the
+    same numbers in those formats. A query sees a token finely if fewer than `recent` tokens lie between, whatever the steps
+    in which they came.
     """
 
     num_kv_heads: int
@@ -99,17 +97,30 @@ class CacheSpec:
 
     @property
     def made_widths(self) -> tuple[int, int]:
-        """Numbers of a head of keys and of values as they are made, of which `sides` stores the first."""
-        return self.recent_head_dim or self.head_dim, self.v_recent_head_dim or self.v_head_dim
+        """Numbers of a head of keys and of values as they are made: first those of `sides`, then those of recent tokens."""
+        return self.head_dim + self.recent_head_dim, self.v_head_dim + self.v_recent_head_dim
 
     @property
     def recent_sides(self) -> tuple[StoredShape, StoredShape]:
         """The same as `sides` for recent tokens."""
-        keys, values = self.made_widths
-        return (
-            StoredShape(self.num_kv_heads, keys, self.k_recent_bits),
-            StoredShape(0 if self.shared_latent else self.num_v_heads, values, self.v_recent_bits),
+        return self.of_recent.sides
+
+    @property
+    def of_recent(self) -> CacheSpec:
+        """A cache of nothing but the finer form of recent tokens."""
+        return dataclasses.replace(
+            self.of_all,
+            head_dim=self.recent_head_dim or self.head_dim,
+            v_head_dim=self.v_recent_head_dim or self.v_head_dim,
+            k_bits=self.k_recent_bits,
+            v_bits=self.v_recent_bits,
         )
+
+    @property
+    def of_all(self) -> CacheSpec:
+        """The same cache without a finer form of recent tokens."""
+        none = {"recent_head_dim": 0, "v_recent_head_dim": 0, "k_recent_bits": None, "v_recent_bits": None}
+        return dataclasses.replace(self, recent=0, **none)  # type: ignore[arg-type]
 
     @property
     def elements_per_token(self) -> int:
@@ -142,7 +153,7 @@ class CacheSpec:
         """Of the newest tokens in their finer form."""
         if not self.recent:
             return 0
-        tokens = min(context_len, self.recent + RECENT_SLACK)
+        tokens = min(context_len, self.recent)
         return sum(side.bytes_allocated(tokens, itemsize) for side in self.recent_sides)
 
     def tokens_allocated(self, context_len: int) -> int:

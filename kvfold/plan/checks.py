@@ -103,10 +103,11 @@ def _check_recent(index: int, spec: CacheSpec) -> None:
         raise PlanError(f"layer {index}: recent = {spec.recent} does not go with joint, hidden or k_partial caches.")
     if any(side.format is not None and side.format.block > 1 for side in (*spec.sides, *spec.recent_sides)):
         raise PlanError(f"layer {index}: recent tokens do not go with scales per channel.")
-    if any(made < width for made, (_, width, _) in zip(spec.made_widths, spec.sides, strict=True)):
-        raise PlanError(
-            f"layer {index}: recent tokens have at least the numbers of all others; found {spec.made_widths}."
-        )
+    own = spec.recent_head_dim, spec.v_recent_head_dim
+    if (own[0] > 0) != (own[1] > 0) or min(own) < 0 or (spec.shared_latent and own[0] != own[1]):
+        raise PlanError(f"layer {index}: recent_head_dim and v_recent_head_dim are both given or both 0; found {own}.")
+    if own[0] and spec.rope == "applied" and not spec.k_projection:
+        raise PlanError(f"layer {index}: rotated keys have a finer form of their own only with k_projection.")
     for name, (_, width, format) in zip(("k_recent_bits", "v_recent_bits"), spec.recent_sides, strict=True):
         if format is not None:
             _check_format(f"layer {index}: {name}", spec, width, format)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from kvfold.plan.tensors import Shape
+
 
 @dataclass(frozen=True, kw_only=True)
 class FoldedWeights:
@@ -75,3 +77,24 @@ class FoldedWeights:
 def parameter_name(field: str) -> str:
     """`q_bias` -> `q_proj.bias`, anything else -> `<field>.weight`."""
     return f"{field.removesuffix('_bias')}_proj.bias" if field.endswith("_bias") else f"{field}.weight"
+
+
+def beside(shapes: Mapping[str, Shape], far: FoldedWeights, near: FoldedWeights) -> FoldedWeights:
+    """One layer that makes both forms of a token, and leads both back: what is stored stands side by side, all else is the
+    same in both. shapes: those of the result."""
+    joined = {}
+    for f in fields(FoldedWeights):
+        parts = getattr(far, f.name), getattr(near, f.name)
+        if parts[0] is not None:
+            joined[f.name] = _side_by_side(shapes[parameter_name(f.name)], *parts)
+    return FoldedWeights(**joined)
+
+
+def _side_by_side(shape: Shape, far: Tensor, near: Tensor) -> Tensor:
+    stored = [at for at, axis in enumerate(shape) if axis.width_letter in ("E", "G")]
+    if not stored:
+        assert torch.allclose(far, near), "both forms leave the same out"
+        return far
+    (at,) = stored
+    heads = shape[at].heads
+    return torch.cat([part.unflatten(at, (heads, -1)) for part in (far, near)], dim=at + 1).flatten(at, at + 1)

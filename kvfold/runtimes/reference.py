@@ -82,7 +82,7 @@ def stored(
     sin_Tr: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What the owner of a cache makes of one sequence: key heads [T, E] and value heads [T, G], of which the first R and V
-    are stored for all tokens (E = R and G = V without recent ones)."""
+    are stored for all tokens (E = R and G = V without recent ones), the last for the newest."""
     assert weights.k_proj is not None, "a reader stores nothing"
     flat = _linear(hidden_TD, weights.k_proj, weights.k_bias)
     width = spec.made_widths[0] if weights.k_a_proj is None else layer.rotary_dim if spec.k_partial else layer.head_dim
@@ -173,10 +173,10 @@ def folded_attention_by_age(
         fine_S1 = (t - torch.arange(len(hidden_TD)) < spec.recent)[:, None]
         mixed = [
             [
-                torch.where(fine_S1, new, pad(old, (0, new.shape[1] - old.shape[1])))
+                torch.where(fine_S1, pad(new, (width - new.shape[1], 0)), pad(old, (0, width - old.shape[1])))
                 for old, new in zip(*heads, strict=True)
             ]
-            for heads in zip(far, near, strict=True)
+            for width, *heads in zip(spec.made_widths, far, near, strict=True)
         ]
         cache = (mixed[0], mixed[1])
         rows.append(folded_attention(layer, spec, weights, hidden_TD, cos_Tr, sin_Tr, seen_TS, cache)[t])

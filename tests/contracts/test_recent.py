@@ -17,7 +17,7 @@ FORMS = {
     "mla-mixed": ({"method": "mla", "multiple": 4}, MIXED),
     "on_read-mixed": ({"method": "fisher", "multiple": 4, "rope": "on_read"}, MIXED),
     "applied-mixed": ({"method": "fisher", "multiple": 4}, MIXED),
-    "logit-plain": ({"method": "logit", "multiple": 4}, {"method": "identity"}),
+    "logit-mixed": ({"method": "logit", "multiple": 4}, MIXED),
     "groups-int": (
         {"method": "svd_w", "latent": "group", "multiple": 4},
         {"method": "integer", "k_bits": 3, "v_bits": 3},
@@ -50,7 +50,7 @@ CASES = [
     pytest.param(model, form, id=f"{form}-{model}")
     for form in FORMS
     for model in MODELS
-    if not (model in PARTIAL and form in ("applied-mixed", "logit-plain", "groups-int"))
+    if not (model in PARTIAL and form in ("applied-mixed", "logit-mixed", "groups-int"))
 ]
 every_form = pytest.mark.parametrize(("model", "form"), CASES)
 
@@ -82,6 +82,7 @@ def test_cached_equals_uncached(fold, model, form):
     if model in FULL_ATTENTION:
         cache = FoldedCache(folded.plan)
         step(network, ids, mask, positions, cache, 0, 20)
+        cache.activate_past_recording()
         step(network, ids.flip(1), mask, positions, cache, 20, 26)
         cache.crop(-6)
         assert_close(
@@ -118,7 +119,7 @@ def test_it_loses_less(fold, tiny_dir, form):
 
 
 @pytest.mark.filterwarnings("ignore:kv_budget")
-@pytest.mark.parametrize("form", ["mla-mixed", "logit-plain"])
+@pytest.mark.parametrize("form", ["mla-mixed", "logit-mixed"])
 def test_gradients_pass(fold, form):
     network, ids = load(fold("llama_mha", form).out, dtype=torch.float64), tokens(2, 24)
     found = []
@@ -148,14 +149,32 @@ def test_what_is_no_longer_fine_cannot_come_back(fold):
     with torch.no_grad():
         network(tokens(1, 60), past_key_values=cache)
     with pytest.raises(RuntimeError, match="finer form of the newest 6"):
-        cache.crop(-40)
+        cache.crop(-2)
     cache.crop(-60)
     assert cache.get_seq_length() == 0
 
 
+@pytest.mark.filterwarnings("ignore:kv_budget")
+def test_a_cache_that_records_keeps_what_may_come_back_until_it_is_cropped(fold):
+    plan = fold("llama_mha", "mla-mixed").plan
+    network, cache, ids = load(fold("llama_mha", "mla-mixed").out, dtype=torch.float64), FoldedCache(plan), tokens(1, 60)
+    plain = FoldedCache(plan)
+    with torch.no_grad():
+        expected = network(ids, past_key_values=plain).logits[:, 30:]
+        network(ids[:, :20], past_key_values=cache)
+        cache.activate_past_recording()
+        network(ids[:, 20:].flip(1), past_key_values=cache)
+        assert cache.nbytes_allocated > plain.nbytes_allocated
+        cache.crop(-40)
+        again = network(ids[:, 20:], past_key_values=cache).logits[:, 10:]
+    assert_close(again, expected, tolerance=1e-5)
+    cache.crop(-1)
+    assert cache.owned[0].recent[0].rows.shape[2] == 6
+
+
 def test_calibration_text_must_reach_far_enough(tiny_dir, tmp_path):
     recipe = {"model": str(tiny_dir / "llama_mha"), "out": str(tmp_path / "o"), "kv_budget": 0.5}
-    recipe |= {"width": {"method": "mla"}, "length": {"method": "recent", "tokens": 40}}
+    recipe |= {"width": {"method": "mla"}, "bits": MIXED, "allocate": "greedy"} | {"length": {"method": "recent", "tokens": 40}}
     with pytest.raises(DataError, match="at least --seq-len 80"):
         kvfold.compress(recipe | {"calibration": {"data": "self", "num_samples": 4, "seq_len": 48}}, device="cpu")
 
@@ -163,7 +182,12 @@ def test_calibration_text_must_reach_far_enough(tiny_dir, tmp_path):
 def test_mistakes(tiny_dir, tmp_path):
     recipe = {"model": str(tiny_dir / "neox_partial"), "out": str(tmp_path / "o"), "kv_budget": 0.5}
     recipe |= {"width": {"method": "svd_w"}, "length": {"method": "recent"}}
-    with pytest.raises(PlanError, match="k_partial"):
+    with pytest.raises(RecipeError, match="nothing is quantized"):
         kvfold.compress(recipe, device="cpu")
+    with pytest.raises(PlanError, match="k_partial"):
+        kvfold.compress(recipe | {"bits": {"method": "integer"}}, device="cpu")
+    fisher = {"width": {"method": "fisher", "v_latent": "group"}, "bits": MIXED, "calibration": {"data": "self"}}
+    with pytest.raises(RecipeError, match="choose greedy"):
+        make_recipe(recipe | fisher | {"allocate": "uniform"})
     with pytest.raises(RecipeError, match=r"length\.tokens must be at least 1"):
         make_recipe(recipe | {"length": {"method": "recent", "tokens": 0}})

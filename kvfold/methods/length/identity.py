@@ -13,5 +13,5 @@ from kvfold.plan.layer import AttentionLayer
 class Identity(LengthMethod):
     """No change."""
 
-    def apply(self, layer: AttentionLayer, spec: CacheSpec) -> CacheSpec:
+    def apply(self, layer: AttentionLayer, spec: CacheSpec, finer: CacheSpec | None = None) -> CacheSpec:
         return spec

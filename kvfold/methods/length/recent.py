@@ -9,57 +9,64 @@ from kvfold.errors import RecipeError
 from kvfold.methods.length.base import LengthMethod
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
-from kvfold.plan.number_format import NumberFormat
 
-MOST_BITS = 8
+SAME_FOR_BOTH = (
+    "num_kv_heads",
+    "num_v_heads",
+    "rope",
+    "shared_latent",
+    "k_partial",
+    "k_offset",
+    "output_bias",
+    "window",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recent(LengthMethod):
     """Most of what a prediction needs stands a few tokens back: these are kept twice, as all others and finely.
 
-    tokens: how many. more_bits: what each of their numbers gets beyond its bits in the common form, at most 8 together.
-    rest_bits: of the numbers that the common form leaves out.
+    Where leading numbers get more bits than later ones, the finer form is one of its own, made for queries that stand close
+    by, and bytes are shared out between both by what they save. Elsewhere it is the same numbers before quantization.
+
+    tokens: how many.
     """
 
     tokens: int = 64
-    more_bits: int = 2
-    rest_bits: int = 3
 
     def __post_init__(self) -> None:
-        if self.tokens < 1 or self.more_bits < 0 or not 1 <= self.rest_bits <= MOST_BITS:
-            raise RecipeError("length.tokens must be at least 1, length.more_bits 0, length.rest_bits 1 to 8.")
+        if self.tokens < 1:
+            raise RecipeError(f"length.tokens must be at least 1; found {self.tokens}.")
 
     @property
     def recent(self) -> int:
         return self.tokens
 
-    def apply(self, layer: AttentionLayer, spec: CacheSpec) -> CacheSpec:
-        if layer.window is not None and layer.window <= self.tokens:
+    def apply(self, layer: AttentionLayer, spec: CacheSpec, finer: CacheSpec | None = None) -> CacheSpec:
+        if not self.recent_of(layer):
             return spec
-        keys, values = self._widths(layer, spec)
+        if finer is not None:
+            return self._beside(layer, spec, finer)
+        if spec.k_bits is None and spec.v_bits is None:
+            raise RecipeError(
+                "length.method = recent: nothing is quantized, so that recent tokens would be stored as all others are;"
+                " choose a bits method."
+            )
+        return dataclasses.replace(spec, recent=self.tokens)
+
+    def _beside(self, layer: AttentionLayer, spec: CacheSpec, finer: CacheSpec) -> CacheSpec:
+        differ = [name for name in SAME_FOR_BOTH if getattr(spec, name) != getattr(finer, name)]
+        if differ:
+            raise RecipeError(
+                f"layer {layer.index}: the finer form of recent tokens differs in {', '.join(differ)}; choose latents of"
+                " whole layers (width.latent and width.v_latent: layer)."
+            )
         return dataclasses.replace(
             spec,
             recent=self.tokens,
-            recent_head_dim=keys,
-            v_recent_head_dim=values,
-            k_recent_bits=self._format(spec.k_bits, keys),
-            v_recent_bits=self._format(spec.v_bits, values),
-            v_projection=spec.v_projection or values > layer.head_dim,
+            recent_head_dim=finer.head_dim,
+            v_recent_head_dim=finer.v_head_dim,
+            k_recent_bits=finer.k_bits,
+            v_recent_bits=finer.v_bits,
+            **{n: getattr(spec, n) or getattr(finer, n) for n in ("k_projection", "v_projection", "stored_bias")},
         )
-
-    def _widths(self, layer: AttentionLayer, spec: CacheSpec) -> tuple[int, int]:
-        """All numbers of a stored head: what its latents leave out is made, too."""
-        if spec.shared_latent:
-            return (2 * layer.num_kv_heads * layer.head_dim,) * 2
-        if not spec.k_projection:
-            return spec.head_dim, spec.v_head_dim
-        return tuple(layer.num_kv_heads // heads * layer.head_dim for heads in (spec.num_kv_heads, spec.num_v_heads))  # type: ignore[return-value]
-
-    def _format(self, format: NumberFormat | None, width: int) -> NumberFormat | None:
-        if format is None:
-            return None
-        tiers = [(count, min(bits + self.more_bits, MOST_BITS)) for count, bits in format.tiers]
-        if width > format.width:
-            tiers.append((width - format.width, self.rest_bits))
-        return dataclasses.replace(format, tiers=tuple(tiers))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from kvfold.linalg.eigen import Moment
+from kvfold.linalg.sensitivity import RECENT
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
@@ -36,6 +37,16 @@ class LayerGroup:
     def owner(self) -> AttentionLayer:
         return self.layers[0]
 
+    @property
+    def of_recent(self) -> LayerGroup:
+        """The same layers as queries see tokens that stand close by."""
+
+        def moments(position: int) -> Mapping[str, Moment]:
+            known = self.moments(position)
+            return {name: known.get(RECENT + name, moment) for name, moment in known.items()}
+
+        return dataclasses.replace(self, moments=moments)
+
     def __len__(self) -> int:
         return len(self.layers)
 
@@ -47,7 +58,8 @@ class WidthMethod(ABC):
     `needs`: the statistics it reads (`calibrate.STATISTICS`); empty where weights are enough. `needs_cross`: those of
     which it also reads the moment between a reader and the owner, or, if `joint`, between all layers of a group.
     `needs_vectors`: those of which it wants to see vectors. `ordered`: stored numbers come in the order of what they save, so
-    that leading ones can get more bits (`key_spectrum`). `parts`: what gets a share of the budget of its own.
+    that leading ones can get more bits (`key_spectrum`). `parts`: what gets a share of the budget of its own. `two_forms`:
+    all its caches leave the same out of every token, so that recent tokens can have a form of their own.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -56,6 +68,7 @@ class WidthMethod(ABC):
     joint: ClassVar[bool] = False
     parts: ClassVar[tuple[str, ...]] = ("keys", "values")
     ordered: ClassVar[bool] = False
+    two_forms: ClassVar[bool] = False
 
     @abstractmethod
     def key_shapes(self, layer: AttentionLayer, layers: int = 1) -> Sequence[StoredShape]:

@@ -28,6 +28,7 @@ class Fisher(LowRankWidth):
     centres_values: ClassVar[bool] = True
     centres_keys: ClassVar[bool] = True
     spans_layers: ClassVar[bool] = False
+    two_forms: ClassVar[bool] = True
 
     v_latent: str = "layer"
     rope: str = "applied"

@@ -40,6 +40,7 @@ class Mla(WidthMethod):
     needs: ClassVar[frozenset[str]] = sensitivities(BOTH)
     parts: ClassVar[tuple[str, ...]] = (BOTH,)
     ordered: ClassVar[bool] = True
+    two_forms: ClassVar[bool] = True
 
     kv_heads: int = 0
     multiple: int = 8
@@ -109,7 +110,7 @@ class Mla(WidthMethod):
 
     def _latents(self, group: LayerGroup, spec: CacheSpec) -> Latents:
         term = _term(group)
-        latents = solve(lambda position: term, 1, 1, spec.made_widths[0])
+        latents = solve(lambda position: term, 1, 1, spec.head_dim)
         if spec.k_bits is not None:
             latents = arranged(latents, lambda position: term, 1, term.second_FF, spec.k_bits)
         return centred(latents, group.moments(0)[WEIGHTED + BOTH].mean_F)

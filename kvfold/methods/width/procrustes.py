@@ -91,7 +91,7 @@ class Procrustes(WidthMethod):
         )
         folded = fuse_keys(layer, folded, spec)
         folded = store_values(folded, torch.stack([a for a, _ in values]))
-        yield lead_values_back(layer, folded, torch.stack([b for _, b in values]))
+        yield lead_values_back(layer, folded, torch.stack([b for _, b in values]), apart=spec.v_projection)
 
     def _order(self, group: LayerGroup, heads: int) -> list[int]:
         """Key/value heads, group after group."""

@@ -36,29 +36,34 @@ def attend_by_age(
     y: AgedTokens,
     mask: Tensor | None,
     *,
-    keys: Callable[[Stored], Piece] | None,
+    keys: tuple[Callable[[Stored], Piece], Callable[[Stored], Piece]] | None,
+    width: int,
     by_masks: bool,
     elements: int,
     scale: float,
     dropout: float = 0.0,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """[B, T, N, V] and, `by_masks`, probabilities. keys: makes the source's keys of stored ones, where they are rebuilt on
-    read; otherwise queries are absorbed. A prompt reads all tokens several times, so they are made once."""
+    """[B, T, N, V] and, `by_masks`, probabilities. q: as queries meet far and near keys. keys: make the source's keys of far
+    and of near ones, where they are rebuilt on read; otherwise queries are absorbed. width: V, of which far values are the
+    first numbers and near ones the last. A prompt reads all tokens several times, so they are made once."""
     k, v = _aged(z, keys, q[0]), _aged(y, None, q[0])
     if by_masks:
-        return aged_attention_by_masks(q, k, v, mask, scale=scale, dropout=dropout, softcap=softcap)
-    return aged_attention(q, k, v, mask, elements=elements, scale=scale, softcap=softcap), None
+        return aged_attention_by_masks(q, k, v, mask, width, scale=scale, dropout=dropout, softcap=softcap)
+    return aged_attention(q, k, v, mask, width, elements=elements, scale=scale, softcap=softcap), None
 
 
-def _aged(x: AgedTokens, make: Callable[[Stored], Piece] | None, q: Tensor) -> Aged:
-    sides = [make(part) if make else functools.partial(read, part) for part in (x.far, x.near)]
+def _aged(x: AgedTokens, makers: tuple[Callable[[Stored], Piece], ...] | None, q: Tensor) -> Aged:
+    far, near = (make(part) for make, part in zip(makers or (_reader, _reader), (x.far, x.near), strict=True))
     if q.shape[2] > FEW_TOKENS:
-        sides = [_whole(side, part.shape[2]) for side, part in zip(sides, (x.far, x.near), strict=True)]
-    far, near = sides
+        far, near = _whole(far, x.far.shape[2]), _whole(near, x.near.shape[2])
     if (beyond := x.near.shape[2] - x.shape[2]) > 0:  # of a sliding window
         near = functools.partial(_shifted, near, beyond)
     return Aged(far, near, x.shape[2], min(x.near.shape[2], x.shape[2]), x.recent)
+
+
+def _reader(stored: Stored) -> Piece:
+    return functools.partial(read, stored)
 
 
 def _shifted(piece: Piece, by: int, start: int, end: int) -> Operand:
@@ -76,6 +81,7 @@ def aged_attention(
     keys: Aged,
     values: Aged,
     mask: Tensor | None,
+    width: int,
     *,
     elements: int,
     scale: float,
@@ -89,7 +95,7 @@ def aged_attention(
         last = min(first + QUERIES_AT_ONCE, T)
         some = tuple(x[:, :, first:last] for x in q)
         seen = _rows(mask, T, S, first, last, q[0])
-        parts.append(_aged_rows(some, keys, values, seen, S - T + first, elements, scale, softcap))
+        parts.append(_aged_rows(some, keys, values, seen, S - T + first, width, elements, scale, softcap))
     return torch.cat(parts, dim=1)
 
 
@@ -99,6 +105,7 @@ def _aged_rows(
     values: Aged,
     mask_TS: Tensor | None,
     position: int,
+    width: int,
     elements: int,
     scale: float,
     softcap: float | None,
@@ -111,7 +118,7 @@ def _aged_rows(
         (keys.near, values.near, oldest_near, position + T, keys.tokens - keys.kept),
     )
     step = tokens_at_once(B * max(elements, N * T), q[0].device.type)
-    running = RunningSoftmax(q[0])
+    running = RunningSoftmax(q[0], width)
     for queries, (k, v, start, end, shift), is_near in zip(q, ranges, (False, True), strict=True):
         for at in range(start, end, step):
             to = min(at + step, end)
@@ -119,9 +126,8 @@ def _aged_rows(
             scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
             scores = scores if mask_TS is None else scores + mask_TS[..., at:to]
             of_age = _of_age(T, position, at, to, keys.recent, is_near, scores)
-            running.add(
-                scores if of_age is None else scores.masked_fill(~of_age, float("-inf")), v(at - shift, to - shift)
-            )
+            scores = scores if of_age is None else scores.masked_fill(~of_age, float("-inf"))
+            running.add(scores, v(at - shift, to - shift), last=is_near)
     return running.result()
 
 
@@ -139,6 +145,7 @@ def aged_attention_by_masks(
     keys: Aged,
     values: Aged,
     mask: Tensor | None,
+    width: int,
     *,
     scale: float,
     dropout: float = 0.0,
@@ -156,7 +163,7 @@ def aged_attention_by_masks(
     used = F.dropout(probs, dropout) if dropout else probs
     old = weighted(used * ~fine, values.far(0, S), used.dtype)
     new = weighted((used * fine)[..., lead:], values.near(0, keys.kept), used.dtype)
-    out = F.pad(old, (0, new.shape[-1] - old.shape[-1])) + new
+    out = F.pad(old, (0, width - old.shape[-1])) + F.pad(new, (width - new.shape[-1], 0))
     return out.to(q[0].dtype).transpose(1, 2), probs
 
 

@@ -129,24 +129,24 @@ def chunked_attention(
 
 
 class RunningSoftmax:
-    """Softmax and weighted sum over pieces that come one after the other."""
+    """Softmax and weighted sum over pieces that come one after the other. width: of the sum, where some values are only its
+    first or its last numbers."""
 
-    def __init__(self, q_BNTH: Tensor) -> None:
+    def __init__(self, q_BNTH: Tensor, width: int | None = None) -> None:
+        self.width = width
         B, N, T, _ = q_BNTH.shape
         self.dtype, precise = q_BNTH.dtype, exact(q_BNTH)
         self.largest = torch.full((B, N, T, 1), torch.finfo(precise).min, dtype=precise, device=q_BNTH.device)
         self.total = torch.zeros_like(self.largest)
         self.out: Tensor | None = None
 
-    def add(self, scores_BNTs: Tensor, values_BUsV: Operand) -> None:
+    def add(self, scores_BNTs: Tensor, values_BUsV: Operand, *, last: bool = False) -> None:
         highest = torch.maximum(self.largest, scores_BNTs.amax(-1, keepdim=True))
         shrink, weights = (self.largest - highest).exp(), (scores_BNTs - highest).exp()
         new = weighted(weights, values_BUsV, self.dtype)
-        if self.out is not None:
-            out = self.out * shrink
-            wide = max(out.shape[-1], new.shape[-1])  # far values may have fewer numbers
-            new = F.pad(out, (0, wide - out.shape[-1])) + F.pad(new, (0, wide - new.shape[-1]))
-        self.out, self.largest = new, highest
+        if self.width is not None and (beside := self.width - new.shape[-1]):
+            new = F.pad(new, (beside, 0) if last else (0, beside))
+        self.out, self.largest = new if self.out is None else self.out * shrink + new, highest
         self.total = self.total * shrink + weights.sum(-1, keepdim=True)
 
     def result(self) -> Tensor:

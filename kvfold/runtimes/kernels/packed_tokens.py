@@ -80,7 +80,8 @@ Stored = Tensor | PackedTokens
 
 
 class AgedTokens(NamedTuple):
-    """All tokens of one side, `far` [B, C, S, R], and the newest of them again in their finer form, `near` [B, C, n, E]."""
+    """All tokens of one side, `far` [B, C, S, R], and the newest of them again in their finer form, `near` [B, C, n, E].
+    Of what is made of a token, the first R numbers are far and the last E near."""
 
     far: Stored
     near: Stored
@@ -121,8 +122,9 @@ def read_all(stored: Stored) -> Tensor:
 def with_gradient(stored: Stored, new_BCTR: Tensor) -> Stored:
     """What is stored, with the gradient of the new tokens passing straight through: bytes have none."""
     if isinstance(stored, AgedTokens) and torch.is_grad_enabled() and new_BCTR.requires_grad:
-        near, far = (with_gradient(part, new_BCTR[..., : part.shape[-1]]) for part in (stored.near, stored.far))
-        return stored._replace(near=near, far=far)
+        R, E = stored.far.shape[-1], stored.near.shape[-1]
+        far, near = with_gradient(stored.far, new_BCTR[..., :R]), with_gradient(stored.near, new_BCTR[..., -E:])
+        return stored._replace(far=far, near=near)
     if not isinstance(stored, PackedTokens) or not (torch.is_grad_enabled() and new_BCTR.requires_grad):
         return stored
     seen, tokens = read_all(stored), new_BCTR.shape[2]

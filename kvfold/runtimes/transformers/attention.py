@@ -181,7 +181,9 @@ class FoldedAttention(nn.Module):
     def _aged(self, x_BHTW: Tensor, side: int) -> Any:
         common, finer = self.spec.sides[side], self.spec.recent_sides[side]
         far = roundtrip(x_BHTW[..., : common.width], common.format, pack)
-        return AgedTokens(far, roundtrip(x_BHTW, finer.format, pack), self.spec.recent) if self.spec.recent else far
+        if not self.spec.recent:
+            return far
+        return AgedTokens(far, roundtrip(x_BHTW[..., -finer.width :], finer.format, pack), self.spec.recent)
 
     def _attend_by_age(
         self,
@@ -189,15 +191,17 @@ class FoldedAttention(nn.Module):
         z: AgedTokens,
         y: AgedTokens,
         mask: Tensor | None,
-        keys: Callable[[Stored], Heads] | None = None,
+        keys: Callable[..., Heads] | None = None,
         *,
         wants_probs: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The same as `_attend`, where the newest tokens are seen in a finer form."""
         dropout = self.layer.attention_dropout if self.training else 0.0
+        rebuilt = keys and (keys, functools.partial(keys, near=True))
         absorbed = q if keys else self._absorb(q)
+        meeting = (q, q) if keys else (absorbed[..., : z.far.shape[-1]], absorbed[..., -z.near.shape[-1] :])
         out, probs = attend_by_age(
-            (q if keys else absorbed[..., : self.spec.head_dim], absorbed), z, y, mask, keys=keys, dropout=dropout,
+            meeting, z, y, mask, keys=rebuilt, width=self.spec.made_widths[1], dropout=dropout,
             by_masks=self._eager() or wants_probs or dropout > 0, elements=self._elements_at_a_time, scale=self.scaling,
             softcap=self.layer.softcap,
         )  # fmt: skip
@@ -271,18 +275,18 @@ class FoldedAttention(nn.Module):
         out = chunked_attention(q, keys, values, S, mask, elements=elements, scale=self.scaling, softcap=softcap)
         return out, None
 
-    def _keys_on_read(self, z: Stored, tables: tuple[Tensor, Tensor] | None) -> Heads:
+    def _keys_on_read(self, z: Stored, tables: tuple[Tensor, Tensor] | None, near: bool = False) -> Heads:
         """(start, end) -> the source's keys of these tokens, rebuilt and rotated.
 
         All at once for a prompt, piece by piece for few tokens, so that the keys of a long cache never exist at once.
-        `tables`: cos and sin of all tokens, None for keys that stay unrotated.
+        `tables`: cos and sin of all tokens, None for keys that stay unrotated. `near`: z is in the finer form.
         """
         S = z.shape[2]
         if tables is not None:
             tables = tables[0][:, -S:], tables[1][:, -S:]
 
         def keys(start: int, end: int) -> Tensor:
-            part = self._rebuild(read(z, start, end), "k_b")
+            part = self._rebuild(read(z, start, end), "k_b", near)
             return part if tables is None else apply_rotary(part, *(table[:, start:end] for table in tables))
 
         return keys
@@ -306,15 +310,15 @@ class FoldedAttention(nn.Module):
         per_kv_head = q_BNTH.reshape(B, self.layer.num_kv_heads, -1, H)
         return self.k_b_proj(per_kv_head, heads=self.layer.num_kv_heads, transposed=True).reshape(B, N, T, -1)
 
-    def _rebuild(self, z_BCSR: Tensor, way: str) -> Tensor:
+    def _rebuild(self, z_BCSR: Tensor, way: str, near: bool = False) -> Tensor:
         """Stored heads [B, C, S, R] -> the source's heads [B, K, S, H]; unchanged where there is no way back."""
         if getattr(self, f"{way}_proj") is None:
             return z_BCSR
-        return self._way(way, z_BCSR).unflatten(3, (-1, self.layer.head_dim)).transpose(2, 3).flatten(1, 2)
+        return self._way(way, z_BCSR, near).unflatten(3, (-1, self.layer.head_dim)).transpose(2, 3).flatten(1, 2)
 
-    def _way(self, way: str, x: Tensor) -> Tensor:
+    def _way(self, way: str, x: Tensor, near: bool = False) -> Tensor:
         """In ("k_a", "v_a") or back ("k_b", "v_b"): a linear map of each group, and a network where the plan has one."""
-        out = getattr(self, f"{way}_proj")(x)
+        out = getattr(self, f"{way}_proj")(x, last=near)
         if self.spec.hidden:
             inner = nn.functional.gelu(getattr(self, f"{way}_up_proj")(x))
             out = out + getattr(self, f"{way}_down_proj")(inner)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvfold.errors import PlanError
-from kvfold.plan.cache_spec import RECENT_SLACK, CacheSpec, round_up
+from kvfold.plan.cache_spec import CacheSpec, round_up
 from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, Stored
 from kvfold.runtimes.transformers.buffers import Buffer, GrowingBuffer, RecentBuffer, buffer
@@ -30,7 +30,7 @@ class GrowingLayer(CacheLayerMixin):
         self.k: Buffer = buffer(spec.k_bits)
         self.v: Buffer = self.k if spec.shared_latent else buffer(spec.v_bits)
         finer = spec.recent_sides[: len(self.buffers)] if spec.recent else ()
-        self.recent = [RecentBuffer(side.format, spec.recent + RECENT_SLACK) for side in finer]
+        self.recent = [RecentBuffer(side.format, side.width, spec.recent) for side in finer]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -45,7 +45,8 @@ class GrowingLayer(CacheLayerMixin):
         if not self.spec.recent:
             return self._append(key_states, value_states)
         R, V = self.spec.head_dim, self.spec.v_head_dim
-        near = [side.append(new) for side, new in zip(self.recent, (key_states, value_states), strict=False)]
+        new = zip(self.recent, (key_states, value_states), strict=False)
+        near = [side.append(states[..., -side.width :], self.record_past) for side, states in new]
         far = self._append(key_states[..., :R], value_states[..., :V])
         k, *v = (AgedTokens(old, new, self.spec.recent) for old, new in zip(far, near, strict=False))
         return k, v[0] if v else k  # type: ignore[return-value]
@@ -87,8 +88,8 @@ class GrowingLayer(CacheLayerMixin):
         return past + query_length, self.length - past
 
     def activate_past_recording(self) -> None:
-        """Keep tokens that left the window until the next crop, as assisted decoding needs."""
-        self.record_past = self.is_sliding
+        """Keep tokens that left the window, or are no longer recent, until the next crop, as assisted decoding needs."""
+        self.record_past = self.is_sliding or bool(self.recent)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens: -n removes n; a positive n keeps n, as transformers 5.19 still allows."""
@@ -98,10 +99,11 @@ class GrowingLayer(CacheLayerMixin):
                 f"{n} tokens cannot be removed: the sliding window of {self.spec.window} tokens has already forgotten what"
                 " would come back into sight. Call activate_past_recording() before generating."
             )
-        if self.recent and n > RECENT_SLACK and self.length > self.spec.recent + RECENT_SLACK and n < self.length:
+        left = max(self.length - n, 0)
+        if any(max(near.count - n, 0) < min(left, self.spec.recent - 1) for near in self.recent):
             raise RuntimeError(
                 f"{n} tokens cannot be removed: those before them are no longer kept in the finer form of the newest"
-                f" {self.spec.recent}; at most {RECENT_SLACK} can, or all."
+                f" {self.spec.recent}. Call activate_past_recording() before generating."
             )
         self.length -= n
         for near in self.recent:

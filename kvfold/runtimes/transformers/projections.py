@@ -15,7 +15,7 @@ class GroupedLinear(nn.Module):
     """One small matrix per group: [B, groups, T, in] -> [B, groups, T, out]. weight [groups, out, in], bias [groups, out].
 
     `heads`: cut each matrix by its rows into those of its group's heads, for x [B, heads, T, ...].
-    `transposed`: go from out to in. Of x with fewer numbers than `in` the weight's others are left out.
+    `transposed`: go from out to in. Of x with fewer numbers than `in` the weight's first serve, or (`last`) its last.
     All use of the weight passes through here, so that hooks (device_map, offloading, adapters) see it.
     """
 
@@ -28,9 +28,10 @@ class GroupedLinear(nn.Module):
         groups, out_features, in_features = self.weight.shape
         return f"{groups=}, {in_features=}, {out_features=}"
 
-    def forward(self, x: Tensor, *, heads: int | None = None, transposed: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *, heads: int | None = None, transposed: bool = False, last: bool = False) -> Tensor:
         weight = self.weight if heads is None else self.weight.view(heads, -1, self.weight.shape[2])
-        weight = weight if transposed else weight[..., : x.shape[-1]]
+        if not transposed:
+            weight = weight[..., -x.shape[-1] :] if last else weight[..., : x.shape[-1]]
         # One product per group over all rows of the batch: a product that broadcasts the weight would copy it for each row.
         B, G, T, _ = x.shape
         rows = x.transpose(0, 1).reshape(G, B * T, -1)
