@@ -19,7 +19,7 @@ from kvfold.architectures.base import Architecture, empty_model, source_config
 from kvfold.calibration.statistics import Seen
 from kvfold.checkpoint.reader import Checkpoint
 from kvfold.plan.layer import AttentionLayer
-from kvfold.runtimes.kernels.aged_attention import Aged, aged_attention_by_masks
+from kvfold.runtimes.kernels.aged_attention import Aged, aged_attention
 from kvfold.runtimes.kernels.attention import grouped_attention
 
 OBSERVED = "kvfold_observed"
@@ -108,7 +108,9 @@ class StreamedModel:
                 entered = part.to(self.device).requires_grad_()
                 left, seen = run(entered)
                 parts = seen.differentiated
-                by_hidden, *by_parts = torch.autograd.grad(left, (entered, *parts.values()), gradient.to(self.device))
+                by_hidden, *by_parts = torch.autograd.grad(
+                    left, (entered, *parts.values()), gradient.to(self.device), materialize_grads=True
+                )
                 gradient.copy_(by_hidden)
                 observe(seen.detached()._replace(**dict(zip(parts, by_parts, strict=True))))
 
@@ -233,8 +235,8 @@ def _observed_attention(
             _of_two_ages(far_key, near_key, kvfold_recent),
             _of_two_ages(far_value, near_value, kvfold_recent),
         )
-        sizes: dict[str, Any] = {"width": value.shape[-1], "scale": scaling, "softcap": softcap}
-        return aged_attention_by_masks((query, query), keys, values, attention_mask, **sizes)[0], None
+        sizes: dict[str, Any] = {"elements": key.shape[1] * key.shape[3], "scale": scaling, "softcap": softcap}
+        return aged_attention((query, query), keys, values, attention_mask, value.shape[3], **sizes), None
     kvfold_observer(query, key, value, scaling)
     if softcap is not None:  # which torch's fused kernel would ignore
         return grouped_attention(query, key, value, attention_mask, scale=scaling, softcap=softcap)[0], None

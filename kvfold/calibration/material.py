@@ -42,8 +42,9 @@ NUM_SAMPLES, SEQ_LEN = 64, 256
 """Calibration sequences, and tokens of each, where the recipe leaves them open: more buys little (docs/log.md)."""
 
 ROTATED = frozenset({"keys", WEIGHTED + "keys"})
-NUM_ROTATED, ROTATED_LEN = 16, 1024
-"""The same where rotated keys are seen: they differ from position to position, and only long text has late ones."""
+NUM_LONG, LONG = 16, 1024
+"""The same where rotated keys are seen, which differ from position to position, and where tokens far behind are told apart from
+recent ones: only long text has them."""
 
 POOL = 8
 """`select: diverse` chooses among so many times the sequences that are wanted."""
@@ -67,10 +68,10 @@ class Material:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        calibration, rotated = self.calibration, bool(self.width.needs & ROTATED)
-        rotated = rotated and any(layer.rotary_dim for layer in self.source.layers)
-        self.num_samples = calibration.num_samples or (NUM_ROTATED if rotated else NUM_SAMPLES)
-        self.seq_len = calibration.seq_len or min(ROTATED_LEN if rotated else SEQ_LEN, self.source.seq_len)
+        rotated = bool(self.width.needs & ROTATED) and any(layer.rotary_dim for layer in self.source.layers)
+        is_long = rotated or self.recent > 0
+        self.num_samples = self.calibration.num_samples or (NUM_LONG if is_long else NUM_SAMPLES)
+        self.seq_len = self.calibration.seq_len or min(LONG if is_long else SEQ_LEN, self.source.seq_len)
 
     def statistics(
         self,

@@ -105,7 +105,7 @@ class Recipe:
         if self.allocate != "greedy" and self.method("length").told_apart(self.method("width"), self.method("bits")):
             raise RecipeError(
                 f"allocate = {self.allocate!r}: bytes are shared out between recent tokens and all others by what they are"
-                " expected to save; choose greedy."
+                " expected to save; choose greedy, or --set length.method=identity."
             )
         if self.allocate == "measured" and self.method("width").joint:
             raise RecipeError(

@@ -27,7 +27,8 @@ class Recent(LengthMethod):
     """Most of what a prediction needs stands a few tokens back: these are kept twice, as all others and finely.
 
     Where leading numbers get more bits than later ones, the finer form is one of its own, made for queries that stand close
-    by, and bytes are shared out between both by what they save. Elsewhere it is the same numbers before quantization.
+    by, and bytes are shared out between both by what they save. Elsewhere it is the same numbers before quantization; of what
+    is not quantized there is no finer form.
 
     tokens: how many.
     """
@@ -47,12 +48,8 @@ class Recent(LengthMethod):
             return spec
         if finer is not None:
             return self._beside(layer, spec, finer)
-        if spec.k_bits is None and spec.v_bits is None:
-            raise RecipeError(
-                "length.method = recent: nothing is quantized, so that recent tokens would be stored as all others are;"
-                " choose a bits method."
-            )
-        return dataclasses.replace(spec, recent=self.tokens)
+        quantized = spec.k_bits is not None or spec.v_bits is not None
+        return dataclasses.replace(spec, recent=self.tokens) if quantized else spec
 
     def _beside(self, layer: AttentionLayer, spec: CacheSpec, finer: CacheSpec) -> CacheSpec:
         differ = [name for name in SAME_FOR_BOTH if getattr(spec, name) != getattr(finer, name)]
