@@ -19,9 +19,10 @@ from typing import Any
 
 from kvfold.calibration.material import layer_group
 from kvfold.checkpoint.source import open_source
-from kvfold.compression.allocate import Axes, Request, expected_curve
+from kvfold.compression.allocate import expected_curve
 from kvfold.compression.probe import Probe
 from kvfold.compression.recipe import make_recipe, material_of, parse_budget
+from kvfold.compression.request import Request
 
 Row = dict[str, Any]
 
@@ -51,7 +52,7 @@ def measure(options: argparse.Namespace, run_dir: Path) -> list[Row]:
     fields = {"model": options.model, "out": str(run_dir / "unused"), "prefer": options.prefer}
     recipe = make_recipe(fields | {"kv_budget": 0.5, "calibration": {"data": options.data}})
     source = open_source(options.model)
-    axes = Axes(**{axis: recipe.method(axis) for axis in ("depth", "width", "bits", "length")})
+    axes = recipe.axes
     request = Request(layers=source.layers, targets=(None,) * len(source.layers), axes=axes, dtype=source.dtype)
     material = material_of(recipe, source, run_dir)
     found = material.statistics(axes.width.needs)

@@ -43,8 +43,8 @@ NUM_SAMPLES, SEQ_LEN = 64, 256
 
 ROTATED = frozenset({"keys", WEIGHTED + "keys"})
 NUM_LONG, LONG = 16, 1024
-"""The same where rotated keys are seen, which differ from position to position, and where tokens far behind are told apart from
-recent ones: only long text has them."""
+"""The same where rotated keys are seen, which differ from position to position, and where tokens far behind are told apart
+from recent ones: only long text has them."""
 
 POOL = 8
 """`select: diverse` chooses among so many times the sequences that are wanted."""

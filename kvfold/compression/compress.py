@@ -21,27 +21,17 @@ from kvfold.checkpoint.folder import new_folder, refuse_out, write_files
 from kvfold.checkpoint.gguf import dequantized
 from kvfold.checkpoint.reader import Checkpoint
 from kvfold.checkpoint.source import Source, load_plan, open_source
-from kvfold.compression.allocate import (
-    Axes,
-    Curves,
-    Groups,
-    Request,
-    allocate,
-    check_request,
-    choose_layout,
-    expected_curves,
-    limits_of,
-    smallest_under,
-)
+from kvfold.compression.allocate import allocate, check_request, choose_layout, expected_curves, smallest_under
 from kvfold.compression.card import write_card_text
 from kvfold.compression.fold import fold, folded_config
+from kvfold.compression.hulls import Curves
 from kvfold.compression.probe import PROBE_VERSION, Probe
 from kvfold.compression.recipe import Recipe, make_recipe, material_of, suited
+from kvfold.compression.request import Groups, Request, limits_of
 from kvfold.compression.widen_mlp import SIZE, widened_size
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.methods.width.base import LayerGroup
 from kvfold.plan.plan import CachePlan
-from kvfold.registry import AXES
 from kvfold.runtimes.base import runtime
 from kvfold.runtimes.transformers.load import resolve_device
 from kvfold.runtimes.transformers.modeling import empty_folded_model
@@ -122,10 +112,11 @@ def _request(recipe: Recipe, source: Source, material: Material) -> Request:
 
     Raises RecipeError and BudgetError where that cannot be, before anything takes long.
     """
-    axes = Axes(**{axis: recipe.method(axis) for axis in AXES})
     everyone = (None,) * len(source.layers)
-    asked = Request(layers=source.layers, targets=everyone, axes=axes, dtype=source.dtype, limits=limits_of(recipe))
-    sample = material.sample() if axes.depth.needs_sample else None
+    asked = Request(
+        layers=source.layers, targets=everyone, axes=recipe.axes, dtype=source.dtype, limits=limits_of(recipe)
+    )
+    sample = material.sample() if asked.axes.depth.needs_sample else None
     request = dataclasses.replace(asked, targets=choose_layout(asked, kv_budget=recipe.kv_budget, sample=sample))
     check_request(request, 1.0 if recipe.target_kl else recipe.kv_budget)
     _check_runtime(recipe, request)

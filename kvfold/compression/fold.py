@@ -16,7 +16,7 @@ from kvfold.checkpoint.atomic import require_space, write_tensors, write_text
 from kvfold.checkpoint.folder import MAX_SHARD_BYTES
 from kvfold.checkpoint.reader import INDEX, SINGLE, Checkpoint
 from kvfold.checkpoint.source import source_dtype
-from kvfold.compression.allocate import Groups
+from kvfold.compression.request import Groups
 from kvfold.compression.widen_mlp import SIZE, widen
 from kvfold.errors import CheckpointError
 from kvfold.methods.width.base import LayerGroup, WidthMethod

@@ -22,7 +22,9 @@ from kvfold.checkpoint.atomic import make_folder, write_text
 from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.reader import read_json
 from kvfold.checkpoint.source import Source
-from kvfold.compression.allocate import Curve, Curves, Groups, Request, expected_curve
+from kvfold.compression.allocate import expected_curve
+from kvfold.compression.hulls import Curve, Curves
+from kvfold.compression.request import Groups, Request
 from kvfold.methods.bits.base import shared_energy
 from kvfold.methods.width.base import WidthMethod, method_name
 from kvfold.plan.cache_spec import CacheSpec

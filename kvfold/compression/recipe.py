@@ -17,6 +17,7 @@ from kvfold.calibration.calibration import Calibration
 from kvfold.calibration.material import Material
 from kvfold.checkpoint.source import Source
 from kvfold.compression.presets import find_preset
+from kvfold.compression.request import Axes
 from kvfold.errors import RecipeError
 from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.base import runtime
@@ -102,7 +103,7 @@ class Recipe:
                 f"width method {self.width['method']!r} stores numbers of equal rank, so that none deserves more bits than"
                 " others; choose a low-rank one, such as fisher, or --set bits.method=integer."
             )
-        if self.allocate != "greedy" and self.method("length").told_apart(self.method("width"), self.method("bits")):
+        if self.allocate != "greedy" and self.axes.told_apart:
             raise RecipeError(
                 f"allocate = {self.allocate!r}: bytes are shared out between recent tokens and all others by what they are"
                 " expected to save; choose greedy, or --set length.method=identity."
@@ -112,6 +113,11 @@ class Recipe:
                 f"allocate = 'measured' cannot measure {self.width['method']}, which sees the tokens of a step exactly;"
                 " choose uniform or greedy."
             )
+
+    @property
+    def axes(self) -> Axes:
+        """The methods of all axes."""
+        return Axes(**{axis: self.method(axis) for axis in registry.AXES})
 
     def method(self, axis: str) -> Any:
         """The method of an axis, built from its name and fields."""
@@ -175,10 +181,9 @@ def material_of(recipe: Recipe, source: Source, run_dir: Path, device: str = "cp
     """The calibration text that a recipe asks for."""
     asked_by = " + ".join(getattr(recipe, axis)["method"] for axis in ("depth", "width"))
     width = recipe.method("width")
-    recent = recipe.method("length").told_apart(width, recipe.method("bits"))
     return Material(
         recipe.calibration, source, run_dir, width, asked_by,
-        seed=recipe.seed, device=device, recent=recent,
+        seed=recipe.seed, device=device, recent=recipe.axes.told_apart,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from kvfold.architectures.base import architecture, empty_model, source_config
 from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.folder import new_folder, refuse_out, write_files, write_weights
 from kvfold.checkpoint.reader import Checkpoint
-from kvfold.compression.allocate import SLACK
+from kvfold.compression.hulls import SLACK
 from kvfold.errors import BudgetError, CheckpointError
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer

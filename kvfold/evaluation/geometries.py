@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from kvfold.architectures.base import Architecture, architecture, empty_model
-from kvfold.compression.allocate import Axes, Curves, Request, allocate, choose_layout, limits_of
+from kvfold.compression.allocate import allocate, choose_layout
+from kvfold.compression.hulls import Curves
 from kvfold.compression.recipe import Recipe, suited
+from kvfold.compression.request import Request, limits_of
 from kvfold.errors import RecipeError
 from kvfold.evaluation.published_shapes import SHAPES
 from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
@@ -67,7 +69,7 @@ class Shape:
         as FALL says."""
         layers = self.arch.describe(empty_model(self.arch, self.config()))
         recipe = suited(recipe, layers)
-        axes = Axes(**{axis: recipe.method(axis) for axis in ("depth", "width", "bits", "length")})
+        axes = recipe.axes
         asked = Request(layers=layers, targets=(None,) * len(layers), axes=axes, dtype=dtype, limits=limits_of(recipe))
         targets = choose_layout(asked, kv_budget=recipe.kv_budget, sample=None)
         request = dataclasses.replace(asked, targets=targets)

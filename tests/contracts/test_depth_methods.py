@@ -13,9 +13,10 @@ import kvfold
 from kvfold import registry
 from kvfold.architectures.base import architecture, empty_model
 from kvfold.checkpoint.source import open_source, read_layer
-from kvfold.compression.allocate import Axes, Request, allocate, choose_layout
+from kvfold.compression.allocate import allocate, choose_layout
 from kvfold.compression.presets import MLKV_PAPER
 from kvfold.compression.recipe import make_recipe
+from kvfold.compression.request import Axes, Request
 from kvfold.errors import RecipeError
 from kvfold.methods.bits.identity import Identity as Bits
 from kvfold.methods.length.identity import Identity as Length

@@ -157,7 +157,11 @@ def test_what_is_no_longer_fine_cannot_come_back(fold):
 @pytest.mark.filterwarnings("ignore:kv_budget")
 def test_a_cache_that_records_keeps_what_may_come_back_until_it_is_cropped(fold):
     plan = fold("llama_mha", "mla-mixed").plan
-    network, cache, ids = load(fold("llama_mha", "mla-mixed").out, dtype=torch.float64), FoldedCache(plan), tokens(1, 60)
+    network, cache, ids = (
+        load(fold("llama_mha", "mla-mixed").out, dtype=torch.float64),
+        FoldedCache(plan),
+        tokens(1, 60),
+    )
     plain = FoldedCache(plan)
     with torch.no_grad():
         expected = network(ids, past_key_values=plain).logits[:, 30:]
@@ -174,7 +178,9 @@ def test_a_cache_that_records_keeps_what_may_come_back_until_it_is_cropped(fold)
 
 def test_calibration_text_must_reach_far_enough(tiny_dir, tmp_path):
     recipe = {"model": str(tiny_dir / "llama_mha"), "out": str(tmp_path / "o"), "kv_budget": 0.5}
-    recipe |= {"width": {"method": "mla"}, "bits": MIXED, "allocate": "greedy"} | {"length": {"method": "recent", "tokens": 40}}
+    recipe |= {"width": {"method": "mla"}, "bits": MIXED, "allocate": "greedy"} | {
+        "length": {"method": "recent", "tokens": 40}
+    }
     with pytest.raises(DataError, match="at least --seq-len 80"):
         kvfold.compress(recipe | {"calibration": {"data": "self", "num_samples": 4, "seq_len": 48}}, device="cpu")
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvfold.compression.allocate import Axes, Limits, Request, allocate, check_request, expected_curves, smallest_under
+from kvfold.compression.allocate import allocate, check_request, expected_curves, smallest_under
 from kvfold.compression.hulls import lower_hull
+from kvfold.compression.request import Axes, Limits, Request
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.linalg.eigen import Moment
 from kvfold.methods.bits.identity import Identity as Bits

@@ -54,18 +54,27 @@ def test_streamed_gradients_are_those_of_the_whole_model(tiny_dir, model):
 def test_far_gradients_are_those_of_far_queries(tiny_dir, model):
     """What enters a layer keeps its whole gradient; keys and values keep that of queries at least `recent` tokens behind."""
     source, ids, recent = open_source(tiny_dir / model), tokens(4, 21), 5
-    found = {}
+    found, parts_of = {}, {}
     for far in (0, 1, recent, 21):
         stream, parts = StreamedModel(source.checkpoint, source.arch, "cpu", far), []
         hidden = stream.embed(ids)
         gradient = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
         stream.retreat(stream.layers[0], hidden, gradient, parts.append)
         found[far] = gradient, *(torch.cat([getattr(p, name) for p in parts]) for name in ("k_gradient", "v_gradient"))
+        parts_of[far] = parts
     for far in (1, recent, 21):
         assert_close(found[far][0], found[0][0], tolerance=1e-5)
     for side in (1, 2):
         assert not found[21][side].any()
         assert not found[recent][side][:, :, -recent:].any() and found[recent][side][:, :, :-recent].any()
+    names = ("k_gradient", "v_gradient")
+    for part in parts_of[recent]:
+        for name in names:
+            close = getattr(part.of_recent, name)
+            assert close[:, :, -1:].any() and not torch.equal(close, getattr(part, name))
+    for side, name in enumerate(names, start=1):
+        close = torch.cat([getattr(part.of_recent, name) for part in parts_of[recent]])
+        assert_close(close + found[recent][side], found[0][side], tolerance=1e-5)
     by_hand = _far_value_gradient(source, ids, recent)
     assert_close(found[recent][2], by_hand, tolerance=1e-4)
 
@@ -103,6 +112,16 @@ def planted(weight_T):
     root = torch.randn(6, 6)
     gradient = torch.randn(len(weight_T), 6) @ root
     return torch.randn(len(weight_T), 6) + 2, gradient * weight_T.sqrt()[:, None], (root.T @ root)[None].double()
+
+
+def test_what_counts_as_the_mean_can_be_given():
+    """Then the covariance is about it: what two forms of a token leave out must be the same."""
+    x, gradient, _ = planted(1 + torch.arange(200) / 100)
+    (free, metric), centre = fit(x, gradient, 2), torch.full((6,), 1.5, dtype=torch.float64)
+    moment, same_metric = fit(x, gradient, 2, mean_F=centre)
+    off = free.mean_F - centre
+    assert torch.equal(moment.mean_F, centre) and torch.equal(metric.second_FF, same_metric.second_FF)
+    assert_close(moment.covariance_FF, free.covariance_FF + off[:, None] * off, tolerance=1e-9)
 
 
 def test_equal_tokens_give_plain_moments():

@@ -8,12 +8,11 @@ from tiny import make_tiny, save_tiny
 import kvfold
 from kvfold.architectures.base import empty_model
 from kvfold.cli import bench
-from kvfold.compression.allocate import Axes, Request, limits_of
 from kvfold.compression.recipe import make_recipe, preset_recipe
+from kvfold.compression.request import Request, limits_of
 from kvfold.errors import BudgetError, PlanError, RecipeError
 from kvfold.evaluation.demo import MODEL
 from kvfold.evaluation.geometries import Shape
-from kvfold.registry import AXES
 from kvfold.runtimes.base import servable_by
 from kvfold.runtimes.transformers.runtime import Transformers
 from kvfold.runtimes.vllm.runtime import WIDTHS
@@ -81,7 +80,7 @@ def test_damage_is_measured_beside_an_untouched_side():
     shape = Shape(name="llama2-7b", layers=1)
     layers = shape.arch.describe(empty_model(shape.arch, shape.config()))
     recipe = preset_recipe("fast", {"model": "m", "out": "o", "runtime": "vllm"})
-    axes = Axes(**{axis: recipe.method(axis) for axis in AXES})
+    axes = recipe.axes
     request = Request(layers=layers, targets=(None,), axes=axes, dtype="bfloat16", limits=limits_of(recipe))
     assert request.shapes(layers[0], "keys")[-1].width == 256 and request.widest(layers[0], "keys").width == 4096
 

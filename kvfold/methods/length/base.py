@@ -5,8 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from kvfold.methods.bits.base import BitsMethod
-from kvfold.methods.width.base import WidthMethod
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 
@@ -23,10 +21,6 @@ class LengthMethod(ABC):
     def recent_of(self, layer: AttentionLayer) -> int:
         """The same in one layer; 0 where a sliding window reaches no further."""
         return 0 if layer.window is not None and layer.window <= self.recent else self.recent
-
-    def told_apart(self, width: WidthMethod, bits: BitsMethod) -> int:
-        """The same where the finer form is one of its own, made for queries that stand close by."""
-        return self.recent if width.two_forms and bits.by_spectrum else 0
 
     @abstractmethod
     def apply(self, layer: AttentionLayer, spec: CacheSpec, finer: CacheSpec | None = None) -> CacheSpec:

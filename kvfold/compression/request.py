@@ -1,0 +1,186 @@
+"""What is asked of one fold: methods and limits, and what each cache may store at what price."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from kvfold.compression.hulls import SLACK, Choice, Key
+from kvfold.errors import RecipeError
+from kvfold.linalg.sensitivity import RECENT
+from kvfold.methods.bits.base import BitsMethod
+from kvfold.methods.depth.base import DepthMethod, Targets
+from kvfold.methods.length.base import LengthMethod
+from kvfold.methods.width.base import LayerGroup, WidthMethod
+from kvfold.plan.cache_spec import ITEMSIZE, POSITION_BYTES, CacheSpec
+from kvfold.plan.layer import AttentionLayer
+from kvfold.plan.number_format import StoredShape
+from kvfold.plan.plan import BUDGET_CONTEXT, CachePlan, source_layer
+from kvfold.runtimes.base import runtime
+
+SIDES = ("keys", "values")
+
+Groups = Callable[[int], LayerGroup]
+"""Owner's index -> the layers that use its cache, with what distortion is computed from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    """One method per axis."""
+
+    depth: DepthMethod
+    width: WidthMethod
+    bits: BitsMethod
+    length: LengthMethod
+
+    @property
+    def told_apart(self) -> int:
+        """Of how many recent tokens there is a form of its own, made for queries that stand close by."""
+        return self.length.recent if self.width.two_forms and self.bits.by_spectrum else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """`keep_layers`: layers that store every number as it is. `min_width`: the least share of a layer's numbers to store.
+    `one_shape`: a layer's values are stored in the shape of its keys. `widths`: those of a stored head (empty: any)."""
+
+    keep_layers: tuple[int, ...] = ()
+    min_width: float = 0.0
+    one_shape: bool = False
+    widths: tuple[int, ...] = ()
+
+
+def limits_of(recipe: Any) -> Limits:
+    """What a recipe says of them, its runtime's included."""
+    where = runtime(recipe.runtime)
+    return Limits(
+        keep_layers=recipe.keep_layers, min_width=recipe.min_width, one_shape=where.one_shape, widths=where.widths
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for: who owns a cache, by which methods, in which dtype, within which limits."""
+
+    layers: Sequence[AttentionLayer]
+    targets: Targets
+    axes: Axes
+    dtype: str
+    limits: Limits = Limits()
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    @cached_property
+    def owners(self) -> list[AttentionLayer]:
+        return [layer for layer, target in zip(self.layers, self.targets, strict=True) if target is None]
+
+    @cached_property
+    def source_bytes(self) -> int:
+        """Per token, of the original cache."""
+        return self.itemsize * sum(source_layer(layer).elements_per_token for layer in self.layers)
+
+    @cached_property
+    def options(self) -> dict[Key, list[StoredShape]]:
+        """What each side can store, from few bytes to many; of methods that go by the spectrum with the fewest bits."""
+        options = {
+            (layer.index, side): self._options(layer, side) for layer in self.owners for side in self.parts_of(layer)
+        }
+        paired = self.limits.one_shape and len(self.parts) == 2
+        return {(i, side): self._common(i, options) for i, side in options} if paired else options
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What gets a share of the budget in every layer: keys and values, or both as one."""
+        return self.axes.width.parts
+
+    def recent_of(self, layer: AttentionLayer) -> int:
+        """Of how many recent tokens a layer has a form of its own."""
+        kept = layer.index in self.limits.keep_layers
+        return self.axes.length.recent_of(layer) if self.axes.told_apart and not kept else 0
+
+    def parts_of(self, layer: AttentionLayer) -> tuple[str, ...]:
+        """The same for one layer, the finer forms of recent tokens included."""
+        finer = tuple(RECENT + part for part in self.parts) if self.recent_of(layer) else ()
+        return self.parts + finer
+
+    def _common(self, owner: int, options: Mapping[Key, list[StoredShape]]) -> list[StoredShape]:
+        """What both sides can store."""
+        keys, values = (options[owner, side] for side in SIDES)
+        if both := [shape for shape in keys if shape in values]:
+            return both
+        raise RecipeError(
+            f"this runtime stores keys and values in one shape, and layer {owner} has none that suits both (keys:"
+            f" {keys[0].num_heads} heads and so on, values: {values[0].num_heads}); set width.latent and width.v_latent to"
+            " the same, and leave bits out."
+        )
+
+    def _options(self, layer: AttentionLayer, side: str) -> list[StoredShape]:
+        shapes = self.shapes(layer, side)
+        if layer.index not in self.limits.keep_layers:
+            shapes = self.axes.bits.stored(layer, side, self.allowed(layer, shapes))
+        return sorted(shapes, key=lambda shape: self.cost((layer.index, side), shape))
+
+    def widest(self, layer: AttentionLayer, side: str) -> StoredShape:
+        """The shape that loses nothing."""
+        return self._by_numbers(layer, side)[-1]
+
+    def _by_numbers(self, layer: AttentionLayer, side: str) -> list[StoredShape]:
+        found = self.axes.width.shapes(side.removeprefix(RECENT), layer, 1 + self.targets.count(layer.index))
+        return sorted(found, key=lambda shape: shape.elements)
+
+    def shapes(self, layer: AttentionLayer, side: str) -> list[StoredShape]:
+        """Those of the width method that the limits allow; of a layer that is kept only the one that loses nothing."""
+        shapes = self._by_numbers(layer, side)
+        if layer.index in self.limits.keep_layers:
+            return shapes[-1:]
+        return [shape for shape in shapes if shape.width in self.limits.widths] or shapes
+
+    def allowed(self, layer: AttentionLayer, shapes: Sequence[StoredShape]) -> list[StoredShape]:
+        """Those that are wide enough; the widest if none is."""
+        least = self.limits.min_width * 2 / len(self.parts) * layer.num_kv_heads * layer.head_dim
+        return [shape for shape in shapes if shape.elements >= least / SLACK] or list(shapes[-1:])
+
+    def cost(self, key: Key, shape: StoredShape) -> float:
+        """Bytes per token; those of recent tokens are shared out among BUDGET_CONTEXT."""
+        whole = shape.bytes_per_token(self.itemsize)
+        return whole * self.axes.length.recent / BUDGET_CONTEXT if key[1].startswith(RECENT) else whole
+
+    def total(self, chosen: Mapping[Key, StoredShape]) -> float:
+        """Bytes per token of all that was chosen."""
+        return sum(self.cost(key, shape) for key, shape in chosen.items())
+
+    def bytes_beside(self, chosen: Mapping[Key, StoredShape]) -> float:
+        """What is stored per token beside all that."""
+        specs = [self.spec(layer, chosen) for layer in self.owners]
+        counted = sum(self.total({key: shape}) for key, shape in chosen.items() if key[1].startswith(RECENT))
+        recent = sum(spec.recent_bytes(BUDGET_CONTEXT, self.itemsize) for spec in specs) / BUDGET_CONTEXT
+        return recent - counted + POSITION_BYTES * any(spec.rope == "on_read" for spec in specs)
+
+    @cached_property
+    def smallest(self) -> Choice:
+        """Of every side the shape of the fewest bytes."""
+        return {key: shapes[0] for key, shapes in self.options.items()}
+
+    def spec(self, layer: AttentionLayer, chosen: Mapping[Key, StoredShape]) -> CacheSpec:
+        """The cache that `layer` owns."""
+        spec, *finer = (
+            self.axes.width.spec(layer, *(chosen[layer.index, age + side] for side in self.parts))
+            for age in (("", RECENT) if self.recent_of(layer) else ("",))
+        )
+        return spec if layer.index in self.limits.keep_layers else self.axes.length.apply(layer, spec, *finer)
+
+    def plan(self, chosen: Mapping[Key, StoredShape]) -> CachePlan:
+        """The plan of what was chosen for every side."""
+        caches: list[CacheSpec | None] = [None] * len(self.layers)
+        for layer in self.owners:
+            caches[layer.index] = self.spec(layer, chosen)
+        return CachePlan(
+            dtype=self.dtype,
+            source=tuple(source_layer(layer) for layer in self.layers),
+            caches=tuple(caches),
+            kv_sharing_target_layer=self.targets,
+        )
