@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/demo_model/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: docs wheel results-real results-real-auto results-real-tasks results-real-recall demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
+.PHONY: docs wheel results-real results-real-auto results-real-ablation results-real-tasks results-real-recall demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -220,10 +220,18 @@ results-real-auto: $(VENV)/installed
 	  --out runs/real-auto
 	$(BIN)/python benchmarks/frontier.py --real runs/real-frontier runs/real-auto
 
+# What each part of the default brings: without recent tokens, with latents of keys and values apart; the same of --prefer speed
+PLAIN := length.method=identity
+PARTS := auto auto:$(PLAIN) auto:$(PLAIN),width.method=fisher,width.rope=on_read auto:prefer=speed auto:prefer=speed,$(PLAIN)
+results-real-ablation: $(VENV)/installed
+	$(BIN)/kvfold compare $(REAL) $(addprefix --preset ,$(PARTS)) $(addprefix --kv-budget ,1/4 1/8 1/16 1/32) --data $(CALIBRATION) \
+	  $(ON_REAL) --out runs/real-ablation
+	cp runs/real-ablation/table.md results/real-ablation.md
+
 # What more or longer calibration text buys at 1/8
 CALIBRATED = auto:calibration.num_samples=$(1),calibration.seq_len=$(2)
 TEXTS := $(call CALIBRATED,16,256) $(call CALIBRATED,32,256) $(call CALIBRATED,64,256) $(call CALIBRATED,128,256) \
-  $(call CALIBRATED,32,512) $(call CALIBRATED,64,512) $(call CALIBRATED,8,2048) $(call CALIBRATED,16,2048)
+  $(call CALIBRATED,32,512) $(call CALIBRATED,16,1024) $(call CALIBRATED,32,1024) $(call CALIBRATED,8,2048)
 results-real-calibration: $(VENV)/installed
 	$(BIN)/kvfold compare $(REAL) $(addprefix --preset ,$(TEXTS)) --kv-budget 1/8 --data $(CALIBRATION) $(ON_REAL) \
 	  --out runs/real-calibration
@@ -248,7 +256,7 @@ results-real-recall: runs/auto-eighth
 	$(MAKE) results-recall MODEL=$(REAL) FOLDED=runs/auto-eighth LENGTHS=512,1024
 
 # All of SmolLM2, about two hours on two cores
-results-real: results-real-frontier results-real-depth results-real-tasks results-real-recall results-real-calibration
+results-real: results-real-frontier results-real-ablation results-real-depth results-real-tasks results-real-recall results-real-calibration
 	$(MAKE) results-long MODEL=$(REAL) FOLDED=runs/auto-quarter
 	$(MAKE) results-nats MODEL=$(REAL) NATS="--layers 0 9 18 27"
 

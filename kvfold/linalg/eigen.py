@@ -84,7 +84,7 @@ def powers(moment_FF: Tensor, *exponents: float, floor: float = RELATIVE_FLOOR) 
 
 def discarded_energy(moment_FF: Tensor) -> Tensor:
     """Share of the energy that keeping r directions discards, for r = 0 ... F: [F + 1], from 1 down to 0."""
-    values = eigh_descending(moment_FF)[0]
+    values = torch.linalg.eigvalsh((moment_FF + moment_FF.T).double() / 2).flip(0).clamp_min(0)
     kept = torch.cat([values.new_zeros(1), values.cumsum(0)])
     return (1 - kept / kept[-1].clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(0)
 
