@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -82,7 +83,8 @@ def calibrate(
     key, wanted = _key(checkpoint, tokens_BT, seed, recent), needs | cross.labels
     if (finished := _finished(run_dir, key, wanted)) is not None:
         return Statistics(finished, tokens_BT.numel())
-    _say_what_is_left_alone(run_dir, key)
+    made_of = {"model": checkpoint.fingerprint(), "version": STATISTICS_VERSION}
+    _say_what_is_left_alone(run_dir, made_of)
     folder = run_dir / f"statistics-{key}-{_short('+'.join(sorted(wanted)))}"
     make_folder(folder)
     total = tokens_BT.numel()
@@ -106,7 +108,7 @@ def calibrate(
     else:
         passes.up(observer, keep)
     if not processes.rank():
-        write_text(folder / FINISHED, json.dumps({"needs": sorted(wanted), "tokens": total}))
+        write_text(folder / FINISHED, json.dumps({"needs": sorted(wanted), "tokens": total} | made_of))
     processes.wait_for_all()
     passes.forget()
     return Statistics(folder, total)
@@ -140,11 +142,12 @@ def _key(checkpoint: Checkpoint, tokens_BT: Tensor, seed: int, recent: int) -> s
     return fingerprint(version=STATISTICS_VERSION, **facts)[:12]
 
 
-def _say_what_is_left_alone(run_dir: Path, key: str) -> None:
-    others = {file.name.split("-")[1] for file in run_dir.glob("statistics-*")} - {key}
-    if others:
+def _say_what_is_left_alone(run_dir: Path, made_of: Mapping[str, Any]) -> None:
+    """Statistics of other text may be those of another preset, and are nothing to speak of."""
+    known = [read_json(file) for file in run_dir.glob(f"statistics-*/{FINISHED}")]
+    if any({name: facts.get(name) for name in made_of} != made_of for facts in known):
         STDERR.print(
-            f"{run_dir} holds statistics of another model, text or version of kvfold; gathering those of this one.",
+            f"{run_dir} holds statistics of another model or version of kvfold; gathering those of this one.",
             highlight=False,
         )
 

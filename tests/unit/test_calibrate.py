@@ -81,8 +81,9 @@ def test_statistics_are_reused_and_extended(calibrated, capsys):
     assert set(more.layer(0, ALL)) == ALL and more.folder != first.folder
     assert calibrated("llama_mha", ids, frozenset({"keys_before_rotation"})).folder == more.folder
     assert {f: f.stat().st_mtime_ns for f in first.folder.iterdir()} == stamp
-    assert "statistics of another" not in capsys.readouterr().err
     assert calibrated("llama_mha", ids.flip(1)).folder != first.folder
+    assert "statistics of another" not in capsys.readouterr().err
+    calibrated("llama_yarn", ids)
     assert "statistics of another" in " ".join(capsys.readouterr().err.split())
 
 
