@@ -153,9 +153,8 @@ class LowRankWidth(WidthMethod):
         keys, values = self._stored_latents(group, spec)
         for position, layer in enumerate(group.layers):
             weights = group.weights(position)
-            originals = {f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)}
             back_UFV = values.back(position)
-            folded = FoldedWeights(**originals | {"k_a_proj": keys.a_CRF, "k_b_proj": keys.back(position)})
+            folded = FoldedWeights.of(weights, k_a_proj=keys.a_CRF, k_b_proj=keys.back(position))
             if not position:
                 folded = store_values(folded, values.a_CRF)
             if spec.k_offset:

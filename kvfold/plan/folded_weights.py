@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from kvfold.plan.layer import AttentionWeights
 from kvfold.plan.tensors import Shape
 
 
@@ -58,6 +59,11 @@ class FoldedWeights:
     v_b_up_proj: Tensor | None = None
     v_b_up_bias: Tensor | None = None
     v_b_down_proj: Tensor | None = None
+
+    @classmethod
+    def of(cls, weights: AttentionWeights, **changes: Tensor | None) -> FoldedWeights:
+        """The original's weights, with others in the place of some and beside them."""
+        return cls(**{f.name: getattr(weights, f.name) for f in fields(weights)} | changes)
 
     def state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors under the parameter names of the runtime's module, in the checkpoint's dtype."""

@@ -76,8 +76,8 @@ class Autoencoder(LowRankWidth):
         values = self._train(group, self.value_term(group, 0), "values", spec.num_v_heads, spec.v_head_dim)
         offset_CF = keys.missing(_mean(moments["keys_before_rotation"], spec.num_kv_heads))
         missing_F = values.missing(_mean(moments["values"], spec.num_v_heads)).flatten()
-        folded = FoldedWeights(
-            **{f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)},
+        folded = FoldedWeights.of(
+            weights,
             **{f"k_{name}": tensor for name, tensor in keys.tensors().items()},
             **{f"v_{name}": tensor for name, tensor in values.tensors().items()},
             k_b_bias=offset_CF if spec.k_offset else None,

@@ -71,10 +71,9 @@ class CrossLayer(WidthMethod):
         size = group.owner.num_kv_heads * group.owner.head_dim
         for position in range(len(group)):
             weights = group.weights(position)
-            originals = {f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)}
             own = slice(position * size, (position + 1) * size)
-            yield FoldedWeights(
-                **originals,
+            yield FoldedWeights.of(
+                weights,
                 k_a_proj=keys.a_CRF[:, :, own],
                 k_b_proj=keys.back(0)[:, own],
                 v_a_proj=values.a_CRF[:, :, own],

@@ -33,5 +33,5 @@ class Identity(WidthMethod):
     def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
         for position in range(len(group)):
             weights = group.weights(position)
-            folded = FoldedWeights(**{f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)})
+            folded = FoldedWeights.of(weights)
             yield as_reader(folded) if position else folded

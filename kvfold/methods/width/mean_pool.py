@@ -67,8 +67,7 @@ class MeanPool(WidthMethod):
             pooled["k_b_proj"] = each.T.expand(spec.num_kv_heads, -1, -1)
         for position in range(len(group)):
             weights = group.weights(position)
-            originals = {f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)}
-            folded = FoldedWeights(**originals | pooled)
+            folded = FoldedWeights.of(weights, **pooled)
             yield as_reader(folded) if position else folded
 
 

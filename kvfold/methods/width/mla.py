@@ -96,8 +96,8 @@ class Mla(WidthMethod):
         layer, weights = group.owner, group.weights(0)
         latents, mean_F = self._latents(group, spec), group.moments(0)[WEIGHTED + BOTH].mean_F
         back_1FR, half = latents.back(0), len(mean_F) // 2
-        folded = FoldedWeights(
-            **{f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)},
+        folded = FoldedWeights.of(
+            weights,
             k_a_proj=latents.a_CRF[:, :, :half],
             k_b_proj=back_1FR[:, :half],
             v_b_proj=back_1FR[:, half:],

@@ -85,9 +85,8 @@ class Procrustes(WidthMethod):
         layer, order = group.owner, self._order(group, spec.num_kv_heads)
         weights = reordered_weights(layer, group.weights(0), order)
         keys, values = (self._pairs(group, order, spec.num_kv_heads, side) for side in ("keys", "values"))
-        originals = {f.name: getattr(weights, f.name) for f in dataclasses.fields(weights)}
-        folded = FoldedWeights(
-            **originals, k_a_proj=torch.stack([a for a, _ in keys]), k_b_proj=torch.stack([b for _, b in keys])
+        folded = FoldedWeights.of(
+            weights, k_a_proj=torch.stack([a for a, _ in keys]), k_b_proj=torch.stack([b for _, b in keys])
         )
         folded = fuse_keys(layer, folded, spec)
         folded = store_values(folded, torch.stack([a for a, _ in values]))
