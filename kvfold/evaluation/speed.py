@@ -313,7 +313,8 @@ class _Clock:
         self.events: list[tuple[Any, Any]] = []
         for module in model.modules():
             if isinstance(module, FoldedAttention):
-                module._attend = self._watched(module._attend)  # type: ignore[method-assign]
+                for name in ("_attend", "_attend_by_age"):
+                    setattr(module, name, self._watched(getattr(module, name)))
 
     def _watched(self, attend: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
