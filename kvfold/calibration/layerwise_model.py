@@ -19,7 +19,7 @@ from kvfold.architectures.base import Architecture, empty_model, source_config
 from kvfold.calibration.statistics import Seen
 from kvfold.checkpoint.reader import Checkpoint
 from kvfold.plan.layer import AttentionLayer
-from kvfold.runtimes.kernels.aged_attention import Aged, aged_attention
+from kvfold.runtimes.kernels.aged_attention import Aged, aged_attention, prefill_by_age
 from kvfold.runtimes.kernels.attention import grouped_attention
 
 OBSERVED = "kvfold_observed"
@@ -231,12 +231,12 @@ def _observed_attention(
         # the same numbers four times, with gradients of their own
         far_key, far_value, near_key, near_value = key.clone(), value.clone(), key.clone(), value.clone()
         kvfold_observer(query, far_key, far_value, scaling, recent_k=near_key, recent_v=near_value)
-        keys, values = (
-            _of_two_ages(far_key, near_key, kvfold_recent),
-            _of_two_ages(far_value, near_value, kvfold_recent),
-        )
+        keys, values = (far_key, near_key), (far_value, near_value)
+        if softcap is None:
+            return prefill_by_age(query, keys, values, attention_mask, recent=kvfold_recent, scale=scaling), None
+        aged = _of_two_ages(*keys, kvfold_recent), _of_two_ages(*values, kvfold_recent)
         sizes: dict[str, Any] = {"elements": key.shape[1] * key.shape[3], "scale": scaling, "softcap": softcap}
-        return aged_attention((query, query), keys, values, attention_mask, value.shape[3], **sizes), None
+        return aged_attention((query, query), *aged, attention_mask, value.shape[3], **sizes), None
     kvfold_observer(query, key, value, scaling)
     if softcap is not None:  # which torch's fused kernel would ignore
         return grouped_attention(query, key, value, attention_mask, scale=scaling, softcap=softcap)[0], None

@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvfold.plan.number_format import tokens_at_once
-from kvfold.runtimes.kernels.attention import Piece, RunningSoftmax, additive, scores_of, softmax, weighted
+from kvfold.runtimes.kernels.attention import (
+    Piece,
+    RunningSoftmax,
+    additive,
+    prefill_attention,
+    scores_of,
+    softmax,
+    weighted,
+)
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, Operand, Stored, read
 
@@ -138,6 +146,38 @@ def _of_age(T: int, position: int, start: int, end: int, recent: int, near: bool
     queries = torch.arange(position, position + T, device=like.device)[:, None]
     fine = queries - torch.arange(start, end, device=like.device) < recent
     return fine if near else ~fine
+
+
+def prefill_by_age(
+    q_BNTH: Tensor,
+    keys: tuple[Tensor, Tensor],
+    values: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    *,
+    recent: int,
+    scale: float,
+) -> Tensor:
+    """The same for many queries over the source's far and near heads, [B, K, S, H] and [B, K, n, H], by torch's fused kernel:
+    QUERIES_AT_ONCE at a time, over what one of them sees far and behind it what one of them sees near."""
+    T, S = q_BNTH.shape[2], keys[0].shape[2]
+    shift, parts = keys[1].shape[2] - S, []
+    for first in range(0, T, QUERIES_AT_ONCE):
+        last = min(first + QUERIES_AT_ONCE, T)
+        position, end = S - T + first, S - T + last
+        old, new = max(end - recent, 0), max(position - recent + 1, 0)
+        k, v = (
+            torch.cat([far[:, :, :old], near[:, :, new + shift : end + shift]], dim=2) for far, near in (keys, values)
+        )
+        queries, tokens = torch.arange(position, end)[:, None], torch.cat([torch.arange(old), torch.arange(new, end)])
+        is_near = torch.arange(len(tokens)) >= old
+        other = ((queries - tokens < recent) != is_near).to(q_BNTH.device)
+        seen = _rows(mask, T, S, first, last, q_BNTH)
+        bias = q_BNTH.new_zeros(1, end) if seen is None else seen.to(q_BNTH.dtype)
+        bias = torch.cat([bias[..., :old], bias[..., new:end]], dim=-1).masked_fill(
+            other, torch.finfo(q_BNTH.dtype).min
+        )
+        parts.append(prefill_attention(q_BNTH[:, :, first:last], k, v, bias, scale=scale))
+    return torch.cat(parts, dim=1)
 
 
 def aged_attention_by_masks(

@@ -12,10 +12,8 @@ from transformers import PretrainedConfig
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.tensors import tensor_shapes
-from kvfold.runtimes.kernels.aged_attention import attend_by_age
 from kvfold.runtimes.kernels.attention import chunked_attention, grouped_attention, prefill_attention, with_alibi
-from kvfold.runtimes.kernels.codec import roundtrip
-from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose, decode_attention, pack
+from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose, decode_attention
 from kvfold.runtimes.kernels.packed_tokens import (
     AgedTokens,
     Stored,
@@ -26,14 +24,12 @@ from kvfold.runtimes.kernels.packed_tokens import (
     with_gradient,
 )
 from kvfold.runtimes.kernels.rotary import apply_rotary
+from kvfold.runtimes.transformers.attention_by_age import AttentionByAge, Heads
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
 from kvfold.runtimes.transformers.projections import projections
 
-Heads = Callable[[int, int], Tensor]
-"""(start, end) -> the source's heads of these tokens [B, K, end - start, H]."""
 
-
-class FoldedAttention(nn.Module):
+class FoldedAttention(AttentionByAge):
     """Attention of one layer under its cache spec. Takes the place of a family's attention module.
 
     A layer whose `owner` is another one reads that layer's cache: it has no way to make keys and values itself.
@@ -47,7 +43,6 @@ class FoldedAttention(nn.Module):
     k_b_proj: Any
     k_u_proj: Any
     v_a_proj: Any
-    v_b_proj: Any
 
     def __init__(
         self,
@@ -178,35 +173,6 @@ class FoldedAttention(nn.Module):
             return z, z
         return self._aged(z_BCTE, 0), self._aged(y_BUTG, 1)
 
-    def _aged(self, x_BHTW: Tensor, side: int) -> Any:
-        common, finer = self.spec.sides[side], self.spec.recent_sides[side]
-        far = roundtrip(x_BHTW[..., : common.width], common.format, pack)
-        if not self.spec.recent:
-            return far
-        return AgedTokens(far, roundtrip(x_BHTW[..., -finer.width :], finer.format, pack), self.spec.recent)
-
-    def _attend_by_age(
-        self,
-        q: Tensor,
-        z: AgedTokens,
-        y: AgedTokens,
-        mask: Tensor | None,
-        keys: Callable[..., Heads] | None = None,
-        *,
-        wants_probs: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The same as `_attend`, where the newest tokens are seen in a finer form."""
-        dropout = self.layer.attention_dropout if self.training else 0.0
-        rebuilt = keys and (keys, functools.partial(keys, near=True))
-        absorbed = q if keys else self._absorb(q)
-        meeting = (q, q) if keys else (absorbed[..., : z.far.shape[-1]], absorbed[..., -z.near.shape[-1] :])
-        out, probs = attend_by_age(
-            meeting, z, y, mask, keys=rebuilt, width=self.spec.made_widths[1], dropout=dropout,
-            by_masks=self._eager() or wants_probs or dropout > 0, elements=self._elements_at_a_time, scale=self.scaling,
-            softcap=self.layer.softcap,
-        )  # fmt: skip
-        return self._lead_values_back(out), probs
-
     def _attend(
         self,
         q: Tensor,
@@ -296,11 +262,6 @@ class FoldedAttention(nn.Module):
         that masks are numbers to add, which they take as well."""
         asked = self.config._attn_implementation == "eager" and not self.layer.alibi
         return asked or self.layer.softcap is not None
-
-    @property
-    def _elements_at_a_time(self) -> int:
-        """Of one side of one token, stored or rebuilt."""
-        return max(self.spec.widest, self.layer.num_kv_heads * self.layer.head_dim)
 
     def _absorb(self, q_BNTH: Tensor) -> Tensor:
         """Queries [B, N, T, H] -> [B, N, T, R], so that they meet the stored keys directly."""

@@ -1,0 +1,84 @@
+"""What the attention module of folded families does where the newest tokens are seen in a finer form."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.layer import AttentionLayer
+from kvfold.runtimes.kernels.aged_attention import attend_by_age, prefill_by_age
+from kvfold.runtimes.kernels.codec import roundtrip
+from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, pack
+from kvfold.runtimes.kernels.packed_tokens import AgedTokens, read_all
+
+Heads = Callable[[int, int], Tensor]
+"""(start, end) -> the source's heads of these tokens [B, K, end - start, H]."""
+
+
+class AttentionByAge(nn.Module):
+    """The part of `FoldedAttention` that knows of ages."""
+
+    spec: CacheSpec
+    layer: AttentionLayer
+    scaling: float
+    v_b_proj: Any
+    _absorb: Callable[[Tensor], Tensor]
+    _rebuild: Callable[..., Tensor]
+    _lead_values_back: Callable[[Tensor], Tensor]
+    _eager: Callable[[], bool]
+
+    @property
+    def _elements_at_a_time(self) -> int:
+        """Of one side of one token, stored or rebuilt."""
+        return max(self.spec.widest, self.layer.num_kv_heads * self.layer.head_dim)
+
+    def _aged(self, x_BHTW: Tensor, side: int) -> Any:
+        common, finer = self.spec.sides[side], self.spec.recent_sides[side]
+        far = roundtrip(x_BHTW[..., : common.width], common.format, pack)
+        if not self.spec.recent:
+            return far
+        return AgedTokens(far, roundtrip(x_BHTW[..., -finer.width :], finer.format, pack), self.spec.recent)
+
+    def _attend_by_age(
+        self,
+        q: Tensor,
+        z: AgedTokens,
+        y: AgedTokens,
+        mask: Tensor | None,
+        keys: Callable[..., Heads] | None = None,
+        *,
+        wants_probs: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same as `_attend`, where the newest tokens are seen in a finer form."""
+        dropout = self.layer.attention_dropout if self.training else 0.0
+        by_masks = self._eager() or wants_probs or dropout > 0
+        if q.shape[2] > FEW_TOKENS and not by_masks:
+            return self._prefill_by_age(q, z, y, mask, keys), None
+        rebuilt = keys and (keys, functools.partial(keys, near=True))
+        absorbed = q if keys else self._absorb(q)
+        meeting = (q, q) if keys else (absorbed[..., : z.far.shape[-1]], absorbed[..., -z.near.shape[-1] :])
+        out, probs = attend_by_age(
+            meeting, z, y, mask, keys=rebuilt, width=self.spec.made_widths[1], dropout=dropout,
+            by_masks=by_masks, elements=self._elements_at_a_time, scale=self.scaling,
+            softcap=self.layer.softcap,
+        )  # fmt: skip
+        return self._lead_values_back(out), probs
+
+    def _prefill_by_age(
+        self, q: Tensor, z: AgedTokens, y: AgedTokens, mask: Tensor | None, keys: Callable[..., Heads] | None
+    ) -> Tensor:
+        """Over the source's heads, which are made once for all queries."""
+        far_k, near_k = (
+            keys(part, near=near)(0, part.shape[2]) if keys else self._rebuild(read_all(part), "k_b", near)
+            for part, near in ((z.far, False), (z.near, True))
+        )
+        far_v, near_v = self._rebuild(read_all(y.far), "v_b"), self._rebuild(read_all(y.near), "v_b", True)
+        if self.v_b_proj is None:  # o_proj has columns for both
+            width = self.spec.made_widths[1]
+            far_v, near_v = pad(far_v, (0, width - far_v.shape[-1])), pad(near_v, (width - near_v.shape[-1], 0))
+        return prefill_by_age(q, (far_k, near_k), (far_v, near_v), mask, recent=z.recent, scale=self.scaling)
