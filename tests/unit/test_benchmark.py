@@ -29,6 +29,16 @@ def test_folders_against_the_original(tmp_path, model):
     assert 0 < folded.bandwidth < 1 and found.copy_bytes_per_second > 1e8
 
 
+def test_attention_to_recent_tokens_is_timed_and_counted(tmp_path):
+    source = save_tiny(make_tiny("llama_mha"), tmp_path / "source")
+    recipe = {"model": str(source), "out": str(tmp_path / "folded"), "width": {"method": "identity"}}
+    recipe |= {"bits": {"method": "integer"}, "length": {"method": "recent", "tokens": 8}}
+    plan = kvfold.compress(recipe).plan
+    found = bench([tmp_path / "folded"], against=source, batch=2, context=40, steps=3, prefills=1, device="cpu")
+    (row,) = (row for row in found.rows if row.label == "folded")
+    assert 0 < row.attention < row.tpot and row.stored_bytes == plan.kv_bytes(46, batch_size=2)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_shape_is_the_published_one(name):
     shape = Shape(name=name, layers=1)
