@@ -25,6 +25,8 @@ from kvfold.runtimes.base import runtime
 ALLOCATIONS = ("uniform", "greedy", "measured")
 PREFERENCES = {"size": "on_read", "speed": "applied"}
 """What to prefer -> how keys are stored."""
+WHAT = ("depth", "width", "bits")
+"""Axes that say what a cache is made of; naming a method of one leaves the default preset aside."""
 TYPES: dict[Any, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -150,19 +152,22 @@ class Recipe:
 def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
     """A recipe from plain data (of YAML or of the command line) with its preset filled in and `a.b=value` applied last.
 
-    Fields in `data` win over the preset's. Where neither a preset nor a method of any axis is named, the preset is the
-    runtime's own.
+    Fields in `data` win over the preset's. Where neither a preset nor a method of depth, width or bits is named, the preset
+    is the runtime's own.
     """
     tree: dict[str, Any] = {}
     sets = list(sets)
-    chosen = any("method" in (data.get(axis) or {}) for axis in registry.AXES)
-    chosen |= any(assignment.partition("=")[0].endswith(".method") for assignment in sets)
-    where = {**data, **assignments(s for s in sets if s.startswith("runtime="))}.get("runtime", Recipe.runtime)
+    chosen = any("method" in (data.get(axis) or {}) for axis in WHAT)
+    chosen |= any(assignment.partition("=")[0] in {f"{axis}.method" for axis in WHAT} for assignment in sets)
+    asked = {**data, **assignments(s for s in sets if s.startswith(("runtime=", "prefer=")))}
+    where = asked.get("runtime", Recipe.runtime)
     if preset := data.get("preset") or (
         None if chosen else runtime(where).default_preset if isinstance(where, str) else None
     ):
         data = {**data, "preset": preset}
         _merge(tree, find_preset(preset).fragment)
+        if asked.get("prefer") == "speed":  # kernels that read codes as they lie do not know ages
+            tree.pop("length", None)
     _merge(tree, data)
     for assignment in sets:
         _merge(tree, _parse_set(assignment))
