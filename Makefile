@@ -220,9 +220,10 @@ results-real-auto: $(VENV)/installed
 	  --out runs/real-auto
 	$(BIN)/python benchmarks/frontier.py --real runs/real-frontier runs/real-auto
 
-# What each part of the default brings: without recent tokens, with latents of keys and values apart; the same of --prefer speed
+# What each part of the default brings: without recent tokens, with latents of keys and values apart; --prefer speed with them
 PLAIN := length.method=identity
-PARTS := auto auto:$(PLAIN) auto:$(PLAIN),width.method=fisher,width.rope=on_read auto:prefer=speed auto:prefer=speed,$(PLAIN)
+PARTS := auto auto:$(PLAIN) auto:$(PLAIN),width.method=fisher,width.rope=on_read auto:prefer=speed \
+  auto:prefer=speed,length.method=recent
 results-real-ablation: $(VENV)/installed
 	$(BIN)/kvfold compare $(REAL) $(addprefix --preset ,$(PARTS)) $(addprefix --kv-budget ,1/4 1/8 1/16 1/32) --data $(CALIBRATION) \
 	  $(ON_REAL) --out runs/real-ablation
