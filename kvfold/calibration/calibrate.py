@@ -73,11 +73,11 @@ def calibrate(
     """Moments of all layers over the given sequences, in float64.
 
     `pairs`: (layer, earlier layer) between which the moments of `needs_cross` are gathered as well. `seed`: of the labels
-    that gradients are of. `recent`: gradients are by what queries see that stand at least so many tokens behind. All are kept
-    in `run_dir` and reused whenever model and tokens are the same; an interrupted run continues where it last wrote its
-    hidden states. Peak memory: the hidden states, one layer in float32 and its moments, and the vectors of layers that a
-    later one is paired with; with gradients also those of one layer. Several processes share the sequences, and add up what
-    they saw.
+    that gradients are of. `recent`: gradients by what queries see that stand at least so many tokens behind are
+    told apart from those by what all others see. All are kept in `run_dir` and reused whenever model and tokens are the
+    same; an interrupted run continues where it last wrote its hidden states.
+    Peak memory: the hidden states, one layer in float32 and its moments, and the vectors of layers that a later one is
+    paired with; with gradients also those of one layer. Several processes share the sequences, and add up what they saw.
     """
     cross = CrossMoments(frozenset(pairs), needs_cross)
     key, wanted = _key(checkpoint, tokens_BT, seed, recent), needs | cross.labels

@@ -88,7 +88,7 @@ class Material:
         if needs & SENSITIVITIES and self.seq_len < 2 * self.recent:
             raise DataError(
                 f"sequences of {self.seq_len} tokens say little of what queries see {self.recent} tokens behind: at least"
-                f" --seq-len {2 * self.recent}, or fewer tokens in length.tokens."
+                f" --seq-len {2 * self.recent}, or fewer tokens in length.tokens, or --set length.method=identity."
             )
         return calibrate(
             self.source.checkpoint,

@@ -155,10 +155,10 @@ def _or_plain(
     shares = any(target is not None for target in request.targets)
     if recipe.allocate == "uniform" or not request.axes.bits.by_spectrum or recipe.kv_budget is None or shares:
         return recipe, request, plan
-    simple = dataclasses.replace(recipe, width={"method": "identity"}, bits=PLAIN_BITS, allocate="uniform")
-    asked = dataclasses.replace(
-        request, axes=dataclasses.replace(request.axes, width=simple.method("width"), bits=simple.method("bits"))
+    simple = dataclasses.replace(
+        recipe, width={"method": "identity"}, bits=PLAIN_BITS, length={"method": "identity"}, allocate="uniform"
     )
+    asked = dataclasses.replace(request, axes=simple.axes)
     try:
         plain = allocate(asked, kv_budget=recipe.kv_budget, strategy="uniform", curves=dict)
     except BudgetError:

@@ -89,14 +89,14 @@ def _folded(
     tensors: dict[str, Tensor] = {}
     for owner in (i for i in shard.folded if plan.owner(i) == i):
         group = groups(owner)
-        for layer, folded in zip(group.layers, _weights(method, group, plan.cache_of(owner)), strict=True):
+        for layer, folded in zip(group.layers, folded_weights(method, group, plan.cache_of(owner)), strict=True):
             dtype = getattr(torch, source_dtype(checkpoint, arch, layer))
             prefix = arch.attention_prefix(layer.index)
             tensors |= {prefix + name: tensor for name, tensor in folded.state_dict(dtype).items()}
     return tensors
 
 
-def _weights(method: WidthMethod, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
+def folded_weights(method: WidthMethod, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
     """Of the layers of a group, with the finer form of recent tokens where the plan has one of its own."""
     if not spec.recent_head_dim:
         yield from method.fold(group, spec.of_all)

@@ -23,6 +23,7 @@ from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.reader import read_json
 from kvfold.checkpoint.source import Source
 from kvfold.compression.allocate import expected_curve
+from kvfold.compression.fold import folded_weights
 from kvfold.compression.hulls import Curve, Curves
 from kvfold.compression.request import Groups, Request
 from kvfold.methods.bits.base import shared_energy
@@ -152,7 +153,7 @@ class Probe:
 
     def _fold(self, owner: int, spec: CacheSpec, width: WidthMethod, stock: Mapping[int, nn.Module]) -> None:
         group = self.groups(owner)
-        for layer, folded in zip(group.layers, width.fold(group, spec), strict=True):
+        for layer, folded in zip(group.layers, folded_weights(width, group, spec), strict=True):
             old = stock[layer.index]
             weight = next(old.parameters())
             options = {"device": weight.device, "dtype": weight.dtype}

@@ -49,7 +49,8 @@ class Recipe:
     keep_layers: layers that store every number as it is. min_width: the least share of a layer's numbers to store.
     runtime: `transformers`, or `vllm` for a plan that vLLM's paged cache holds as well: keys and values of one shape, in
         heads of widths that its kernels have.
-    prefer: `size` or `speed`, for width method fisher: keys rebuilt on read, or read as they lie.
+    prefer: `size` or `speed`, for width methods mla and fisher: keys rebuilt on read, or read as they lie; `speed` leaves out
+    the preset's length method.
     allocate: `uniform` gives every layer the same share, `greedy` shares the budget by the distortion per byte that the
         method expects (in nats: fisher), `measured` by KL per byte, measured with one cache folded at a time (the whole
         model must fit into memory).

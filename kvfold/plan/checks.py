@@ -100,7 +100,10 @@ def _check_recent(index: int, spec: CacheSpec) -> None:
             raise PlanError(f"layer {index}: {', '.join(fields)} go with recent, which is 0.")
         return
     if spec.joint or spec.hidden or spec.k_partial or spec.recent < 0:
-        raise PlanError(f"layer {index}: recent = {spec.recent} does not go with joint, hidden or k_partial caches.")
+        raise PlanError(
+            f"layer {index}: recent = {spec.recent} does not go with joint, hidden or k_partial caches;"
+            " choose length.method: identity, or keys before rotation (width.rope: on_read)."
+        )
     if any(side.format is not None and side.format.block > 1 for side in (*spec.sides, *spec.recent_sides)):
         raise PlanError(f"layer {index}: recent tokens do not go with scales per channel.")
     own = spec.recent_head_dim, spec.v_recent_head_dim

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import FULL_ATTENTION, MODELS, load, tokens
+from transformers import DynamicCache
 
 import kvfold
 from kvfold.compression.recipe import make_recipe
@@ -17,6 +18,7 @@ FORMS = {
     "mla-mixed": ({"method": "mla", "multiple": 4}, MIXED),
     "on_read-mixed": ({"method": "fisher", "multiple": 4, "rope": "on_read"}, MIXED),
     "applied-mixed": ({"method": "fisher", "multiple": 4}, MIXED),
+    "absorbed-mixed": ({"method": "fisher", "multiple": 4, "v_latent": "layer", "kv_heads": 1}, MIXED),
     "logit-mixed": ({"method": "logit", "multiple": 4}, MIXED),
     "groups-int": (
         {"method": "svd_w", "latent": "group", "multiple": 4},
@@ -24,6 +26,8 @@ FORMS = {
     ),
     "int4": ({"method": "identity"}, {"method": "integer"}),
 }
+ABSORBING = ("bloom_alibi", "opt_learned", "gpt2_conv")
+"""Without rotation q_proj takes in the way back from latents that are at most a head wide."""
 PARTIAL = ("neox_partial", "phi3_partial")
 """Keys that are rotated in part, and stored after rotation, are made in two ways: no finer form of them."""
 
@@ -51,6 +55,7 @@ CASES = [
     for form in FORMS
     for model in MODELS
     if not (model in PARTIAL and form in ("applied-mixed", "logit-mixed", "groups-int"))
+    and (form != "absorbed-mixed" or model in ABSORBING)
 ]
 every_form = pytest.mark.parametrize(("model", "form"), CASES)
 
@@ -106,7 +111,61 @@ def test_real_bytes_are_planned_bytes(fold, model, form):
 
 
 @pytest.mark.filterwarnings("ignore:kv_budget")
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("model", ABSORBING)
+def test_absorbed_queries_meet_each_form_with_columns_of_its_own(fold, model):
+    plan = fold(model, "absorbed-mixed").plan
+    assert not any(spec.k_projection for spec in plan.owned) and any(spec.recent_head_dim for spec in plan.owned)
+
+
+@pytest.mark.filterwarnings("ignore:kv_budget")
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("model", ["llama_mha", "gemma2_softcap", "opt_learned"])
+def test_half_precision(fold, model, implementation):
+    ids, form = tokens(2, 30), "absorbed-mixed" if model in ABSORBING else "mla-mixed"
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        network = load(fold(model, form).out, dtype=dtype, attn_implementation=implementation)
+        cache = FoldedCache(fold(model, form).plan)
+        with torch.no_grad():
+            parts = [network(ids[:, i:j], past_key_values=cache).logits for i, j in ((0, 20), (20, 21), (21, 30))]
+        found.append(torch.cat(parts, 1))
+    assert relative_rms(*found) < 0.1
+
+
+@pytest.mark.filterwarnings("ignore:kv_budget")
+def test_whole_plans_are_measured(tiny_dir, tmp_path):
+    """Where a plan's KL decides: a KL to stay under, and a budget that the plain cache in 8 bits fits as well."""
+    recipe = {"model": str(tiny_dir / "llama_mha"), "width": {"method": "mla", "multiple": 4}, "bits": MIXED}
+    recipe |= {"length": {"method": "recent", "tokens": 6}, "allocate": "greedy"}
+    recipe |= {"calibration": {"data": "self", "num_samples": 8, "seq_len": 48}}
+    small = kvfold.compress(recipe | {"target_kl": 0.01, "out": str(tmp_path / "a")}, device="cpu").plan
+    large = kvfold.compress(recipe | {"kv_budget": 0.7, "out": str(tmp_path / "b")}, device="cpu").plan
+    assert small.kv_budget < 0.5 and all(spec.recent == 6 for spec in small.owned)
+    assert small.kv_budget < large.kv_budget <= 0.7
+
+
+@pytest.mark.filterwarnings("ignore:kv_budget")
+def test_a_crop_that_fails_leaves_all_layers_as_they_were(tiny_dir, tmp_path):
+    recipe = {"model": str(tiny_dir / "llama_mha"), "width": {"method": "mla"}, "bits": MIXED, "kv_budget": 0.6}
+    recipe |= {"length": {"method": "recent", "tokens": 6}, "allocate": "greedy", "keep_layers": [0]}
+    recipe |= {"calibration": {"data": "self", "num_samples": 8, "seq_len": 48}, "out": str(tmp_path / "a")}
+    folded = kvfold.compress(recipe, device="cpu")
+    network, cache = load(folded.out), FoldedCache(folded.plan)
+    with torch.no_grad():
+        network(tokens(1, 30), past_key_values=cache)
+    with pytest.raises(RuntimeError, match="finer form"):
+        cache.crop(-9)
+    assert {layer.length for layer in cache.owned} == {30}
+
+
+@pytest.mark.filterwarnings("ignore:kv_budget")
+def test_another_cache_is_refused(fold):
+    with pytest.raises(ValueError, match="kvfold's own cache"):
+        load(fold("llama_mha", "int4").out)(tokens(1, 9), past_key_values=DynamicCache())
+
+
+@pytest.mark.filterwarnings("ignore:kv_budget")
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "absorbed-mixed"])  # whose finer form is as narrow
 def test_it_loses_less(fold, tiny_dir, form):
     """With half of the tokens recent what is left is mostly the finer form's loss."""
     ids = tokens(4, 40)

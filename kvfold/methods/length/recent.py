@@ -27,8 +27,8 @@ class Recent(LengthMethod):
     """Most of what a prediction needs stands a few tokens back: these are kept twice, as all others and finely.
 
     Where leading numbers get more bits than later ones, the finer form is one of its own, made for queries that stand close
-    by, and bytes are shared out between both by what they save. Elsewhere it is the same numbers before quantization; of what
-    is not quantized there is no finer form.
+    by, and bytes are shared out between both by what they save. Elsewhere it is the same numbers before quantization; where
+    nothing is quantized there is none.
 
     tokens: how many.
     """

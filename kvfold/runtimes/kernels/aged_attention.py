@@ -168,9 +168,10 @@ def prefill_by_age(
         k, v = (
             torch.cat([far[:, :, :old], near[:, :, new + shift : end + shift]], dim=2) for far, near in (keys, values)
         )
-        queries, tokens = torch.arange(position, end)[:, None], torch.cat([torch.arange(old), torch.arange(new, end)])
-        is_near = torch.arange(len(tokens)) >= old
-        other = ((queries - tokens < recent) != is_near).to(q_BNTH.device)
+        every = torch.arange(end, device=q_BNTH.device)
+        tokens = torch.cat([every[:old], every[new:]])
+        is_near = torch.arange(len(tokens), device=tokens.device) >= old
+        other = (every[position:, None] - tokens < recent) != is_near
         seen = _rows(mask, T, S, first, last, q_BNTH)
         bias = q_BNTH.new_zeros(1, end) if seen is None else seen.to(q_BNTH.dtype)
         bias = torch.cat([bias[..., :old], bias[..., new:end]], dim=-1).masked_fill(
@@ -201,8 +202,8 @@ def aged_attention_by_masks(
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     probs = softmax(scores, mask)
     used = F.dropout(probs, dropout) if dropout else probs
-    old = weighted(used * ~fine, values.far(0, S), used.dtype)
-    new = weighted((used * fine)[..., lead:], values.near(0, keys.kept), used.dtype)
+    old = weighted(used * ~fine, values.far(0, S), q[0].dtype)
+    new = weighted((used * fine)[..., lead:], values.near(0, keys.kept), q[0].dtype)
     out = F.pad(old, (0, width - old.shape[-1])) + F.pad(new, (width - new.shape[-1], 0))
     return out.to(q[0].dtype).transpose(1, 2), probs
 

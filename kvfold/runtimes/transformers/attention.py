@@ -40,7 +40,6 @@ class FoldedAttention(AttentionByAge):
     v_proj: Any
     o_proj: Any
     k_a_proj: Any
-    k_b_proj: Any
     k_u_proj: Any
     v_a_proj: Any
 
@@ -136,6 +135,11 @@ class FoldedAttention(AttentionByAge):
         new_z, new_y = self._new_keys_values(hidden_BTD, rotary)
         z: Stored = new_z
         y: Stored = new_y
+        if cache is not None and self.spec.recent and not hasattr(cache, "owned"):
+            raise ValueError(
+                "recent tokens in a finer form need kvfold's own cache: leave past_key_values out, or pass"
+                " kvfold.FoldedCache(model.kv_plan)."
+            )
         if not hasattr(cache, "owned"):  # without kvfold's own cache numbers lose what it would lose
             z, y = new_z, new_y = self._as_stored(new_z, new_y)
         if cache is not None:

@@ -26,6 +26,7 @@ class AttentionByAge(nn.Module):
     spec: CacheSpec
     layer: AttentionLayer
     scaling: float
+    k_b_proj: Any
     v_b_proj: Any
     _absorb: Callable[[Tensor], Tensor]
     _rebuild: Callable[..., Tensor]
@@ -78,7 +79,14 @@ class AttentionByAge(nn.Module):
             for part, near in ((z.far, False), (z.near, True))
         )
         far_v, near_v = self._rebuild(read_all(y.far), "v_b"), self._rebuild(read_all(y.near), "v_b", True)
-        if self.v_b_proj is None:  # o_proj has columns for both
-            width = self.spec.made_widths[1]
-            far_v, near_v = pad(far_v, (0, width - far_v.shape[-1])), pad(near_v, (width - near_v.shape[-1], 0))
+        keys_width, width = self.spec.made_widths
+        if not keys and self.k_b_proj is None:  # q_proj has columns for both
+            far_k, near_k = _beside(far_k, near_k, keys_width)
+        if self.v_b_proj is None:  # o_proj too
+            far_v, near_v = _beside(far_v, near_v, width)
         return prefill_by_age(q, (far_k, near_k), (far_v, near_v), mask, recent=z.recent, scale=self.scaling)
+
+
+def _beside(far: Tensor, near: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Far numbers as the first and near ones as the last of `width`, the others being 0."""
+    return pad(far, (0, width - far.shape[-1])), pad(near, (width - near.shape[-1], 0))

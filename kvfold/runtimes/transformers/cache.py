@@ -93,6 +93,15 @@ class GrowingLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens: -n removes n; a positive n keeps n, as transformers 5.19 still allows."""
+        n = self.removed(tokens_to_remove)
+        self.length -= n
+        for near in self.recent:
+            near.forget(n)
+        for side in self.buffers:
+            side.forget(n, self.spec.window)
+
+    def removed(self, tokens_to_remove: int) -> int:
+        """How many tokens that is. Raises RuntimeError if they cannot be taken back."""
         n = -tokens_to_remove if tokens_to_remove <= 0 else max(self.length - tokens_to_remove, 0)
         if self.spec.window is not None and n and self.length >= self.spec.window and not self.record_past:
             raise RuntimeError(
@@ -105,11 +114,7 @@ class GrowingLayer(CacheLayerMixin):
                 f"{n} tokens cannot be removed: those before them are no longer kept in the finer form of the newest"
                 f" {self.spec.recent}. Call activate_past_recording() before generating."
             )
-        self.length -= n
-        for near in self.recent:
-            near.forget(n)
-        for side in self.buffers:
-            side.forget(n, self.spec.window)
+        return n
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         for side in self.buffers:
@@ -208,8 +213,10 @@ class FoldedCache(Cache):
         self.positions.append(new, round_up(self.positions.end + new.shape[2]))
         return self.positions.tensor()[:, 0, :, 0].long()
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        super().crop(*args, **kwargs)
+    def crop(self, tokens_to_remove: int) -> None:
+        for layer in self.owned:  # all or none
+            layer.removed(tokens_to_remove)
+        super().crop(tokens_to_remove)
         if self.positions is not None and self.positions.data is not None:
             self.positions.end = self.owned[0].length
 
