@@ -83,9 +83,10 @@ results-auto: $(VENV)/installed
 	  --out runs/auto-$(notdir $(MODEL))
 	cp runs/auto-$(notdir $(MODEL))/table.md results/auto-$(notdir $(MODEL)).md
 
-# One latent of keys and values beside latents apart: make results-mla MODEL=... VALID=... SHIFTED=... CALIBRATION=...
+# The default, without recent tokens, and with latents of keys and values apart: make results-mla MODEL=... VALID=... SHIFTED=... CALIBRATION=...
+PLAIN := length.method=identity
 results-mla: $(VENV)/installed
-	$(BIN)/kvfold compare $(MODEL) --preset auto --preset auto:width.method=fisher,width.rope=on_read \
+	$(BIN)/kvfold compare $(MODEL) --preset auto --preset auto:$(PLAIN) --preset auto:$(PLAIN),width.method=fisher,width.rope=on_read \
 	  $(addprefix --kv-budget ,1/4 1/8 1/16 1/32) --data $(CALIBRATION) --num-samples 128 --seq-len 256 --eval-data $(VALID) \
 	  --eval-data $(SHIFTED) --max-tokens 16384 --out runs/mla-$(notdir $(MODEL))
 	cp runs/mla-$(notdir $(MODEL))/table.md results/mla-$(notdir $(MODEL)).md
@@ -221,7 +222,6 @@ results-real-auto: $(VENV)/installed
 	$(BIN)/python benchmarks/frontier.py --real runs/real-frontier runs/real-auto
 
 # What each part of the default brings: without recent tokens, with latents of keys and values apart; --prefer speed with them
-PLAIN := length.method=identity
 PARTS := auto auto:$(PLAIN) auto:$(PLAIN),width.method=fisher,width.rope=on_read auto:prefer=speed \
   auto:prefer=speed,length.method=recent
 results-real-ablation: $(VENV)/installed
