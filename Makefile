@@ -209,6 +209,7 @@ REAL := lab/models/real/smollm2-135m
 ON_REAL = --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 4096
 TURBOQUANT := turboquant_k8v4 turboquant_4bit_nc turboquant_k3v4_nc turboquant_3bit_nc
 REAL_PRESETS := $(filter-out kivi:%,$(FIXED)) $(TURBOQUANT:%=%:kv_budget=null) svd_a:width.v_latent=layer $(PALU_LAYER),bits.method=integer kvtc \
+  kvtc:length.method=recent \
   fast small auto auto:prefer=speed
 results-real-frontier: $(VENV)/installed
 	$(BIN)/kvfold compare $(REAL) $(addprefix --preset ,$(REAL_PRESETS)) $(addprefix --kv-budget ,1/2 1/4 1/8 1/16 1/32) \
