@@ -61,25 +61,19 @@ def test_owners_are_shared_out_exactly_among_windows(tiny_dir):
         )
 
 
+def shared(folder, out, kv_budget, **fields):
+    recipe = {"model": str(folder), "out": str(out), "preset": "shared", "kv_budget": kv_budget}
+    return kvfold.compress(
+        recipe | {"calibration": {"data": "self", "num_samples": 8, "seq_len": 32}} | fields, device="cpu"
+    )
+
+
 def test_no_even_layout_is_said(tiny_dir, tmp_path):
     """Three layers of two kinds of window: neither all nor one of them can be owners."""
-    recipe = {
-        "model": str(tiny_dir / "qwen3_norm_window"),
-        "out": str(tmp_path / "out"),
-        "preset": "shared",
-        "kv_budget": 0.5,
-    }
-    recipe |= {"calibration": {"data": "self", "num_samples": 8, "seq_len": 32}}
     with pytest.raises(RecipeError, match="Name how many keep one: --owners"):
-        kvfold.compress(recipe, device="cpu")
+        shared(tiny_dir / "qwen3_norm_window", tmp_path / "out", 0.5)
 
 
 def test_shared_finds_a_layout_for_mixed_windows(tiny_dir, tmp_path):
-    recipe = {
-        "model": str(tiny_dir / "gemma2_softcap"),
-        "out": str(tmp_path / "out"),
-        "preset": "shared",
-        "kv_budget": 0.7,
-    }
-    recipe |= {"depth": {"owners": 2}, "calibration": {"data": "self", "num_samples": 8, "seq_len": 32}}
-    assert kvfold.compress(recipe, device="cpu").plan.kv_sharing_target_layer.count(None) == 2
+    folded = shared(tiny_dir / "gemma2_softcap", tmp_path / "out", 0.7, depth={"owners": 2})
+    assert folded.plan.kv_sharing_target_layer.count(None) == 2

@@ -181,6 +181,11 @@ def prefill_by_age(
     return torch.cat(parts, dim=1)
 
 
+def beside(far: Tensor, near: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Far numbers as the first and near ones as the last of `width`, the others being 0."""
+    return F.pad(far, (0, width - far.shape[-1])), F.pad(near, (width - near.shape[-1], 0))
+
+
 def aged_attention_by_masks(
     q: tuple[Tensor, Tensor],
     keys: Aged,
@@ -204,7 +209,8 @@ def aged_attention_by_masks(
     used = F.dropout(probs, dropout) if dropout else probs
     old = weighted(used * ~fine, values.far(0, S), q[0].dtype)
     new = weighted((used * fine)[..., lead:], values.near(0, keys.kept), q[0].dtype)
-    out = F.pad(old, (0, width - old.shape[-1])) + F.pad(new, (width - new.shape[-1], 0))
+    old, new = beside(old, new, width)
+    out = old + new
     return out.to(q[0].dtype).transpose(1, 2), probs
 
 

@@ -95,6 +95,11 @@ class AgedTokens(NamedTuple):
         return AgedTokens(self.far.to(device), self.near.to(device), self.recent)
 
 
+def by_age(x: Tensor, far: int, near: int) -> tuple[Tensor, Tensor]:
+    """The numbers of both forms in what is made of a token: the first `far` and the last `near`, which may be the same."""
+    return x[..., :far], x[..., -near:]
+
+
 def read_once(stored: Stored | AgedTokens) -> Any:
     """The same, so that keys and values which are made of it unpack each piece once."""
     if isinstance(stored, AgedTokens):
@@ -122,9 +127,8 @@ def read_all(stored: Stored) -> Tensor:
 def with_gradient(stored: Stored, new_BCTR: Tensor) -> Stored:
     """What is stored, with the gradient of the new tokens passing straight through: bytes have none."""
     if isinstance(stored, AgedTokens) and torch.is_grad_enabled() and new_BCTR.requires_grad:
-        R, E = stored.far.shape[-1], stored.near.shape[-1]
-        far, near = with_gradient(stored.far, new_BCTR[..., :R]), with_gradient(stored.near, new_BCTR[..., -E:])
-        return stored._replace(far=far, near=near)
+        far, near = by_age(new_BCTR, stored.far.shape[-1], stored.near.shape[-1])
+        return stored._replace(far=with_gradient(stored.far, far), near=with_gradient(stored.near, near))
     if not isinstance(stored, PackedTokens) or not (torch.is_grad_enabled() and new_BCTR.requires_grad):
         return stored
     seen, tokens = read_all(stored), new_BCTR.shape[2]

@@ -7,14 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
-from kvfold.runtimes.kernels.aged_attention import attend_by_age, prefill_by_age
+from kvfold.runtimes.kernels.aged_attention import attend_by_age, beside, prefill_by_age
 from kvfold.runtimes.kernels.codec import roundtrip
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, pack
-from kvfold.runtimes.kernels.packed_tokens import AgedTokens, read_all
+from kvfold.runtimes.kernels.packed_tokens import AgedTokens, by_age, read_all
 
 Heads = Callable[[int, int], Tensor]
 """(start, end) -> the source's heads of these tokens [B, K, end - start, H]."""
@@ -39,11 +38,12 @@ class AttentionByAge(nn.Module):
         return max(self.spec.widest, self.layer.num_kv_heads * self.layer.head_dim)
 
     def _aged(self, x_BHTW: Tensor, side: int) -> Any:
-        common, finer = self.spec.sides[side], self.spec.recent_sides[side]
-        far = roundtrip(x_BHTW[..., : common.width], common.format, pack)
+        common = self.spec.sides[side]
         if not self.spec.recent:
-            return far
-        return AgedTokens(far, roundtrip(x_BHTW[..., -finer.width :], finer.format, pack), self.spec.recent)
+            return roundtrip(x_BHTW, common.format, pack)
+        finer = self.spec.recent_sides[side]
+        far, near = by_age(x_BHTW, common.width, finer.width)
+        return AgedTokens(roundtrip(far, common.format, pack), roundtrip(near, finer.format, pack), self.spec.recent)
 
     def _attend_by_age(
         self,
@@ -62,7 +62,7 @@ class AttentionByAge(nn.Module):
             return self._prefill_by_age(q, z, y, mask, keys), None
         rebuilt = keys and (keys, functools.partial(keys, near=True))
         absorbed = q if keys else self._absorb(q)
-        meeting = (q, q) if keys else (absorbed[..., : z.far.shape[-1]], absorbed[..., -z.near.shape[-1] :])
+        meeting = (q, q) if keys else by_age(absorbed, z.far.shape[-1], z.near.shape[-1])
         out, probs = attend_by_age(
             meeting, z, y, mask, keys=rebuilt, width=self.spec.made_widths[1], dropout=dropout,
             by_masks=by_masks, elements=self._elements_at_a_time, scale=self.scaling,
@@ -81,12 +81,7 @@ class AttentionByAge(nn.Module):
         far_v, near_v = self._rebuild(read_all(y.far), "v_b"), self._rebuild(read_all(y.near), "v_b", True)
         keys_width, width = self.spec.made_widths
         if not keys and self.k_b_proj is None:  # q_proj has columns for both
-            far_k, near_k = _beside(far_k, near_k, keys_width)
+            far_k, near_k = beside(far_k, near_k, keys_width)
         if self.v_b_proj is None:  # o_proj too
-            far_v, near_v = _beside(far_v, near_v, width)
+            far_v, near_v = beside(far_v, near_v, width)
         return prefill_by_age(q, (far_k, near_k), (far_v, near_v), mask, recent=z.recent, scale=self.scaling)
-
-
-def _beside(far: Tensor, near: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Far numbers as the first and near ones as the last of `width`, the others being 0."""
-    return pad(far, (0, width - far.shape[-1])), pad(near, (width - near.shape[-1], 0))
