@@ -30,7 +30,7 @@ from kvfold.progress import STDERR
 
 __all__ = ["STATISTICS", "Statistics", "calibrate"]
 
-STATISTICS_VERSION = 5
+STATISTICS_VERSION = 6
 """To be raised when a statistic is computed differently, so that old ones on disk are not taken for new ones."""
 
 FINISHED = "statistics.json"

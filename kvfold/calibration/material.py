@@ -28,7 +28,9 @@ from kvfold.linalg.sensitivity import RECENT, WEIGHTED
 from kvfold.methods.depth.base import Sample, Targets
 from kvfold.methods.width.base import LayerGroup, WidthMethod
 from kvfold.plan.layer import AttentionWeights
+from kvfold.plan.plan import source_layer, source_plan
 from kvfold.progress import track
+from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.runtimes.transformers.load import load_weights
 
 TRAINING_TOKENS = 16_384
@@ -182,7 +184,10 @@ def self_sampled(source: Source, run_dir: Path, *, num_samples: int, seq_len: in
     file = run_dir / f"samples-{source.checkpoint.fingerprint()}-{kind}.safetensors"
     if not file.exists():
         model = load_weights(source.checkpoint.path, source.dtype, device)
-        tokens_BT = data.sample_from_model(model, num_samples=num_samples, seq_len=seq_len, seed=seed, chat=chat)
+        plan = source_plan([source_layer(layer) for layer in source.layers], source.dtype)
+        tokens_BT = data.sample_from_model(
+            model, num_samples=num_samples, seq_len=seq_len, seed=seed, chat=chat, new_cache=lambda: FoldedCache(plan)
+        )
         make_folder(file.parent)
         write_tensors(file, {"tokens": tokens_BT}, {})
     return load_file(file)["tokens"]

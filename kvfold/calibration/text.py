@@ -103,10 +103,19 @@ def most_diverse(tokens_PT: Tensor, num_samples: int) -> Tensor:
 
 
 @torch.no_grad()
-def sample_from_model(model: Any, *, num_samples: int, seq_len: int, seed: int, chat: Sequence[int] = ()) -> Tensor:
+def sample_from_model(
+    model: Any,
+    *,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    chat: Sequence[int] = (),
+    new_cache: Callable[[], Any] = lambda: None,
+) -> Tensor:
     """[num_samples, seq_len] tokens that the model itself draws (temperature 1) after its begin-of-text token.
 
     chat: tokens that open a conversation; every second batch goes on from there, since that is what the model will serve.
+    new_cache: an empty cache for one batch, or None for the model's own kind, which copies all tokens at every step.
     """
     model.generation_config = GenerationConfig()  # its own would bend its distribution: penalties, top-p and the like
     torch.manual_seed(seed)
@@ -116,7 +125,7 @@ def sample_from_model(model: Any, *, num_samples: int, seq_len: int, seed: int, 
     for number, batch in enumerate(track(batches, "sampling text", len(batches))):
         opening = torch.tensor([chat]).repeat(len(batch), 1) if chat and number % 2 else _beginning(model, len(batch))
         with say_if_long("sampling calibration text", 0 if number else len(batches)):
-            sampled.append(_continued(model, opening.to(model.device), seq_len))
+            sampled.append(_continued(model, opening.to(model.device), seq_len, new_cache()))
     return torch.cat(sampled)
 
 
@@ -126,13 +135,14 @@ def _beginning(model: Any, rows: int) -> Tensor:
     return torch.randint(model.config.vocab_size, (rows, 1)) if start is None else torch.full((rows, 1), start)
 
 
-def _continued(model: Any, opening_BT: Tensor, seq_len: int) -> Tensor:
+def _continued(model: Any, opening_BT: Tensor, seq_len: int, cache: Any) -> Tensor:
     """[B, seq_len]: end-of-text tokens do not end it."""
     new = seq_len - opening_BT.shape[1]
     if new <= 0:
         return opening_BT[:, :seq_len].cpu()
     mask = torch.ones_like(opening_BT)
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": True, "top_k": 0, "pad_token_id": 0}
+    options |= {} if cache is None else {"past_key_values": cache}
     return model.generate(opening_BT, attention_mask=mask, **options).cpu()
 
 

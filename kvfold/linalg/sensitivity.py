@@ -25,6 +25,9 @@ TOGETHER = 1024
 """Numbers of a layer up to which all heads share one metric; beyond, where it would take more text than there is, each head
 has its own."""
 
+BLOCK = 4096
+"""Tokens whose products are summed in float32."""
+
 WEIGHTED = "weighted_"
 METRIC = "metric_of_"
 """Names of the two statistics: WEIGHTED + keys, METRIC + keys, and so on."""
@@ -58,7 +61,7 @@ def fit(
     plain_KHH = _metric(gradient_TKH, total, count)
     weight_T = _weights(gradient_TKH, plain_KHH)
     metric_KHH = _metric(gradient_TKH / weight_T.sqrt()[:, None, None], total, count)
-    moment = _weighted(x_TF.double(), weight_T.double(), total, int(count), mean_F)
+    moment = _weighted(x_TF, weight_T, total, int(count), mean_F)
     return moment, Moment(torch.zeros_like(metric_KHH[..., 0]), metric_KHH, int(count))
 
 
@@ -77,10 +80,14 @@ def _weights(gradient_TKH: Tensor, metric_KHH: Tensor) -> Tensor:
 
 
 def _weighted(x_TF: Tensor, weight_T: Tensor, total: Total, count: int, mean_F: Tensor | None) -> Moment:
-    weights = total(weight_T.sum())
+    """Products are of float32, of numbers without their mean; sums of blocks of tokens, and all else, are of float64."""
+    blocks = list(zip(x_TF.split(BLOCK), weight_T.double().split(BLOCK), strict=True))
+    weights = total(weight_T.double().sum())
     if mean_F is None:
-        mean_F = total(weight_T @ x_TF) / weights
-        return Moment(mean_F, total((x_TF * weight_T[:, None]).T @ x_TF) / weights, count)
-    x_TF = x_TF - mean_F
-    covariance_FF = total((x_TF * weight_T[:, None]).T @ x_TF) / weights
+        mean_F = total(torch.stack([weight_B @ x_BF.double() for x_BF, weight_B in blocks]).sum(0)) / weights
+    covariance_FF = mean_F.new_zeros(len(mean_F), len(mean_F))
+    for x_BF, weight_B in blocks:
+        heavy_BF = ((x_BF - mean_F) * weight_B.sqrt()[:, None]).to(x_TF)
+        covariance_FF += outer_sum(heavy_BF, heavy_BF)
+    covariance_FF = total(covariance_FF) / weights
     return Moment(mean_F.clone(), covariance_FF + mean_F[:, None] * mean_F, count)
