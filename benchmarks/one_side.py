@@ -19,7 +19,7 @@ from kvfold.checkpoint.atomic import make_folder
 from kvfold.checkpoint.folder import copy_side_files
 from kvfold.checkpoint.source import Source, open_source
 from kvfold.checkpoint.tokenizer import load_tokenizer
-from kvfold.compression.fold import fold, folded_config
+from kvfold.compression.fold import fold, folded_config, folded_weights
 from kvfold.compression.recipe import make_recipe, material_of
 from kvfold.evaluation.texts import Evaluation, evaluate_models
 from kvfold.plan.number_format import StoredShape
@@ -118,8 +118,9 @@ def fold_one_side(
         source.arch,
         source.layers,
         plan,
-        method,
-        lambda owner: layer_group(source, targets, owner, statistics, method),
+        lambda owner: folded_weights(
+            method, layer_group(source, targets, owner, statistics, method), plan.cache_of(owner)
+        ),
         out,
         config,
     )

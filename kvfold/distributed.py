@@ -61,6 +61,15 @@ def summed(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def gathered(rows: Tensor) -> Tensor:
+    """The rows of all processes, one process after the other, in each of them."""
+    if world_size() == 1:
+        return rows
+    found: list[Tensor] = [rows] * world_size()
+    torch.distributed.all_gather_object(found, rows.cpu())
+    return torch.cat(found).to(rows.device)
+
+
 def values_of_all(value: int) -> set[int]:
     """What the processes have, each its own."""
     if world_size() == 1:

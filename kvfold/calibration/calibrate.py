@@ -16,7 +16,7 @@ from kvfold import distributed as processes
 from kvfold.architectures.base import Architecture
 from kvfold.calibration.cross_moments import CrossMoments
 from kvfold.calibration.layerwise_model import StreamedModel
-from kvfold.calibration.observing import SENSITIVITIES, STATISTICS, LayerObserver
+from kvfold.calibration.observing import OF_TOKENS, SENSITIVITIES, STATISTICS, LayerObserver
 from kvfold.calibration.passes import Passes
 from kvfold.checkpoint.atomic import make_folder, require_space, write_tensors, write_text
 from kvfold.checkpoint.fingerprint import fingerprint
@@ -24,6 +24,8 @@ from kvfold.checkpoint.reader import Checkpoint, read_json
 from kvfold.checkpoint.source import source_dtype
 from kvfold.errors import DataError
 from kvfold.linalg.eigen import Moment
+from kvfold.linalg.sensitivity import RECENT, TOKENS, WEIGHTS
+from kvfold.methods.width.base import Tokens
 from kvfold.plan.cache_spec import ITEMSIZE
 from kvfold.plan.layer import AttentionLayer
 from kvfold.progress import STDERR
@@ -46,10 +48,20 @@ class Statistics:
     def layer(self, index: int, needs: Iterable[str]) -> dict[str, Moment]:
         moments = {}
         with safe_open(_layer_file(self.folder, index), framework="pt") as file:
-            for name in sorted(needs):
+            for name in sorted(set(needs) - OF_TOKENS):
                 mean, second = file.get_tensor(f"{name}.mean"), file.get_tensor(f"{name}.second")
                 moments[name] = Moment(mean.clone(), second.clone(), self.tokens)
         return moments
+
+    def of_tokens(self, index: int, name: str) -> Tokens:
+        """The calibration tokens of one layer, as `TOKENS` + `name` asks for them."""
+        with safe_open(_layer_file(self.folder, index), framework="pt") as file:
+            recent = RECENT + WEIGHTS + name
+            return Tokens(
+                file.get_tensor(TOKENS + name).float(),
+                file.get_tensor(WEIGHTS + name),
+                file.get_tensor(recent) if recent in file.keys() else None,  # noqa: SIM118 (a file is no mapping)
+            )
 
     def cross(self, layer: int, earlier: int, needs: Iterable[str]) -> dict[str, Tensor]:
         """E[x_layer x_earlier^T] of each statistic."""
@@ -96,7 +108,7 @@ def calibrate(
     passes = Passes(model, _own(tokens_BT), folder, cross, getattr(torch, dtype))
 
     def observer(layer: AttentionLayer) -> LayerObserver:
-        return LayerObserver(needs, cross, device, layer)
+        return LayerObserver(needs, cross, device, layer, getattr(torch, dtype))
 
     def keep(seen: LayerObserver) -> None:
         seen.gather()
@@ -130,10 +142,12 @@ def _bytes(
     """On disk, at most: moments of all layers, hidden states, and what enters every layer where gradients come back."""
     size = max(x.num_kv_heads * x.head_dim for x in model.layers)
     wide = sum("keys_and_values" in name for name in needs)  # four times the size
+    tokens = len(needs & OF_TOKENS) * 4 * 2 * size * len(model.layers)  # of keys and values, in float32 at most
     matrices = (len(needs) + 3 * wide) * len(model.layers) + len(cross.labels)
     hidden = model.layers[0].hidden_size
     per_token = 4 * (hidden + size * len(cross.needs) * cross.most_kept())
-    return 8 * matrices * size**2 + (per_token + entering_itemsize * hidden * len(model.layers)) * tokens_BT.numel()
+    per_token += tokens + entering_itemsize * hidden * len(model.layers)
+    return 8 * matrices * size**2 + per_token * tokens_BT.numel()
 
 
 def _key(checkpoint: Checkpoint, tokens_BT: Tensor, seed: int, recent: int) -> str:

@@ -152,8 +152,8 @@ class StreamedModel:
 
     @contextmanager
     def _own_precision(self) -> Iterator[None]:
-        """Products of float32 numbers may round them to bfloat16 where the model's own dtype would: with instructions made for
-        it that is two to three times faster. Sums, and all that is not a product, stay in float32."""
+        """Products of float32 numbers may round them to bfloat16 where the model's own dtype would: with instructions made
+        for it that is two to three times faster. Sums, and all that is not a product, stay in float32."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("medium" if self.is_bfloat16 else before)
         try:

@@ -17,16 +17,16 @@ from kvfold.calibration import text as data
 from kvfold.calibration.calibrate import Statistics, calibrate
 from kvfold.calibration.calibration import Calibration
 from kvfold.calibration.layerwise_model import StreamedModel
-from kvfold.calibration.observing import SENSITIVITIES
+from kvfold.calibration.observing import OF_TOKENS, SENSITIVITIES
 from kvfold.calibration.statistics import VECTORS, Seen
 from kvfold.checkpoint.atomic import make_folder, write_tensors
 from kvfold.checkpoint.source import Source, read_layer, warn_if_too_long
 from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.errors import CheckpointError, DataError
 from kvfold.linalg.eigen import Moment
-from kvfold.linalg.sensitivity import RECENT, WEIGHTED
+from kvfold.linalg.sensitivity import RECENT, TOKENS, WEIGHTED
 from kvfold.methods.depth.base import Sample, Targets
-from kvfold.methods.width.base import LayerGroup, WidthMethod
+from kvfold.methods.width.base import LayerGroup, Tokens, WidthMethod
 from kvfold.plan.layer import AttentionWeights
 from kvfold.plan.plan import source_layer, source_plan
 from kvfold.progress import track
@@ -239,4 +239,11 @@ def layer_group(
     def vectors(position: int) -> Mapping[str, Tensor]:
         return sample(layers[position].index) if sample else {}
 
-    return LayerGroup(layers=tuple(layers), weights=weights, moments=moments, cross=cross, vectors=vectors)
+    def tokens() -> Tokens:
+        (name,) = (need.removeprefix(TOKENS) for need in method.needs & OF_TOKENS)
+        assert statistics is not None, "tokens come from calibration"
+        return statistics.of_tokens(owner, name)
+
+    return LayerGroup(
+        layers=tuple(layers), weights=weights, moments=moments, cross=cross, vectors=vectors, tokens=tokens
+    )

@@ -11,7 +11,7 @@ from kvfold import distributed as processes
 from kvfold.calibration.cross_moments import CrossMoments
 from kvfold.calibration.statistics import GRADIENTS, VECTORS, Seen
 from kvfold.linalg.eigen import Moment
-from kvfold.linalg.sensitivity import METRIC, RECENT, WEIGHTED, fit
+from kvfold.linalg.sensitivity import METRIC, RECENT, TOKENS, WEIGHTED, WEIGHTS, fit
 from kvfold.plan.layer import AttentionLayer
 
 SENSITIVITIES = frozenset(
@@ -19,20 +19,26 @@ SENSITIVITIES = frozenset(
 )
 """Statistics that need gradients."""
 
-STATISTICS = frozenset({*VECTORS, *SENSITIVITIES})
+OF_TOKENS = frozenset(TOKENS + name for name in GRADIENTS)
+"""Statistics that are the calibration tokens themselves."""
+
+STATISTICS = frozenset({*VECTORS, *SENSITIVITIES, *OF_TOKENS})
 """What can be gathered of a layer; `statistics.py` and `sensitivity.py` say what each is."""
 
 
 @dataclass
 class LayerObserver:
-    """Gathers the statistics `needs` of one layer."""
+    """Gathers the statistics `needs` of one layer. Tokens themselves are kept in `dtype`: the checkpoint's, in which the
+    model itself knows no more of them."""
 
     needs: frozenset[str]
     cross: CrossMoments
     device: str
     layer: AttentionLayer
+    dtype: torch.dtype = torch.float32
     own: dict[str, Moment] = field(default_factory=dict)
     kept: dict[str, list[tuple[Tensor, ...]]] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sensitive = [name for name in GRADIENTS if {WEIGHTED + name, METRIC + name} & self.needs]
@@ -62,17 +68,31 @@ class LayerObserver:
         for name in sorted(self.kept):
             x_TF, gradient_TF, *near_TF = (torch.cat(parts) for parts in zip(*self.kept.pop(name), strict=True))
             heads = x_TF.shape[1] // self.layer.head_dim
-            moment, metric = fit(x_TF, gradient_TF, heads, processes.summed)
+            moment, metric, weight_T = fit(x_TF, gradient_TF, heads, processes.summed)
             self.own |= {WEIGHTED + name: moment, METRIC + name: metric}
+            if TOKENS + name in self.needs:
+                self._keep(name, x_TF - moment.mean_F.to(x_TF), weight_T)
             for gradient_TF in near_TF:  # both forms of a token are made of it without the same mean
-                near, near_metric = fit(x_TF, gradient_TF, heads, processes.summed, moment.mean_F)
-                self.own |= {RECENT + WEIGHTED + name: near, RECENT + METRIC + name: near_metric}
+                near = fit(x_TF, gradient_TF, heads, processes.summed, moment.mean_F)
+                self.own |= {RECENT + WEIGHTED + name: near.moment, RECENT + METRIC + name: near.metric}
+                if TOKENS + name in self.needs:
+                    self._keep(name, None, near.weight_T)
+
+    def _keep(self, name: str, x_TF: Tensor | None, weight_T: Tensor) -> None:
+        """Tokens, without their mean: rounding them then loses nothing to large biases."""
+        if x_TF is None:
+            self.tokens[RECENT + WEIGHTS + name] = processes.gathered(weight_T).cpu()
+        else:
+            self.tokens |= {
+                TOKENS + name: processes.gathered(x_TF.to(self.dtype)).cpu(),
+                WEIGHTS + name: processes.gathered(weight_T).cpu(),
+            }
 
     def moments(self, tokens: int) -> dict[str, Tensor]:
         """The tensors of the layer's file."""
         tensors = {f"{name}.mean": moment.mean_F.cpu() for name, moment in self.own.items()}
         tensors |= {f"{name}.second": moment.second_FF.cpu() for name, moment in self.own.items()}
-        return tensors | self.cross.moments(tokens)
+        return tensors | self.tokens | self.cross.moments(tokens)
 
 
 def _of_all(own: Moment) -> Moment:

@@ -25,6 +25,7 @@ from kvfold.compression.allocate import allocate, check_request, choose_layout, 
 from kvfold.compression.card import write_card_text
 from kvfold.compression.fold import fold, folded_config
 from kvfold.compression.hulls import Curves
+from kvfold.compression.prediction import Prediction
 from kvfold.compression.probe import PROBE_VERSION, Probe
 from kvfold.compression.recipe import Recipe, make_recipe, material_of, suited
 from kvfold.compression.request import Groups, Request, limits_of
@@ -100,7 +101,8 @@ def compress(
     clock.lap("allocate")
     config = _config(recipe, source, plan)
     with new_folder(out, _identity(recipe, source.checkpoint, plan, statistics), overwrite=overwrite) as partial:
-        fold(source.checkpoint, source.arch, source.layers, plan, request.axes.width, groups, partial, config)
+        folded = Prediction(groups, plan, request.axes.width).folded
+        fold(source.checkpoint, source.arch, source.layers, plan, folded, partial, config)
         _complete(partial, recipe, source, plan)
     clock.lap("fold")
     processes.wait_for_all()
@@ -140,7 +142,11 @@ def _plan(recipe: Recipe, request: Request, groups: Groups, probe: Callable[[], 
         return probe().curves() if recipe.allocate == "measured" else expected_curves(request, groups)
 
     def plan(kv_budget: float | None) -> CachePlan:
-        return allocate(request, kv_budget=kv_budget, strategy=recipe.allocate, curves=curves)
+        made = allocate(request, kv_budget=kv_budget, strategy=recipe.allocate, curves=curves)
+        if recipe.allocate == "measured" or not made.predicts:
+            return made
+        left = functools.cache(lambda: expected_curves(request, Prediction(groups, made, request.axes.width).group))
+        return allocate(request, kv_budget=kv_budget, strategy=recipe.allocate, curves=left)
 
     if recipe.target_kl is None:
         return plan(recipe.kv_budget)

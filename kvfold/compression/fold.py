@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from kvfold.checkpoint.atomic import require_space, write_tensors, write_text
 from kvfold.checkpoint.folder import MAX_SHARD_BYTES
 from kvfold.checkpoint.reader import INDEX, SINGLE, Checkpoint
 from kvfold.checkpoint.source import source_dtype
-from kvfold.compression.request import Groups
 from kvfold.compression.widen_mlp import SIZE, widen
 from kvfold.errors import CheckpointError
 from kvfold.methods.width.base import LayerGroup, WidthMethod
@@ -28,6 +27,9 @@ from kvfold.plan.plan import CachePlan
 from kvfold.plan.tensors import tensor_shapes
 from kvfold.progress import track
 from kvfold.runtimes.transformers.modeling import empty_folded_model, folded_classes
+
+Folds = Callable[[int], Iterator[FoldedWeights]]
+"""Owner's index -> the weights of the layers that use its cache, in their order."""
 
 
 @dataclass
@@ -44,13 +46,13 @@ def fold(
     arch: Architecture,
     layers: list[AttentionLayer],
     plan: CachePlan,
-    method: WidthMethod,
-    groups: Groups,
+    folded: Folds,
     out: Path,
     config: dict[str, Any],
 ) -> None:
     """Write config.json (`config`) and weights of the folded model into `out`. Shards that are there already are kept.
 
+    `folded`: owner -> the weights of the layers that use its cache.
     Raises CheckpointError on damaged tensors and OutputError on a full disk.
     """
     shapes = empty_folded_model(arch, config).state_dict()
@@ -64,7 +66,7 @@ def fold(
             tensors = {name: checkpoint.read(name) for name in shard.copied}
             if config.get(SIZE) != checkpoint.config.get(SIZE):
                 tensors = {name: widen(arch, name, tensor, config[SIZE]) for name, tensor in tensors.items()}
-            tensors |= _folded(checkpoint, arch, plan, method, groups, shard)
+            tensors |= _folded(checkpoint, arch, layers, plan, folded, shard)
             _check(tensors, names, shapes)
             write_tensors(out / _name(shards, shard), tensors, {"format": "pt"})
     if len(shards) > 1:
@@ -84,15 +86,19 @@ def folded_config(checkpoint: Checkpoint, arch: Architecture, plan: CachePlan) -
 
 
 def _folded(
-    checkpoint: Checkpoint, arch: Architecture, plan: CachePlan, method: WidthMethod, groups: Groups, shard: Shard
+    checkpoint: Checkpoint,
+    arch: Architecture,
+    layers: list[AttentionLayer],
+    plan: CachePlan,
+    folded: Folds,
+    shard: Shard,
 ) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for owner in (i for i in shard.folded if plan.owner(i) == i):
-        group = groups(owner)
-        for layer, folded in zip(group.layers, folded_weights(method, group, plan.cache_of(owner)), strict=True):
-            dtype = getattr(torch, source_dtype(checkpoint, arch, layer))
-            prefix = arch.attention_prefix(layer.index)
-            tensors |= {prefix + name: tensor for name, tensor in folded.state_dict(dtype).items()}
+        for index, weights in zip(plan.readers(owner), folded(owner), strict=True):
+            dtype = getattr(torch, source_dtype(checkpoint, arch, layers[index]))
+            prefix = arch.attention_prefix(index)
+            tensors |= {prefix + name: tensor for name, tensor in weights.state_dict(dtype).items()}
     return tensors
 
 

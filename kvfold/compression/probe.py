@@ -23,8 +23,9 @@ from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.reader import read_json
 from kvfold.checkpoint.source import Source
 from kvfold.compression.allocate import expected_curve
-from kvfold.compression.fold import folded_weights
+from kvfold.compression.fold import Folds, folded_weights
 from kvfold.compression.hulls import Curve, Curves
+from kvfold.compression.prediction import Prediction
 from kvfold.compression.request import Groups, Request
 from kvfold.methods.bits.base import shared_energy
 from kvfold.methods.width.base import WidthMethod, method_name
@@ -78,7 +79,8 @@ class Probe:
         """KL of a whole plan, in nats per token. width: the method that it is of, unless it is the one of the request."""
         width = width or self.width
         label = fingerprint(width=method_name(width), plan=plan.to_dict())
-        return self._known(label, {i: spec for i, spec in enumerate(plan.caches) if spec is not None}, width)
+        specs = {i: spec for i, spec in enumerate(plan.caches) if spec is not None}
+        return self._known(label, specs, Prediction(self.groups, plan, width).folded)
 
     @functools.cached_property
     def model(self) -> Any:
@@ -128,21 +130,22 @@ class Probe:
         chosen = whole | {(owner, side): shape}
         format = "" if shape.format is None else f" {dataclasses.astuple(shape.format)}"
         label = f"{owner} {side} {shape.num_heads}x{shape.width}{format}"
-        return self._known(label, {owner: self.request.spec(layer, chosen)}, self.width)
+        spec = self.request.spec(layer, chosen)
+        return self._known(label, {owner: spec}, lambda i: folded_weights(self.width, self.groups(i), spec))
 
-    def _known(self, label: str, specs: Mapping[int, CacheSpec], width: WidthMethod) -> float:
+    def _known(self, label: str, specs: Mapping[int, CacheSpec], folded: Folds) -> float:
         if label not in self.known:
-            self.known[label] = self._kl(specs, width)
+            self.known[label] = self._kl(specs, folded)
             write_text(self.file, json.dumps(self.known))
         return self.known[label]
 
     @torch.no_grad()
-    def _kl(self, specs: Mapping[int, CacheSpec], width: WidthMethod) -> float:
+    def _kl(self, specs: Mapping[int, CacheSpec], folded: Folds) -> float:
         before = self.original  # made while the model is still itself
         stock = dict(enumerate(self.source.arch.modules(self.model)))
         try:
             for owner, spec in specs.items():
-                self._fold(owner, spec, width, stock)
+                self._fold(owner, spec, folded, stock)
             after = [self._log_probs(batch) for batch in self.batches]
         finally:
             for index, module in stock.items():
@@ -151,14 +154,13 @@ class Probe:
         kl = sum(F.kl_div(now, then, log_target=True, reduction="sum").item() for then, now in pairs)
         return max(kl / self.tokens, LEAST)
 
-    def _fold(self, owner: int, spec: CacheSpec, width: WidthMethod, stock: Mapping[int, nn.Module]) -> None:
-        group = self.groups(owner)
-        for layer, folded in zip(group.layers, folded_weights(width, group, spec), strict=True):
+    def _fold(self, owner: int, spec: CacheSpec, folded: Folds, stock: Mapping[int, nn.Module]) -> None:
+        for layer, weights in zip(self.groups(owner).layers, folded(owner), strict=True):
             old = stock[layer.index]
             weight = next(old.parameters())
             options = {"device": weight.device, "dtype": weight.dtype}
             new = FoldedAttention(self.model.config, layer, spec, self.source.arch.norms(old), owner, **options)
-            stored = folded.state_dict(getattr(torch, self.source.dtype))  # what is rounded there is lost here too
+            stored = weights.state_dict(getattr(torch, self.source.dtype))  # what is rounded there is lost here too
             new.load_state_dict({name: tensor.to(weight.dtype) for name, tensor in stored.items()})
             self._put(layer.index, new.eval())
 

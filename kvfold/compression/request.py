@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -39,6 +39,12 @@ class Axes:
     def told_apart(self) -> int:
         """Of how many recent tokens there is a form of its own, made for queries that stand close by."""
         return self.length.recent if self.width.two_forms and self.bits.by_spectrum else 0
+
+    @property
+    def below(self) -> int:
+        """Numbers of how many layers below say a part of what a layer would store. None where recent tokens are the same
+        numbers before quantization: what is left to store depends on which of both is read."""
+        return self.width.below if self.told_apart == self.length.recent else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,11 +179,32 @@ class Request:
         )
         return spec if layer.index in self.limits.keep_layers else self.axes.length.apply(layer, spec, *finer)
 
+    def below(self, layer: AttentionLayer) -> tuple[int, ...]:
+        """The layers whose numbers say a part of what this one would store: those below it in its run, of its kind."""
+        kept = self.limits.keep_layers
+        alike = [x.index for x in self.owners if x.index not in kept and x.window == layer.window]
+        if not self.axes.below or layer.index in kept:
+            return ()
+        at = alike.index(layer.index)
+        return tuple(alike[at - at % (self.axes.below + 1) : at])
+
+    def _predicted(self, layer: AttentionLayer, specs: Mapping[int, CacheSpec]) -> CacheSpec:
+        spec, below = specs[layer.index], self.below(layer)
+        if any(specs[i].k_bits and specs[i].k_bits.block > 1 for i in (layer.index, *below)):  # type: ignore[union-attr]
+            return spec
+        return replace(
+            spec,
+            predicted_from=below,
+            predictors=sum(specs[i].head_dim for i in below),
+            recent_predictors=sum(specs[i].recent_head_dim for i in below),
+        )
+
     def plan(self, chosen: Mapping[Key, StoredShape]) -> CachePlan:
         """The plan of what was chosen for every side."""
+        specs = {layer.index: self.spec(layer, chosen) for layer in self.owners}
         caches: list[CacheSpec | None] = [None] * len(self.layers)
         for layer in self.owners:
-            caches[layer.index] = self.spec(layer, chosen)
+            caches[layer.index] = self._predicted(layer, specs)
         return CachePlan(
             dtype=self.dtype,
             source=tuple(source_layer(layer) for layer in self.layers),

@@ -11,6 +11,7 @@ robust fit (Student's t; Lange, Little and Taylor, 1989) after one round; more c
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +35,20 @@ METRIC = "metric_of_"
 RECENT = "recent_"
 """Before these names: the same, as queries see tokens that stand close by."""
 
+TOKENS, WEIGHTS = "tokens_of_", "weights_of_"
+"""Of the calibration tokens themselves: the vectors without their mean, and what each counts."""
+
 Total = Callable[[Tensor], Tensor]
 """The sum of what all processes have."""
+
+
+class Fit(NamedTuple):
+    """Mean and second moment with every token's weight [T], and the metric, the second moment of a Moment without mean: half
+    the sum of metric x E_w[error error^T] is what errors cost, in nats per token."""
+
+    moment: Moment
+    metric: Moment
+    weight_T: Tensor
 
 
 def sensitivities(name: str) -> frozenset[str]:
@@ -49,9 +62,8 @@ def fit(
     heads: int,
     total: Total = lambda part: part,
     mean_F: Tensor | None = None,
-) -> tuple[Moment, Moment]:
-    """Mean and second moment of x with every token's weight, and the metric, the second moment of a Moment without mean: half
-    the sum of metric x E_w[error error^T] is what errors cost, in nats per token.
+) -> Fit:
+    """Of x and the gradients by it.
 
     The metric is [1, F, F], or [heads, H, H] where gradients of different heads are taken as independent (TOGETHER). Each
     process gives the tokens that it has seen. mean_F: what is to count as the mean.
@@ -62,7 +74,7 @@ def fit(
     weight_T = _weights(gradient_TKH, plain_KHH)
     metric_KHH = _metric(gradient_TKH / weight_T.sqrt()[:, None, None], total, count)
     moment = _weighted(x_TF, weight_T, total, int(count), mean_F)
-    return moment, Moment(torch.zeros_like(metric_KHH[..., 0]), metric_KHH, int(count))
+    return Fit(moment, Moment(torch.zeros_like(metric_KHH[..., 0]), metric_KHH, int(count)), weight_T)
 
 
 def _metric(gradient_TKH: Tensor, total: Total, count: Tensor) -> Tensor:

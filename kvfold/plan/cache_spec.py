@@ -68,6 +68,9 @@ class CacheSpec:
     `recent_head_dim` and `v_recent_head_dim` numbers of their own, in `k_recent_bits` and `v_recent_bits`; 0 where it is the
     same numbers in those formats. A query sees a token finely if fewer than `recent` tokens lie between, whatever the steps
     in which they came.
+    `predicted_from`: layers below, of whose stored numbers, `predictors` per token, a linear map says part of this layer's
+    keys and values: only the rest is stored, and who reads this cache reads theirs too. `recent_predictors`: the numbers of
+    recent tokens in the finer form of those layers, which say the same of the finer form here.
     """
 
     num_kv_heads: int
@@ -94,11 +97,20 @@ class CacheSpec:
     v_recent_head_dim: int = 0
     k_recent_bits: NumberFormat | None = None
     v_recent_bits: NumberFormat | None = None
+    predicted_from: tuple[int, ...] = ()
+    predictors: int = 0
+    recent_predictors: int = 0
 
     @property
     def made_widths(self) -> tuple[int, int]:
         """Numbers of a head of keys and of values as they are made: first those of `sides`, then those of recent tokens."""
         return self.head_dim + self.recent_head_dim, self.v_head_dim + self.v_recent_head_dim
+
+    @property
+    def read_widths(self) -> tuple[int, int]:
+        """The same as keys and values are read: with the predictors of each form behind it."""
+        beside = self.predictors + self.recent_predictors
+        return self.made_widths[0] + beside, self.made_widths[1] + beside
 
     @property
     def recent_sides(self) -> tuple[StoredShape, StoredShape]:
@@ -114,12 +126,14 @@ class CacheSpec:
             v_head_dim=self.v_recent_head_dim or self.v_head_dim,
             k_bits=self.k_recent_bits,
             v_bits=self.v_recent_bits,
+            predictors=self.recent_predictors,
         )
 
     @property
     def of_all(self) -> CacheSpec:
         """The same cache without a finer form of recent tokens."""
         none = {"recent_head_dim": 0, "v_recent_head_dim": 0, "k_recent_bits": None, "v_recent_bits": None}
+        none |= {"recent_predictors": 0}
         return dataclasses.replace(self, recent=0, **none)  # type: ignore[arg-type]
 
     @property
@@ -136,8 +150,8 @@ class CacheSpec:
 
     @property
     def widest(self) -> int:
-        """Numbers per token of the larger side."""
-        return max(side.elements for side in self.sides)
+        """Numbers per token of the larger side, as it is read."""
+        return max(side.elements for side in self.sides) + self.predictors
 
     def bytes_per_token(self, itemsize: int) -> float:
         """Stored for one token, scales included; what several tokens share is shared out."""

@@ -29,6 +29,7 @@ def check_plan(plan: CachePlan) -> None:
             raise PlanError(f"layer {index} must either store a cache or read an earlier layer's, not both or neither.")
         if spec is not None:
             _check_cache(index, source, spec)
+            _check_predictors(plan, index, spec)
         elif target is not None:
             _check_target(plan, index, target)
 
@@ -114,6 +115,38 @@ def _check_recent(index: int, spec: CacheSpec) -> None:
     for name, (_, width, format) in zip(("k_recent_bits", "v_recent_bits"), spec.recent_sides, strict=True):
         if format is not None:
             _check_format(f"layer {index}: {name}", spec, width, format)
+
+
+def _check_predictors(plan: CachePlan, index: int, spec: CacheSpec) -> None:
+    widths = [0, 0]
+    for below in spec.predicted_from:
+        known = plan.caches[below] if isinstance(below, int) and 0 <= below < index else None
+        if known is None:
+            raise PlanError(
+                f"layer {index}: predicted_from names layer {below!r}, which is no EARLIER layer with a cache."
+            )
+        if not (spec.shared_latent and known.shared_latent) or (spec.window, spec.recent) != (
+            known.window,
+            known.recent,
+        ):
+            raise PlanError(
+                f"layer {index}: a layer and those that predict it have shared_latent, the same window and as many recent"
+                f" tokens; layer {below} differs."
+            )
+        if any(side.format is not None and side.format.block > 1 for side in (*spec.sides, *known.sides)):
+            raise PlanError(
+                f"layer {index}: predictions do not go with scales per channel, which change what was read."
+            )
+        widths = [widths[0] + known.head_dim, widths[1] + known.recent_head_dim]
+    if spec.predicted_from and spec.recent and not spec.recent_head_dim:
+        raise PlanError(
+            f"layer {index}: predictions of recent tokens want a finer form of their own (recent_head_dim)."
+        )
+    if [spec.predictors, spec.recent_predictors] != widths:
+        raise PlanError(
+            f"layer {index}: predictors and recent_predictors are {spec.predictors} and {spec.recent_predictors}, but the"
+            f" layers that predicted_from names store {widths[0]} and {widths[1]} numbers."
+        )
 
 
 def _check_format(where: str, spec: CacheSpec, width: int, format: Any) -> None:

@@ -26,7 +26,9 @@ class FoldedWeights:
     the group has all of these. With `k_partial` k_proj [K*r, D] and k_a_proj [C, R, t*r] are those of the r rotated numbers
     of each head, and k_u_proj [C*R, D] is what the others add. With `hidden` h the four ways (k_a, k_b, v_a, v_b) also have a
     network each: up_proj [C, h, in] with a bias [C, h], GELU, down_proj [C, out, h]; k_proj and v_proj then give the source's
-    heads. With `stored_bias` v_proj has a bias, and so has k_a_proj (k_a_bias [C, R]) or, where there is none, k_proj.
+    heads. With `predicted_from` k_b_proj and v_b_proj have a column for each of the P numbers of layers below, behind those
+    of the form that they belong to, and k_p_proj [R, P] takes what these numbers say from what is stored. With `stored_bias`
+    v_proj has a bias, and so has k_a_proj (k_a_bias [C, R]) or, where there is none, k_proj.
     """
 
     q_proj: Tensor
@@ -59,6 +61,7 @@ class FoldedWeights:
     v_b_up_proj: Tensor | None = None
     v_b_up_bias: Tensor | None = None
     v_b_down_proj: Tensor | None = None
+    k_p_proj: Tensor | None = None
 
     @classmethod
     def of(cls, weights: AttentionWeights, **changes: Tensor | None) -> FoldedWeights:
@@ -97,6 +100,8 @@ def beside(shapes: Mapping[str, Shape], far: FoldedWeights, near: FoldedWeights)
 
 
 def _side_by_side(name: str, shape: Shape, far: Tensor, near: Tensor) -> Tensor:
+    if shape[-1].name == "P":  # each form is predicted from the same form of layers below
+        return torch.block_diag(far, near)
     stored = [at for at, axis in enumerate(shape) if axis.width_letter in ("E", "G")]
     if not stored:
         assert (far - near).norm() <= 1e-6 * far.norm(), f"both forms leave the same out, but {name} differs"

@@ -33,6 +33,8 @@ def _obstacle(spec: CacheSpec) -> str | None:
         return "stores what a network made"
     if spec.recent:
         return "keeps recent tokens in a finer form"
+    if spec.predicted_from:
+        return "stores what numbers of other layers leave out"
     if spec.joint:
         return "stores latents of several layers"
     if spec.rope == "applied" and not spec.k_projection:

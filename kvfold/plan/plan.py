@@ -99,6 +99,11 @@ class CachePlan:
         return batch_size * self.itemsize(dtype) * elements
 
     @property
+    def predicts(self) -> bool:
+        """Whether some layer's cache is read together with those of layers below."""
+        return any(spec.predicted_from for spec in self.owned)
+
+    @property
     def joint(self) -> bool:
         """Whether some cache shows past tokens through latents and those of the running step exactly."""
         return any(spec.joint for spec in self.owned)
@@ -117,14 +122,16 @@ class CachePlan:
         for spec, source in zip(self.caches, self.source, strict=True):
             if spec is not None:
                 full = source.elements_per_token // 2
-                elements = sum(side.elements for side in spec.sides if side.format is not None)
+                elements = sum(side.elements for side in spec.sides if side.format is not None) + spec.predictors
                 elements += full if spec.rope == "on_read" else 0
                 sizes.append(elements * tokens_at_once(batch_size * max(spec.widest, full), device))
         return batch_size * self.itemsize(dtype) * max(sizes)
 
     def kv_read_bytes(self, context_len: int, *, dtype: str | None = None) -> int:
-        """Bytes of cache read by one decode step of one sequence; a shared cache is read by each of its readers."""
+        """Bytes of cache read by one decode step of one sequence; a shared cache, or one that predicts others, is read by
+        each of its readers."""
         specs = [self.cache_of(layer) for layer in range(self.num_layers)]
+        specs += [self.cache_of(below) for spec in specs for below in spec.predicted_from]
         itemsize = self.itemsize(dtype)
         read = sum(spec.bytes_per_token(itemsize) * spec.tokens_read(context_len) for spec in specs)
         recent = sum(spec.recent_bytes(context_len, itemsize) for spec in specs)
@@ -181,7 +188,8 @@ def _build(cls: Any, data: Mapping[str, Any], where: str) -> Any:
     formats = {name: data[name] for name in FORMATS if isinstance(data.get(name), Mapping)}
     for name, value in formats.items():
         _check_fields(value, NumberFormat, f"{where}.{name}")
-    return cls(**{**data, **{name: NumberFormat(**value) for name, value in formats.items()}})
+    tuples = {"predicted_from": tuple(data["predicted_from"])} if data.get("predicted_from") is not None else {}
+    return cls(**{**data, **{name: NumberFormat(**value) for name, value in formats.items()}, **tuples})
 
 
 def _check_fields(data: Mapping[str, Any], cls: Any, where: str) -> None:

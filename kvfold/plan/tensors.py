@@ -25,7 +25,8 @@ TENSORS = (
     ("k_a_proj.bias", "", "makes mapped stored_bias !joint"),
     ("k_u_proj.weight", "C*E, D", "makes k_partial"),
     ("k_u_proj.bias", "", "makes k_partial qkv_bias"),
-    ("k_b_proj.weight", "C, K/C*H, E", "k_projection"),
+    ("k_b_proj.weight", "C, K/C*H, E", "k_projection !predicted"),
+    ("k_b_proj.weight", "C, K/C*H, E+P", "k_projection predicted"),
     ("k_b_proj.bias", "", "k_projection k_offset"),
     ("v_proj.weight", "U*G, D", "makes !v_mapped !shared_latent"),
     ("v_proj.weight", "U*G, D", "makes mapped shared_latent"),
@@ -34,7 +35,9 @@ TENSORS = (
     ("v_proj.bias", "", "makes qkv_bias mapped shared_latent"),
     ("v_proj.bias", "", "makes stored_bias !v_mapped !shared_latent"),
     ("v_a_proj.weight", "U, G, K/U*H", "makes v_mapped"),
-    ("v_b_proj.weight", "U, K/U*H, G", "v_projection"),
+    ("v_b_proj.weight", "U, K/U*H, G", "v_projection !predicted"),
+    ("v_b_proj.weight", "U, K/U*H, G+P", "v_projection predicted"),
+    ("k_p_proj.weight", "E, P", "makes predicted"),
     ("o_proj.weight", "D, N*G", "!v_projection"),
     ("o_proj.weight", "D, N*H", "v_projection"),
     ("o_proj.bias", "", "o_bias"),
@@ -80,8 +83,9 @@ class Axis:
 
     @property
     def width_letter(self) -> str:
-        """What one head has of it: H, r, E and G (stored keys and values, as made), D or h; nothing for C and U alone."""
-        return "" if self.name in ("C", "U") else self.name[-1]
+        """What one head has of it: H, r, E and G (stored keys and values, as made), P (of layers below), D or h; nothing for
+        C and U alone."""
+        return "" if self.name in ("C", "U") else self.name.rpartition("*")[2][0]
 
 
 Shape = tuple[Axis, ...]
@@ -117,6 +121,7 @@ def conditions(layer: AttentionLayer, spec: CacheSpec, *, owns: bool) -> dict[st
         "v_projection": spec.v_projection,
         "shared_latent": spec.shared_latent,
         "hidden": spec.hidden > 0,
+        "predicted": bool(spec.predicted_from),
         "joint": spec.joint,
         "stored_bias": spec.stored_bias,
         "qkv_bias": layer.qkv_bias,
@@ -129,7 +134,19 @@ def conditions(layer: AttentionLayer, spec: CacheSpec, *, owns: bool) -> dict[st
 def _sizes(layer: AttentionLayer, spec: CacheSpec) -> dict[str, int]:
     K, C, U = layer.num_kv_heads, spec.num_kv_heads, spec.num_v_heads
     E, G = spec.made_widths
-    own = {"C": C, "E": E, "U": U, "G": G, "h": spec.hidden, "K/C": K // C, "K/U": K // U}
+    P = spec.predictors + spec.recent_predictors
+    own = {
+        "C": C,
+        "E": E,
+        "U": U,
+        "G": G,
+        "h": spec.hidden,
+        "K/C": K // C,
+        "K/U": K // U,
+        "P": P,
+        "E+P": E + P,
+        "G+P": G + P,
+    }
     return own | {
         "D": layer.hidden_size,
         "N": layer.num_attention_heads,

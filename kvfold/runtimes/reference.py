@@ -80,9 +80,11 @@ def stored(
     hidden_TD: Tensor,
     cos_Tr: Tensor | None,
     sin_Tr: Tensor | None,
+    known_TP: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What the owner of a cache makes of one sequence: key heads [T, E] and value heads [T, G], of which the first R and V
-    are stored for all tokens (E = R and G = V without recent ones), the last for the newest."""
+    are stored for all tokens (E = R and G = V without recent ones), the last for the newest. known_TP: what caches give back
+    that predict this one, of all tokens and then in the form of recent ones."""
     assert weights.k_proj is not None, "a reader stores nothing"
     flat = _linear(hidden_TD, weights.k_proj, weights.k_bias)
     width = spec.made_widths[0] if weights.k_a_proj is None else layer.rotary_dim if spec.k_partial else layer.head_dim
@@ -107,6 +109,8 @@ def stored(
     if spec.shared_latent:
         if values:
             latents = [latent + value for latent, value in zip(latents, values, strict=True)]
+        if known_TP is not None:
+            latents = [latents[0] - _linear(known_TP, weights.k_p_proj, None)]
         return latents, latents
     return latents, list(values)
 
@@ -124,7 +128,8 @@ def folded_attention(
 ) -> Tensor:
     """The folded layer's attention output [T, D] for one sequence: score = q . B z, z = A kappa.
 
-    `cache` is what the layer itself stored, or (`is_reader`) the owner whose cache it reads.
+    `cache` is what the layer itself stored, or (`is_reader`) the owner whose cache it reads; behind that what caches give
+    back that predict it.
     """
     H, K, N = layer.head_dim, layer.num_kv_heads, layer.num_attention_heads
     stored_keys, stored_values = cache
@@ -176,7 +181,7 @@ def folded_attention_by_age(
                 torch.where(fine_S1, pad(new, (width - new.shape[1], 0)), pad(old, (0, width - old.shape[1])))
                 for old, new in zip(*heads, strict=True)
             ]
-            for width, *heads in zip(spec.made_widths, far, near, strict=True)
+            for width, *heads in zip(spec.read_widths, far, near, strict=True)
         ]
         cache = (mixed[0], mixed[1])
         rows.append(folded_attention(layer, spec, weights, hidden_TD, cos_Tr, sin_Tr, seen_TS, cache)[t])

@@ -117,8 +117,8 @@ def planted(weight_T):
 def test_what_counts_as_the_mean_can_be_given():
     """Then the covariance is about it: what two forms of a token leave out must be the same."""
     x, gradient, _ = planted(1 + torch.arange(200) / 100)
-    (free, metric), centre = fit(x, gradient, 2), torch.full((6,), 1.5, dtype=torch.float64)
-    moment, same_metric = fit(x, gradient, 2, mean_F=centre)
+    (free, metric, _), centre = fit(x, gradient, 2), torch.full((6,), 1.5, dtype=torch.float64)
+    moment, same_metric, _ = fit(x, gradient, 2, mean_F=centre)
     off = free.mean_F - centre
     assert torch.equal(moment.mean_F, centre) and torch.equal(metric.second_FF, same_metric.second_FF)
     assert_close(moment.covariance_FF, free.covariance_FF + off[:, None] * off, tolerance=1e-6)
@@ -127,7 +127,7 @@ def test_what_counts_as_the_mean_can_be_given():
 def test_equal_tokens_give_plain_moments():
     """Gradients of equal size still differ from token to token, which must not bend the moments of x."""
     x, gradient, metric = planted(torch.ones(20_000))
-    moment, found = fit(x, gradient, 2)
+    moment, found, _ = fit(x, gradient, 2)
     assert_close(moment.mean_F, x.double().mean(0), tolerance=0.02)
     assert_close(moment.covariance_FF, x.double().T.cov(correction=0), tolerance=0.05)
     assert_close(found.second_FF / found.second_FF.norm(), metric / metric.norm(), tolerance=0.05)
@@ -140,7 +140,7 @@ def test_tokens_that_all_look_at_weigh_more():
     weight[::50] = 100.0
     x, gradient, metric = planted(weight)
     x[::50] += 10
-    moment, found = fit(x, gradient, 2)
+    moment, found, _ = fit(x, gradient, 2)
     assert moment.mean_F.mean() > x.mean() + 3
     assert_close(found.second_FF / found.second_FF.norm(), metric / metric.norm(), tolerance=0.05)
 

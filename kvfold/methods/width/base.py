@@ -6,16 +6,36 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from kvfold.linalg.eigen import Moment
+from kvfold.linalg.reduced_rank import Latents
 from kvfold.linalg.sensitivity import RECENT
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
 from kvfold.plan.number_format import StoredShape
+
+
+class Tokens(NamedTuple):
+    """Calibration tokens of one layer without their mean [T, F], what each counts [T], and what it counts for queries that
+    stand close by, where those are told apart."""
+
+    x_TF: Tensor
+    weight_T: Tensor
+    recent_weight_T: Tensor | None = None
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Of both ages, as far as they are told apart."""
+        return [weight_T for weight_T in (self.weight_T, self.recent_weight_T) if weight_T is not None]
+
+
+def no_tokens() -> Tokens:
+    """Of a group whose method does not ask for them."""
+    raise AssertionError("calibration kept no tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +44,7 @@ class LayerGroup:
 
     Everything large is read when it is asked for, by position in the group. weights(i): float64. moments(i): statistic ->
     moment of layer i. cross(i, j=0): statistic -> E[x_i x_j^T] [F, F] for j <= i, of which j = 0 is the owner.
-    vectors(i): statistic -> some of the calibration vectors themselves [T, F].
+    vectors(i): statistic -> some of the calibration vectors themselves [T, F]. tokens(): those of the owner, weighted.
     """
 
     layers: tuple[AttentionLayer, ...]
@@ -32,6 +52,7 @@ class LayerGroup:
     moments: Callable[[int], Mapping[str, Moment]]
     cross: Callable[..., Mapping[str, Tensor]]
     vectors: Callable[[int], Mapping[str, Tensor]] = lambda position: {}
+    tokens: Callable[[], Tokens] = no_tokens
 
     @property
     def owner(self) -> AttentionLayer:
@@ -59,7 +80,8 @@ class WidthMethod(ABC):
     which it also reads the moment between a reader and the owner, or, if `joint`, between all layers of a group.
     `needs_vectors`: those of which it wants to see vectors. `ordered`: stored numbers come in the order of what they save, so
     that leading ones can get more bits (`key_spectrum`). `parts`: what gets a share of the budget of its own. `two_forms`:
-    all its caches leave the same out of every token, so that recent tokens can have a form of their own.
+    all its caches leave the same out of every token, so that recent tokens can have a form of their own. `below`: what
+    is stored can leave out what the numbers of up to so many layers below say (PredictedWidth).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -69,6 +91,7 @@ class WidthMethod(ABC):
     parts: ClassVar[tuple[str, ...]] = ("keys", "values")
     ordered: ClassVar[bool] = False
     two_forms: ClassVar[bool] = False
+    below = 0
 
     @abstractmethod
     def key_shapes(self, layer: AttentionLayer, layers: int = 1) -> Sequence[StoredShape]:
@@ -124,6 +147,21 @@ class WidthMethod(ABC):
     @abstractmethod
     def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
         """The weights that obey `spec`, layer by layer in the group's order, in float64."""
+
+
+class PredictedWidth(WidthMethod):
+    """A method with one latent of keys and values, A x, which also serves where a part of x is known."""
+
+    @abstractmethod
+    def latents(self, group: LayerGroup, spec: CacheSpec) -> Latents:
+        """A and the ways back, for a cache of `spec`."""
+
+    @abstractmethod
+    def from_latents(self, group: LayerGroup, spec: CacheSpec, latents: Latents) -> FoldedWeights:
+        """The weights of the layer with these latents."""
+
+    def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
+        yield self.from_latents(group, spec, self.latents(group, spec))
 
 
 CONTRACT = WidthMethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -12,9 +12,9 @@ from kvfold.errors import RecipeError
 from kvfold.linalg.block_diagonal import BlockDiagonal
 from kvfold.linalg.quantization_basis import arranged, centred
 from kvfold.linalg.reduced_rank import Latents, Term, distortions, energy, solve, spectrum
-from kvfold.linalg.sensitivity import METRIC, WEIGHTED, sensitivities
+from kvfold.linalg.sensitivity import METRIC, TOKENS, WEIGHTED, sensitivities
 from kvfold.methods.low_rank import fuse_keys, latent_widths, restore_mean, store_values
-from kvfold.methods.width.base import LayerGroup, WidthMethod, plain_spec
+from kvfold.methods.width.base import LayerGroup, PredictedWidth, plain_spec
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.plan.layer import AttentionLayer
@@ -27,27 +27,33 @@ models, solving for it would take hours: eight times what keys and values take a
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mla(WidthMethod):
+class Mla(PredictedWidth):
     """Keys before rotation and values of a layer are linear maps of the same hidden state, so that one latent of both says
     more per number than two. Errors count in nats, as in `fisher`; keys are rebuilt on read.
 
     Layers of more than WIDEST numbers are left to `fisher`.
 
+    below: layers stand in runs of so many and one more, and each stores only what the numbers of those below it in its run do
+        not say (`compression/prediction.py`); 0 for none.
     kv_heads: as many numbers as so many source heads of keys and of values; 0 leaves the choice to the budget.
     multiple: stored widths are multiples of this.
     """
 
-    needs: ClassVar[frozenset[str]] = sensitivities(BOTH)
     parts: ClassVar[tuple[str, ...]] = (BOTH,)
     ordered: ClassVar[bool] = True
     two_forms: ClassVar[bool] = True
 
+    below: int = 3
     kv_heads: int = 0
     multiple: int = 8
 
     def __post_init__(self) -> None:
-        if self.multiple < 1 or self.kv_heads < 0:
-            raise RecipeError("width.multiple must be at least 1, width.kv_heads at least 0.")
+        if self.multiple < 1 or self.kv_heads < 0 or self.below < 0:
+            raise RecipeError("width.multiple must be at least 1, width.kv_heads and width.below at least 0.")
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return sensitivities(BOTH) | ({TOKENS + BOTH} if self.below else set())
 
     def instead(self, layers: Sequence[AttentionLayer]) -> dict[str, Any] | None:
         widest = max(2 * layer.num_kv_heads * layer.head_dim for layer in layers)
@@ -92,9 +98,8 @@ class Mla(WidthMethod):
             stored_bias=True,
         )
 
-    def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
-        layer, weights = group.owner, group.weights(0)
-        latents, mean_F = self._latents(group, spec), group.moments(0)[WEIGHTED + BOTH].mean_F
+    def from_latents(self, group: LayerGroup, spec: CacheSpec, latents: Latents) -> FoldedWeights:
+        layer, weights, mean_F = group.owner, group.weights(0), group.moments(0)[WEIGHTED + BOTH].mean_F
         back_1FR, half = latents.back(0), len(mean_F) // 2
         folded = FoldedWeights.of(
             weights,
@@ -106,9 +111,9 @@ class Mla(WidthMethod):
         folded = store_values(folded, latents.a_CRF[:, :, half:])
         assert latents.centre_CR is not None, "latents are stored without their mean"
         folded = _joined(layer, folded, spec, latents.centre_CR)
-        yield restore_mean(folded, mean_F[half:].unflatten(0, (layer.num_kv_heads, -1)))
+        return restore_mean(folded, mean_F[half:].unflatten(0, (layer.num_kv_heads, -1)))
 
-    def _latents(self, group: LayerGroup, spec: CacheSpec) -> Latents:
+    def latents(self, group: LayerGroup, spec: CacheSpec) -> Latents:
         term = _term(group)
         latents = solve(lambda position: term, 1, 1, spec.head_dim)
         if spec.k_bits is not None:

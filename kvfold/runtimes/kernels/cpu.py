@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kvfold.plan.codecs.exponent import TRIED
 from kvfold.plan.number_format import NumberFormat
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, Stored, recorded
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, SideBySide, Stored, recorded
 
 SOURCES = Path(__file__).with_name("cpp")
 FLAGS = (
@@ -70,6 +70,7 @@ def _flat(tiers: Sequence[tuple[int, int]]) -> Any:
 
 def _rows(x: Stored) -> Tensor:
     """What lies in memory."""
+    assert not isinstance(x, SideBySide), "serves() was asked"
     return x.rows if isinstance(x, PackedTokens) else x
 
 
@@ -130,6 +131,8 @@ def _processor() -> str:
 
 def serves(q: Tensor, z: Stored, y: Stored) -> bool:
     """Whether the kernel takes these tensors, and nobody wants gradients or a graph of it."""
+    if isinstance(z, SideBySide) or isinstance(y, SideBySide):
+        return False
     tensors = (q, _rows(z), _rows(y))
     if recorded(*tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         return False

@@ -20,7 +20,7 @@ from kvfold.runtimes.kernels.attention import (
     packed_attention,
     products_attention,
 )
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, Stored, read_all, recorded
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, SideBySide, Stored, read_all, recorded
 
 FEW_TOKENS = 16
 """A step of at most so many tokens (speculative decoding, short chunks) is bound by the cache's bytes, like one of one."""
@@ -58,6 +58,8 @@ def choose(
     """
     T, S = q_BNTH.shape[2], z.shape[2]
     few = T <= FEW_TOKENS and not exact
+    if isinstance(z, SideBySide):  # numbers of several layers, of which kernels know nothing
+        return Way.EAGER if exact or eager else Way.PIECES if few or T < S else Way.REBUILT
     packed = isinstance(z, PackedTokens) or isinstance(y, PackedTokens)
     if packed and not exact and (few or T < S):  # decoding, or a prompt that continues a cache
         if not on_read and few and softcap is None and cpu.serves(q_BNTH, z, y):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +76,33 @@ class ReadOnce(PackedTokens):
         return self.last[1]
 
 
-Stored = Tensor | PackedTokens
+class SideBySide:
+    """The same tokens as several layers store them, [B, C, S, R of the first + R of the second + ...]."""
+
+    def __init__(self, parts: Sequence[Tensor | PackedTokens]) -> None:
+        self.parts = list(parts)
+        self.last: tuple[tuple[int, int], Tensor] | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        B, C, S, _ = self.parts[0].shape
+        return torch.Size((B, C, S, sum(part.shape[3] for part in self.parts)))
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].device
+
+    def to(self, device: torch.device) -> SideBySide:
+        return SideBySide([part.to(device) for part in self.parts])
+
+    def read(self, start: int, end: int) -> Tensor:
+        """The tokens start:end as numbers; the last reading is kept, since keys and values are rebuilt from the same."""
+        if self.last is None or self.last[0] != (start, end):
+            self.last = (start, end), torch.cat([read(part, start, end) for part in self.parts], dim=3)
+        return self.last[1]
+
+
+Stored = Tensor | PackedTokens | SideBySide
 """All tokens of one side that queries may see."""
 
 
@@ -95,6 +122,20 @@ class AgedTokens(NamedTuple):
         return AgedTokens(self.far.to(device), self.near.to(device), self.recent)
 
 
+def side_by_side(stored: Sequence[Any]) -> Any:
+    """The same tokens of several layers, each form apart where there are two."""
+    first = stored[0]
+    if not isinstance(first, AgedTokens):
+        return SideBySide(stored)
+    return first._replace(far=SideBySide([x.far for x in stored]), near=SideBySide([x.near for x in stored]))
+
+
+def newest(stored: Any, tokens: int) -> Tensor:
+    """The last tokens as numbers [B, C, tokens, ...], all forms side by side."""
+    parts = (stored.far, stored.near) if isinstance(stored, AgedTokens) else (stored,)
+    return torch.cat([read(part, part.shape[2] - tokens, part.shape[2]) for part in parts], dim=3)
+
+
 def by_age(x: Tensor, far: int, near: int) -> tuple[Tensor, Tensor]:
     """The numbers of both forms in what is made of a token: the first `far` and the last `near`, which may be the same."""
     return x[..., :far], x[..., -near:]
@@ -109,7 +150,7 @@ def read_once(stored: Stored | AgedTokens) -> Any:
 
 def read(stored: Stored, start: int, end: int) -> Tensor:
     """The tokens start:end as numbers [B, heads, end - start, width]."""
-    return stored.read(start, end) if isinstance(stored, PackedTokens) else stored[:, :, start:end]
+    return stored[:, :, start:end] if isinstance(stored, Tensor) else stored.read(start, end)
 
 
 def read_for_product(stored: Stored, start: int, end: int) -> Operand:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -17,10 +18,12 @@ from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose, decode_att
 from kvfold.runtimes.kernels.packed_tokens import (
     AgedTokens,
     Stored,
+    newest,
     read,
     read_all,
     read_for_product,
     read_once,
+    side_by_side,
     with_gradient,
 )
 from kvfold.runtimes.kernels.rotary import apply_rotary
@@ -40,6 +43,7 @@ class FoldedAttention(AttentionByAge):
     v_proj: Any
     o_proj: Any
     k_a_proj: Any
+    k_p_proj: Any
     k_u_proj: Any
     v_a_proj: Any
 
@@ -126,13 +130,11 @@ class FoldedAttention(AttentionByAge):
     ) -> tuple[Stored, Stored]:
         """All tokens that the T queries may see: z [B, C, S, R], y [B, U, S, V]."""
         if self.owner != self.layer_idx:
-            if state is None or self.owner not in state.stored:
-                raise ValueError(
-                    f"layer {self.layer_idx} reads the cache of layer {self.owner}, which has not run in this forward; call"
-                    " the whole ...ForCausalLM model, not a part of it."
-                )
-            return tuple(x.to(hidden_BTD.device) for x in state.stored[self.owner])  # type: ignore[return-value]
+            return self._stored_by(self.owner, state, hidden_BTD.device)
         new_z, new_y = self._new_keys_values(hidden_BTD, rotary)
+        below = [self._stored_by(layer, state, new_z.device)[0] for layer in self.spec.predicted_from]
+        if below:
+            new_z = new_y = new_z - self._prediction(below, new_z.shape[2])
         z: Stored = new_z
         y: Stored = new_y
         if cache is not None and self.spec.recent and not hasattr(cache, "owned"):
@@ -148,7 +150,27 @@ class FoldedAttention(AttentionByAge):
             y = z if self.spec.shared_latent else y
         if state is not None:
             state.stored[self.layer_idx] = (z, y)
+        if below:
+            z = y = side_by_side([z, *below])
         return z, y
+
+    def _stored_by(self, layer: int, state: ForwardState | None, device: torch.device) -> tuple[Stored, Stored]:
+        """What another layer stores of all tokens that queries may see."""
+        if state is None or layer not in state.stored:
+            raise ValueError(
+                f"layer {self.layer_idx} reads the cache of layer {layer}, which has not run in this forward; call"
+                " the whole ...ForCausalLM model, not a part of it."
+            )
+        z, y = state.stored[layer]
+        return z.to(device), y.to(device)
+
+    def _prediction(self, below: list[Any], tokens: int) -> Tensor:
+        """What layers below say of what is made of the newest tokens, [B, 1, T, E]: of far forms first, then of near ones."""
+        known = [newest(stored, tokens) for stored in below]
+        widths = [stored.shape[3] for stored in below]
+        far = [numbers[..., :width] for numbers, width in zip(known, widths, strict=True)]
+        near = [numbers[..., width:] for numbers, width in zip(known, widths, strict=True)]
+        return self.k_p_proj(torch.cat([*far, *near], dim=3))
 
     def _new_keys_values(self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """What the T new tokens add to the cache: z [B, C, T, E], y [B, U, T, G], which a shared latent is at once."""

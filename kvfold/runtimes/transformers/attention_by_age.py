@@ -64,7 +64,7 @@ class AttentionByAge(nn.Module):
         absorbed = q if keys else self._absorb(q)
         meeting = (q, q) if keys else by_age(absorbed, z.far.shape[-1], z.near.shape[-1])
         out, probs = attend_by_age(
-            meeting, z, y, mask, keys=rebuilt, width=self.spec.made_widths[1], dropout=dropout,
+            meeting, z, y, mask, keys=rebuilt, width=self.spec.read_widths[1], dropout=dropout,
             by_masks=by_masks, elements=self._elements_at_a_time, scale=self.scaling,
             softcap=self.layer.softcap,
         )  # fmt: skip
@@ -79,7 +79,7 @@ class AttentionByAge(nn.Module):
             for part, near in ((z.far, False), (z.near, True))
         )
         far_v, near_v = self._rebuild(read_all(y.far), "v_b"), self._rebuild(read_all(y.near), "v_b", True)
-        keys_width, width = self.spec.made_widths
+        keys_width, width = self.spec.read_widths
         if not keys and self.k_b_proj is None:  # q_proj has columns for both
             far_k, near_k = beside(far_k, near_k, keys_width)
         if self.v_b_proj is None:  # o_proj too

@@ -41,7 +41,7 @@ class FoldedModel:
         if self.config.kv_compression_config is None:
             raise PlanError(f"the config has no {CONFIG_KEY}; load a folder that `kvfold compress` wrote.")
         plan = self.kv_plan
-        self.has_readers = any(target is not None for target in plan.kv_sharing_target_layer)
+        self.has_readers = plan.predicts or any(target is not None for target in plan.kv_sharing_target_layer)
         self.needs_state = self.has_readers or plan.position_bytes > 0 or plan.joint
         layers = self.architecture.describe(self)  # type: ignore[arg-type]
         for facts, old in zip(layers, self.architecture.modules(self), strict=True):  # type: ignore[arg-type]
