@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/demo_model/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: docs wheel results-real results-real-auto results-real-ablation results-real-tasks results-real-recall demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
+.PHONY: docs wheel results-real results-real-auto results-real-ablation results-real-tasks results-real-recall results-real-healing demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -167,6 +167,11 @@ results-healing: $(VENV)/installed
 	  $(BIN)/python benchmarks/healing.py $$table --model $(MODEL) --data $(CALIBRATION) --valid $(VALID) \
 	    --markdown results/healing-$$table-$(notdir $(MODEL)).md || exit 1; done
 
+# The same of the real model, an hour on two cores: make results-real-healing VALID=... CALIBRATION=...
+results-real-healing: $(VENV)/installed
+	$(BIN)/python benchmarks/healing.py large --model $(REAL) --data $(CALIBRATION) --valid $(VALID) --tokens 131072 --seq-len 512 \
+	  --learning-rate 2e-4 --eval-tokens 8192 --markdown results/real-healing.md
+
 # Memory and time of folding Llama-2-7B's shape: make results-7b SCRATCH=/with/30GB
 results-7b: $(VENV)/installed
 	$(BIN)/python benchmarks/fold_llama2_7b.py --folder $(SCRATCH) --json results/fold-llama2-7b.json
@@ -258,7 +263,8 @@ results-real-recall: runs/auto-eighth
 	$(MAKE) results-recall MODEL=$(REAL) FOLDED=runs/auto-eighth LENGTHS=512,1024
 
 # All of SmolLM2, about two hours on two cores
-results-real: results-real-frontier results-real-ablation results-real-depth results-real-tasks results-real-recall results-real-calibration
+results-real: results-real-frontier results-real-ablation results-real-depth results-real-tasks results-real-recall results-real-calibration \
+  results-real-healing
 	$(MAKE) results-long MODEL=$(REAL) FOLDED=runs/auto-quarter
 	$(MAKE) results-nats MODEL=$(REAL) NATS="--layers 0 9 18 27"
 

@@ -20,10 +20,10 @@ SENSITIVITIES = frozenset(
 """Statistics that need gradients."""
 
 OF_TOKENS = frozenset(TOKENS + name for name in GRADIENTS)
-"""Statistics that are the calibration tokens themselves."""
+"""The calibration tokens themselves, which can be kept beside their moments."""
 
-STATISTICS = frozenset({*VECTORS, *SENSITIVITIES, *OF_TOKENS})
-"""What can be gathered of a layer; `statistics.py` and `sensitivity.py` say what each is."""
+STATISTICS = frozenset({*VECTORS, *SENSITIVITIES})
+"""The moments that can be gathered of a layer; `statistics.py` and `sensitivity.py` say what each is."""
 
 
 @dataclass

@@ -28,8 +28,7 @@ from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.folded_weights import FoldedWeights, beside
 from kvfold.plan.plan import CachePlan
 from kvfold.plan.tensors import tensor_shapes
-from kvfold.runtimes.kernels.codec import roundtrip
-from kvfold.runtimes.kernels.dispatch import pack
+from kvfold.runtimes.kernels.dispatch import roundtrip
 
 
 @dataclass
@@ -51,7 +50,7 @@ class Form:
     def through_the_cache(self) -> Tensor:
         """[T, R]: the calibration tokens as the layer's cache gives them back."""
         numbers_TR = self.left_TF @ self.latents.a_CRF[0].T.to(self.left_TF)
-        return roundtrip(numbers_TR[None, None], self.spec.k_bits, pack)[0, 0]
+        return roundtrip(numbers_TR[None, None], self.spec.k_bits)[0, 0]
 
     def folded(self) -> FoldedWeights:
         """The weights, with what the numbers of layers below add to what is read and take from what is stored."""
@@ -119,12 +118,14 @@ class Prediction:
         return dataclasses.replace(group, moments=moments)
 
     def _stored_by(self, layer: int) -> list[Tensor]:
-        """Per form, what the layer's cache gives back; those that no layer from here on reads are forgotten."""
+        """Per form, what the layer's cache gives back; what no layer above it reads is forgotten."""
         if layer not in self.stored:
-            oldest = min((layer, *self.plan.cache_of(layer).predicted_from))
-            self.stored = {below: kept for below, kept in self.stored.items() if below >= oldest}
+            self.stored = {i: kept for i, kept in self.stored.items() if self._last_reader(i) > layer}
             self.stored[layer] = [form.through_the_cache() for form in self.forms(layer)]
         return self.stored[layer]
+
+    def _last_reader(self, layer: int) -> int:
+        return max(i for i, spec in enumerate(self.plan.caches) if spec and layer in spec.predicted_from)
 
 
 def _about(moment: Moment, x_TF: Tensor, weight_T: Tensor) -> Moment:

@@ -59,8 +59,8 @@ def _turboquant(k_bits: int, v_bits: int) -> Preset:
 
 PRESETS = {
     "auto": Preset(
-        "one latent of keys and values per layer in few bits, shared out by expected nats, the newest tokens finely beside"
-        " (the default)",
+        "one latent of keys and values per layer in few bits, without what layers below say, shared out by expected nats, the"
+        " newest tokens finely beside (the default)",
         {
             "width": {"method": "mla"},
             "bits": {"method": "mixed"},

@@ -63,6 +63,11 @@ def print_plan(plan: CachePlan, title: str) -> None:
             f"The newest {newest} tokens are kept in a finer form as well: {once / 1e6:,.2f} MB per sequence, which the share"
             f" above counts over {BUDGET_CONTEXT:,} tokens."
         )
+    if most := max(len(spec.predicted_from) for spec in plan.owned):
+        STDOUT.print(
+            f"A layer stores what the numbers of up to {most} layers below do not say; every step reads those as well:"
+            f" {plan.kv_read_bytes(BUDGET_CONTEXT) / BUDGET_CONTEXT:,.0f} bytes per token over {BUDGET_CONTEXT:,}."
+        )
     if plan.position_bytes:
         STDOUT.print(
             "Keys are stored before rotation; every step rotates (and rebuilds) what it reads."

@@ -11,6 +11,7 @@ from kvfold.calibration.layerwise_model import StreamedModel
 from kvfold.checkpoint.source import open_source
 from kvfold.compression.recipe import make_recipe, material_of
 from kvfold.linalg.eigen import Moment
+from kvfold.linalg.sensitivity import TOKENS, WEIGHTED, sensitivities
 from kvfold.testing import assert_close
 
 ALL = frozenset(STATISTICS)
@@ -70,6 +71,18 @@ def test_keys_before_rotation_are_what_the_projection_gives(calibrated, tiny_dir
     for index, x in enumerate(seen):
         moment = statistics.layer(index, ALL)["keys_before_rotation"]
         assert_close(moment.second_FF, x.T @ x / len(x), tolerance=1e-5)
+
+
+def test_tokens_give_the_moments_that_stand_beside_them(calibrated):
+    """Keys and values of every token, without the weighted mean, and what each counts."""
+    ids, part = tokens(8, 24), "keys_and_values"
+    run = calibrated("qwen2_bias_tied", ids, sensitivities(part) | {TOKENS + part, part})
+    for layer in range(3):
+        known, weighted = run.of_tokens(layer, part), run.layer(layer, {WEIGHTED + part})[WEIGHTED + part]
+        x, share = known.x_TF.double(), (known.weight_T / known.weight_T.sum())[:, None].double()
+        assert known.recent_weight_T is None and x.shape == (8 * 24, 2 * 32)
+        assert_close((x * share).T @ x, weighted.covariance_FF, tolerance=1e-5)
+        assert_close(weighted.mean_F + x.mean(0), run.layer(layer, {part})[part].mean_F, tolerance=1e-5)
 
 
 def test_statistics_are_reused_and_extended(calibrated, capsys):

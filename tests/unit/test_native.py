@@ -178,6 +178,22 @@ def test_transforms_of_functions_take_another_way():
 
 
 @compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", FORMS.values(), ids=FORMS)
+def test_unpacking_gives_what_torch_gives(format, dtype):
+    """A part of the tokens, and into columns of something larger, beside which nothing is written."""
+    rows = pack(torch.randn(2, 3, 300, format.width), format)[:, :, 5:290]
+    assert native.unpacks(rows, format, dtype)
+    wanted, large = unpack(rows, format, torch.float64), torch.zeros(2, 3, 285, format.width + 80, dtype=dtype)
+    tolerance = 4e-6 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(dispatch.unpack(rows, format, dtype).double(), wanted, atol=0, rtol=tolerance)
+    columns = large[..., 40:-40]
+    assert dispatch.unpack(rows, format, dtype, columns) is columns
+    torch.testing.assert_close(columns.double(), wanted, atol=0, rtol=tolerance)
+    assert not large[..., :40].any() and not large[..., -40:].any()
+
+
+@compiler
 def test_one_side_may_be_packed():
     format = FORMS["4_bits"]
     q, z, y = tensors((2, 6, 3, 64, 2, 40, 200), torch.float32)

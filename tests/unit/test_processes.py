@@ -116,3 +116,19 @@ def test_calibration_finds_the_same_moments(folded, tmp_path):
     for name in files:
         close(load_file(one / name), load_file(two / name), 1e-6)
     close(*(load_file(folder / "model.safetensors") for folder in (root / "folded", tmp_path / "two")), 1e-5)
+
+
+def test_each_process_gives_its_tokens(folded, tmp_path):
+    """Where a layer stores what those below leave unsaid, tokens themselves are kept: all of them, in any order."""
+    _, recipe = folded
+    fields = {name: recipe[name] for name in ("model", "calibration")} | {"width": {"method": "mla"}, "kv_budget": 0.25}
+    kvfold.compress(fields | {"out": str(tmp_path / "one")}, device="cpu")
+    in_two_processes(tmp_path, "compress", fields | {"out": str(tmp_path / "two")})
+    for name in ("tokens_of_keys_and_values", "weights_of_keys_and_values"):
+        one, two = (
+            load_file(next(tmp_path.glob(f"{run}.run/statistics-*")) / "layer-00001.safetensors")[name]
+            for run in ("one", "two")
+        )
+        assert one.shape == two.shape and one.shape[0] == 9 * 48
+        close({name: one.flatten().sort().values}, {name: two.flatten().sort().values}, 1e-5)
+    close(*(load_file(tmp_path / run / "model.safetensors") for run in ("one", "two")), 1e-3)

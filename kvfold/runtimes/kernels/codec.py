@@ -30,7 +30,10 @@ def unpack_scaled(rows_BCSX: Tensor, format: NumberFormat, dtype: torch.dtype) -
 
 
 def roundtrip(
-    x_BCTR: Tensor, format: NumberFormat | None, packing: Callable[[Tensor, NumberFormat], Tensor] = pack
+    x_BCTR: Tensor,
+    format: NumberFormat | None,
+    packing: Callable[[Tensor, NumberFormat], Tensor] = pack,
+    unpacking: Callable[[Tensor, NumberFormat, torch.dtype], Tensor] = unpack,
 ) -> Tensor:
     """What a cache that packs so would give back. Gradients pass as if nothing was lost (straight through)."""
     if format is None:
@@ -39,5 +42,5 @@ def roundtrip(
     if not whole:
         return x_BCTR
     stored = x_BCTR[:, :, :whole]
-    seen = torch.cat([unpack(packing(stored, format), format, x_BCTR.dtype), x_BCTR[:, :, whole:].detach()], dim=2)
+    seen = torch.cat([unpacking(packing(stored, format), format, x_BCTR.dtype), x_BCTR[:, :, whole:].detach()], dim=2)
     return x_BCTR + (seen - x_BCTR).detach() if x_BCTR.requires_grad else seen

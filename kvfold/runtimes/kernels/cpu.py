@@ -1,4 +1,4 @@
-"""The CPU's own kernels (cpp/decode.cpp, pack.cpp): compiled when first needed, kept for later runs, called through ctypes.
+"""The CPU's own kernels (cpp/decode.cpp, pack.cpp, unpack.cpp): compiled when first needed, kept, called through ctypes.
 
 Why: torch's fused kernel reads the cache of a step at a tenth (one query per head) to a quarter of the speed of a copy, this
 one at about 0.8 (results/speed-llama2-7b.md). Where there is no compiler, torch's operations serve as before.
@@ -165,6 +165,26 @@ def pack(x: Tensor, format: NumberFormat) -> Tensor:
         ctypes.c_int(torch.get_num_threads()),
     )
     return rows
+
+
+def unpacks(rows_BCSX: Tensor, format: NumberFormat, dtype: torch.dtype) -> bool:
+    """Whether the kernel turns these rows into numbers."""
+    plain = rows_BCSX.device.type == "cpu" and rows_BCSX.stride(-1) == 1 and not recorded(rows_BCSX)
+    return plain and format.codec.fused and format.block == 1 and dtype in DTYPES and library() is not None
+
+
+def unpack(rows_BCSX: Tensor, format: NumberFormat, out_BCSR: Tensor) -> Tensor:
+    """Rows as numbers, into memory whose last stride is 1."""
+    kernel = library()
+    assert kernel is not None and out_BCSR.stride(-1) == 1, "unpacks() was asked"
+    kernel.kvfold_unpack(
+        ctypes.c_int(out_BCSR.dtype == torch.bfloat16),
+        ctypes.byref(_Stored(PackedTokens(rows_BCSX, format, out_BCSR.dtype))),
+        ctypes.c_void_p(out_BCSR.data_ptr()),
+        *(ctypes.c_int64(stride) for stride in out_BCSR.stride()[:3]),
+        *(ctypes.c_int(number) for number in (out_BCSR.shape[0], out_BCSR.shape[2], torch.get_num_threads())),
+    )
+    return out_BCSR
 
 
 def decode(q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, bias: Tensor | None, *, scale: float) -> Tensor:

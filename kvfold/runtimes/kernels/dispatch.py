@@ -132,3 +132,17 @@ def pack(x_BCTR: Tensor, format: NumberFormat) -> Tensor:
 
             return triton_kernels.pack(x, format)
     return codec.pack(x, format)
+
+
+def unpack(rows_BCSX: Tensor, format: NumberFormat, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """As `codec.unpack`, by the device's kernel where there is one; into `out` where that is given."""
+    if cpu.unpacks(rows_BCSX, format, dtype):
+        shape = (*rows_BCSX.shape[:3], format.width)
+        return cpu.unpack(rows_BCSX, format, torch.empty(shape, dtype=dtype) if out is None else out)
+    numbers = codec.unpack(rows_BCSX, format, dtype)
+    return numbers if out is None else out.copy_(numbers)
+
+
+def roundtrip(x_BCTR: Tensor, format: NumberFormat | None) -> Tensor:
+    """As `codec.roundtrip`, by the same kernels as a cache."""
+    return codec.roundtrip(x_BCTR, format, pack, unpack)

@@ -51,12 +51,18 @@ class PackedTokens:
         """The tokens start:end as numbers."""
         block = self.format.block
         if block == 1:
-            return unpack(self.rows[:, :, start:end], self.format, self.dtype)
+            return self.read_into(None, start, end)
         packed = self.rows.shape[2] * block
         first = min(start // block, self.rows.shape[2])
         seen = unpack(self.rows[:, :, first : -(-min(end, packed) // block)], self.format, self.dtype)
         exact = [] if self.recent is None else [self.recent[:, :, max(start - packed, 0) : max(end - packed, 0)]]
         return torch.cat([seen[:, :, start - first * block : min(end, packed) - first * block], *exact], dim=2)
+
+    def read_into(self, out: Tensor | None, start: int, end: int) -> Tensor:
+        """The same, into memory that is there; of formats whose tokens stand alone."""
+        from kvfold.runtimes.kernels.dispatch import unpack  # which imports this module
+
+        return unpack(self.rows[:, :, start:end], self.format, self.dtype, out)
 
     def read_scaled(self, start: int, end: int) -> list[Scaled]:
         """The same with the scales of every tier apart."""
@@ -98,8 +104,18 @@ class SideBySide:
     def read(self, start: int, end: int) -> Tensor:
         """The tokens start:end as numbers; the last reading is kept, since keys and values are rebuilt from the same."""
         if self.last is None or self.last[0] != (start, end):
-            self.last = (start, end), torch.cat([read(part, start, end) for part in self.parts], dim=3)
+            self.last = (start, end), self._joined(start, end)
         return self.last[1]
+
+    def _joined(self, start: int, end: int) -> Tensor:
+        packed = [part for part in self.parts if isinstance(part, PackedTokens) and part.format.block == 1]
+        if len(packed) < len(self.parts):
+            return torch.cat([read(part, start, end) for part in self.parts], dim=3)
+        B, C, _, R = self.shape
+        out = torch.empty(B, C, end - start, R, dtype=packed[0].dtype, device=self.device)
+        for part, columns in zip(packed, out.split([part.shape[3] for part in packed], dim=3), strict=True):
+            part.read_into(columns, start, end)
+        return out
 
 
 Stored = Tensor | PackedTokens | SideBySide

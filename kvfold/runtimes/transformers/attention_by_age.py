@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.kernels.aged_attention import attend_by_age, beside, prefill_by_age
-from kvfold.runtimes.kernels.codec import roundtrip
-from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, pack
+from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, roundtrip
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, by_age, read_all
 
 Heads = Callable[[int, int], Tensor]
@@ -40,10 +39,10 @@ class AttentionByAge(nn.Module):
     def _aged(self, x_BHTW: Tensor, side: int) -> Any:
         common = self.spec.sides[side]
         if not self.spec.recent:
-            return roundtrip(x_BHTW, common.format, pack)
+            return roundtrip(x_BHTW, common.format)
         finer = self.spec.recent_sides[side]
         far, near = by_age(x_BHTW, common.width, finer.width)
-        return AgedTokens(roundtrip(far, common.format, pack), roundtrip(near, finer.format, pack), self.spec.recent)
+        return AgedTokens(roundtrip(far, common.format), roundtrip(near, finer.format), self.spec.recent)
 
     def _attend_by_age(
         self,

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "stored.h"
 #include "unpack.h"
 
 namespace {
@@ -20,20 +21,6 @@ constexpr int KEYS_AHEAD = 8192, VALUES_AHEAD = 4096;  // bytes that are fetched
 constexpr int MANY_ROWS = 16, WORDS = 64;  // for so many queries keys are transposed, so many words at a time
 constexpr int STRIP = 4;     // columns that are made ready at a time, in lanes
 constexpr int FEW_ROWS = 4;  // up to so many, columns of values are made ready for each of them anew
-
-// Keys or values [batch, heads, tokens, width]; strides in numbers, that of width is 1. Packed ones: rows of bytes, with
-// strides in bytes; no tiers are float8.
-struct Stored {
-  const void *data;
-  int64_t heads, width, batch_stride, head_stride, token_stride;
-  int64_t packed, num_tiers;
-  const Tier *tiers;
-
-  template <typename T>
-  const T *at(int64_t row, int64_t head, int64_t token) const {
-    return (const T *)data + row * batch_stride + head * head_stride + token * token_stride;
-  }
-};
 
 // Numbers of some tokens of one head.
 template <typename T>
