@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,17 +135,21 @@ class Material:
                 f"{self.asked_by} needs calibration text: give --data FILE, a data set name, or `--data self` (the model"
                 " samples its own)."
             )
-        size: dict[str, Any] = {
-            "num_samples": self.num_samples * (POOL if calibration.select == "diverse" else 1),
-            "seq_len": self.seq_len,
-            "seed": self.seed,
-        }
-        warn_if_too_long(size["seq_len"], self.source.checkpoint.config)
+        warn_if_too_long(self.seq_len, self.source.checkpoint.config)
         if calibration.data == "self":
-            tokens_BT = self_sampled(self.source, self.run_dir, device=self.device, **size)
-        else:
-            tokens_BT = self._text(size)
-        return data.most_diverse(tokens_BT, self.num_samples) if calibration.select == "diverse" else tokens_BT
+            return self._chosen(self._own, self.num_samples)
+        own = round(calibration.own * self.num_samples)
+        tokens_BT = self._chosen(self._text, self.num_samples - own)
+        return torch.cat([tokens_BT, self._chosen(self._own, own)]) if own else tokens_BT
+
+    def _chosen(self, draw: Callable[[dict[str, Any]], Tensor], wanted: int) -> Tensor:
+        """[wanted, seq_len] of one kind of text."""
+        is_diverse = self.calibration.select == "diverse"
+        size = {"num_samples": wanted * (POOL if is_diverse else 1), "seq_len": self.seq_len, "seed": self.seed}
+        return data.most_diverse(draw(size), wanted) if is_diverse else draw(size)
+
+    def _own(self, size: dict[str, Any]) -> Tensor:
+        return self_sampled(self.source, self.run_dir, device=self.device, **size)
 
     def _text(self, size: dict[str, Any]) -> Tensor:
         calibration = self.calibration

@@ -1,5 +1,6 @@
 """The whole journey on the real model that ships with the package, through the command line and in Python."""
 
+import dataclasses
 import json
 import re
 
@@ -10,8 +11,11 @@ from tiny import make_tiny
 from typer.testing import CliRunner
 
 import kvfold
+from kvfold.calibration.calibration import Calibration
 from kvfold.calibration.text import sample_from_model
+from kvfold.checkpoint.source import open_source
 from kvfold.cli.main import app
+from kvfold.compression.recipe import make_recipe, material_of
 from kvfold.errors import RecipeError
 from kvfold.evaluation.demo import MODEL
 from kvfold.evaluation.texts import Predictions, evaluate_models
@@ -217,3 +221,18 @@ def test_the_original_predicts_a_window_once(monkeypatch):
     monkeypatch.setattr("kvfold.evaluation.texts.ELEMENTS_KEPT", first[0].numel())
     known = Predictions(model)
     assert [known(window) is not None for window in (*windows, *windows)] and len(calls) == 5
+
+
+def test_a_share_of_the_calibration_text_is_the_models_own(journey, tmp_path):
+    root, _ = journey
+
+    def drawn(data, num_samples, own=0.0):
+        calibration = {"data": data, "num_samples": num_samples, "seq_len": 32, "own": own}
+        recipe = make_recipe({"model": str(MODEL), "out": str(tmp_path), "preset": "svd_a", "kv_budget": 0.5})
+        recipe = dataclasses.replace(recipe, calibration=Calibration(**calibration))
+        return material_of(recipe, open_source(MODEL), tmp_path).tokens()
+
+    text = str(root / "text.txt")
+    assert torch.equal(drawn(text, 4, own=0.5), torch.cat([drawn(text, 2), drawn("self", 2)]))
+    with pytest.raises(RecipeError, match=r"calibration.own is 1.0; it is a share"):
+        drawn(text, 4, own=1.0)

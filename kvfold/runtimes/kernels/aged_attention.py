@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvfold.plan.cache_spec import round_up
 from kvfold.plan.number_format import tokens_at_once
 from kvfold.runtimes.kernels.attention import (
     Piece,
@@ -25,6 +26,9 @@ from kvfold.runtimes.kernels.packed_tokens import AgedTokens, Operand, Stored, r
 
 QUERIES_AT_ONCE = 256
 """Of a prompt."""
+TOKENS_ALIKE = 64
+"""Of a step the far tokens are read in multiples of so many, those beyond being masked: oneDNN compiles a product for every
+new shape, which takes several times as long as the product."""
 
 
 class Aged(NamedTuple):
@@ -130,18 +134,22 @@ def _aged_rows(
     for queries, (k, v, start, end, shift), is_near in zip(q, ranges, (False, True), strict=True):
         for at in range(start, end, step):
             to = min(at + step, end)
+            to = to if is_near else min(at + round_up(to - at, TOKENS_ALIKE), keys.tokens)
             scores = scores_of(queries * scale, k(at - shift, to - shift))
             scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
             scores = scores if mask_TS is None else scores + mask_TS[..., at:to]
-            of_age = _of_age(T, position, at, to, keys.recent, is_near, scores)
+            of_age = _of_age(T, position, at, to, end, keys.recent, is_near, scores)
             scores = scores if of_age is None else scores.masked_fill(~of_age, float("-inf"))
             running.add(scores, v(at - shift, to - shift), last=is_near)
     return running.result()
 
 
-def _of_age(T: int, position: int, start: int, end: int, recent: int, near: bool, like: Tensor) -> Tensor | None:
-    """[T, s]: of which tokens start:end queries from `position` on see this form; None where it is all."""
-    if T == 1:
+def _of_age(
+    T: int, position: int, start: int, end: int, last: int, recent: int, near: bool, like: Tensor
+) -> Tensor | None:
+    """[T, s]: of which tokens start:end queries from `position` on see this form, which none does of those from `last` on;
+    None where it is all."""
+    if T == 1 and end <= last:
         return None
     queries = torch.arange(position, position + T, device=like.device)[:, None]
     fine = queries - torch.arange(start, end, device=like.device) < recent
