@@ -18,6 +18,7 @@ from kvfold.runtimes.kernels.attention import grouped_attention
 from kvfold.runtimes.kernels.codec import pack, roundtrip, unpack
 from kvfold.runtimes.kernels.dispatch import decode_attention
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens
+from kvfold.runtimes.kernels.rotary import apply_rotary
 
 compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="this machine has no C++ compiler")
 SHAPES = {  # batch, query heads, key heads, width, value heads, width, tokens
@@ -194,6 +195,26 @@ def test_unpacking_gives_what_torch_gives(format, dtype):
 
 
 @compiler
+@pytest.mark.parametrize("tables", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("B", "C", "S", "heads", "H", "r"),
+    [(1, 1, 300, 3, 64, 64), (3, 2, 77, 2, 16, 16), (2, 1, 5, 3, 12, 12), (2, 1, 33, 4, 20, 8), (1, 1, 7, 1, 80, 34)],
+)
+def test_rotating_gives_what_torch_gives(B, C, S, heads, H, r, dtype, tables):
+    """Groups of heads that stand side by side in other memory, tables for each row and for all."""
+    x = torch.randn(B, S, C, heads * H + 5, dtype=torch.float64).to(dtype)[..., 5:].transpose(1, 2)
+    for rows in {1, B}:
+        angles = torch.randn(rows, S, r, dtype=torch.float64)
+        cos, sin = angles.cos().to(tables), angles.sin().to(tables)
+        wanted = apply_rotary(
+            x.double().unflatten(3, (-1, H)).transpose(2, 3).flatten(1, 2), cos.double(), sin.double()
+        )
+        assert native.rotates(x, cos, sin)
+        assert distance(dispatch.rotated_heads(x, H, cos, sin), wanted) < (1e-6 if dtype == torch.float32 else 3e-3)
+
+
+@compiler
 def test_one_side_may_be_packed():
     format = FORMS["4_bits"]
     q, z, y = tensors((2, 6, 3, 64, 2, 40, 200), torch.float32)
@@ -265,6 +286,7 @@ from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels.codec import pack
 from kvfold.runtimes.kernels import cpu as native
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens
+from kvfold.runtimes.kernels.rotary import apply_rotary
 
 native.SECONDS = 600  # other tests may keep the processor busy
 forms = (NumberFormat(tiers=((13, 5), (8, 3))), NumberFormat(tiers=((64, 4),)))

@@ -134,7 +134,8 @@ def _aged_rows(
     for queries, (k, v, start, end, shift), is_near in zip(q, ranges, (False, True), strict=True):
         for at in range(start, end, step):
             to = min(at + step, end)
-            to = to if is_near else min(at + round_up(to - at, TOKENS_ALIKE), keys.tokens)
+            if to == end and not is_near:  # those beyond are masked
+                to = min(at + round_up(to - at, TOKENS_ALIKE), keys.tokens)
             scores = scores_of(queries * scale, k(at - shift, to - shift))
             scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
             scores = scores if mask_TS is None else scores + mask_TS[..., at:to]

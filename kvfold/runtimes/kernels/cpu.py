@@ -1,4 +1,4 @@
-"""The CPU's own kernels (cpp/decode.cpp, pack.cpp, unpack.cpp): compiled when first needed, kept, called through ctypes.
+"""The CPU's own kernels (cpp/*.cpp): compiled when first needed, kept, called through ctypes.
 
 Why: torch's fused kernel reads the cache of a step at a tenth (one query per head) to a quarter of the speed of a copy, this
 one at about 0.8 (results/speed-llama2-7b.md). Where there is no compiler, torch's operations serve as before.
@@ -62,6 +62,15 @@ class _Stored(ctypes.Structure):
         tiers = x_BCSR.format.tiers if isinstance(x_BCSR, PackedTokens) and x_BCSR.format.scales == "exponent" else ()
         shape, strides = x_BCSR.shape, rows.stride()
         super().__init__(rows.data_ptr(), shape[1], shape[3], *strides[:3], packed, len(tiers), _flat(tiers))
+
+
+class _Rotation(ctypes.Structure):
+    """Sizes and strides, as rotate.cpp declares them."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("x_batch", "x_group", "x_token", "table_batch")),
+        *((name, ctypes.c_int32) for name in ("batch", "groups", "heads", "tokens", "width", "rotated")),
+    )
 
 
 def _flat(tiers: Sequence[tuple[int, int]]) -> Any:
@@ -185,6 +194,33 @@ def unpack(rows_BCSX: Tensor, format: NumberFormat, out_BCSR: Tensor) -> Tensor:
         *(ctypes.c_int(number) for number in (out_BCSR.shape[0], out_BCSR.shape[2], torch.get_num_threads())),
     )
     return out_BCSR
+
+
+def rotates(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether the kernel turns these numbers, and nobody wants gradients or a graph of it."""
+    tensors = (x, cos, sin)
+    if recorded(*tensors) or (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    plain = all(part.device.type == "cpu" and part.dtype in DTYPES for part in tensors) and x.stride(-1) == 1
+    return plain and cos.dtype == sin.dtype and library() is not None
+
+
+def rotate(x_BCSF: Tensor, cos_BSr: Tensor, sin_BSr: Tensor, head_dim: int) -> Tensor:
+    """Heads [B, C * F / head_dim, S, head_dim] of x, rotated by tables [B or 1, S, r]."""
+    B, C, S, F = x_BCSF.shape
+    kernel, heads, r = library(), F // head_dim, cos_BSr.shape[2]
+    assert kernel is not None, "rotates() was asked"
+    cos, sin = cos_BSr.contiguous(), sin_BSr.contiguous()
+    out = torch.empty(B, C * heads, S, head_dim, dtype=x_BCSF.dtype)
+    table_batch = S * r if len(cos) > 1 else 0
+    sizes = _Rotation(*x_BCSF.stride()[:3], table_batch, B, C, heads, S, head_dim, r)
+    kernel.kvfold_rotate(
+        *(ctypes.c_int(part.dtype == torch.bfloat16) for part in (x_BCSF, cos)),
+        ctypes.byref(sizes),
+        *(ctypes.c_void_p(part.data_ptr()) for part in (x_BCSF, cos, sin, out)),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    return out
 
 
 def decode(q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, bias: Tensor | None, *, scale: float) -> Tensor:

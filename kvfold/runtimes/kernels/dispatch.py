@@ -21,6 +21,7 @@ from kvfold.runtimes.kernels.attention import (
     products_attention,
 )
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, SideBySide, Stored, read_all, recorded
+from kvfold.runtimes.kernels.rotary import apply_rotary
 
 FEW_TOKENS = 16
 """A step of at most so many tokens (speculative decoding, short chunks) is bound by the cache's bytes, like one of one."""
@@ -141,6 +142,13 @@ def unpack(rows_BCSX: Tensor, format: NumberFormat, dtype: torch.dtype, out: Ten
         return cpu.unpack(rows_BCSX, format, torch.empty(shape, dtype=dtype) if out is None else out)
     numbers = codec.unpack(rows_BCSX, format, dtype)
     return numbers if out is None else out.copy_(numbers)
+
+
+def rotated_heads(x_BCSF: Tensor, head_dim: int, cos_BSr: Tensor, sin_BSr: Tensor) -> Tensor:
+    """The heads [B, K, S, H] that groups of heads side by side consist of, rotated by tables [B or 1, S, r]."""
+    if cpu.rotates(x_BCSF, cos_BSr, sin_BSr):
+        return cpu.rotate(x_BCSF, cos_BSr, sin_BSr, head_dim)
+    return apply_rotary(x_BCSF.unflatten(3, (-1, head_dim)).transpose(2, 3).flatten(1, 2), cos_BSr, sin_BSr)
 
 
 def roundtrip(x_BCTR: Tensor, format: NumberFormat | None) -> Tensor:

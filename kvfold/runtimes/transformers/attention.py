@@ -14,7 +14,7 @@ from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.tensors import tensor_shapes
 from kvfold.runtimes.kernels.attention import chunked_attention, grouped_attention, prefill_attention, with_alibi
-from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose, decode_attention
+from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose, decode_attention, rotated_heads
 from kvfold.runtimes.kernels.packed_tokens import (
     AgedTokens,
     Stored,
@@ -278,10 +278,16 @@ class FoldedAttention(AttentionByAge):
             tables = tables[0][:, -S:], tables[1][:, -S:]
 
         def keys(start: int, end: int) -> Tensor:
-            part = self._rebuild(read(z, start, end), "k_b", near)
-            return part if tables is None else apply_rotary(part, *(table[:, start:end] for table in tables))
+            if tables is None:
+                return self._rebuild(read(z, start, end), "k_b", near)
+            return self._rotated_keys(read(z, start, end), [table[:, start:end] for table in tables], near)
 
         return keys
+
+    def _rotated_keys(self, z_BCSR: Tensor, tables: list[Tensor], near: bool) -> Tensor:
+        if self.spec.hidden or self.k_b_proj is None:
+            return apply_rotary(self._rebuild(z_BCSR, "k_b", near), *tables)
+        return rotated_heads(self.k_b_proj(z_BCSR, last=near), self.layer.head_dim, *tables)
 
     def _eager(self) -> bool:
         """The fused kernels cap no scores. A family with alibi only knows eager, and means by it

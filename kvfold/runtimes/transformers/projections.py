@@ -35,8 +35,12 @@ class GroupedLinear(nn.Module):
         # One product per group over all rows of the batch: a product that broadcasts the weight would copy it for each row.
         B, G, T, _ = x.shape
         rows = x.transpose(0, 1).reshape(G, B * T, -1)
-        out = torch.bmm(rows, weight if transposed else weight.transpose(1, 2)).view(G, B, T, -1).transpose(0, 1)
-        return out if self.bias is None or transposed else out + self.bias.view(G, 1, -1)
+        weight = weight if transposed else weight.transpose(1, 2)
+        if self.bias is None or transposed:
+            out = torch.bmm(rows, weight)
+        else:
+            out = torch.baddbmm(self.bias.view(G, 1, -1), rows, weight)
+        return out.view(G, B, T, -1).transpose(0, 1)
 
 
 def projections(shapes: Mapping[str, Shape], **options: Any) -> dict[str, nn.Module | None]:
