@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/demo_model/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: docs wheel results-real results-real-auto results-real-ablation results-real-tasks results-real-recall results-real-healing demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
+.PHONY: docs wheel results-real results-real-auto results-real-ablation results-real-tasks results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -227,8 +227,8 @@ results-real-auto: $(VENV)/installed
 	  --out runs/real-auto
 	$(BIN)/python benchmarks/frontier.py --real runs/real-frontier runs/real-auto
 
-# What each part of the default brings: without recent tokens, with latents of keys and values apart; --prefer speed with them
-PARTS := auto auto:$(PLAIN) auto:$(PLAIN),width.method=fisher,width.rope=on_read auto:prefer=speed \
+# What each part of the default brings: without predictions from layers below, without recent tokens, with latents of keys and values apart; --prefer speed with them
+PARTS := auto auto:width.below=0 auto:$(PLAIN),width.below=0 auto:$(PLAIN),width.method=fisher,width.rope=on_read auto:prefer=speed \
   auto:prefer=speed,length.method=recent
 results-real-ablation: $(VENV)/installed
 	$(BIN)/kvfold compare $(REAL) $(addprefix --preset ,$(PARTS)) $(addprefix --kv-budget ,1/4 1/8 1/16 1/32) --data $(CALIBRATION) \
@@ -260,11 +260,17 @@ runs/int4-rotated: | $(VENV)/installed
 results-real-tasks: runs/auto-quarter runs/auto-eighth runs/int4-rotated
 	$(BIN)/python benchmarks/task_scores.py $(REAL) $^ --tasks $(TASKS) --limit 500 --markdown results/real-tasks.md
 results-real-recall: runs/auto-eighth
-	$(MAKE) results-recall MODEL=$(REAL) FOLDED=runs/auto-eighth LENGTHS=512,1024
+	$(MAKE) results-recall MODEL=$(REAL) FOLDED=runs/auto-eighth LENGTHS=1024,4096
 
-# All of SmolLM2, about two hours on two cores
+# What a step takes beside the original, of folds of results-real-auto and results-real-frontier, on a quiet machine
+SPEEDS := $(addprefix runs/real-auto/auto-,0.25 0.125 0.0625) $(addprefix runs/real-frontier/,auto-prefer=speed-0.25 int4_rotated-kv_budget=null-0.5)
+results-real-speed: $(VENV)/installed
+	for batch in 1 8; do $(BIN)/kvfold bench $(SPEEDS) --against $(REAL) --batch $$batch --context 2048 --dtype bfloat16 \
+	  --markdown results/real-speed-batch-$$batch.md || exit 1; done
+
+# All of SmolLM2, about three hours on two cores
 results-real: results-real-frontier results-real-ablation results-real-depth results-real-tasks results-real-recall results-real-calibration \
-  results-real-healing
+  results-real-healing results-real-speed
 	$(MAKE) results-long MODEL=$(REAL) FOLDED=runs/auto-quarter
 	$(MAKE) results-nats MODEL=$(REAL) NATS="--layers 0 9 18 27"
 

@@ -28,10 +28,14 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="samples per task")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--markdown", type=Path, help="write the table here too")
+    parser.add_argument(
+        "--answers", type=Path, default=Path("runs/answers"), help="where answers are kept for a later call"
+    )
     options = parser.parse_args()
     tables = evaluate_folds(
-        options.folded, against=options.model, tasks=options.tasks, limit=options.limit, batch_size=options.batch_size
-    )
+        options.folded, against=options.model, tasks=options.tasks, limit=options.limit, batch_size=options.batch_size,
+        answers=options.answers,
+    )  # fmt: skip
     names = [f"{Path(path).name} ({load_plan(path)[0].kv_budget:.4f})" for path in options.folded]
     text = table(names, [chosen(rows) for rows in tables]).markdown()
     print(text)

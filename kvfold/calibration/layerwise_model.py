@@ -154,8 +154,14 @@ class StreamedModel:
     def _own_precision(self) -> Iterator[None]:
         """Products of float32 numbers may round them to bfloat16 where the model's own dtype would: with instructions made
         for it that is two to three times faster. Sums, and all that is not a product, stay in float32."""
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("medium" if self.is_bfloat16 else before)
+        try:
+            before = torch.get_float32_matmul_precision() if self.is_bfloat16 else None
+        except RuntimeError:  # set by torch's newer API, which does not go with this one
+            before = None
+        if before is None:
+            yield
+            return
+        torch.set_float32_matmul_precision("medium")
         try:
             yield
         finally:

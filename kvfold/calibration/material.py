@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,7 @@ class Material:
         warn_if_too_long(self.seq_len, self.source.checkpoint.config)
         if calibration.data == "self":
             return self._chosen(self._own, self.num_samples)
-        own = round(calibration.own * self.num_samples)
+        own = min(math.ceil(calibration.own * self.num_samples), self.num_samples - 1)
         tokens_BT = self._chosen(self._text, self.num_samples - own)
         return torch.cat([tokens_BT, self._chosen(self._own, own)]) if own else tokens_BT
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfold.checkpoint.atomic import make_folder, write_text
+from kvfold.checkpoint.fingerprint import fingerprint
+from kvfold.checkpoint.reader import Checkpoint, read_json
 from kvfold.errors import RecipeError
 from kvfold.evaluation.standard_errors import defined, ratio, ratio_stderr, stderr
 from kvfold.evaluation.task_files import TaskFile, is_task_file, read_task_file
@@ -104,8 +108,10 @@ def evaluate_folds(
     batch_size: int = 8,
     dtype: str = "auto",
     device: str = "auto",
+    answers: str | Path | None = None,
 ) -> list[list[TaskScore]]:
-    """The same of several folds of one model, which itself is asked once."""
+    """The same of several folds of one model, which itself is asked once. answers: a folder where what each model answered is
+    kept for later calls, such as the one after an interruption."""
     runs = _runs(tasks, num_fewshot)
     harness = _harness()
     manager = harness.task_manager([spec for specs in runs.values() for spec in specs if isinstance(spec, str)])
@@ -113,20 +119,44 @@ def evaluate_folds(
         check_original(folded, against)
     options = {"manager": manager, "limit": limit}
 
-    def answers(path: str | Path) -> dict[int | None, dict[str, Any]]:
+    def asked(path: str | Path) -> dict[int | None, dict[str, Any]]:
+        asked_for = {str(shots): [_what(spec) for spec in specs] for shots, specs in runs.items()}
+        key = fingerprint(model=Checkpoint.open(path).fingerprint(), tasks=asked_for, limit=limit, dtype=dtype)
+        file = Path(answers) / f"answers-{key[:16]}.json" if answers else None
+        if file is not None and file.exists():
+            return dict(zip(runs, read_json(file)["found"], strict=True))
         lm = harness.FoldedLM(load(path, dtype=dtype, device=device), batch_size=batch_size)
-        found = {shots: harness.run(lm, specs, num_fewshot=shots, **options) for shots, specs in runs.items()}
+        found = {shots: _kept_of(harness.run(lm, specs, num_fewshot=shots, **options)) for shots, specs in runs.items()}
         del lm
         gc.collect()
+        if file is not None:
+            make_folder(file.parent)
+            write_text(file, json.dumps({"found": list(found.values())}))
         return found
 
-    base = answers(against)
+    base = asked(against)
     tables = []
     for folded in folds:
-        found = answers(folded)
+        found = asked(folded)
         rows = [row for shots in runs for row in scores(base[shots], found[shots], shots=_shots(runs, shots))]
         tables.append([*rows, *_averages(tasks, rows)])
     return tables
+
+
+def _what(spec: str | TaskFile) -> str:
+    return spec if isinstance(spec, str) else repr((spec.name, spec.rows))
+
+
+def _kept_of(found: dict[str, Any]) -> dict[str, Any]:
+    """What `scores` reads of the harness's results: numbers, and no prompts."""
+    kept = {name: found.get(name) or {} for name in ("results", "group_subtasks", "n-shot", "higher_is_better")}
+    samples = {
+        task: [
+            {k: v for k, v in row.items() if k in ("filter", "doc_id") or isinstance(v, int | float)} for row in rows
+        ]
+        for task, rows in found["samples"].items()
+    }
+    return json.loads(json.dumps(kept | {"samples": samples}, default=float))
 
 
 def _harness() -> Any:

@@ -86,6 +86,8 @@ def _metric(gradient_TKH: Tensor, total: Total, count: Tensor) -> Tensor:
 
 def _weights(gradient_TKH: Tensor, metric_KHH: Tensor) -> Tensor:
     """How long every token's gradient is where all directions count the same; about 1 in the mean."""
+    if not gradient_TKH.any():  # nobody looks: far queries, where a window is no longer than what is recent
+        return torch.ones_like(gradient_TKH[:, 0, 0])
     lower_KHH = torch.linalg.cholesky(metric_KHH).to(gradient_TKH)
     white_KHT = torch.linalg.solve_triangular(lower_KHH, gradient_TKH.permute(1, 2, 0), upper=False)
     return (FLOOR + white_KHT.square().mean((0, 1))) / (FLOOR + 1)

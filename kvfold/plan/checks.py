@@ -119,19 +119,19 @@ def _check_recent(index: int, spec: CacheSpec) -> None:
 
 def _check_predictors(plan: CachePlan, index: int, spec: CacheSpec) -> None:
     widths = [0, 0]
+    if not isinstance(spec.predicted_from, tuple) or len(set(spec.predicted_from)) < len(spec.predicted_from):
+        raise PlanError(f"layer {index}: predicted_from = {spec.predicted_from!r} is no list of different layers.")
     for below in spec.predicted_from:
-        known = plan.caches[below] if isinstance(below, int) and 0 <= below < index else None
+        known = plan.caches[below] if type(below) is int and 0 <= below < index else None
         if known is None:
             raise PlanError(
                 f"layer {index}: predicted_from names layer {below!r}, which is no EARLIER layer with a cache."
             )
-        if not (spec.shared_latent and known.shared_latent) or (spec.window, spec.recent) != (
-            known.window,
-            known.recent,
-        ):
+        facts = [(x.shared_latent, x.num_kv_heads, x.window, x.recent) for x in (spec, known)]
+        if facts[0] != facts[1] or facts[0][:2] != (True, 1):
             raise PlanError(
-                f"layer {index}: a layer and those that predict it have shared_latent, the same window and as many recent"
-                f" tokens; layer {below} differs."
+                f"layer {index}: a layer and those that predict it have one shared_latent each (num_kv_heads 1), the same"
+                f" window and as many recent tokens; layer {below} differs."
             )
         if any(side.format is not None and side.format.block > 1 for side in (*spec.sides, *known.sides)):
             raise PlanError(
@@ -163,9 +163,14 @@ def _check_format(where: str, spec: CacheSpec, width: int, format: Any) -> None:
 
 
 def _check_target(plan: CachePlan, index: int, target: int) -> None:
-    if not 0 <= target < index or plan.caches[target] is None:
+    owned = plan.caches[target] if 0 <= target < index else None
+    if owned is None:
         raise PlanError(
             f"layer {index} reads layer {target!r}; a reader reads an EARLIER layer that stores a cache of its own."
+        )
+    if owned.predicted_from:
+        raise PlanError(
+            f"layer {index} reads layer {target}, whose cache is predicted; such a cache has no other readers."
         )
     if plan.source[target].window != plan.source[index].window:
         raise PlanError(f"layer {index} and layer {target} share a cache but have different sliding windows.")

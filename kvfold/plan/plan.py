@@ -122,7 +122,8 @@ class CachePlan:
         for spec, source in zip(self.caches, self.source, strict=True):
             if spec is not None:
                 full = source.elements_per_token // 2
-                elements = sum(side.elements for side in spec.sides if side.format is not None) + spec.predictors
+                elements = sum(side.elements for side in spec.sides if side.format is not None or spec.predicted_from)
+                elements += spec.predictors
                 elements += full if spec.rope == "on_read" else 0
                 sizes.append(elements * tokens_at_once(batch_size * max(spec.widest, full), device))
         return batch_size * self.itemsize(dtype) * max(sizes)
@@ -188,7 +189,7 @@ def _build(cls: Any, data: Mapping[str, Any], where: str) -> Any:
     formats = {name: data[name] for name in FORMATS if isinstance(data.get(name), Mapping)}
     for name, value in formats.items():
         _check_fields(value, NumberFormat, f"{where}.{name}")
-    tuples = {"predicted_from": tuple(data["predicted_from"])} if data.get("predicted_from") is not None else {}
+    tuples = {"predicted_from": tuple(data["predicted_from"])} if isinstance(data.get("predicted_from"), list) else {}
     return cls(**{**data, **{name: NumberFormat(**value) for name, value in formats.items()}, **tuples})
 
 

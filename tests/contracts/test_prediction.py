@@ -24,10 +24,14 @@ from kvfold.runtimes import reference
 from kvfold.runtimes.kernels.dispatch import pack
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.runtimes.transformers.load import load_weights
-from kvfold.testing import assert_close
+from kvfold.testing import assert_close, relative_rms
 
 MIXED = {"method": "mixed", "multiple": 4}
-LENGTHS = {"plain": {"method": "identity"}, "recent": {"method": "recent", "tokens": 6}}
+LENGTHS = {
+    "plain": {"method": "identity"},
+    "recent": {"method": "recent", "tokens": 6},
+    "long": {"method": "recent", "tokens": 16},
+}
 CALIBRATION = {"data": "self", "num_samples": 8, "seq_len": 48}
 TWO_KINDS = ("qwen3_norm_window", "gemma2_softcap", "gemma3_norm")
 
@@ -54,7 +58,7 @@ def fold(tiny_dir, tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:kv_budget")
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", ["plain", "recent"])
 @pytest.mark.parametrize("model", MODELS)
 def test_the_model_equals_the_oracle(fold, model, length):
     """In float64, where codes do not depend on how a product was rounded."""
@@ -178,6 +182,10 @@ def test_a_layer_alone_is_an_error(fold):
         ({"predicted_from": (2,)}, "names layer 2, which is no EARLIER layer"),
         ({"predicted_from": (0,)}, "store .* numbers"),
         ({"predictors": 0}, "predictors and recent_predictors are 0"),
+        ({"predicted_from": (0, 0)}, "no list of different layers"),
+        ({"predicted_from": 0}, "predicted_from = 0 is no list"),
+        ({"predicted_from": (True, 0)}, "names layer True"),
+        ({"predicted_from": ("0",)}, "names layer '0'"),
     ],
 )
 def test_plans_that_cannot_be(fold, change, message):
@@ -185,6 +193,23 @@ def test_plans_that_cannot_be(fold, change, message):
     wrong = dataclasses.replace(plan.owned[2], **change)
     with pytest.raises(PlanError, match=message):
         dataclasses.replace(plan, caches=(*plan.caches[:2], wrong))
+
+
+@pytest.mark.filterwarnings("ignore:kv_budget")
+def test_others_do_not_read_what_is_predicted(fold):
+    plan = fold("llama_yarn", "recent").plan
+    with pytest.raises(PlanError, match="layer 2 reads layer 1, whose cache is predicted"):
+        dataclasses.replace(plan, caches=(*plan.caches[:2], None), kv_sharing_target_layer=(None, None, 1))
+
+
+@pytest.mark.filterwarnings("ignore:kv_budget")
+def test_windows_that_are_no_longer_than_what_is_recent(fold, tiny_dir):
+    """Then nobody sees the common form, whose gradients are all 0."""
+    folded = fold("mistral_window", "long")
+    assert not any(spec.recent for spec in folded.plan.owned) and folded.plan.predicts
+    ids = tokens(4, 40)
+    found, original = logits(load(folded.out), ids), logits(load(tiny_dir / "mistral_window"), ids)
+    assert found.isfinite().all() and relative_rms(found, original) < 1
 
 
 @pytest.mark.filterwarnings("ignore:kv_budget")

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 import kvfold
 from kvfold.compression.recipe import make_recipe
 from kvfold.errors import DataError, PlanError, RecipeError
+from kvfold.runtimes.kernels.aged_attention import Aged, aged_attention, aged_attention_by_masks
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.testing import assert_close, relative_rms
 
@@ -233,6 +234,22 @@ def test_a_cache_that_records_keeps_what_may_come_back_until_it_is_cropped(fold)
     assert_close(again, expected, tolerance=1e-5)
     cache.crop(-1)
     assert cache.owned[0].recent[0].rows.shape[2] == 6
+
+
+@pytest.mark.parametrize("recent", [5, 16, 64, 100])
+@pytest.mark.parametrize(("B", "T", "S"), [(6, 600, 600), (64, 1, 700), (2, 3, 130), (1, 300, 310)])
+def test_pieces_of_any_size_are_what_masks_choose(B, T, S, recent, monkeypatch):
+    """Rounded sizes of pieces leave nothing out, and count nothing twice."""
+    monkeypatch.setattr("kvfold.plan.number_format.ELEMENTS_AT_ONCE", {"cpu": B * 16 * 100})
+    parts = [torch.randn(B, 2, S, 8, dtype=torch.float64) for _ in range(4)]
+    keys, values = (
+        Aged(lambda i, j, x=far: x[:, :, i:j], lambda i, j, x=near: x[:, :, i:j], S, S, recent)
+        for far, near in (parts[:2], parts[2:])
+    )
+    q = torch.randn(B, 4, T, 8, dtype=torch.float64)
+    found = aged_attention((q, q), keys, values, None, 8, elements=16, scale=0.3)
+    wanted, _ = aged_attention_by_masks((q, q), keys, values, None, 8, scale=0.3)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_calibration_text_must_reach_far_enough(tiny_dir, tmp_path):

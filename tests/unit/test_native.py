@@ -215,6 +215,17 @@ def test_rotating_gives_what_torch_gives(B, C, S, heads, H, r, dtype, tables):
 
 
 @compiler
+def test_torchs_default_device_is_not_what_counts():
+    format, x, angles = FORMS["4_bits"], torch.randn(1, 1, 8, 64), torch.randn(1, 8, 32)
+    rows = pack(x, format)
+    with torch.device("meta"):
+        numbers = dispatch.unpack(rows, format, torch.float32)
+        heads = dispatch.rotated_heads(x, 32, angles, angles)
+    assert numbers.device.type == heads.device.type == "cpu"
+    torch.testing.assert_close(numbers, unpack(rows, format, torch.float32))
+
+
+@compiler
 def test_one_side_may_be_packed():
     format = FORMS["4_bits"]
     q, z, y = tensors((2, 6, 3, 64, 2, 40, 200), torch.float32)

@@ -234,5 +234,6 @@ def test_a_share_of_the_calibration_text_is_the_models_own(journey, tmp_path):
 
     text = str(root / "text.txt")
     assert torch.equal(drawn(text, 4, own=0.5), torch.cat([drawn(text, 2), drawn("self", 2)]))
+    assert torch.equal(drawn(text, 4, own=0.99), torch.cat([drawn(text, 1), drawn("self", 3)]))
     with pytest.raises(RecipeError, match=r"calibration.own is 1.0; it is a share"):
         drawn(text, 4, own=1.0)

@@ -66,7 +66,11 @@ class LayerGroup:
             known = self.moments(position)
             return {name: known.get(RECENT + name, moment) for name, moment in known.items()}
 
-        return dataclasses.replace(self, moments=moments)
+        def tokens() -> Tokens:
+            known = self.tokens()
+            return Tokens(known.x_TF, known.weights[-1])
+
+        return dataclasses.replace(self, moments=moments, tokens=tokens)
 
     def __len__(self) -> int:
         return len(self.layers)

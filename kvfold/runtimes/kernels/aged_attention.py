@@ -130,12 +130,13 @@ def _aged_rows(
         (keys.near, values.near, oldest_near, position + T, keys.tokens - keys.kept),
     )
     step = tokens_at_once(B * max(elements, N * T), q[0].device.type)
+    step, known = step // TOKENS_ALIKE * TOKENS_ALIKE or step, keys.tokens if mask_TS is None else mask_TS.shape[-1]
     running = RunningSoftmax(q[0], width)
     for queries, (k, v, start, end, shift), is_near in zip(q, ranges, (False, True), strict=True):
         for at in range(start, end, step):
             to = min(at + step, end)
             if to == end and not is_near:  # those beyond are masked
-                to = min(at + round_up(to - at, TOKENS_ALIKE), keys.tokens)
+                to = min(at + round_up(to - at, TOKENS_ALIKE), at + step, known)
             scores = scores_of(queries * scale, k(at - shift, to - shift))
             scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
             scores = scores if mask_TS is None else scores + mask_TS[..., at:to]

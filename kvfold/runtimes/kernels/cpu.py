@@ -186,6 +186,7 @@ def unpack(rows_BCSX: Tensor, format: NumberFormat, out_BCSR: Tensor) -> Tensor:
     """Rows as numbers, into memory whose last stride is 1."""
     kernel = library()
     assert kernel is not None and out_BCSR.stride(-1) == 1, "unpacks() was asked"
+    assert out_BCSR.shape == (*rows_BCSX.shape[:3], format.width), "as many numbers as there are"
     kernel.kvfold_unpack(
         ctypes.c_int(out_BCSR.dtype == torch.bfloat16),
         ctypes.byref(_Stored(PackedTokens(rows_BCSX, format, out_BCSR.dtype))),
@@ -211,7 +212,8 @@ def rotate(x_BCSF: Tensor, cos_BSr: Tensor, sin_BSr: Tensor, head_dim: int) -> T
     kernel, heads, r = library(), F // head_dim, cos_BSr.shape[2]
     assert kernel is not None, "rotates() was asked"
     cos, sin = cos_BSr.contiguous(), sin_BSr.contiguous()
-    out = torch.empty(B, C * heads, S, head_dim, dtype=x_BCSF.dtype)
+    assert cos.shape == sin.shape and cos.shape[0] in (1, B) and cos.shape[1] == S, "tables are of these tokens"
+    out = torch.empty(B, C * heads, S, head_dim, dtype=x_BCSF.dtype, device=x_BCSF.device)
     table_batch = S * r if len(cos) > 1 else 0
     sizes = _Rotation(*x_BCSF.stride()[:3], table_batch, B, C, heads, S, head_dim, r)
     kernel.kvfold_rotate(

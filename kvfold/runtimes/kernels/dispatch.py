@@ -138,8 +138,9 @@ def pack(x_BCTR: Tensor, format: NumberFormat) -> Tensor:
 def unpack(rows_BCSX: Tensor, format: NumberFormat, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """As `codec.unpack`, by the device's kernel where there is one; into `out` where that is given."""
     if cpu.unpacks(rows_BCSX, format, dtype):
-        shape = (*rows_BCSX.shape[:3], format.width)
-        return cpu.unpack(rows_BCSX, format, torch.empty(shape, dtype=dtype) if out is None else out)
+        if out is None:
+            out = torch.empty(*rows_BCSX.shape[:3], format.width, dtype=dtype, device=rows_BCSX.device)
+        return cpu.unpack(rows_BCSX, format, out)
     numbers = codec.unpack(rows_BCSX, format, dtype)
     return numbers if out is None else out.copy_(numbers)
 
