@@ -15,6 +15,7 @@ from kvfold.checkpoint.source import load_plan
 from kvfold.compression.recipe import make_recipe
 from kvfold.evaluation.texts import evaluate_models
 from kvfold.plan.number_format import NumberFormat
+from kvfold.runtimes.kernels import dispatch
 from kvfold.runtimes.kernels import packed_tokens as packed
 from kvfold.runtimes.kernels.attention import weighted
 from kvfold.runtimes.kernels.codec import pack, unpack, unpack_scaled
@@ -179,10 +180,8 @@ def test_a_decode_step_never_unpacks_the_whole_cache(fold, width, bits, monkeypa
     monkeypatch.setattr("kvfold.plan.number_format.ELEMENTS_AT_ONCE", {"cpu": 1})
     monkeypatch.setattr("kvfold.plan.number_format.FEWEST_TOKENS", 16)
     monkeypatch.setattr("kvfold.runtimes.kernels.cpu.serves", lambda *_: False)
-    for name in ("unpack", "unpack_scaled"):
-        monkeypatch.setattr(
-            f"kvfold.runtimes.kernels.packed_tokens.{name}", functools.partial(_watched, getattr(packed, name), sizes)
-        )
+    for module, name in ((dispatch, "unpack"), (packed, "unpack"), (packed, "unpack_scaled")):
+        monkeypatch.setattr(module, name, functools.partial(_watched, getattr(module, name), sizes))
     cache = FoldedCache(folded.plan)
     with torch.no_grad():
         network(ids[:, :40], past_key_values=cache)
