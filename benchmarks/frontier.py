@@ -1,8 +1,10 @@
 """The frontier of bytes and quality over all models that `make results-frontier` compared: one table, and a plot per model.
 
     python benchmarks/frontier.py [RUNS]
-    python benchmarks/frontier.py --real FOLDER [NEWER]  # of one comparison: results/real.md, and its plot and table; NEWER
-                                                     # holds `auto` as it is now, FOLDER the peers and `auto` as it was
+    python benchmarks/frontier.py --real FOLDER [NEWER ...]
+
+--real: of one comparison, results/real.md, and its plot and table. FOLDER holds the peers and the default as it was, NEWER
+`auto` and `auto:prefer=speed` as they are now.
 
 At every budget `auto` stands beside the best of the others that take at most as many bytes. Every point of another method is
 compared with `auto` at the same budget, or, where it has one size only, at the largest budget within it.
@@ -87,21 +89,25 @@ def main() -> None:
     print(counted)
 
 
-def real(folder: Path, newer: Path | None = None) -> None:
-    """Of one comparison: results/real.md over all its texts, and its own table and plot."""
+def real(folder: Path, *newer: Path) -> None:
+    """Of one comparison: results/real.md over all its texts, and its own table and plot. newer: of the same tokens, in whose
+    presets' place they stand; the default of before stays beside."""
     file = folder / "comparison.json"
     comparison = json.loads(file.read_text())
-    table = (folder / "table.md").read_text()
-    if newer is not None:
-        for row in comparison["rows"]:
-            row["preset"] = BEFORE if row["preset"] == "auto" else row["preset"]
-        added = json.loads((newer / "comparison.json").read_text())
+    lines = (folder / "table.md").read_text().splitlines(keepends=True)
+    for other in newer:
+        added = json.loads((other / "comparison.json").read_text())
         assert added["evaluated_on"] == comparison["evaluated_on"], "both are measured on the same tokens"
-        comparison["rows"] += added["rows"]
-        rows = [
-            line for line in (newer / "table.md").read_text().splitlines(keepends=True) if line.startswith("| auto")
-        ]
-        table = table.replace("| auto |", f"| {BEFORE} |").rstrip("\n") + "\n" + "".join(rows)
+        names = {row["preset"] for row in added["rows"]}
+        for row in comparison["rows"]:
+            row["preset"] = BEFORE if row["preset"] == "auto" and "auto" in names else row["preset"]
+        comparison["rows"] = [row for row in comparison["rows"] if row["preset"] not in names] + added["rows"]
+        if "auto" in names:
+            lines = [line.replace("| auto |", f"| {BEFORE} |") for line in lines]
+        lines = [line for line in lines if not line.startswith(tuple(f"| {name} |" for name in names))]
+        table = (other / "table.md").read_text().splitlines(keepends=True)
+        lines += [line for line in table if line.startswith(tuple(f"| {name} |" for name in names))]
+    table = "".join(lines)
     texts = [comparison["evaluated_on"].partition(".")[0], *comparison["also_on"]]
     lines = [
         f"| {comparison['model']} | {text.removesuffix('.txt')} | {line}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -49,8 +50,7 @@ class Recipe:
     keep_layers: layers that store every number as it is. min_width: the least share of a layer's numbers to store.
     runtime: `transformers`, or `vllm` for a plan that vLLM's paged cache holds as well: keys and values of one shape, in
         heads of widths that its kernels have.
-    prefer: `size` or `speed`, for width methods mla and fisher: keys rebuilt on read, or read as they lie; `speed` leaves out
-    the preset's length method.
+    prefer: `size` or `speed`, for width methods mla and fisher: keys rebuilt on read, or read as they lie.
     allocate: `uniform` gives every layer the same share, `greedy` shares the budget by the distortion per byte that the
         method expects (in nats: fisher), `measured` by KL per byte, measured with one cache folded at a time (the whole
         model must fit into memory).
@@ -160,15 +160,13 @@ def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
     sets = list(sets)
     chosen = any("method" in (data.get(axis) or {}) for axis in WHAT)
     chosen |= any(assignment.partition("=")[0] in {f"{axis}.method" for axis in WHAT} for assignment in sets)
-    asked = {**data, **assignments(s for s in sets if s.startswith(("runtime=", "prefer=")))}
+    asked = {**data, **assignments(s for s in sets if s.startswith("runtime="))}
     where = asked.get("runtime", Recipe.runtime)
     if preset := data.get("preset") or (
         None if chosen else runtime(where).default_preset if isinstance(where, str) else None
     ):
         data = {**data, "preset": preset}
         _merge(tree, find_preset(preset).fragment)
-        if asked.get("prefer") == "speed":  # kernels that read codes as they lie do not know ages
-            tree.pop("length", None)
     _merge(tree, data)
     for assignment in sets:
         _merge(tree, _parse_set(assignment))
@@ -206,7 +204,14 @@ def _prefer(tree: dict[str, Any]) -> None:
 
 
 def suited(recipe: Recipe, layers: Sequence[AttentionLayer]) -> Recipe:
-    """The recipe with the width method that takes the place of its own for such layers."""
+    """The recipe with the width method that takes the place of its own for such layers, and without a finer form of recent
+    tokens where they have none."""
+    partial = any(0 < layer.rotary_dim < layer.head_dim for layer in layers)
+    if recipe.prefer == "speed" and partial and recipe.length["method"] != "identity":
+        warnings.warn(
+            "keys that are rotated in part have no finer form after rotation: recent tokens stay as all others."
+        )
+        recipe = dataclasses.replace(recipe, length={"method": "identity"})
     other = recipe.method("width").instead(layers)
     return recipe if other is None else dataclasses.replace(recipe, width=other)
 

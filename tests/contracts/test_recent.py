@@ -261,6 +261,20 @@ def test_calibration_text_must_reach_far_enough(tiny_dir, tmp_path):
         kvfold.compress(recipe | {"calibration": {"data": "self", "num_samples": 4, "seq_len": 48}}, device="cpu")
 
 
+@pytest.mark.filterwarnings("ignore:kv_budget")
+@pytest.mark.parametrize("model", ["llama_yarn", *PARTIAL])
+def test_speed_keeps_recent_tokens_finely_where_that_can_be(tiny_dir, tmp_path, model):
+    fields = {"model": str(tiny_dir / model), "out": str(tmp_path / "out"), "prefer": "speed", "kv_budget": 0.25}
+    fields |= {"length": {"tokens": 6}, "calibration": {"data": "self", "num_samples": 8, "seq_len": 48}}
+    recipe = make_recipe(fields | {"preset": "auto"})
+    if model not in PARTIAL:
+        plan = kvfold.compress(recipe, device="cpu").plan
+        assert all(spec.recent == 6 and spec.rope == "applied" for spec in plan.owned)
+        return
+    with pytest.warns(UserWarning, match="rotated in part have no finer form"):
+        assert not any(spec.recent for spec in kvfold.compress(recipe, device="cpu").plan.owned)
+
+
 def test_mistakes(tiny_dir, tmp_path):
     recipe = {"model": str(tiny_dir / "neox_partial"), "out": str(tmp_path / "o"), "kv_budget": 0.5}
     recipe |= {"width": {"method": "svd_w"}, "length": {"method": "recent"}}

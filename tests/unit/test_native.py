@@ -12,12 +12,13 @@ import torch
 from packed_forms import FORMS, distance
 
 from kvfold.plan.number_format import NumberFormat
+from kvfold.runtimes.kernels import aged_kernels, dispatch
 from kvfold.runtimes.kernels import cpu as native
-from kvfold.runtimes.kernels import dispatch
+from kvfold.runtimes.kernels.aged_attention import attend_by_age
 from kvfold.runtimes.kernels.attention import grouped_attention
 from kvfold.runtimes.kernels.codec import pack, roundtrip, unpack
 from kvfold.runtimes.kernels.dispatch import decode_attention
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens
+from kvfold.runtimes.kernels.packed_tokens import AgedTokens, PackedTokens
 from kvfold.runtimes.kernels.rotary import apply_rotary
 
 compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="this machine has no C++ compiler")
@@ -226,6 +227,33 @@ def test_torchs_default_device_is_not_what_counts():
 
 
 @compiler
+@pytest.mark.parametrize("recent", [1, 16, 64, 500])
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("is_packed", [False, True], ids=["numbers", "packed"])
+@pytest.mark.parametrize("is_padded", [False, True], ids=["", "padded"])
+def test_both_forms_under_one_softmax(is_padded, is_packed, queries, recent):
+    """Whatever of the newest tokens is kept: far widths 40 and 24, near ones 64 and 33."""
+    B, N, S, kept = 2, 6, 301, max(min(recent + 9, 301), min(recent + queries - 1, 301))
+    widths, forms = ((40, 64), (24, 33)), []
+    for at, (far, near) in enumerate(widths):
+        stored = [torch.randn(B, 3 - at, tokens, width) for tokens, width in ((S, far), (kept, near))]
+        formats = [NumberFormat(tiers=((width, bits),)) for width, bits in ((far, 4), (near, 8))]
+        if is_packed:
+            pairs = zip(stored, formats, strict=True)
+            stored = [PackedTokens(pack(x, format), format, torch.float32) for x, format in pairs]
+        forms.append(AgedTokens(stored[0], stored[1], recent))
+    q = tuple(torch.randn(B, N, queries, width) for width in widths[0])
+    mask = None
+    if is_padded:
+        mask = torch.ones(B, 1, queries, S, dtype=torch.bool).tril(S - queries)
+        mask[0, ..., : S - 20] = False
+    assert aged_kernels.serves(q, *forms)
+    found = aged_kernels.attend(q, *forms, mask, 24 + 33, scale=0.3)
+    wanted, _ = attend_by_age(q, *forms, mask, keys=None, width=24 + 33, by_masks=True, elements=64, scale=0.3)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@compiler
 def test_one_side_may_be_packed():
     format = FORMS["4_bits"]
     q, z, y = tensors((2, 6, 3, 64, 2, 40, 200), torch.float32)
@@ -296,7 +324,7 @@ import torch
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels.codec import pack
 from kvfold.runtimes.kernels import cpu as native
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens
+from kvfold.runtimes.kernels.packed_tokens import AgedTokens, PackedTokens
 from kvfold.runtimes.kernels.rotary import apply_rotary
 
 native.SECONDS = 600  # other tests may keep the processor busy

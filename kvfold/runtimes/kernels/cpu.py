@@ -226,7 +226,16 @@ def rotate(x_BCSF: Tensor, cos_BSr: Tensor, sin_BSr: Tensor, head_dim: int) -> T
 
 
 def decode(q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, bias: Tensor | None, *, scale: float) -> Tensor:
-    """Attention [B, T, N, V] of few query tokens. bias: float32 [B or 1, N or 1, T, S] to add to the scores, or none.
+    """Attention [B, T, N, V] of few query tokens. bias: float32 [B or 1, N or 1, T, S] to add to the scores, or none."""
+    out_BNTV, _ = decode_part(q_BNTR, z_BCSR, y_BUSV, bias, scale=scale)
+    return out_BNTV.to(q_BNTR.dtype).transpose(1, 2)
+
+
+def decode_part(
+    q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, bias: Tensor | None, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Averages over a part of the tokens [B, N, T, V], and the logarithms of the sums [B, N, T] that say what the part counts
+    beside others; both float32.
 
     Packed tokens become numbers of q's dtype, block by block, in the processor's own cache.
     Sums are float32; probabilities are rounded to the dtype before they weigh values, as in torch.
@@ -235,6 +244,7 @@ def decode(q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, bias: Tensor | None, 
     S, V = y_BUSV.shape[2:]
     exact: dict[str, Any] = {"dtype": torch.float32, "device": q_BNTR.device}  # whatever torch's defaults are
     queries, out = torch.empty(B, N, T, R, **exact).copy_(q_BNTR), torch.empty(B, N * T, V, **exact)
+    log_sums = torch.empty(B, N * T, **exact)
     groups, threads = math.gcd(z_BCSR.shape[1], y_BUSV.shape[1]), torch.get_num_threads()
     splits = min(max(1, -(-TASKS_PER_THREAD * threads // (B * groups))), -(-S // 256))
     if bias is not None:  # a row per query; one token's mask need not be copied for that
@@ -251,6 +261,7 @@ def decode(q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, bias: Tensor | None, 
         ctypes.c_void_p(None if bias is None else bias.data_ptr()),
         *(ctypes.c_int64(0 if bias is None else bias.stride(axis)) for axis in (0, 1)),
         ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_void_p(log_sums.data_ptr()),
         *(ctypes.c_int(number) for number in (B, N * T, S, splits, threads)),
     )
-    return out.view(B, N, T, V).to(q_BNTR.dtype).transpose(1, 2)
+    return out.view(B, N, T, V), log_sums.view(B, N, T)

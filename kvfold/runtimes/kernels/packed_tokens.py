@@ -169,6 +169,13 @@ def read(stored: Stored, start: int, end: int) -> Tensor:
     return stored[:, :, start:end] if isinstance(stored, Tensor) else stored.read(start, end)
 
 
+def part(stored: Tensor | PackedTokens, start: int, end: int) -> Tensor | PackedTokens:
+    """The tokens start:end as they are stored; of formats whose tokens stand alone."""
+    if isinstance(stored, Tensor):
+        return stored[:, :, start:end]
+    return PackedTokens(stored.rows[:, :, start:end], stored.format, stored.dtype)
+
+
 def read_for_product(stored: Stored, start: int, end: int) -> Operand:
     """The same for a product with queries or probabilities, which can take scales afterwards."""
     if isinstance(stored, PackedTokens) and stored.format.codec.keeps_scales_apart:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
+from kvfold.runtimes.kernels import aged_kernels
 from kvfold.runtimes.kernels.aged_attention import attend_by_age, beside, prefill_by_age
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, roundtrip
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, by_age, read_all
@@ -62,6 +63,9 @@ class AttentionByAge(nn.Module):
         rebuilt = keys and (keys, functools.partial(keys, near=True))
         absorbed = q if keys else self._absorb(q)
         meeting = (q, q) if keys else by_age(absorbed, z.far.shape[-1], z.near.shape[-1])
+        if not keys and not by_masks and aged_kernels.serves(meeting, z, y):
+            out = aged_kernels.attend(meeting, z, y, mask, self.spec.read_widths[1], scale=self.scaling)
+            return self._lead_values_back(out), None
         out, probs = attend_by_age(
             meeting, z, y, mask, keys=rebuilt, width=self.spec.read_widths[1], dropout=dropout,
             by_masks=by_masks, elements=self._elements_at_a_time, scale=self.scaling,

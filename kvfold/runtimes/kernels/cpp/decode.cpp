@@ -282,7 +282,7 @@ struct Running {
 
 template <typename T>
 void decode(const float *q, float scale, const Stored k, const Stored v, const float *bias, int64_t bias_batch,
-            int64_t bias_head, float *out, int batch, int num_queries, int tokens, int splits, int threads) {
+            int64_t bias_head, float *out, float *log_sums, int batch, int num_queries, int tokens, int splits, int threads) {
   const int groups = std::gcd(k.heads, v.heads), rows = num_queries / groups;
   const int R = k.width, V = v.width, v_padded = pad(V, Numbers<T>::STEP);
   const int per_split = pad((tokens + splits - 1) / splits, LANES);
@@ -326,16 +326,18 @@ void decode(const float *q, float scale, const Stored k, const Stored v, const f
         for (int j = 0; j < V; ++j) target[j] += weight * part[at * v_padded + j];
       }
       for (int j = 0; j < V; ++j) target[j] /= total;
+      if (log_sums) log_sums[row] = highest + std::log(total);
     }
   }
 }
 
 }  // namespace
 
-// q [batch, queries, R]; bias [batch, queries, tokens] by strides, or null; out [batch, queries, V]. Float32 all of them.
+// q [batch, queries, R]; bias [batch, queries, tokens] by strides, or null; out [batch, queries, V]; log_sums [batch, queries],
+// the logarithms of what the exponentials of scores add up to, or null. Float32 all of them.
 extern "C" void kvfold_decode(int is_bfloat16, const float *q, float scale, const Stored *k, const Stored *v,
-                              const float *bias, int64_t bias_batch, int64_t bias_head, float *out, int batch, int queries,
-                              int tokens, int splits, int threads) {
+                              const float *bias, int64_t bias_batch, int64_t bias_head, float *out, float *log_sums,
+                              int batch, int queries, int tokens, int splits, int threads) {
   auto run = is_bfloat16 ? decode<bfloat16> : decode<float>;
-  run(q, scale, *k, *v, bias, bias_batch, bias_head, out, batch, queries, tokens, splits, threads);
+  run(q, scale, *k, *v, bias, bias_batch, bias_head, out, log_sums, batch, queries, tokens, splits, threads);
 }
