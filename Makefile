@@ -263,7 +263,7 @@ results-real-recall: runs/auto-eighth
 	$(MAKE) results-recall MODEL=$(REAL) FOLDED=runs/auto-eighth LENGTHS=1024,4096
 
 # What a step takes beside the original, of folds of results-real-auto and results-real-frontier, on a quiet machine
-SPEEDS := $(addprefix runs/real-auto/auto-,0.25 0.125 0.0625) $(addprefix runs/real-frontier/,auto-prefer=speed-0.25 int4_rotated-kv_budget=null-0.5)
+SPEEDS := $(addprefix runs/real-auto/auto-,0.25 0.125 0.0625) $(addprefix runs/real-auto/auto-prefer=speed-,0.25 0.125) runs/real-frontier/int4_rotated-kv_budget=null-0.5
 results-real-speed: $(VENV)/installed
 	for batch in 1 8; do $(BIN)/kvfold bench $(SPEEDS) --against $(REAL) --batch $$batch --context 2048 --dtype bfloat16 \
 	  --markdown results/real-speed-batch-$$batch.md || exit 1; done
