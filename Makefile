@@ -263,10 +263,14 @@ results-real-recall: runs/auto-eighth
 	$(MAKE) results-recall MODEL=$(REAL) FOLDED=runs/auto-eighth LENGTHS=1024,4096
 
 # What a step takes beside the original, of folds of results-real-auto and results-real-frontier, on a quiet machine
-SPEEDS := $(addprefix runs/real-auto/auto-,0.25 0.125 0.0625) $(addprefix runs/real-auto/auto-prefer=speed-,0.25 0.125) runs/real-frontier/int4_rotated-kv_budget=null-0.5
+SPEEDS := $(addprefix runs/real-auto/auto-,0.25 0.125 0.0625) runs/real-frontier/int4_rotated-kv_budget=null-0.5
+PREFERRED := $(addprefix runs/real-auto/auto-prefer=speed-,0.25 0.125)
+ON_TWO_CORES := --against $(REAL) --context 2048 --dtype bfloat16
 results-real-speed: $(VENV)/installed
-	for batch in 1 8; do $(BIN)/kvfold bench $(SPEEDS) --against $(REAL) --batch $$batch --context 2048 --dtype bfloat16 \
-	  --markdown results/real-speed-batch-$$batch.md || exit 1; done
+	for batch in 1 8; do \
+	  $(BIN)/kvfold bench $(SPEEDS) $(ON_TWO_CORES) --batch $$batch --markdown results/real-speed-batch-$$batch.md || exit 1; \
+	  $(BIN)/kvfold bench $(PREFERRED) $(ON_TWO_CORES) --batch $$batch --prefills 1 \
+	    --markdown results/real-speed-prefer-batch-$$batch.md || exit 1; done
 
 # All of SmolLM2, about three hours on two cores
 results-real: results-real-frontier results-real-ablation results-real-depth results-real-tasks results-real-recall results-real-calibration \
