@@ -71,22 +71,17 @@ class LayerObserver:
             moment, metric, weight_T = fit(x_TF, gradient_TF, heads, processes.summed)
             self.own |= {WEIGHTED + name: moment, METRIC + name: metric}
             if TOKENS + name in self.needs:
-                self._keep(name, x_TF - moment.mean_F.to(x_TF), weight_T)
+                # rounding them without their mean loses nothing to large biases
+                self._keep(TOKENS + name, (x_TF - moment.mean_F.to(x_TF)).to(self.dtype))
+                self._keep(WEIGHTS + name, weight_T)
             for gradient_TF in near_TF:  # both forms of a token are made of it without the same mean
                 near = fit(x_TF, gradient_TF, heads, processes.summed, moment.mean_F)
                 self.own |= {RECENT + WEIGHTED + name: near.moment, RECENT + METRIC + name: near.metric}
                 if TOKENS + name in self.needs:
-                    self._keep(name, None, near.weight_T)
+                    self._keep(RECENT + WEIGHTS + name, near.weight_T)
 
-    def _keep(self, name: str, x_TF: Tensor | None, weight_T: Tensor) -> None:
-        """Tokens, without their mean: rounding them then loses nothing to large biases."""
-        if x_TF is None:
-            self.tokens[RECENT + WEIGHTS + name] = processes.gathered(weight_T).cpu()
-        else:
-            self.tokens |= {
-                TOKENS + name: processes.gathered(x_TF.to(self.dtype)).cpu(),
-                WEIGHTS + name: processes.gathered(weight_T).cpu(),
-            }
+    def _keep(self, label: str, rows: Tensor) -> None:
+        self.tokens[label] = processes.gathered(rows).cpu()
 
     def moments(self, tokens: int) -> dict[str, Tensor]:
         """The tensors of the layer's file."""

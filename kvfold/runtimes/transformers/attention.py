@@ -134,7 +134,7 @@ class FoldedAttention(AttentionByAge):
         new_z, new_y = self._new_keys_values(hidden_BTD, rotary)
         below = [self._stored_by(layer, state, new_z.device)[0] for layer in self.spec.predicted_from]
         if below:
-            new_z = new_y = new_z - self._prediction(below, new_z.shape[2])
+            new_z = new_y = new_z - self.k_p_proj(newest(side_by_side(below), new_z.shape[2]))
         z: Stored = new_z
         y: Stored = new_y
         if cache is not None and self.spec.recent and not hasattr(cache, "owned"):
@@ -163,14 +163,6 @@ class FoldedAttention(AttentionByAge):
             )
         z, y = state.stored[layer]
         return z.to(device), y.to(device)
-
-    def _prediction(self, below: list[Any], tokens: int) -> Tensor:
-        """What layers below say of what is made of the newest tokens, [B, 1, T, E]: of far forms first, then of near ones."""
-        known = [newest(stored, tokens) for stored in below]
-        widths = [stored.shape[3] for stored in below]
-        far = [numbers[..., :width] for numbers, width in zip(known, widths, strict=True)]
-        near = [numbers[..., width:] for numbers, width in zip(known, widths, strict=True)]
-        return self.k_p_proj(torch.cat([*far, *near], dim=3))
 
     def _new_keys_values(self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """What the T new tokens add to the cache: z [B, C, T, E], y [B, U, T, G], which a shared latent is at once."""
