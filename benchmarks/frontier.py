@@ -105,8 +105,8 @@ def real(folder: Path, *newer: Path) -> None:
         if "auto" in names:
             lines = [line.replace("| auto |", f"| {BEFORE} |") for line in lines]
         lines = [line for line in lines if not line.startswith(tuple(f"| {name} |" for name in names))]
-        table = (other / "table.md").read_text().splitlines(keepends=True)
-        lines += [line for line in table if line.startswith(tuple(f"| {name} |" for name in names))]
+        added_lines = (other / "table.md").read_text().splitlines(keepends=True)
+        lines += [line for line in added_lines if line.startswith(tuple(f"| {name} |" for name in names))]
     table = "".join(lines)
     texts = [comparison["evaluated_on"].partition(".")[0], *comparison["also_on"]]
     lines = [

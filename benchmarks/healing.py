@@ -123,7 +123,7 @@ def objectives(options: argparse.Namespace) -> list[Run]:
 
 def large(options: argparse.Namespace) -> list[Run]:
     """Each calibrated as its method asks by default."""
-    folds = {"auto": {"preset": "auto", "kv_budget": 1 / 32}, "cla": {"preset": "cla"}}
+    folds: dict[str, dict[str, Any]] = {"auto": {"preset": "auto", "kv_budget": 1 / 32}, "cla": {"preset": "cla"}}
     calibration = {"calibration": {"data": options.data}}
     return [Run(f"{name}, distilled", fold | calibration, DISTILLATION) for name, fold in folds.items()]
 
