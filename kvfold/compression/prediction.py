@@ -19,10 +19,10 @@ from torch import Tensor
 
 from kvfold.compression.fold import folded_weights
 from kvfold.compression.request import Groups
-from kvfold.linalg.eigen import Moment, outer_sum
+from kvfold.linalg.eigen import Moment
 from kvfold.linalg.reduced_rank import Latents
 from kvfold.linalg.regression import regression
-from kvfold.linalg.sensitivity import RECENT, WEIGHTED
+from kvfold.linalg.sensitivity import RECENT, WEIGHTED, weighted_outer_sum
 from kvfold.methods.width.base import LayerGroup, PredictedWidth, Tokens, WidthMethod
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.folded_weights import FoldedWeights, beside
@@ -130,5 +130,6 @@ class Prediction:
 
 def _about(moment: Moment, x_TF: Tensor, weight_T: Tensor) -> Moment:
     """The moment of mean + x, of weighted tokens."""
-    heavy_TF, mean_F = x_TF * (weight_T / weight_T.sum()).sqrt()[:, None], moment.mean_F
-    return Moment(mean_F, outer_sum(heavy_TF, heavy_TF).double() + mean_F[:, None] * mean_F, moment.count)
+    mean_F = moment.mean_F
+    covariance_FF = weighted_outer_sum(x_TF, weight_T) / weight_T.double().sum()
+    return Moment(mean_F, covariance_FF + mean_F[:, None] * mean_F, moment.count)

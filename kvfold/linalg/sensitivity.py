@@ -27,7 +27,7 @@ TOGETHER = 1024
 has its own."""
 
 BLOCK = 4096
-"""Tokens whose products are summed in float32."""
+"""Tokens whose products are summed in their own dtype."""
 
 WEIGHTED = "weighted_"
 METRIC = "metric_of_"
@@ -94,14 +94,21 @@ def _weights(gradient_TKH: Tensor, metric_KHH: Tensor) -> Tensor:
 
 
 def _weighted(x_TF: Tensor, weight_T: Tensor, total: Total, count: int, mean_F: Tensor | None) -> Moment:
-    """Products are of float32, of numbers without their mean; sums of blocks of tokens, and all else, are of float64."""
-    blocks = list(zip(x_TF.split(BLOCK), weight_T.double().split(BLOCK), strict=True))
-    weights = total(weight_T.double().sum())
+    weight_T = weight_T.double()
+    weights = total(weight_T.sum())
     if mean_F is None:
+        blocks = zip(x_TF.split(BLOCK), weight_T.split(BLOCK), strict=True)
         mean_F = total(torch.stack([weight_B @ x_BF.double() for x_BF, weight_B in blocks]).sum(0)) / weights
-    covariance_FF = mean_F.new_zeros(len(mean_F), len(mean_F))
-    for x_BF, weight_B in blocks:
-        heavy_BF = ((x_BF - mean_F) * weight_B.sqrt()[:, None]).to(x_TF)
-        covariance_FF += outer_sum(heavy_BF, heavy_BF)
-    covariance_FF = total(covariance_FF) / weights
+    covariance_FF = total(weighted_outer_sum(x_TF, weight_T, mean_F)) / weights
     return Moment(mean_F.clone(), covariance_FF + mean_F[:, None] * mean_F, count)
+
+
+def weighted_outer_sum(x_TF: Tensor, weight_T: Tensor, mean_F: Tensor | None = None) -> Tensor:
+    """sum_t w_t x_t x_t^T [F, F], of x without the mean if one is given. Products are of x's dtype; sums of blocks of tokens,
+    and all else, are of float64."""
+    sum_FF = x_TF.new_zeros(x_TF.shape[1], x_TF.shape[1], dtype=torch.float64)
+    for x_BF, weight_B in zip(x_TF.split(BLOCK), weight_T.double().split(BLOCK), strict=True):
+        left_BF = x_BF.double() if mean_F is None else x_BF - mean_F
+        heavy_BF = (left_BF * weight_B.sqrt()[:, None]).to(x_TF)
+        sum_FF += outer_sum(heavy_BF, heavy_BF)
+    return sum_FF

@@ -17,7 +17,7 @@ from kvfold.evaluation.demo import MODEL
 from kvfold.evaluation.standard_errors import ratio_stderr, stderr
 from kvfold.evaluation.task_files import read_task_file
 from kvfold.evaluation.task_presets import TASK_PRESETS
-from kvfold.evaluation.tasks import evaluate_tasks
+from kvfold.evaluation.tasks import evaluate_folds, evaluate_tasks
 from kvfold.report.tables import print_tasks
 from kvfold.runtimes.transformers.load import load
 
@@ -129,6 +129,21 @@ def test_the_original_recovers_itself(files):
     for row in evaluate_tasks(MODEL, against=MODEL, tasks=[str(files / "choices.jsonl")], limit=3):
         assert row.score == row.base_score and row.samples == 3 and row.change_stderr == 0
         assert row.recovery_stderr == 0 or not row.score
+
+
+def test_answers_that_are_kept_are_not_asked_for_again(files, folded, tmp_path, monkeypatch):
+    """They are one model's, to the same questions; a row of them is what a row without is."""
+    asked = {"against": MODEL, "tasks": [str(files / "choices.jsonl")]}
+    expected = evaluate_folds([folded], **asked)
+    assert evaluate_folds([folded], **asked, answers=tmp_path) == expected
+    kept = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(tasks, "load", lambda path, **_: pytest.fail(f"{path} was asked again"))
+    assert len(kept) == 2 and evaluate_folds([folded], **asked, answers=tmp_path) == expected
+    monkeypatch.setattr(tasks, "load", load)
+    evaluate_folds([folded], **asked, answers=tmp_path, limit=3)
+    kept[0].unlink()
+    assert len(list(tmp_path.iterdir())) == 3
+    assert evaluate_folds([folded], **asked, answers=tmp_path) == expected
 
 
 def test_caches_with_exact_last_tokens_are_scored_token_by_token(tmp_path):

@@ -112,7 +112,7 @@ def chunked_attention(
     scale: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """Query tokens over `tokens` keys and values made piece by piece. numbers: the most of a side, per token and row.
+    """Query tokens over `tokens` keys and values made piece by piece. elements: the most of a side, per token and row.
 
     Running maximum and sum, as in flash attention: equal to `grouped_attention` over all keys at once, but for rounding.
     """
