@@ -11,6 +11,7 @@ from kvfold.compression.hulls import SLACK, Choice, Key
 from kvfold.errors import RecipeError
 from kvfold.linalg.sensitivity import RECENT
 from kvfold.methods.bits.base import BitsMethod
+from kvfold.methods.bits.identity import Identity
 from kvfold.methods.depth.base import DepthMethod, Targets
 from kvfold.methods.length.base import LengthMethod
 from kvfold.methods.width.base import LayerGroup, WidthMethod
@@ -59,10 +60,15 @@ class Limits:
 
 
 def limits_of(recipe: Any) -> Limits:
-    """What a recipe says of them, its runtime's included."""
-    where = runtime(recipe.runtime)
+    """What a recipe says of them, and its runtime of whole heads of plain numbers."""
+    where, axes = runtime(recipe.runtime), recipe.axes
+    latents = len(axes.width.parts) == 1 or getattr(axes.width, "rebuilds_on_read", False)
+    heads = isinstance(axes.bits, Identity) and not latents
     return Limits(
-        keep_layers=recipe.keep_layers, min_width=recipe.min_width, one_shape=where.one_shape, widths=where.widths
+        keep_layers=recipe.keep_layers,
+        min_width=recipe.min_width,
+        one_shape=where.one_shape and heads,
+        widths=where.widths if heads else (),
     )
 
 

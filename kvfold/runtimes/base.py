@@ -14,9 +14,10 @@ from kvfold.plan.plan import CachePlan
 class Runtime(ABC):
     """What runs folded folders. A runtime is the folder `kvfold/runtimes/<name>/` with a file `runtime.py` that holds this.
 
-    `default_preset`: what `kvfold compress --runtime NAME` makes. `one_shape`: a layer's keys and values are stored in one
-    shape. `widths`: of a stored head, those that it stores without padding (empty: all). `measured_by`: what
-    `kvfold bench --engine NAME` times: `steps` of a model, `requests` that its `engine` answers, or nothing (empty).
+    `default_preset`: what `kvfold compress --runtime NAME` makes. `one_shape`: of whole heads of plain numbers a layer's keys
+    and values are stored in one shape; `widths`: of such a head, those that it stores without padding (empty: all).
+    `measured_by`: what `kvfold bench --engine NAME` times: `steps` of a model, `requests` that its `engine` answers, or
+    nothing (empty).
     """
 
     default_preset: ClassVar[str] = "auto"

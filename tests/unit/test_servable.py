@@ -15,7 +15,7 @@ from kvfold.evaluation.demo import MODEL
 from kvfold.evaluation.geometries import Shape
 from kvfold.runtimes.base import servable_by
 from kvfold.runtimes.transformers.runtime import Transformers
-from kvfold.runtimes.vllm.runtime import WIDTHS
+from kvfold.runtimes.vllm.runtime import WIDTHS, is_packed
 
 GROUPS = {"method": "svd_w", "latent": "group", "v_latent": "group"}
 
@@ -62,9 +62,7 @@ def test_layers_that_are_kept_keep_everything(tmp_path, allocate):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"preset": "auto", "kv_budget": 1 / 4}, "k_bits: numbers in few bits; the nearest plan"),
-        ({"preset": "int8"}, "layer 0's k_bits"),
-        ({"preset": "small", "kv_budget": 1 / 4}, "rope = on_read"),
+        ({"preset": "kivi"}, "layer 0's block = 32: tokens that are packed together, .*; the nearest plan"),
         ({"preset": "xkv", "kv_budget": 1 / 4}, "joint = True"),
         ({"preset": "svd_a", "kv_budget": 1 / 4, "width": {"group_size": 2}}, "keys and values in one shape"),
         ({"runtime": "vlm"}, "Did you mean 'vllm'"),
@@ -97,11 +95,21 @@ def test_a_budget_below_the_narrowest_head_is_refused(tmp_path):
         compress(tmp_path, width=GROUPS, kv_budget=1 / 16)
 
 
-def test_a_bias_on_what_is_stored_is_refused(tmp_path):
+@pytest.mark.parametrize("recipe", [{"preset": "int8"}, {"preset": "small", "kv_budget": 1 / 4}, {"preset": "auto"}])
+def test_what_vllms_own_pages_cannot_hold_goes_into_packed_ones_unpaired(tmp_path, recipe):
+    """Keys and values may differ, and heads have any width."""
+    material = {"data": "self", "num_samples": 8, "seq_len": 128}
+    plan = compress(
+        tmp_path, **{"kv_budget": 1 / 3 if "int8" not in recipe["preset"] else None, "calibration": material} | recipe
+    )
+    assert is_packed(plan) and servable_by(plan)["vllm"] is None
+    assert any(spec.head_dim not in WIDTHS for spec in plan.owned) or recipe["preset"] == "int8"
+
+
+def test_a_bias_on_what_is_stored_needs_packed_pages(tmp_path):
     plan = compress(tmp_path, width=GROUPS, kv_budget=1 / 2)
     first = dataclasses.replace(plan.caches[0], stored_bias=True)
-    biased = dataclasses.replace(plan, caches=(first, *plan.caches[1:]))
-    assert "layer 0's stored_bias" in servable_by(biased)["vllm"]
+    assert not is_packed(plan) and is_packed(dataclasses.replace(plan, caches=(first, *plan.caches[1:])))
 
 
 def test_a_runtime_that_nothing_measures_is_not_benched_as_another(monkeypatch):

@@ -10,7 +10,7 @@ from tiny import MODELS, make_tiny, save_tiny
 import kvfold
 from kvfold.evaluation.demo import MODEL
 
-CALIBRATION = {"data": "self", "num_samples": 8, "seq_len": 64}
+CALIBRATION = {"data": "self", "num_samples": 8, "seq_len": 128}
 PLANS = {
     "groups": {"runtime": "vllm", "kv_budget": 1 / 3},
     "shared": {"preset": "mlkv", "depth": {"owners": 2}, "width": {"kv_heads": 2}},
@@ -24,11 +24,49 @@ PLANS = {
         "kv_budget": 0.46,
     },
     "wide": {"preset": "fast", "runtime": "vllm", "kv_budget": 1 / 2},
-    "packed": {"preset": "int4"},
     "odd_heads": {"model": "qwen2_sink", "runtime": "vllm", "allocate": "uniform", "kv_budget": 1 / 2},
+    "kivi": {"preset": "kivi"},
 }
 """Of the packaged model: sizes that differ from layer to layer, layers that share a cache, one latent for all heads; and two
 that vLLM cannot serve."""
+PACKED = (
+    {
+        "auto": {"preset": "auto", "kv_budget": 1 / 8},
+        "auto_speed": {"preset": "auto", "prefer": "speed", "kv_budget": 1 / 8},
+        "int4": {"preset": "int4"},
+        "fp8": {"preset": "fp8"},
+        "small": {"preset": "small", "kv_budget": 1 / 4},
+        "shared_int4": {
+            "preset": "mlkv",
+            "depth": {"owners": 2},
+            "width": {"kv_heads": 2},
+            "bits": {"method": "integer", "k_bits": 4, "v_bits": 4},
+        },
+        "kept": {"preset": "auto", "kv_budget": 1 / 4, "keep_layers": [3]},
+        "unequal_groups": {
+            "preset": "auto",
+            "kv_budget": 1 / 8,
+            "length": {"method": "identity"},
+            "width": {"method": "fisher", "rope": "on_read", "latent": "group", "group_size": 3, "v_latent": "layer"},
+        },
+    }
+    | {
+        f"{family}_auto": {"model": family, "preset": "auto", "kv_budget": 1 / 4}
+        for family in (
+            "qwen3_norm_window",
+            "gemma2_softcap",
+            "gemma3_norm",
+            "bloom_alibi",
+            "neox_partial",
+            "phi3_partial",
+        )
+    }
+    | {"mistral_window_int4": {"model": "mistral_window", "preset": "int4"}}
+)
+"""In pages of bytes: the default and its fast form, packed heads and float8, numbers as they are with keys rebuilt on read, a
+layer that is kept, heads of keys unlike those of values; norms on keys, windows, capped scores, alibi, models of
+transformers'."""
+PLANS |= PACKED
 CHANGES = {
     "qwen2_sink": {"hidden_size": 96},
     "gpt2_conv": {"scale_attn_by_inverse_layer_idx": False},
@@ -50,7 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             recipe = PLANS.get(name, {"runtime": "vllm", "allocate": "uniform", "kv_budget": 1 / 2})
             model, tiny = MODEL, recipe.get("model", name)
             if tiny in MODELS:
-                model = save_tiny(make_tiny(tiny, **CHANGES.get(name, {})), root / f"{name}.stock")
+                model = save_tiny(make_tiny(tiny, **CHANGES.get(name, CHANGES.get(tiny, {}))), root / f"{name}.stock")
             where = {"model": str(model), "out": str(root / name), "calibration": CALIBRATION}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "stored heads of")  # of tiny models, whose heads are padded

@@ -4,10 +4,13 @@ import json
 import os
 import sys
 
+from safetensors.torch import save_file
+
 os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
-def serve(folder, prompts, options):
+def serve(folder, prompts, options, rows=None):
+    """rows: where to write what the last prompt's first layer-by-layer reading found in its pages, if that is wanted."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -19,13 +22,35 @@ def serve(folder, prompts, options):
         kv_cache_memory_bytes=2**26,
         **options,
     )
+    read = recorded(len(prompts[-1])) if rows else {}
     sampling = SamplingParams(max_tokens=16, temperature=0, logprobs=1, ignore_eos=True, detokenize=False)
     rounds = []
     for _ in range(2):  # the second finds its prompts in the prefix cache
         done = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
         rounds.append([described(one) for one in done])
+    if rows:
+        save_file(read, rows)
     cache = llm.llm_engine.vllm_config.cache_config
-    return {"rounds": rounds, "cache_tokens": cache.num_gpu_blocks * cache.block_size}
+    return {"rounds": rounds, "cache_tokens": cache.num_gpu_blocks * cache.block_size, "blocks": cache.num_gpu_blocks}
+
+
+def recorded(length):
+    """A dictionary that fills with the bytes [heads, tokens, bytes] that layers read of a prompt of this length."""
+    from kvfold.runtimes.vllm.packed_attention import PackedFoldedAttention
+
+    found, tokens_of = {}, PackedFoldedAttention._tokens
+
+    def watched(self, owner, far, batch, place):
+        sides = tokens_of(self, owner, far, batch, place)
+        if batch.lengths == [length] and owner == self.layer_idx and f"{owner}.k" not in found:
+            for name, side in zip("kv", sides, strict=True):
+                found[f"{owner}.{name}"] = getattr(side, "far", side).rows[0].clone()
+                if hasattr(side, "near"):
+                    found[f"{owner}.{name}.recent"] = side.near.rows[0].clone()
+        return sides
+
+    PackedFoldedAttention._tokens = watched
+    return found
 
 
 def described(one):
@@ -43,7 +68,7 @@ if __name__ == "__main__":  # tensor parallelism starts processes that import th
     found = {}
     for name, job in jobs.items():
         try:
-            found[name] = serve(job["folder"], job["prompts"], job["options"])
+            found[name] = serve(**job)
         except Exception as error:
             found[name] = {"error": f"{type(error).__name__}: {error}"}
     with open(sys.argv[2], "w") as file:

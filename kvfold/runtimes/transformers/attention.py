@@ -92,21 +92,38 @@ class FoldedAttention(AttentionByAge):
         mask = with_alibi(attention_mask, alibi, self.layer.num_attention_heads)
         q = self._queries(hidden_states, position_embeddings)
         z, y = self._keys_values(hidden_states, position_embeddings, cache, state)
+        tables = None
+        if self._rotates_on_read:
+            tables = position_embeddings
+            if cache is not None:
+                state = state or ForwardState()
+                tables = state.tables_of_all(hidden_states, kwargs.get("position_ids"), cache, self.layer.rotary_kind)
+        out_BTNH, probs = self._read(q, z, y, mask, tables, wants_probs=bool(kwargs.get("output_attentions")))
+        return self._output(out_BTNH, residual), probs
+
+    @property
+    def _rotates_on_read(self) -> bool:
+        return self.spec.rope == "on_read" and (self.spec.readers_rotate or self.owner == self.layer_idx)
+
+    def _read(
+        self,
+        q: Tensor,
+        z: Any,
+        y: Any,
+        mask: Tensor | None,
+        tables: tuple[Tensor, Tensor] | None,
+        *,
+        wants_probs: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Queries [B, N, T, H] over all tokens that they may see, stored as z and y: [B, T, N, H or V], and probabilities
+        where they are wanted. `tables`: cos and sin of these tokens, where keys are rotated on read."""
         if self.spec.shared_latent:
             z = y = read_once(z)
-        keys = tables = None
+        keys = None
         if self.spec.rope == "on_read" or self.spec.hidden:
-            if self.spec.rope == "on_read" and (self.spec.readers_rotate or self.owner == self.layer_idx):
-                tables = position_embeddings
-                if cache is not None:
-                    state = state or ForwardState()
-                    tables = state.tables_of_all(
-                        hidden_states, kwargs.get("position_ids"), cache, self.layer.rotary_kind
-                    )
             keys = functools.partial(self._keys_on_read, tables=tables)
         attend = self._attend_by_age if isinstance(z, AgedTokens) else self._attend
-        out_BTNH, probs = attend(q, z, y, mask, keys, wants_probs=bool(kwargs.get("output_attentions")))
-        return self._output(out_BTNH, residual), probs
+        return attend(q, z, y, mask, keys, wants_probs=wants_probs)
 
     def _queries(self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         q = self._heads(self.q_proj(hidden_BTD), self.layer.num_attention_heads, self.q_norm)

@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import torch
 
+BACKEND = "KVFOLD_PACKED"
+"""What vLLM calls the attention over pages of packed tokens."""
+
 
 def register() -> None:
     """Tell vLLM where the folded families are, and transformers what their configurations are called."""
     from vllm import ModelRegistry
     from vllm.config import model as model_config
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     from kvfold.architectures.base import all_architectures
     from kvfold.plan.naming import MODEL_TYPE_PREFIX
     from kvfold.runtimes.vllm.check import CheckedConfig
+
+    if BACKEND not in AttentionBackendEnum.__members__:
+        register_backend(BACKEND, "kvfold.runtimes.vllm.packed_backend.PackedBackend")
 
     if torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()  # vLLM's attention in bfloat16 uses AMX tiles without asking the kernel for them

@@ -9,7 +9,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from kvfold.errors import PlanError
 from kvfold.plan.naming import CONFIG_KEY
 from kvfold.plan.plan import CachePlan
-from kvfold.runtimes.vllm.runtime import Vllm
+from kvfold.runtimes.vllm.runtime import Vllm, is_packed
 
 
 class CheckedConfig(VerifyAndUpdateConfig):
@@ -25,6 +25,8 @@ def check_servable(vllm_config: Any) -> None:
     plan = CachePlan.from_dict(getattr(vllm_config.model_config.hf_text_config, CONFIG_KEY))
     if obstacle := Vllm().obstacle(plan):
         raise PlanError(obstacle)
+    if is_packed(plan):
+        _check_packed(vllm_config)
     ranks = vllm_config.parallel_config.tensor_parallel_size
     for layer, spec in enumerate(plan.caches):
         source = plan.source[layer]
@@ -39,3 +41,24 @@ def check_servable(vllm_config: Any) -> None:
         target is not None for target in plan.kv_sharing_target_layer
     ):
         raise PlanError("pipeline_parallel_size: layers that share a cache must be in one process.")
+
+
+def _check_packed(vllm_config: Any) -> None:
+    """What pages of bytes do not go with."""
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    wrong = {
+        f"tensor_parallel_size {parallel.tensor_parallel_size}": parallel.tensor_parallel_size > 1,
+        f"pipeline_parallel_size {parallel.pipeline_parallel_size}": parallel.pipeline_parallel_size > 1,
+        f"decode_context_parallel_size {parallel.decode_context_parallel_size}": parallel.decode_context_parallel_size
+        > 1,
+        f"kv_cache_dtype {cache.cache_dtype}": cache.cache_dtype
+        not in ("auto", str(vllm_config.model_config.dtype).split(".")[1]),
+        "kv_transfer_config": vllm_config.kv_transfer_config is not None,
+        "speculative_config": vllm_config.speculative_config is not None,
+    }
+    for option, found in wrong.items():
+        if found:
+            raise PlanError(
+                f"{option}: kvfold's packed pages are not served with this option yet; leave it out, or serve what"
+                " kvfold compress --runtime vllm --preset served makes."
+            )

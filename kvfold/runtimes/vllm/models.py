@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -14,10 +14,18 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 
 from kvfold.architectures.base import Architecture, architecture, empty_model, source_config
+from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
 from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.vllm.attention import FoldedAttention, TransformersFoldedAttention
 from kvfold.runtimes.vllm.check import check_servable
+from kvfold.runtimes.vllm.packed_attention import PackedFoldedAttention, TransformersPackedAttention
+from kvfold.runtimes.vllm.packed_layers import PackedPages
+from kvfold.runtimes.vllm.rotary_tables import rotary_tables
+from kvfold.runtimes.vllm.runtime import is_packed
+
+Make = Callable[[AttentionLayer, nn.Module, Any], nn.Module]
+"""Of facts, the family's attention and vLLM's own part of that: what takes its place."""
 
 
 def __getattr__(name: str) -> Any:
@@ -32,7 +40,8 @@ def __getattr__(name: str) -> Any:
 class _Folded:
     """Goes before a model class of vLLM's."""
 
-    attention_class = FoldedAttention
+    attention_class: Any = FoldedAttention
+    packed_class: Any = PackedFoldedAttention
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         check_servable(vllm_config)
@@ -44,20 +53,45 @@ class _Folded:
             arch.attention_prefix(index): path
             for index, path in _places(self, arch)  # type: ignore[arg-type]
         }
-        plan, names = CachePlan.from_dict(getattr(config, CONFIG_KEY)), {}
+        plan = CachePlan.from_dict(getattr(config, CONFIG_KEY))
+        make = self._packed(vllm_config, arch, plan) if is_packed(plan) else self._stock(vllm_config, plan)
         with torch.device(vllm_config.device_config.device):
             for index, path in _places(self, arch):  # type: ignore[arg-type]
                 old = self.get_submodule(path)  # type: ignore[attr-defined]
                 (stock,) = (module for module in old.modules() if isinstance(module, Attention))
-                names[index] = stock.layer_name
                 del vllm_config.compilation_config.static_forward_context[stock.layer_name]
-                owner = plan.owner(index)
-                target = None if owner == index else names[owner]
-                new = self.attention_class(layers[index], plan.cache_of(index), old, stock, target, vllm_config)
-                self.set_submodule(path, new)  # type: ignore[attr-defined]
-                # kernels size their buffers by the model's head size
-                facts = vllm_config.model_config.model_arch_config
-                facts.head_size = max(facts.head_size, new.attn.head_size)
+                self.set_submodule(path, make(layers[index], old, stock))  # type: ignore[attr-defined]
+
+    def _stock(self, vllm_config: Any, plan: CachePlan) -> Make:
+        """Attentions over vLLM's own pages of whole heads."""
+        names: dict[int, str] = {}
+
+        def make(layer: AttentionLayer, old: nn.Module, stock: Any) -> nn.Module:
+            index, owner = layer.index, plan.owner(layer.index)
+            names[index] = stock.layer_name
+            target = None if owner == index else names[owner]
+            new = self.attention_class(layer, plan.cache_of(index), old, stock, target, vllm_config)
+            # kernels size their buffers by the model's head size
+            facts = vllm_config.model_config.model_arch_config
+            facts.head_size = max(facts.head_size, new.attn.head_size)
+            return new
+
+        return make
+
+    def _packed(self, vllm_config: Any, arch: Architecture, plan: CachePlan) -> Make:
+        """Attentions over pages of bytes."""
+        owned = {index: spec for index, spec in enumerate(plan.caches) if spec is not None}
+        pages = PackedPages(owned, vllm_config)
+        config = vllm_config.model_config
+        model = empty_model(arch, source_config(arch, config.hf_text_config.to_dict()))
+        where = {"dtype": config.dtype, "device": vllm_config.device_config.device}
+        tables = rotary_tables(arch, model, positions=config.max_model_len, **where)
+
+        def make(layer: AttentionLayer, old: nn.Module, stock: Any) -> nn.Module:
+            spec, owner = plan.cache_of(layer.index), plan.owner(layer.index)
+            return self.packed_class(layer, spec, old, stock, owner, pages, tables.get(layer.rotary_kind))
+
+        return make
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Tensors of attention go where the plan has them, all others as vLLM knows them."""
@@ -71,7 +105,8 @@ class _Folded:
                     yield name, tensor
                     continue
                 place = f"{self.attentions[prefix]}.{name.removeprefix(prefix)}"
-                parameters[place].data.copy_(parameters[place].of_rank(tensor))
+                part = getattr(parameters[place], "of_rank", _whole)(tensor)
+                parameters[place].data.copy_(part)
                 loaded.add(place)
 
         return super().load_weights(others()) | loaded  # type: ignore[misc]
@@ -81,6 +116,7 @@ class _FoldedTransformers(_Folded):
     """Of a family that vLLM takes from transformers."""
 
     attention_class = TransformersFoldedAttention
+    packed_class = TransformersPackedAttention
 
     @cached_property
     def _from_config_kwargs(self) -> dict[str, Any]:
@@ -89,6 +125,10 @@ class _FoldedTransformers(_Folded):
         stock = source_config(_architecture(asked["config"]), asked["config"].to_dict())
         stock._attn_implementation = asked["config"]._attn_implementation
         return asked | {"config": stock}
+
+
+def _whole(full: Tensor) -> Tensor:
+    return full
 
 
 def _architecture(config: Any) -> Architecture:

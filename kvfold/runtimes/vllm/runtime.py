@@ -17,7 +17,8 @@ NEAREST = "what kvfold compress MODEL --runtime vllm makes of the same budget"
 
 
 class Vllm(Runtime):
-    """Whole heads in pages: keys after rotation, as many heads of keys as of values."""
+    """Pages of bytes for whatever tokens take; vLLM's own pages and kernels for whole heads of plain numbers, keys after
+    rotation, as many heads of keys as of values."""
 
     default_preset = "served"
     one_shape = True
@@ -33,7 +34,7 @@ class Vllm(Runtime):
 
     def warning(self, plan: CachePlan) -> str | None:
         odd = sorted({spec.head_dim for spec in plan.owned} - {*WIDTHS})
-        if not odd:
+        if not odd or is_packed(plan):
             return None
         return (
             f"stored heads of {', '.join(map(str, odd))} numbers are padded by some of vLLM's kernels, whose cache then holds"
@@ -49,23 +50,23 @@ class Vllm(Runtime):
         return Engine(folder, length=length, memory=memory, dtype=dtype)
 
 
+def is_packed(plan: CachePlan) -> bool:
+    """Whether kvfold's own pages and kernels hold a plan, since vLLM's own cannot."""
+    return any(_not_as_heads(spec) for spec in plan.owned)
+
+
+def _not_as_heads(spec: CacheSpec) -> bool:
+    packed = spec.k_bits is not None or spec.v_bits is not None or spec.recent > 0
+    made = spec.shared_latent or spec.rope == "on_read" or spec.stored_bias
+    return packed or made or spec.num_kv_heads != spec.num_v_heads or max(spec.head_dim, spec.v_head_dim) > WIDEST_HEAD
+
+
 def _in_the_way(spec: CacheSpec) -> str | None:
-    if spec.k_bits is not None or spec.v_bits is not None:
-        return f"{'v_bits' if spec.k_bits is None else 'k_bits'}: numbers in few bits"
-    if spec.recent:
-        return f"recent = {spec.recent}: a finer form of the newest tokens"
-    if spec.shared_latent:
-        return "shared_latent = True: keys and values in one latent"
-    if spec.rope == "on_read":
-        return "rope = on_read: keys that are rotated when they are read"
+    block = max((format.block for format in (spec.k_bits, spec.v_bits) if format), default=1)
+    if block > 1:
+        return f"block = {block}: tokens that are packed together, and exact until there are so many"
     if spec.joint:
         return "joint = True: latents that several layers fill"
     if spec.hidden:
         return f"hidden = {spec.hidden}: networks beside the latents"
-    if spec.stored_bias:
-        return "stored_bias = True: a bias on what is stored"
-    if spec.num_kv_heads != spec.num_v_heads:
-        return f"num_v_heads = {spec.num_v_heads}: as many heads of values as of keys are needed ({spec.num_kv_heads})"
-    if max(spec.head_dim, spec.v_head_dim) > WIDEST_HEAD:
-        return f"head_dim = {max(spec.head_dim, spec.v_head_dim)}: a stored head of more than {WIDEST_HEAD} numbers"
     return None

@@ -1,0 +1,85 @@
+"""Which sequences of a step are read together, and what their queries see."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvfold.plan.cache_spec import round_up
+from kvfold.runtimes.vllm.pages import Span
+
+TOKENS_ALIKE = 64
+"""Of decoding sequences that are read together the longest is taken as a multiple of so many tokens: kernels of matrix
+products are made anew for every new shape."""
+
+
+@dataclass
+class Batch:
+    """Sequences that are read together.
+
+    rows: their query tokens, one sequence after the other, `queries` of each; lengths: tokens of each sequence, these
+    included; tables [B, pages]; width: tokens of a row, at whose end a sequence stands, behind padding.
+    """
+
+    rows: Tensor
+    queries: int
+    lengths: list[int]
+    tables_Bp: Tensor
+    width: int
+    masks: dict[int | None, Tensor | None] = dataclasses.field(default_factory=dict)
+
+    def spans(self, window: int | None) -> list[Span]:
+        """What the queries of each sequence may see."""
+        seen = [0 if window is None else max(length - self.queries - window + 1, 0) for length in self.lengths]
+        return [Span(start, length) for start, length in zip(seen, self.lengths, strict=True)]
+
+    @functools.cached_property
+    def positions_BS(self) -> Tensor:
+        """Of all tokens in their rows; 0 in padding."""
+        lengths = torch.tensor(self.lengths, device=self.tables_Bp.device)
+        at = torch.arange(self.width, device=lengths.device) - (self.width - lengths)[:, None]
+        return at.clamp_min(0)
+
+    def width_of(self, window: int | None) -> int:
+        """Of rows that hold what the queries may see."""
+        return self.width if window is None else min(self.width, self.queries + window - 1)
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """[B, 1, T, S] of what queries see, None where that is all that came before them."""
+        if window not in self.masks:
+            self.masks[window] = self._mask(window)
+        return self.masks[window]
+
+    def _mask(self, window: int | None) -> Tensor | None:
+        S, T = self.width_of(window), self.queries
+        lengths = torch.tensor(self.lengths, device=self.tables_Bp.device)[:, None, None, None]
+        keys = torch.arange(S, device=lengths.device)
+        queries = torch.arange(S - T, S, device=lengths.device)[:, None]
+        seen = causal = (keys <= queries) & (keys >= 0 * lengths)
+        seen = seen & (keys >= S - lengths)
+        if window is not None:
+            seen = seen & (keys > queries - window)
+        return None if T in (1, S) and torch.equal(seen, causal) else seen
+
+
+def batches(starts: Sequence[int], lengths: Sequence[int], tables: Tensor) -> list[Batch]:
+    """Decoding sequences of similar length are one batch, every piece of a prompt is one. starts: of the query tokens of each
+    sequence, and where the last one's end."""
+    together: dict[tuple[int, int], list[int]] = {}
+    for at, (start, end, length) in enumerate(zip(starts, starts[1:], lengths, strict=False)):
+        alike = round_up(length, TOKENS_ALIKE).bit_length() if end - start == 1 else -at
+        if end > start:
+            together.setdefault((end - start, alike), []).append(at)
+    return [_batch(members, queries, starts, lengths, tables) for (queries, _), members in together.items()]
+
+
+def _batch(members: list[int], queries: int, starts: Sequence[int], lengths: Sequence[int], tables: Tensor) -> Batch:
+    rows = torch.cat([torch.arange(starts[at], starts[at] + queries) for at in members]).to(tables.device)
+    width = max(lengths[at] for at in members)
+    width = round_up(width, TOKENS_ALIKE) if queries == 1 else width
+    return Batch(rows, queries, [lengths[at] for at in members], tables[members], width)

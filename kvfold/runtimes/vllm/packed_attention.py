@@ -1,0 +1,136 @@
+"""Attention of one layer under vLLM over packed tokens: made, stored and read as the transformers runtime does, in pages."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.forward_context import get_forward_context
+
+from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.layer import AttentionLayer
+from kvfold.runtimes.kernels.packed_tokens import AgedTokens, by_age, newest, read_all, side_by_side
+from kvfold.runtimes.transformers.attention import FoldedAttention
+from kvfold.runtimes.vllm.batches import Batch
+from kvfold.runtimes.vllm.packed_layers import PackedAttention, PackedPages
+from kvfold.runtimes.vllm.pages import RECENT, Kind
+from kvfold.runtimes.vllm.rotary_tables import RotaryTables
+
+
+class PackedFoldedAttention(FoldedAttention):
+    """Takes the place of a family's attention module in vLLM. Tokens [T] of all sequences in a row."""
+
+    def __init__(
+        self,
+        layer: AttentionLayer,
+        spec: CacheSpec,
+        old: nn.Module,
+        stock: Any,
+        owner: int,
+        pages: PackedPages,
+        tables: RotaryTables | None,
+    ) -> None:
+        norms = getattr(old, "q_norm", None), getattr(old, "k_norm", None)
+        config: Any = SimpleNamespace(_attn_implementation="sdpa")
+        super().__init__(config, layer, spec, norms, owner)
+        self.pages, self.tables = pages, tables
+        slopes = getattr(stock.impl, "alibi_slopes", None)
+        self.slopes_N = None if slopes is None else torch.as_tensor(slopes, dtype=torch.float32)
+        self.attn = PackedAttention(self, pages, stock.layer_name, stock.sliding_window)
+
+    def forward(  # type: ignore[override]
+        self,
+        positions: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """[T, D] -> [T, D]. Families differ in what they call positions."""
+        assert hidden_states is not None, "every family hands over hidden states"
+        at = position_ids if positions is None else positions
+        return self._attended(hidden_states[None], None if self.tables is None or at is None else self.tables.of(at))
+
+    def _attended(self, hidden_1TD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        q = self._queries(hidden_1TD, rotary)[0].transpose(0, 1)
+        z = y = None
+        if self.owner == self.layer_idx:
+            z, y = (x[0].transpose(0, 1) for x in self._new_keys_values(hidden_1TD, rotary))
+        heads = self.layer.num_attention_heads
+        out = self.attn(q, z, y, self.o_proj.in_features // heads)
+        return self._output(out[None], None)[0]
+
+    def store(self, z_TCE: Tensor, y_TUG: Tensor, far: Tensor, slots_T: Tensor) -> None:
+        """Into pages, in both forms where there are two; less what the numbers of layers below say."""
+        new = [x[: len(slots_T)].transpose(0, 1) for x in (z_TCE, y_TUG)]
+        if self.spec.predicted_from:
+            below = newest(side_by_side([self.pages.new[i] for i in self.spec.predicted_from]), len(slots_T))
+            new = [new[0] - self.k_p_proj(below)[0]]
+        new = new[:1] if self.spec.shared_latent else new
+        places = [(self.attn.kind, far, slots_T), *self._recent_place()]
+        stored = [self._write(kind, pages, slots, new) for kind, pages, slots in places]
+        if self.layer_idx in self.pages.read_above:
+            far_z, near_z = read_all(stored[0][0]), read_all(stored[-1][0])
+            both = AgedTokens(far_z, near_z, self.spec.recent)
+            self.pages.new[self.layer_idx] = both if self.spec.recent else far_z
+
+    def _recent_place(self) -> list[tuple[Kind, Tensor, Tensor]]:
+        if not self.spec.recent:
+            return []
+        name, context = self.pages.names[RECENT], get_forward_context()
+        return [(RECENT, context.no_compile_layers[name].kv_cache, context.slot_mapping[name])]
+
+    def _write(self, kind: Kind, pages: Tensor, slots_T: Tensor, new: list[Tensor]) -> list[Any]:
+        spec = self.spec.of_recent if kind == RECENT else self.spec.of_all
+        format, written = self.pages.layout.formats[kind], []
+        for name, side, x_CTE in zip("kv", spec.sides, new, strict=False):
+            part = by_age(x_CTE, side.width, side.width)[kind == RECENT]
+            written.append(format.write(pages, (self.layer_idx, name), slots_T, part))
+        return written
+
+    def read(self, q_tNH: Tensor, far: Tensor, batch: Batch, place: int) -> Tensor:
+        """[t, N, width] for the queries of a batch, the `place`-th of its step."""
+        B, T = len(batch.lengths), batch.queries
+        q = q_tNH.unflatten(0, (B, T)).transpose(1, 2)
+        z, y = self._tokens(self.owner, far, batch, place)
+        if self.spec.predicted_from:
+            z = y = side_by_side([z, *(self._tokens(i, far, batch, place)[0] for i in self.spec.predicted_from)])
+        tables = self.tables.of(batch.positions_BS) if self._rotates_on_read and self.tables is not None else None
+        return self._read(q, z, y, self._mask(batch), tables)[0].flatten(0, 1)
+
+    def _tokens(self, owner: int, far: Tensor, batch: Batch, place: int) -> tuple[Any, Any]:
+        """What a layer has stored of the tokens that a batch may see."""
+        spec, window = self.pages.owned[owner], self.attn.kind
+        found = self._of_kind(owner, spec.of_all, window, far, batch, window)
+        if not spec.recent:
+            return found
+        name, context = self.pages.names[RECENT], get_forward_context()
+        pages, recent = context.no_compile_layers[name].kv_cache, context.attn_metadata[name].batches[place]
+        near = self._of_kind(owner, spec.of_recent, RECENT, pages, recent, spec.recent)
+        z, y = (AgedTokens(old, new, spec.recent) for old, new in zip(found, near, strict=True))
+        return z, y
+
+    def _of_kind(
+        self, owner: int, spec: CacheSpec, kind: Kind, pages: Tensor, batch: Batch, window: int | None
+    ) -> tuple[Any, Any]:
+        format, where = self.pages.layout.formats[kind], (batch.tables_Bp, batch.spans(window), batch.width_of(window))
+        z = format.read(pages, (owner, "k"), *where)
+        return z, z if spec.shared_latent else format.read(pages, (owner, "v"), *where)
+
+    def _mask(self, batch: Batch) -> Tensor | None:
+        mask = batch.mask(self.attn.kind)
+        if self.slopes_N is None:
+            return mask
+        bias_BN1S = self.slopes_N[:, None, None].to(batch.positions_BS.device) * batch.positions_BS[:, None, None]
+        if mask is None:
+            mask = torch.ones(batch.queries, batch.width, dtype=torch.bool).tril(batch.width - batch.queries)
+        return bias_BN1S.masked_fill(~mask.to(bias_BN1S.device), torch.finfo(torch.float32).min)
+
+
+class TransformersPackedAttention(PackedFoldedAttention):
+    """In models that vLLM takes from transformers: a batch of one row of tokens."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """[1, T, D] -> ([1, T, D], no probabilities)."""
+        return self._attended(hidden_states, kwargs.get("position_embeddings"))[None], None

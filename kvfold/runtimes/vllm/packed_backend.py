@@ -1,0 +1,118 @@
+"""vLLM's backend of packed caches: who asks for what in a step, in which pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from kvfold.runtimes.vllm import BACKEND
+from kvfold.runtimes.vllm.batches import Batch, batches
+
+
+@dataclass
+class PackedMetadata:
+    """One step's batches."""
+
+    batches: list[Batch]
+
+
+class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):
+    """Who reads together."""
+
+    _cudagraph_support = AttentionCGSupport.NEVER
+
+    def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> PackedMetadata:
+        """Of what vLLM says of all sequences."""
+        common = common_attn_metadata
+        starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
+        return PackedMetadata(batches(starts, lengths, common.block_table_tensor))
+
+
+class PackedImpl(AttentionImpl[PackedMetadata]):
+    """Hands everything to the layer of the model, which knows its regions."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        **rest: Any,
+    ) -> None:
+        self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, scale, num_kv_heads
+        self.kv_cache_dtype, self.sliding_window = kv_cache_dtype, sliding_window
+
+    def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+        layer.folded.store(key, value, kv_cache, slots)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """[T, N, width] of queries [T, N, H], into `output`; without metadata vLLM measures memory."""
+        if attn_metadata is None:
+            return output.zero_()
+        for place, batch in enumerate(attn_metadata.batches):
+            output[batch.rows] = layer.folded.read(query[batch.rows], kv_cache, batch, place)
+        return output
+
+
+class PackedBackend(AttentionBackend):
+    """Rows of bytes that other backends could not read."""
+
+    forward_includes_kv_cache_update = False
+    supported_dtypes: ClassVar = [torch.float32, torch.bfloat16, torch.float16]
+
+    @staticmethod
+    def get_name() -> str:
+        return BACKEND
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        return PackedImpl
+
+    @staticmethod
+    def get_builder_cls() -> Any:
+        return PackedBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        """Any, so that no page is split: it has an interior."""
+        return [MultipleOf(1)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> Any:
+        """Those in which a page is one piece of memory."""
+        return (KVCacheLayout.LBHNC, KVCacheLayout.LBNHC, KVCacheLayout.BLHNC, KVCacheLayout.BLNHC)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True

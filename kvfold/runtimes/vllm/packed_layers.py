@@ -1,0 +1,98 @@
+"""What vLLM knows of a packed model: its layers, and who of them stands for which pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.utils.torch_utils import _encode_layer_name
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+from kvfold.plan.cache_spec import CacheSpec
+from kvfold.runtimes.vllm.packed_backend import PackedBackend
+from kvfold.runtimes.vllm.pages import RECENT, Kind, Layout
+
+
+class PackedPages:
+    """The pages of a model, and who of its layers stands for which of them in vLLM."""
+
+    def __init__(self, owned: Mapping[int, CacheSpec], vllm_config: Any) -> None:
+        self.layout = Layout(owned, vllm_config.model_config.dtype)
+        self.owned, self.vllm_config = owned, vllm_config
+        self.read_above = frozenset(layer for spec in owned.values() for layer in spec.predicted_from)
+        self.names: dict[Kind, str] = {}
+        self.new: dict[int, Any] = {}
+        """What layers whose numbers others read have stored in this step."""
+
+    def standing_for(self, kind: Kind, name: str) -> str | None:
+        """The layer that stands for a kind of pages; None: the one that asks, which is the first."""
+        if kind is not RECENT and RECENT in self.layout.formats and RECENT not in self.names:
+            self.names[RECENT] = f"{name}.{RECENT}"
+            RecentPages(self, self.names[RECENT])
+        first = self.names.setdefault(kind, name)
+        return None if first == name else first
+
+    def spec(self, kind: Kind) -> Any:
+        """What vLLM is to know of pages of a kind."""
+        cache, row = self.vllm_config.cache_config, self.layout.formats[kind].row_bytes
+        tokens, page = self.layout.page_tokens(cache.block_size)
+        facts = {
+            "block_size": tokens[kind], "num_kv_heads": 1, "head_size": row, "head_size_v": 0, "dtype": torch.uint8,
+            "num_head_slots": 1, "state_content_bytes": row,
+            "page_size_padded": None if tokens[kind] * row == page else page,
+        }  # fmt: skip
+        if kind is None:
+            return FullAttentionSpec(**facts)
+        return SlidingWindowSpec(**facts, sliding_window=self.layout.recent if kind == RECENT else kind)
+
+
+class RecentPages(nn.Module, AttentionLayerBase):
+    """Stands in vLLM for the pages of recent tokens."""
+
+    def __init__(self, pages: PackedPages, name: str) -> None:
+        super().__init__()
+        self.pages, self.layer_name, self.kv_cache = pages, name, torch.tensor([])
+        pages.vllm_config.compilation_config.static_forward_context[name] = self
+
+    def get_attn_backend(self) -> Any:
+        return PackedBackend
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+        return self.pages.spec(RECENT)
+
+
+class PackedAttention(Attention):
+    """What vLLM knows of a layer. Queries, stored numbers and output have shapes of their own, which its operators hand
+    through; an Attention, since it asks for that class where layers share pages."""
+
+    def __init__(self, folded: Any, pages: PackedPages, name: str, window: int | None) -> None:
+        layer = folded.layer
+        super().__init__(
+            layer.num_attention_heads,
+            layer.head_dim,
+            layer.scaling,
+            num_kv_heads=layer.num_attention_heads,
+            cache_config=pages.vllm_config.cache_config,
+            per_layer_sliding_window=window,
+            prefix=name,
+            attn_backend=PackedBackend,
+            kv_sharing_target_layer_name=pages.standing_for(window, name),
+        )
+        self.pages, self.kind = pages, window
+        object.__setattr__(self, "folded", folded)  # which this is a part of
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+        return self.pages.spec(self.kind)
+
+    def forward(self, query: Tensor, key: Tensor | None, value: Tensor | None, width: int) -> Tensor:
+        """[T, N, width] of queries [T, N, H], after z [T, C, E] and y [T, U, G] are stored."""
+        output = torch.empty(len(query), self.num_heads, width, dtype=query.dtype, device=query.device)
+        name, done = _encode_layer_name(self.layer_name), None
+        if key is not None:
+            done = torch.ops.vllm.unified_kv_cache_update(key, value, name)
+        torch.ops.vllm.unified_attention_with_output(query, key, value, output, name, kv_cache_dummy_dep=done)
+        return output

@@ -1,0 +1,44 @@
+"""cos and sin of every position that a served sequence can have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfold.architectures.base import Architecture
+from kvfold.errors import PlanError
+
+
+class RotaryTables:
+    """Of one kind of rotation of a family, by the family's own module: [positions, r] each."""
+
+    def __init__(self, cos_Sr: Tensor, sin_Sr: Tensor) -> None:
+        self.cos_Sr, self.sin_Sr = cos_Sr, sin_Sr
+
+    def of(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, T, r] of positions [B, T] or [T]."""
+        at = positions if positions.dim() == 2 else positions[None]
+        return self.cos_Sr[at], self.sin_Sr[at]
+
+
+def rotary_tables(
+    arch: Architecture, model: Any, *, positions: int, dtype: torch.dtype, device: Any
+) -> dict[str | None, RotaryTables]:
+    """For each kind of rotation that the layers have; `model` is one on the meta device. Raises PlanError where they change with
+    the length of a sequence."""
+    if arch.rotary is None:
+        return {}
+    kinds = {layer.rotary_kind for layer in arch.describe(model)}
+    old = model.get_submodule(arch.rotary)
+    kinds_of_rope = old.rope_type if isinstance(old.rope_type, dict) else {None: old.rope_type}
+    if changing := sorted({*kinds_of_rope.values()} & {"dynamic", "longrope"}):
+        raise PlanError(
+            f"rope_type {changing[0]}: cos and sin change with the length of a sequence, so that keys in pages cannot be"
+            " rotated when they are read; serve it in transformers, or set max_position_embeddings and leave rope scaling out."
+        )
+    with torch.device(device):
+        rotary = type(old)(config=old.config)
+    like, at = torch.empty(0, dtype=dtype, device=device), torch.arange(positions, device=device)[None]
+    return {kind: RotaryTables(*(x[0] for x in rotary(like, at, *([] if kind is None else [kind])))) for kind in kinds}

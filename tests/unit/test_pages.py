@@ -1,0 +1,124 @@
+"""Packed tokens in pages: every layer finds its own, wherever the block table has put them; and who reads together."""
+
+import pytest
+import torch
+
+from kvfold.plan.cache_spec import CacheSpec, StoredShape
+from kvfold.plan.number_format import NumberFormat
+from kvfold.runtimes.kernels.dispatch import roundtrip
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, read_all
+from kvfold.runtimes.vllm.batches import batches
+from kvfold.runtimes.vllm.pages import RECENT, Layout, PageFormat, Span
+
+FOUR = NumberFormat(tiers=((13, 4), (6, 2)))
+SIDES = {
+    (0, "k"): StoredShape(2, 19, FOUR),
+    (0, "v"): StoredShape(3, 5, None),
+    (2, "k"): StoredShape(1, 19, NumberFormat(tiers=((19, 8),), scales="float8")),
+}
+
+
+def made(key, tokens, seed=0):
+    side = SIDES[key]
+    return torch.randn(side.num_heads, tokens, side.width, generator=torch.Generator().manual_seed(seed + key[0]))
+
+
+@pytest.mark.parametrize("tokens, padding", [(1, 0), (5, 3), (16, 0)])
+def test_what_is_written_is_read_back_from_scattered_pages(tokens, padding):
+    format = PageFormat(SIDES, torch.float32)
+    assert format.row_bytes == 2 * FOUR.row_bytes + 3 * 5 * 4 + 19
+    storage = torch.full((40, tokens * format.row_bytes + padding), 255, dtype=torch.uint8)  # 255: stale bytes are NaN
+    pages = storage[:, : tokens * format.row_bytes].unflatten(1, (1, tokens, -1))
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    tables, lengths = order[: 2 * (40 // 2)].view(2, -1), [min(20 * tokens, 37), min(20 * tokens, 11)]
+    at = [torch.arange(length) for length in lengths]
+    slots = torch.cat([table[t // tokens] * tokens + t % tokens for table, t in zip(tables, at, strict=True)])
+    for key in SIDES:
+        format.write(pages, key, slots, made(key, len(slots)))
+    assert (storage[:, tokens * format.row_bytes :] == 255).all()
+    for key, side in SIDES.items():
+        expected = roundtrip(made(key, len(slots))[None], side.format)[0]
+        for start in (0, 7):
+            spans = [Span(min(start, n - 1), n) for n in lengths]
+            found = read_all(format.read(pages, key, tables, spans, 40))
+            for row, whole, (first, end) in zip(found, expected.split(lengths, 1), spans, strict=True):
+                assert torch.equal(row[:, 40 - (end - first) :], whole[:, first:])
+                assert row[:, : 40 - (end - first)].isfinite().all()
+
+
+def test_a_slot_of_padding_is_written_nowhere():
+    format = PageFormat(SIDES, torch.bfloat16)
+    pages = torch.zeros(4, 1, 8, format.row_bytes, dtype=torch.uint8)
+    stored = format.write(pages, (0, "k"), torch.tensor([-1, 9, -1]), made((0, "k"), 3).bfloat16())
+    assert isinstance(stored, PackedTokens) and stored.shape == (1, 2, 3, 19)
+    rows = format.rows(pages, (0, "k"))
+    assert torch.equal(rows[1, :, 1], stored.rows[0, :, 1]) and (pages != 0).sum() == (rows[1, :, 1] != 0).sum()
+
+
+def spec(width, window=None, recent=0):
+    form = NumberFormat(tiers=((width, 4),))
+    finer = {"recent": recent, "recent_head_dim": 2 * width, "v_recent_head_dim": 2 * width} if recent else {}
+    finer |= (
+        {"k_recent_bits": NumberFormat(tiers=((2 * width, 8),)), "v_recent_bits": NumberFormat(tiers=((2 * width, 8),))}
+        if recent
+        else {}
+    )
+    return CacheSpec(
+        num_kv_heads=1,
+        head_dim=width,
+        num_v_heads=1,
+        v_head_dim=width,
+        k_bits=form,
+        v_bits=form,
+        window=window,
+        **finer,
+    )
+
+
+@pytest.mark.parametrize("asked", [16, 64, 128])
+def test_pages_of_all_kinds_are_equally_large_and_nearly_full(asked):
+    plain = Layout({0: spec(32), 1: spec(48)}, torch.bfloat16)
+    assert plain.page_tokens(asked)[0] == {None: asked}
+    mixed = Layout(
+        {0: spec(32, recent=64), 1: spec(48, recent=64), **{i: spec(32, window=100) for i in range(2, 7)}},
+        torch.bfloat16,
+    )
+    tokens, page = mixed.page_tokens(asked)
+    assert set(tokens) == {None, 100, RECENT} and mixed.recent == 64
+    for kind, count in tokens.items():
+        assert 0.5 * page <= count * mixed.formats[kind].row_bytes <= page
+    assert tokens[None] >= asked or tokens[100] >= asked
+
+
+def test_decoding_sequences_are_read_together_and_prompts_alone():
+    tables = torch.arange(12).view(4, 3)
+    found = batches([0, 1, 6, 7, 8], [40, 25, 50, 300], tables)
+    assert [(batch.rows.tolist(), batch.lengths, batch.width) for batch in found] == [
+        ([0, 6], [40, 50], 64),
+        ([1, 2, 3, 4, 5], [25], 25),
+        ([7], [300], 320),
+    ]
+    assert torch.equal(found[0].tables_Bp, tables[[0, 2]])
+    assert found[0].positions_BS[:, -3:].tolist() == [[37, 38, 39], [47, 48, 49]] and found[0].positions_BS[0, 0] == 0
+
+
+@pytest.mark.parametrize("window", [None, 10])
+def test_masks_show_what_a_loop_shows(window):
+    for batch in batches([0, 1, 6, 7], [40, 25, 50], torch.zeros(3, 9, dtype=torch.long)):
+        S, T = batch.width_of(window), batch.queries
+        expected = torch.zeros(len(batch.lengths), 1, T, S, dtype=torch.bool)
+        for row, (length, (start, end)) in enumerate(zip(batch.lengths, batch.spans(window), strict=True)):
+            assert end == length and end - start <= S
+            for query in range(T):
+                position = length - T + query
+                for key in range(start, end):
+                    seen = key <= position and (window is None or key > position - window)
+                    expected[row, 0, query, S - length + key] = seen
+        mask = batch.mask(window)
+        assert torch.equal(torch.ones_like(expected) if mask is None and T == 1 else mask, expected)
+
+
+def test_a_prompt_that_sees_all_before_it_needs_no_mask():
+    assert batches([0, 8], [8], torch.zeros(1, 1))[0].mask(None) is None
+    assert batches([0, 1], [64], torch.zeros(1, 1))[0].mask(None) is None
+    assert batches([0, 8], [9], torch.zeros(1, 1))[0].mask(None) is not None  # torch's fused kernel wants one
