@@ -26,8 +26,8 @@ class RotaryTables:
 def rotary_tables(
     arch: Architecture, model: Any, *, positions: int, dtype: torch.dtype, device: Any
 ) -> dict[str | None, RotaryTables]:
-    """For each kind of rotation that the layers have; `model` is one on the meta device. Raises PlanError where they change with
-    the length of a sequence."""
+    """For each kind of rotation that the layers have; `model` is one on the meta device. Raises PlanError where they change
+    with the length of a sequence."""
     if arch.rotary is None:
         return {}
     kinds = {layer.rotary_kind for layer in arch.describe(model)}
@@ -35,8 +35,8 @@ def rotary_tables(
     kinds_of_rope = old.rope_type if isinstance(old.rope_type, dict) else {None: old.rope_type}
     if changing := sorted({*kinds_of_rope.values()} & {"dynamic", "longrope"}):
         raise PlanError(
-            f"rope_type {changing[0]}: cos and sin change with the length of a sequence, so that keys in pages cannot be"
-            " rotated when they are read; serve it in transformers, or set max_position_embeddings and leave rope scaling out."
+            f"rope_type {changing[0]}: cos and sin change with the length of a sequence, and packed pages are read with those of"
+            " one length; serve it in transformers."
         )
     with torch.device(device):
         rotary = type(old)(config=old.config)
