@@ -35,7 +35,7 @@ def rotary_tables(
     kinds_of_rope = old.rope_type if isinstance(old.rope_type, dict) else {None: old.rope_type}
     if changing := sorted({*kinds_of_rope.values()} & {"dynamic", "longrope"}):
         raise PlanError(
-            f"rope_type {changing[0]}: cos and sin change with the length of a sequence, and packed pages are read with those of"
+            f"rope_type {changing[0]}: cos and sin change with the length of a sequence; packed pages are read with those of"
             " one length; serve it in transformers."
         )
     with torch.device(device):
