@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ class Batch:
     """Sequences that are read together.
 
     rows: their query tokens, one sequence after the other, `queries` of each; lengths: tokens of each sequence, these
-    included; tables [B, pages]; width: tokens of a row, at whose end a sequence stands, behind padding.
+    included; tables [B, pages]; width: tokens of a row, at whose end a sequence stands, behind padding. gathered: what
+    layers that others read have stored of these sequences, by layer.
     """
 
     rows: Tensor
@@ -32,6 +34,7 @@ class Batch:
     tables_Bp: Tensor
     width: int
     masks: dict[int | None, Tensor | None] = dataclasses.field(default_factory=dict)
+    gathered: dict[int, Any] = dataclasses.field(default_factory=dict)
 
     def spans(self, window: int | None) -> list[Span]:
         """What the queries of each sequence may see."""

@@ -70,7 +70,7 @@ class PackedFoldedAttention(FoldedAttention):
         new = new[:1] if self.spec.shared_latent else new
         places = [(self.attn.kind, far, slots_T), *self._recent_place()]
         stored = [self._write(kind, pages, slots, new) for kind, pages, slots in places]
-        if self.layer_idx in self.pages.read_above:
+        if self.layer_idx in self.pages.last_reader:
             far_z, near_z = read_all(stored[0][0]), read_all(stored[-1][0])
             both = AgedTokens(far_z, near_z, self.spec.recent)
             self.pages.new[self.layer_idx] = both if self.spec.recent else far_z
@@ -94,8 +94,11 @@ class PackedFoldedAttention(FoldedAttention):
         B, T = len(batch.lengths), batch.queries
         q = q_tNH.unflatten(0, (B, T)).transpose(1, 2)
         z, y = self._tokens(self.owner, far, batch, place)
-        if self.spec.predicted_from:
-            z = y = side_by_side([z, *(self._tokens(i, far, batch, place)[0] for i in self.spec.predicted_from)])
+        batch.gathered[self.owner] = z
+        below = [batch.gathered[i] for i in self.spec.predicted_from]
+        z, y = (side_by_side([z, *below]),) * 2 if below else (z, y)
+        for i in (i for i in [*batch.gathered] if self.pages.last_reader.get(i, 0) <= self.layer_idx):
+            del batch.gathered[i]
         tables = self.tables.of(batch.positions_BS) if self._rotates_on_read and self.tables is not None else None
         return self._read(q, z, y, self._mask(batch), tables)[0].flatten(0, 1)
 

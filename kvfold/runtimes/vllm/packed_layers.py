@@ -23,7 +23,8 @@ class PackedPages:
     def __init__(self, owned: Mapping[int, CacheSpec], vllm_config: Any) -> None:
         self.layout = Layout(owned, vllm_config.model_config.dtype)
         self.owned, self.vllm_config = owned, vllm_config
-        self.read_above = frozenset(layer for spec in owned.values() for layer in spec.predicted_from)
+        self.last_reader = {below: layer for layer, spec in sorted(owned.items()) for below in spec.predicted_from}
+        """Of layers whose numbers others read."""
         self.names: dict[Kind, str] = {}
         self.new: dict[int, Any] = {}
         """What layers whose numbers others read have stored in this step."""
