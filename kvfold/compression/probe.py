@@ -158,7 +158,7 @@ class Probe:
         for layer, weights in zip(self.groups(owner).layers, folded(owner), strict=True):
             old = stock[layer.index]
             weight = next(old.parameters())
-            options = {"device": weight.device, "dtype": weight.dtype}
+            options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
             new = FoldedAttention(self.model.config, layer, spec, self.source.arch.norms(old), owner, **options)
             stored = weights.state_dict(getattr(torch, self.source.dtype))  # what is rounded there is lost here too
             new.load_state_dict({name: tensor.to(weight.dtype) for name, tensor in stored.items()})

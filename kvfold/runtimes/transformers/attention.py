@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
-from kvfold.plan.tensors import tensor_shapes
+from kvfold.plan.tensors import Shape, tensor_shapes
 from kvfold.runtimes.kernels.attention import chunked_attention, grouped_attention, prefill_attention, with_alibi
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose, decode_attention, rotated_heads
 from kvfold.runtimes.kernels.packed_tokens import (
@@ -35,7 +35,8 @@ from kvfold.runtimes.transformers.projections import projections
 class FoldedAttention(AttentionByAge):
     """Attention of one layer under its cache spec. Takes the place of a family's attention module.
 
-    A layer whose `owner` is another one reads that layer's cache: it has no way to make keys and values itself.
+    A layer whose `owner` is another one reads that layer's cache: it has no way to make keys and values itself. `shapes`: of
+    its tensors, where a process has only a part of them.
     """
 
     q_proj: Any
@@ -54,13 +55,15 @@ class FoldedAttention(AttentionByAge):
         spec: CacheSpec,
         norms: tuple[nn.Module | None, nn.Module | None],
         owner: int | None = None,
+        shapes: Mapping[str, Shape] | None = None,
         **options: Any,
     ) -> None:
         nn.Module.__init__(self)  # the family's own __init__ would build the modules that this one replaces
         self.config, self.layer, self.spec = config, layer, spec
         self.layer_idx, self.scaling, self.is_causal = layer.index, layer.scaling, True
         self.owner = layer.index if owner is None else owner
-        shapes = tensor_shapes(layer, spec, owns=self.owner == layer.index)
+        shapes = shapes or tensor_shapes(layer, spec, owns=self.owner == layer.index)
+        self.made_heads = layer.num_kv_heads
         for name, module in projections(shapes, **options).items():
             setattr(self, name, module)
         self.q_norm, self.k_norm = norms[0], norms[1] if "k_norm.weight" in shapes else None
@@ -183,7 +186,7 @@ class FoldedAttention(AttentionByAge):
 
     def _new_keys_values(self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """What the T new tokens add to the cache: z [B, C, T, E], y [B, U, T, G], which a shared latent is at once."""
-        heads = self.spec.num_kv_heads if self.k_a_proj is None else self.layer.num_kv_heads
+        heads = self.spec.num_kv_heads if self.k_a_proj is None else self.made_heads
         z = self._heads(self.k_proj(hidden_BTD), heads, self.k_norm)
         if self.spec.rope == "applied" and rotary is not None:
             z = apply_rotary(z, *rotary)

@@ -30,12 +30,13 @@ def check_servable(vllm_config: Any) -> None:
     ranks = vllm_config.parallel_config.tensor_parallel_size
     for layer, spec in enumerate(plan.caches):
         source = plan.source[layer]
-        counts = (source.num_kv_heads, *([] if spec is None else [spec.num_kv_heads]))
+        stored = [] if spec is None else [spec.num_kv_heads, spec.num_v_heads]
+        counts = (source.num_kv_heads, *stored)
         if source.num_attention_heads % ranks or any(heads % ranks and ranks % heads for heads in counts):
             raise PlanError(
-                f"tensor_parallel_size {ranks}: layer {layer} has {source.num_attention_heads} query heads, and of keys and"
-                f" values {' and stored '.join(map(str, counts))}; they cannot be shared out evenly. Choose a number that"
-                " divides them."
+                f"tensor_parallel_size {ranks}: layer {layer} has {source.num_attention_heads} query heads,"
+                f" {source.num_kv_heads} of keys and values, stored {stored or 'by another layer'}; they cannot be shared out"
+                " evenly. Choose a number that divides them."
             )
     if vllm_config.parallel_config.pipeline_parallel_size > 1 and any(
         target is not None for target in plan.kv_sharing_target_layer
@@ -47,7 +48,6 @@ def _check_packed(vllm_config: Any) -> None:
     """What pages of bytes do not go with."""
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     wrong = {
-        f"tensor_parallel_size {parallel.tensor_parallel_size}": parallel.tensor_parallel_size > 1,
         f"pipeline_parallel_size {parallel.pipeline_parallel_size}": parallel.pipeline_parallel_size > 1,
         f"decode_context_parallel_size {parallel.decode_context_parallel_size}": parallel.decode_context_parallel_size
         > 1,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
 
+from kvfold.errors import PlanError
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, by_age, newest, read_all, side_by_side
@@ -34,8 +38,16 @@ class PackedFoldedAttention(FoldedAttention):
     ) -> None:
         norms = getattr(old, "q_norm", None), getattr(old, "k_norm", None)
         config: Any = SimpleNamespace(_attn_implementation="sdpa")
-        super().__init__(config, layer, spec, norms, owner)
-        self.pages, self.tables = pages, tables
+        rank, owns = pages.rank, owner == layer.index
+        if layer.flat_norm and rank.count > 1:
+            raise PlanError("tensor_parallel_size: this family normalises all heads together; serve it with 1.")
+        shapes = rank.shapes(layer, spec, owns=owns)
+        super().__init__(config, rank.reader(layer), rank.spec(spec), norms, owner, shapes)
+        self.pages, self.tables, self.made_heads = pages, tables, rank.made_heads(layer, spec)
+        for name in shapes:
+            if "norm" not in name:
+                cut = functools.partial(rank.cut, name, layer=layer, spec=spec)
+                self.get_parameter(name).of_rank = cut  # type: ignore[attr-defined]
         slopes = getattr(stock.impl, "alibi_slopes", None)
         self.slopes_N = None if slopes is None else torch.as_tensor(slopes, dtype=torch.float32)
         self.attn = PackedAttention(self, pages, stock.layer_name, stock.sliding_window)
@@ -60,6 +72,12 @@ class PackedFoldedAttention(FoldedAttention):
         heads = self.layer.num_attention_heads
         out = self.attn(q, z, y, self.o_proj.in_features // heads)
         return self._output(out[None], None)[0]
+
+    def _output(self, out_1TNH: Tensor, residual: Tensor | None) -> Tensor:
+        if self.pages.rank.count == 1:
+            return super()._output(out_1TNH, residual)
+        out = tensor_model_parallel_all_reduce(F.linear(out_1TNH.flatten(2), self.o_proj.weight))
+        return out if self.o_proj.bias is None else out + self.o_proj.bias
 
     def store(self, z_TCE: Tensor, y_TUG: Tensor, far: Tensor, slots_T: Tensor) -> None:
         """Into pages, in both forms where there are two; less what the numbers of layers below say."""

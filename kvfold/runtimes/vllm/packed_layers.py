@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import _encode_layer_name
@@ -15,14 +16,17 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.runtimes.vllm.packed_backend import PackedBackend
 from kvfold.runtimes.vllm.pages import RECENT, Kind, Layout
+from kvfold.runtimes.vllm.ranks import Rank
 
 
 class PackedPages:
     """The pages of a model, and who of its layers stands for which of them in vLLM."""
 
     def __init__(self, owned: Mapping[int, CacheSpec], vllm_config: Any) -> None:
-        self.layout = Layout(owned, vllm_config.model_config.dtype)
-        self.owned, self.vllm_config = owned, vllm_config
+        self.rank = Rank(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
+        self.owned = {layer: self.rank.spec(spec) for layer, spec in owned.items()}
+        self.layout = Layout(self.owned, vllm_config.model_config.dtype)
+        self.vllm_config = vllm_config
         self.last_reader = {below: layer for layer, spec in sorted(owned.items()) for below in spec.predicted_from}
         """Of layers whose numbers others read."""
         self.names: dict[Kind, str] = {}
