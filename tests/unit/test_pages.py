@@ -5,6 +5,7 @@ import torch
 
 from kvfold.plan.cache_spec import CacheSpec, StoredShape
 from kvfold.plan.number_format import NumberFormat
+from kvfold.runtimes.kernels import cpu, paging
 from kvfold.runtimes.kernels.dispatch import roundtrip
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, read_all
 from kvfold.runtimes.vllm.batches import batches
@@ -44,6 +45,23 @@ def test_what_is_written_is_read_back_from_scattered_pages(tokens, padding):
             for row, whole, (first, end) in zip(found, expected.split(lengths, 1), spans, strict=True):
                 assert torch.equal(row[:, 40 - (end - first) :], whole[:, first:])
                 assert row[:, : 40 - (end - first)].isfinite().all()
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
+def test_the_kernel_does_what_torch_does():
+    generator = torch.Generator().manual_seed(3)
+    storage = torch.randint(0, 256, (12, 3 * 7 * 11 + 5), dtype=torch.uint8, generator=generator)
+    pages = storage.as_strided((12, 3, 7, 11), (storage.stride(0), 77, 11, 1), 2)
+    assert cpu.pages(pages)
+    tables = torch.randperm(12, generator=generator)[:10].view(2, 5)
+    for spans in ([(0, 35), (13, 14)], [(6, 22), (7, 21)]):
+        assert torch.equal(paging.gather(pages, tables, spans, 36), paging.gather_by_torch(pages, tables, spans, 36))
+    new = torch.randint(0, 256, (3, 9, 16), dtype=torch.uint8, generator=generator)[:, :, 2:13]
+    slots = torch.tensor([80, -1, 0, 6, 7, 33, 34, -1, 83])
+    expected = storage.clone()
+    paging.scatter_by_torch(expected.as_strided(pages.shape, pages.stride(), 2), slots, new)
+    paging.scatter(pages, slots, new)
+    assert torch.equal(storage, expected)
 
 
 def test_a_slot_of_padding_is_written_nowhere():

@@ -73,6 +73,18 @@ class _Rotation(ctypes.Structure):
     )
 
 
+class _Pages(ctypes.Structure):
+    """A region of all pages, as paging.cpp declares it."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("page_stride", "heads", "tokens", "row_bytes")),
+    )
+
+    def __init__(self, rows_PCtX: Tensor) -> None:
+        super().__init__(rows_PCtX.data_ptr(), rows_PCtX.stride(0), *rows_PCtX.shape[1:])
+
+
 def _flat(tiers: Sequence[tuple[int, int]]) -> Any:
     return (ctypes.c_int32 * (2 * len(tiers)))(*itertools.chain(*tiers))
 
@@ -223,6 +235,45 @@ def rotate(x_BCSF: Tensor, cos_BSr: Tensor, sin_BSr: Tensor, head_dim: int) -> T
         ctypes.c_int(torch.get_num_threads()),
     )
     return out
+
+
+def pages(rows_PCtX: Tensor) -> bool:
+    """Whether the kernel takes these bytes out of pages, and puts others there."""
+    _, _, tokens, row_bytes = rows_PCtX.shape
+    dense = rows_PCtX.stride()[1:] == (tokens * row_bytes, row_bytes, 1)
+    return rows_PCtX.device.type == "cpu" and rows_PCtX.dtype == torch.uint8 and dense and library() is not None
+
+
+def gather(rows_PCtX: Tensor, tables_Bp: Tensor, spans: Sequence[tuple[int, int]], width: int) -> Tensor:
+    """As `paging.gather`."""
+    kernel, heads, row_bytes = library(), rows_PCtX.shape[1], rows_PCtX.shape[3]
+    assert kernel is not None, "pages() was asked"
+    assert all(0 <= start < end <= start + width for start, end in spans), "rows are wide enough"
+    tables = tables_Bp.to(torch.int32).contiguous()
+    ends = (ctypes.c_int64 * (2 * len(spans)))(*itertools.chain(*spans))
+    out = torch.empty(len(spans), heads, width, row_bytes, dtype=torch.uint8, device=rows_PCtX.device)
+    kernel.kvfold_gather(
+        ctypes.byref(_Pages(rows_PCtX)),
+        ctypes.c_void_p(tables.data_ptr()),
+        ctypes.c_int64(tables.stride(0)),
+        ends,
+        ctypes.c_void_p(out.data_ptr()),
+        *(ctypes.c_int(number) for number in (len(spans), width, torch.get_num_threads())),
+    )
+    return out
+
+
+def scatter(rows_PCtX: Tensor, slots_T: Tensor, new_CTX: Tensor) -> None:
+    """As `paging.scatter`."""
+    kernel, slots = library(), slots_T.to(torch.int64).contiguous()
+    assert kernel is not None and new_CTX.stride(-1) == 1, "pages() was asked"
+    assert new_CTX.dtype == torch.uint8 and new_CTX.shape == (rows_PCtX.shape[1], len(slots), rows_PCtX.shape[3])
+    kernel.kvfold_scatter(
+        ctypes.byref(_Pages(rows_PCtX)),
+        ctypes.c_void_p(slots.data_ptr()),
+        ctypes.c_void_p(new_CTX.data_ptr()),
+        *(ctypes.c_int64(number) for number in (*new_CTX.stride()[:2], len(slots))),
+    )
 
 
 def decode(q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, bias: Tensor | None, *, scale: float) -> Tensor:

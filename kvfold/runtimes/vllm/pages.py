@@ -19,6 +19,7 @@ from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.number_format import StoredShape
 from kvfold.runtimes.kernels.dispatch import pack
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens
+from kvfold.runtimes.kernels.paging import gather, scatter
 
 RECENT = "recent"
 """The kind of page that holds the finer form of recent tokens; others are named by the window of their layers, or None."""
@@ -66,9 +67,7 @@ class PageFormat:
         """Store tokens where their slots are (page * tokens + place; -1: nowhere), and return them as they are stored."""
         side, rows = self.regions[key].side, self.rows(pages, key)
         packed = x_CTR.contiguous().view(torch.uint8) if side.format is None else pack(x_CTR[None], side.format)[0]
-        live = slots_T >= 0
-        slots = slots_T[live].long()
-        rows[slots // rows.shape[2], :, slots % rows.shape[2]] = packed.transpose(0, 1)[live]
+        scatter(rows, slots_T, packed)
         return x_CTR[None] if side.format is None else PackedTokens(packed[None], side.format, x_CTR.dtype)
 
     def read(
@@ -80,17 +79,6 @@ class PageFormat:
         if side.format is None:
             return rows_BCSX.view(self.dtype)
         return PackedTokens(rows_BCSX, side.format, self.dtype)
-
-
-def gather(rows_PCtX: Tensor, tables_Bp: Tensor, spans: Sequence[Span], width: int) -> Tensor:
-    """[B, C, width, X] of rows in pages; what stands before a span is zeros."""
-    _, heads, tokens, row_bytes = rows_PCtX.shape
-    out = rows_PCtX.new_zeros(len(spans), heads, width, row_bytes)
-    for row, table_p, (start, end) in zip(out, tables_Bp, spans, strict=True):
-        first = start // tokens
-        found = rows_PCtX[table_p[first : -(-end // tokens)].long()].transpose(0, 1).flatten(1, 2)
-        row[:, width - (end - start) :] = found[:, start - first * tokens : end - first * tokens]
-    return out
 
 
 class Layout:
