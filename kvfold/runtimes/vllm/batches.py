@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,8 @@ class Batch:
     lengths: list[int]
     tables_Bp: Tensor
     width: int
-    masks: dict[int | None, Tensor | None] = dataclasses.field(default_factory=dict)
     gathered: dict[int, Any] = dataclasses.field(default_factory=dict)
+    made: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def spans(self, window: int | None) -> list[Span]:
         """What the queries of each sequence may see."""
@@ -54,9 +54,13 @@ class Batch:
 
     def mask(self, window: int | None) -> Tensor | None:
         """[B, 1, T, S] of what queries see, None where that is all that came before them."""
-        if window not in self.masks:
-            self.masks[window] = self._mask(window)
-        return self.masks[window]
+        return self.once(("mask", window), lambda: self._mask(window))
+
+    def once(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What all layers need and the first one makes."""
+        if name not in self.made:
+            self.made[name] = make()
+        return self.made[name]
 
     def _mask(self, window: int | None) -> Tensor | None:
         S, T = self.width_of(window), self.queries

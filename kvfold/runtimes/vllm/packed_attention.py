@@ -117,7 +117,9 @@ class PackedFoldedAttention(FoldedAttention):
         z, y = (side_by_side([z, *below]),) * 2 if below else (z, y)
         for i in (i for i in [*batch.gathered] if self.pages.last_reader.get(i, 0) <= self.layer_idx):
             del batch.gathered[i]
-        tables = self.tables.of(batch.positions_BS) if self._rotates_on_read and self.tables is not None else None
+        tables = None
+        if self._rotates_on_read and self.tables is not None:
+            tables = batch.once(self.tables, functools.partial(self.tables.of, batch.positions_BS))
         return self._read(q, z, y, self._mask(batch), tables)[0].flatten(0, 1)
 
     def _tokens(self, owner: int, far: Tensor, batch: Batch, place: int) -> tuple[Any, Any]:
@@ -140,13 +142,19 @@ class PackedFoldedAttention(FoldedAttention):
         return z, z if spec.shared_latent else format.read(pages, (owner, "v"), *where)
 
     def _mask(self, batch: Batch) -> Tensor | None:
-        mask = batch.mask(self.attn.kind)
         if self.slopes_N is None:
-            return mask
-        bias_BN1S = self.slopes_N[:, None, None].to(batch.positions_BS.device) * batch.positions_BS[:, None, None]
+            return batch.mask(self.attn.kind)
+        return batch.once("alibi", functools.partial(self._alibi, batch))
+
+    def _alibi(self, batch: Batch) -> Tensor:
+        """[B, N, T, S] to add: slopes, the same in all layers, times positions, and what queries do not see."""
+        assert self.slopes_N is not None and self.attn.kind is None, "families with alibi have no windows"
+        mask, S = batch.mask(None), batch.positions_BS
+        bias_BN1S = self.slopes_N[:, None, None].to(S.device) * S[:, None, None]
         if mask is None:
-            mask = torch.ones(batch.queries, batch.width, dtype=torch.bool).tril(batch.width - batch.queries)
-        return bias_BN1S.masked_fill(~mask.to(bias_BN1S.device), torch.finfo(torch.float32).min)
+            mask = torch.ones(batch.queries, batch.width, dtype=torch.bool, device=S.device)
+            mask = mask.tril(batch.width - batch.queries)
+        return bias_BN1S.masked_fill(~mask, torch.finfo(torch.float32).min)
 
 
 class TransformersPackedAttention(PackedFoldedAttention):
