@@ -19,6 +19,11 @@ from kvfold.runtimes.vllm.pages import RECENT, Kind, Layout
 from kvfold.runtimes.vllm.ranks import Rank
 
 
+TOKENS = 32
+"""Of a page at least, where there are several kinds of pages, unless the user asks for others: prompts are compared, and
+sequences that are short waste, by whole pages."""
+
+
 class PackedPages:
     """The pages of a model, and who of its layers stands for which of them in vLLM."""
 
@@ -44,7 +49,8 @@ class PackedPages:
     def spec(self, kind: Kind) -> Any:
         """What vLLM is to know of pages of a kind."""
         cache, row = self.vllm_config.cache_config, self.layout.formats[kind].row_bytes
-        tokens, page = self.layout.page_tokens(cache.block_size)
+        free = len(self.layout.formats) > 1 and not cache.user_specified_block_size
+        tokens, page = self.layout.page_tokens(min(cache.block_size, TOKENS) if free else cache.block_size)
         facts = {
             "block_size": tokens[kind], "num_kv_heads": 1, "head_size": row, "head_size_v": 0, "dtype": torch.uint8,
             "num_head_slots": 1, "state_content_bytes": row,
