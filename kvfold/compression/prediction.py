@@ -55,7 +55,9 @@ class Form:
     def folded(self) -> FoldedWeights:
         """The weights, with what the numbers of layers below add to what is read and take from what is stored."""
         folded = self.width.from_latents(self.group, self.spec, self.latents)
-        assert self.back_FS is not None and folded.k_b_proj is not None and folded.v_b_proj is not None, "one latent"
+        if self.back_FS is None:
+            return folded
+        assert folded.k_b_proj is not None and folded.v_b_proj is not None, "one latent"
         keys_HS, values_HS = self.back_FS.chunk(2)
         return dataclasses.replace(
             folded,
@@ -80,7 +82,7 @@ class Prediction:
     def folded(self, owner: int) -> Iterator[FoldedWeights]:
         """The weights of the layers that use a cache."""
         spec = self.plan.cache_of(owner)
-        if not spec.predicted_from:
+        if not spec.predicted_from and self._last_reader(owner) < 0:
             yield from folded_weights(self.width, self.groups(owner), spec)
             return
         far, *near = (form.folded() for form in self.forms(owner))
@@ -125,7 +127,8 @@ class Prediction:
         return self.stored[layer]
 
     def _last_reader(self, layer: int) -> int:
-        return max(i for i, spec in enumerate(self.plan.caches) if spec and layer in spec.predicted_from)
+        """The last layer that is given what this one stores; -1: none is."""
+        return max((i for i, spec in enumerate(self.plan.caches) if spec and layer in spec.predicted_from), default=-1)
 
 
 def _about(moment: Moment, x_TF: Tensor, weight_T: Tensor) -> Moment:

@@ -18,7 +18,6 @@ from kvfold.runtimes.vllm.packed_backend import PackedBackend
 from kvfold.runtimes.vllm.pages import RECENT, Kind, Layout
 from kvfold.runtimes.vllm.ranks import Rank
 
-
 TOKENS = 32
 """Of a page at least, where there are several kinds of pages, unless the user asks for others: prompts are compared, and
 sequences that are short waste, by whole pages."""
