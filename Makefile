@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/demo_model/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: docs wheel results-real results-real-auto results-real-ablation results-real-tasks results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
+.PHONY: docs wheel results-real results-real-kivi results-real-auto results-real-ablation results-real-tasks results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -208,7 +208,7 @@ results-recall: $(VENV)/installed
 	tail -n 1 runs/recall.txt > results/recall-$(notdir $(FOLDED)).json
 
 # On the real model (make real-models), each part by itself in about half an hour on two cores (kivi, which evaluation decodes
-# token by token, would take as long again):
+# token by token, twice as long again: make results-real-kivi):
 # make results-real-frontier VALID=books-valid.txt SHIFTED=wikitext2-valid.txt CALIBRATION=books-train.txt
 REAL := lab/models/real/smollm2-135m
 ON_REAL = --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 4096
@@ -221,6 +221,10 @@ results-real-frontier: $(VENV)/installed
 	  --data $(CALIBRATION) $(ON_REAL) --out runs/real-frontier
 	$(BIN)/python benchmarks/frontier.py --real runs/real-frontier
 
+results-real-kivi: $(VENV)/installed
+	$(BIN)/kvfold compare $(REAL) $(addprefix --preset ,$(filter kivi:%,$(FIXED))) --kv-budget 1/2 --data $(CALIBRATION) $(ON_REAL) --out runs/real-kivi
+	$(BIN)/python benchmarks/frontier.py --real runs/real-frontier runs/real-auto runs/real-kivi
+
 # The default, and what it makes for speed, anew, beside the peers of results-real-frontier
 results-real-auto: $(VENV)/installed
 	$(BIN)/kvfold compare $(REAL) --preset auto --preset auto:prefer=speed $(addprefix --kv-budget ,1/2 1/4 1/8 1/16 1/32) --data $(CALIBRATION) $(ON_REAL) \
@@ -231,8 +235,8 @@ results-real-auto: $(VENV)/installed
 PARTS := auto auto:width.below=0 auto:$(PLAIN),width.below=0 auto:$(PLAIN),width.method=fisher,width.rope=on_read auto:prefer=speed \
   auto:prefer=speed,$(PLAIN)
 results-real-ablation: $(VENV)/installed
-	$(BIN)/kvfold compare $(REAL) $(addprefix --preset ,$(PARTS)) $(addprefix --kv-budget ,1/4 1/8 1/16 1/32) --data $(CALIBRATION) \
-	  $(ON_REAL) --out runs/real-ablation
+	$(BIN)/kvfold compare $(REAL) $(addprefix --preset ,$(PARTS)) --kv-budget 1/8 --kv-budget 1/16 --data $(CALIBRATION) $(ON_REAL) \
+	  --out runs/real-ablation
 	cp runs/real-ablation/table.md results/real-ablation.md
 
 # What more or longer calibration text buys at 1/8
