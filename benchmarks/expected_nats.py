@@ -49,8 +49,9 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, run_dir: Path) -> list[Row]:
     """One row per layer, side and budget."""
-    fields = {"model": options.model, "out": str(run_dir / "unused"), "prefer": options.prefer}
-    recipe = make_recipe(fields | {"kv_budget": 0.5, "calibration": {"data": options.data}})
+    sides = {"width": {"method": "fisher"}, "length": {"method": "identity"}}  # keys and values apart, all tokens alike
+    fields = {"model": options.model, "out": str(run_dir / "unused"), "prefer": options.prefer} | sides
+    recipe = make_recipe(fields | {"preset": "auto", "kv_budget": 0.5, "calibration": {"data": options.data}})
     source = open_source(options.model)
     axes = recipe.axes
     request = Request(layers=source.layers, targets=(None,) * len(source.layers), axes=axes, dtype=source.dtype)
