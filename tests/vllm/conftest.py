@@ -68,6 +68,7 @@ layer that is kept, heads of keys unlike those of values; norms on keys, windows
 transformers'."""
 PLANS |= PACKED
 CHANGES = {
+    "odd_heads": {},
     "qwen2_sink": {"hidden_size": 96},
     "gpt2_conv": {"scale_attn_by_inverse_layer_idx": False},
     "norms_shared": {"layer_types": None, "use_sliding_window": False, "sliding_window": None},

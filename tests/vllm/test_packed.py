@@ -63,9 +63,9 @@ def test_pages_hold_the_bytes_of_kvfolds_own_cache(served, folder, root, name):
 
 
 def assert_alike(found, expected):
-    """At most one row in a hundred differs, by roundings."""
+    """At most one row in a hundred differs, by roundings; one of a few."""
     assert found.shape == expected.shape
-    assert (found != expected).any(-1).float().mean() <= 0.01
+    assert (found != expected).any(-1).sum() <= max(0.01 * expected[..., 0].numel(), 1)
     return 1
 
 

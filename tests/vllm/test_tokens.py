@@ -13,7 +13,7 @@ CHUNKS = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
 """Prompts in pieces, beside other sequences."""
 OF_ONE_MODEL = ("groups", "shared", "wide")
 REFUSED = {
-    "kivi": "block = 128: tokens that are packed together",
+    "kivi": "block = 32: tokens that are packed together",
     "odd_heads": "head_dim 16: vLLM's model of this family takes heads of hidden_size / num_attention_heads = 10",
 }
 
