@@ -5,76 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from plans import CALIBRATION, CHANGES, PLANS
 from tiny import MODELS, make_tiny, save_tiny
 
 import kvfold
 from kvfold.evaluation.demo import MODEL
-
-CALIBRATION = {"data": "self", "num_samples": 8, "seq_len": 128}
-PLANS = {
-    "groups": {"runtime": "vllm", "kv_budget": 1 / 3},
-    "shared": {"preset": "mlkv", "depth": {"owners": 2}, "width": {"kv_heads": 2}},
-    "norms_shared": {"model": "qwen3_norm_window", "preset": "mlkv", "depth": {"owners": 1}, "width": {"kv_heads": 2}},
-    "mixed": {
-        "model": "neox_partial",
-        "runtime": "vllm",
-        "width": {"method": "svd_a", "latent": "group", "v_latent": "group"},
-        "keep_layers": [0],
-        "allocate": "greedy",
-        "kv_budget": 0.46,
-    },
-    "wide": {"preset": "fast", "runtime": "vllm", "kv_budget": 1 / 2},
-    "odd_heads": {"model": "qwen2_sink", "runtime": "vllm", "allocate": "uniform", "kv_budget": 1 / 2},
-    "kivi": {"preset": "kivi"},
-}
-"""Of the packaged model: sizes that differ from layer to layer, layers that share a cache, one latent for all heads; and two
-that vLLM cannot serve."""
-PACKED = (
-    {
-        "auto": {"preset": "auto", "kv_budget": 1 / 8},
-        "auto_speed": {"preset": "auto", "prefer": "speed", "kv_budget": 1 / 8},
-        "int4": {"preset": "int4"},
-        "fp8": {"preset": "fp8"},
-        "small": {"preset": "small", "kv_budget": 1 / 4},
-        "shared_int4": {
-            "preset": "mlkv",
-            "depth": {"owners": 2},
-            "width": {"kv_heads": 2},
-            "bits": {"method": "integer", "k_bits": 4, "v_bits": 4},
-        },
-        "kept": {"preset": "auto", "kv_budget": 1 / 4, "keep_layers": [3]},
-        "unequal_groups": {
-            "preset": "auto",
-            "kv_budget": 1 / 8,
-            "length": {"method": "identity"},
-            "width": {"method": "fisher", "rope": "on_read", "latent": "group", "group_size": 3, "v_latent": "layer"},
-        },
-    }
-    | {
-        f"{family}_auto": {"model": family, "preset": "auto", "kv_budget": 1 / 4}
-        for family in (
-            "qwen3_norm_window",
-            "gemma2_softcap",
-            "gemma3_norm",
-            "bloom_alibi",
-            "neox_partial",
-            "phi3_partial",
-        )
-    }
-    | {"mistral_window_int4": {"model": "mistral_window", "preset": "int4"}}
-)
-"""In pages of bytes: the default and its fast form, packed heads and float8, numbers as they are with keys rebuilt on read, a
-layer that is kept, heads of keys unlike those of values; norms on keys, windows, capped scores, alibi, models of
-transformers'."""
-PLANS |= PACKED
-CHANGES = {
-    "odd_heads": {},
-    "qwen2_sink": {"hidden_size": 96},
-    "gpt2_conv": {"scale_attn_by_inverse_layer_idx": False},
-    "norms_shared": {"layer_types": None, "use_sliding_window": False, "sliding_window": None},
-    "qwen3_norm_window": {"layer_types": None, "use_sliding_window": False, "sliding_window": None},
-}
-"""What vLLM's own models of these families do not have; its Qwen2 has heads of hidden_size / num_attention_heads."""
 
 
 @pytest.fixture(scope="session")

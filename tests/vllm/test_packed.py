@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from conftest import PACKED
 from engines import BIND, assert_same_tokens, job, prompts, serve
+from plans import PACKED
 from safetensors.torch import load_file
 from tiny import load
 
 import kvfold
+from kvfold.runtimes.kernels.codec import unpack
 
 CHUNKS = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
 STEPS = {
@@ -46,27 +47,36 @@ def test_a_prompt_that_was_seen_is_read_from_the_cache(served, name):
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_pages_hold_the_bytes_of_kvfolds_own_cache(served, folder, root, name):
+    """At most one row in a hundred differs, by a rounding, in the first two layers. From there on one code that falls to the
+    other side moves hidden states by more than a step of 8 bits: numbers are close."""
     found = load_file(root / name)
     model = load(folder(name), dtype=torch.float32)
     cache = kvfold.FoldedCache(model.kv_plan)
     with torch.no_grad():
         model(torch.tensor([prompts()[-1]]), past_key_values=cache)
-    compared = 0
     owners = [index for index, spec in enumerate(model.kv_plan.caches) if spec is not None]
+    compared = 0
     for index, layer in zip(owners, cache.owned, strict=True):
-        for side, buffer in zip("kv", layer.buffers, strict=False):
-            compared += assert_alike(found[f"{index}.{side}"], buffer.view().rows[0])
-        for side, recent in zip("kv", layer.recent, strict=False):
-            kept = recent.rows[0]
-            compared += assert_alike(found[f"{index}.{side}.recent"][:, -kept.shape[1] :], kept)
+        sides = [
+            (f"{index}.{side}", buffer.view().rows, buffer.format)
+            for side, buffer in zip("kv", layer.buffers, strict=False)
+        ]
+        sides += [
+            (f"{index}.{side}.recent", kept.rows, kept.format) for side, kept in zip("kv", layer.recent, strict=False)
+        ]
+        for key, expected, format in sides:
+            rows = found[key][None, :, -expected.shape[2] :]
+            assert rows.shape == expected.shape
+            differ = (rows != expected).any(-1).float().sum()
+            assert index > 1 or differ <= max(0.01 * expected[..., 0].numel(), 1)
+            assert distance(unpack(rows, format, torch.float32), unpack(expected, format, torch.float32)) < 0.02
+            compared += 1
     assert compared >= 6
 
 
-def assert_alike(found, expected):
-    """At most one row in a hundred differs, by roundings; one of a few."""
-    assert found.shape == expected.shape
-    assert (found != expected).any(-1).sum() <= max(0.01 * expected[..., 0].numel(), 1)
-    return 1
+def distance(x, y):
+    """Relative."""
+    return float((x - y).norm() / y.norm())
 
 
 def test_the_cache_holds_as_many_more_tokens_as_the_plan_promises(served, folder):
