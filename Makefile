@@ -76,15 +76,15 @@ results-frontier: $(VENV)/installed
 	  --out runs/frontier-$(notdir $(MODEL))
 	$(BIN)/python benchmarks/frontier.py
 
-# The default alone, at the settings of the frontier: make results-auto MODEL=... VALID=... SHIFTED=... CALIBRATION=...
+PLAIN := length.method=identity
+# The default with and without recent tokens and predictions: make results-auto MODEL=... VALID=... SHIFTED=... CALIBRATION=...
 results-auto: $(VENV)/installed
-	$(BIN)/kvfold compare $(MODEL) --preset auto --preset auto:prefer=speed $(addprefix --kv-budget ,1/4 1/8 1/16 1/32) \
-	  --data $(CALIBRATION) --num-samples 128 --seq-len 256 --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 16384 \
+	$(BIN)/kvfold compare $(MODEL) --preset auto --preset auto:width.below=0,$(PLAIN) $(addprefix --kv-budget ,1/4 1/8 1/16 1/32) \
+	  --data $(CALIBRATION) --num-samples 128 --seq-len 256 --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 8192 \
 	  --out runs/auto-$(notdir $(MODEL))
 	cp runs/auto-$(notdir $(MODEL))/table.md results/auto-$(notdir $(MODEL)).md
 
 # The default, without recent tokens, and with latents of keys and values apart: make results-mla MODEL=... VALID=... SHIFTED=... CALIBRATION=...
-PLAIN := length.method=identity
 results-mla: $(VENV)/installed
 	$(BIN)/kvfold compare $(MODEL) --preset auto --preset auto:$(PLAIN) --preset auto:$(PLAIN),width.method=fisher,width.rope=on_read \
 	  $(addprefix --kv-budget ,1/4 1/8 1/16 1/32) --data $(CALIBRATION) --num-samples 128 --seq-len 256 --eval-data $(VALID) \
