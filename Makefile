@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/demo_model/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: docs wheel results-real results-real-kivi results-measured results-real-auto results-real-ablation results-real-tasks results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
+.PHONY: docs wheel results-real results-real-kivi results-measured results-lab results-real-auto results-real-ablation results-real-tasks results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -76,13 +76,20 @@ results-frontier: $(VENV)/installed
 	  --out runs/frontier-$(notdir $(MODEL))
 	$(BIN)/python benchmarks/frontier.py
 
-PLAIN := length.method=identity
-# The default with and without recent tokens and predictions: make results-auto MODEL=... VALID=... SHIFTED=... CALIBRATION=...
+# The default alone, at the settings of the frontier: make results-auto MODEL=... VALID=... SHIFTED=... CALIBRATION=...
 results-auto: $(VENV)/installed
-	$(BIN)/kvfold compare $(MODEL) --preset auto --preset auto:width.below=0,$(PLAIN) $(addprefix --kv-budget ,1/4 1/8 1/16 1/32) \
-	  --data $(CALIBRATION) --num-samples 128 --seq-len 256 --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 8192 \
+	$(BIN)/kvfold compare $(MODEL) --preset auto --preset auto:prefer=speed $(addprefix --kv-budget ,1/4 1/8 1/16 1/32) \
+	  --data $(CALIBRATION) --num-samples 128 --seq-len 256 --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 16384 \
 	  --out runs/auto-$(notdir $(MODEL))
 	cp runs/auto-$(notdir $(MODEL))/table.md results/auto-$(notdir $(MODEL)).md
+
+# The default with and without recent tokens and predictions: make results-lab MODEL=... VALID=... SHIFTED=... CALIBRATION=...
+PLAIN := length.method=identity
+results-lab: $(VENV)/installed
+	$(BIN)/kvfold compare $(MODEL) --preset auto --preset auto:width.below=0,$(PLAIN) $(addprefix --kv-budget ,1/4 1/8 1/16 1/32) \
+	  --data $(CALIBRATION) --num-samples 128 --seq-len 256 --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 8192 \
+	  --out runs/lab-$(notdir $(MODEL))
+	cp runs/lab-$(notdir $(MODEL))/table.md results/lab-$(notdir $(MODEL)).md
 
 # The default, without recent tokens, and with latents of keys and values apart: make results-mla MODEL=... VALID=... SHIFTED=... CALIBRATION=...
 results-mla: $(VENV)/installed
