@@ -82,7 +82,7 @@ class Prediction:
     def folded(self, owner: int) -> Iterator[FoldedWeights]:
         """The weights of the layers that use a cache."""
         spec = self.plan.cache_of(owner)
-        if not spec.predicted_from and self._last_reader(owner) < 0:
+        if not spec.predicted_from and owner not in self.plan.last_predicted:
             yield from folded_weights(self.width, self.groups(owner), spec)
             return
         far, *near = (form.folded() for form in self.forms(owner))
@@ -122,13 +122,9 @@ class Prediction:
     def _stored_by(self, layer: int) -> list[Tensor]:
         """Per form, what the layer's cache gives back; what no layer above it reads is forgotten."""
         if layer not in self.stored:
-            self.stored = {i: kept for i, kept in self.stored.items() if self._last_reader(i) > layer}
+            self.stored = {i: kept for i, kept in self.stored.items() if self.plan.last_predicted[i] > layer}
             self.stored[layer] = [form.through_the_cache() for form in self.forms(layer)]
         return self.stored[layer]
-
-    def _last_reader(self, layer: int) -> int:
-        """The last layer that is given what this one stores; -1: none is."""
-        return max((i for i, spec in enumerate(self.plan.caches) if spec and layer in spec.predicted_from), default=-1)
 
 
 def _about(moment: Moment, x_TF: Tensor, weight_T: Tensor) -> Moment:

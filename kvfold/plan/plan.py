@@ -104,6 +104,11 @@ class CachePlan:
         return any(spec.predicted_from for spec in self.owned)
 
     @property
+    def last_predicted(self) -> dict[int, int]:
+        """Of each layer whose numbers say a part of others, the last of those."""
+        return {below: layer for layer, spec in enumerate(self.caches) if spec for below in spec.predicted_from}
+
+    @property
     def joint(self) -> bool:
         """Whether some cache shows past tokens through latents and those of the running step exactly."""
         return any(spec.joint for spec in self.owned)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,30 @@ USUAL_WIDTH = 64
 """A head size that every kernel takes."""
 
 
-class FoldedAttention(nn.Module):
+class FamilyCall(nn.Module):
+    """How vLLM's families call their attention, and the output over all processes."""
+
+    o_proj: Any
+    _attended: Callable[[Tensor, Any], Tensor]
+
+    def forward(
+        self,
+        positions: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """[T, D] -> [T, D]. Families differ in what they call positions."""
+        assert hidden_states is not None, "every family hands over hidden states"
+        return self._attended(hidden_states, position_ids if positions is None else positions)
+
+    def _summed(self, out_TF: Tensor) -> Tensor:
+        """[T, D] of what the heads of this process give."""
+        out = tensor_model_parallel_all_reduce(F.linear(out_TF, self.o_proj.weight))
+        return out if self.o_proj.bias is None else out + self.o_proj.bias
+
+
+class FoldedAttention(FamilyCall):
     """Takes the place of a family's attention module; keeps its rotation and norms. Tokens [T] of all sequences in a row.
 
     Under tensor parallelism a rank has its share of the query heads and of the stored heads; where there are fewer stored
@@ -63,7 +86,7 @@ class FoldedAttention(nn.Module):
         self.q_norm, self.k_norm = getattr(old, "q_norm", None), getattr(old, "k_norm", None) if self.owns else None
         for norm in (self.q_norm, self.k_norm):
             for parameter in norm.parameters() if norm is not None else ():
-                parameter.of_rank = _whole
+                parameter.of_rank = whole
         shapes = tensor_shapes(layer, spec, owns=self.owns)
         parts = Parts(self.num_heads, self.rank * self.num_heads, self.groups, self.rank * spec.num_kv_heads // ranks)
         for name in PROJECTIONS:
@@ -95,18 +118,7 @@ class FoldedAttention(nn.Module):
             **options,
         )
 
-    def forward(
-        self,
-        positions: Tensor | None = None,
-        hidden_states: Tensor | None = None,
-        *,
-        position_ids: Tensor | None = None,
-    ) -> Tensor:
-        """[T, D] -> [T, D]. Families differ in what they call positions."""
-        assert hidden_states is not None, "every family hands over hidden states"
-        return self._attend(hidden_states, position_ids if positions is None else positions)
-
-    def _attend(self, hidden_TD: Tensor, where: Any) -> Tensor:
+    def _attended(self, hidden_TD: Tensor, where: Any) -> Tensor:
         q = self._normed(self.q_proj(hidden_TD), self.q_norm)
         k = self._normed(self.k_proj(hidden_TD), self.k_norm) if self.owns else None
         if self.spec.rope == "applied":
@@ -115,8 +127,7 @@ class FoldedAttention(nn.Module):
         out = out.unflatten(-1, (self.num_heads, -1))[..., : self.spec.v_head_dim]
         if self.v_b_proj is not None:
             out = torch.einsum("tnv,nhv->tnh", out, self._per_head(self.v_b_proj.weight))
-        out = tensor_model_parallel_all_reduce(F.linear(out.flatten(1), self.o_proj.weight))
-        return out if self.o_proj.bias is None else out + self.o_proj.bias
+        return self._summed(out.flatten(1))
 
     def _rotated(self, where: Any, q_TF: Tensor, k_TF: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Queries and keys of this rank, at the positions `where`; a layer that reads another one's cache has no keys."""
@@ -171,7 +182,7 @@ class TransformersFoldedAttention(FoldedAttention):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """[1, T, D] -> ([1, T, D], no probabilities)."""
-        return self._attend(hidden_states[0], kwargs.get("position_embeddings"))[None], None
+        return self._attended(hidden_states[0], kwargs.get("position_embeddings"))[None], None
 
     def _rotated(self, where: tuple[Tensor, Tensor], q_TF: Tensor, k_TF: Tensor | None) -> tuple[Tensor, Tensor | None]:
         def turned(x_TF: Tensor, heads: int) -> Tensor:
@@ -231,7 +242,8 @@ def _share(axis: Axis, parts: Parts, spec: CacheSpec) -> tuple[int, int, int] | 
     return None
 
 
-def _whole(full: Tensor) -> Tensor:
+def whole(full: Tensor) -> Tensor:
+    """What a process has of a tensor that is not cut."""
     return full
 
 

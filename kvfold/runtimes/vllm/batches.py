@@ -38,6 +38,9 @@ class Batch:
 
     def spans(self, window: int | None) -> list[Span]:
         """What the queries of each sequence may see."""
+        return self.once(("spans", window), lambda: self._spans(window))
+
+    def _spans(self, window: int | None) -> list[Span]:
         seen = [0 if window is None else max(length - self.queries - window + 1, 0) for length in self.lengths]
         return [Span(start, length) for start, length in zip(seen, self.lengths, strict=True)]
 

@@ -17,7 +17,7 @@ from kvfold.architectures.base import Architecture, architecture, empty_model, s
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
 from kvfold.plan.plan import CachePlan
-from kvfold.runtimes.vllm.attention import FoldedAttention, TransformersFoldedAttention
+from kvfold.runtimes.vllm.attention import FoldedAttention, TransformersFoldedAttention, whole
 from kvfold.runtimes.vllm.check import check_servable
 from kvfold.runtimes.vllm.packed_attention import PackedFoldedAttention, TransformersPackedAttention
 from kvfold.runtimes.vllm.packed_layers import PackedPages
@@ -48,13 +48,14 @@ class _Folded:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         config = vllm_config.model_config.hf_text_config
         arch = _architecture(config)
-        layers = arch.describe(empty_model(arch, source_config(arch, config.to_dict())))
+        model = empty_model(arch, source_config(arch, config.to_dict()))
+        layers = arch.describe(model)
         self.attentions = {
             arch.attention_prefix(index): path
             for index, path in _places(self, arch)  # type: ignore[arg-type]
         }
         plan = CachePlan.from_dict(getattr(config, CONFIG_KEY))
-        make = self._packed(vllm_config, arch, plan) if is_packed(plan) else self._stock(vllm_config, plan)
+        make = self._packed(vllm_config, arch, model, plan) if is_packed(plan) else self._stock(vllm_config, plan)
         with torch.device(vllm_config.device_config.device):
             for index, path in _places(self, arch):  # type: ignore[arg-type]
                 old = self.get_submodule(path)  # type: ignore[attr-defined]
@@ -78,12 +79,9 @@ class _Folded:
 
         return make
 
-    def _packed(self, vllm_config: Any, arch: Architecture, plan: CachePlan) -> Make:
-        """Attentions over pages of bytes."""
-        owned = {index: spec for index, spec in enumerate(plan.caches) if spec is not None}
-        pages = PackedPages(owned, vllm_config)
-        config = vllm_config.model_config
-        model = empty_model(arch, source_config(arch, config.hf_text_config.to_dict()))
+    def _packed(self, vllm_config: Any, arch: Architecture, model: Any, plan: CachePlan) -> Make:
+        """Attentions over pages of bytes. model: the stock one, on the meta device."""
+        pages, config = PackedPages(plan, vllm_config), vllm_config.model_config
         where = {"dtype": config.dtype, "device": vllm_config.device_config.device}
         tables = rotary_tables(arch, model, positions=config.max_model_len, **where)
 
@@ -105,7 +103,7 @@ class _Folded:
                     yield name, tensor
                     continue
                 place = f"{self.attentions[prefix]}.{name.removeprefix(prefix)}"
-                part = getattr(parameters[place], "of_rank", _whole)(tensor)
+                part = getattr(parameters[place], "of_rank", whole)(tensor)
                 parameters[place].data.copy_(part)
                 loaded.add(place)
 
@@ -125,10 +123,6 @@ class _FoldedTransformers(_Folded):
         stock = source_config(_architecture(asked["config"]), asked["config"].to_dict())
         stock._attn_implementation = asked["config"]._attn_implementation
         return asked | {"config": stock}
-
-
-def _whole(full: Tensor) -> Tensor:
-    return full
 
 
 def _architecture(config: Any) -> Architecture:

@@ -7,9 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
 
 from kvfold.errors import PlanError
@@ -17,13 +15,14 @@ from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, by_age, newest, read_all, side_by_side
 from kvfold.runtimes.transformers.attention import FoldedAttention
+from kvfold.runtimes.vllm.attention import FamilyCall
 from kvfold.runtimes.vllm.batches import Batch
 from kvfold.runtimes.vllm.packed_layers import PackedAttention, PackedPages
 from kvfold.runtimes.vllm.pages import RECENT, Kind
 from kvfold.runtimes.vllm.rotary_tables import RotaryTables
 
 
-class PackedFoldedAttention(FoldedAttention):
+class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
     """Takes the place of a family's attention module in vLLM. Tokens [T] of all sequences in a row."""
 
     def __init__(
@@ -52,19 +51,11 @@ class PackedFoldedAttention(FoldedAttention):
         self.slopes_N = None if slopes is None else torch.as_tensor(slopes, dtype=torch.float32)
         self.attn = PackedAttention(self, pages, stock.layer_name, stock.sliding_window)
 
-    def forward(  # type: ignore[override]
-        self,
-        positions: Tensor | None = None,
-        hidden_states: Tensor | None = None,
-        *,
-        position_ids: Tensor | None = None,
-    ) -> Tensor:
-        """[T, D] -> [T, D]. Families differ in what they call positions."""
-        assert hidden_states is not None, "every family hands over hidden states"
-        at = position_ids if positions is None else positions
-        return self._attended(hidden_states[None], None if self.tables is None or at is None else self.tables.of(at))
+    def _attended(self, hidden_TD: Tensor, where: Any) -> Tensor:
+        return self._turned(hidden_TD[None], None if self.tables is None or where is None else self.tables.of(where))
 
-    def _attended(self, hidden_1TD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _turned(self, hidden_1TD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """[1, T, D] -> [T, D], with cos and sin of these tokens."""
         q = self._queries(hidden_1TD, rotary)[0].transpose(0, 1)
         z = y = None
         if self.owner == self.layer_idx:
@@ -76,8 +67,7 @@ class PackedFoldedAttention(FoldedAttention):
     def _output(self, out_1TNH: Tensor, residual: Tensor | None) -> Tensor:
         if self.pages.rank.count == 1:
             return super()._output(out_1TNH, residual)
-        out = tensor_model_parallel_all_reduce(F.linear(out_1TNH.flatten(2), self.o_proj.weight))
-        return out if self.o_proj.bias is None else out + self.o_proj.bias
+        return self._summed(out_1TNH.flatten(2))
 
     def store(self, z_TCE: Tensor, y_TUG: Tensor, far: Tensor, slots_T: Tensor) -> None:
         """Into pages, in both forms where there are two; less what the numbers of layers below say."""
@@ -96,8 +86,8 @@ class PackedFoldedAttention(FoldedAttention):
     def _recent_place(self) -> list[tuple[Kind, Tensor, Tensor]]:
         if not self.spec.recent:
             return []
-        name, context = self.pages.names[RECENT], get_forward_context()
-        return [(RECENT, context.no_compile_layers[name].kv_cache, context.slot_mapping[name])]
+        pages = self.pages.recent
+        return [(RECENT, pages.kv_cache, get_forward_context().slot_mapping[pages.layer_name])]
 
     def _write(self, kind: Kind, pages: Tensor, slots_T: Tensor, new: list[Tensor]) -> list[Any]:
         spec = self.spec.of_recent if kind == RECENT else self.spec.of_all
@@ -128,9 +118,9 @@ class PackedFoldedAttention(FoldedAttention):
         found = self._of_kind(owner, spec.of_all, window, far, batch, window)
         if not spec.recent:
             return found
-        name, context = self.pages.names[RECENT], get_forward_context()
-        pages, recent = context.no_compile_layers[name].kv_cache, context.attn_metadata[name].batches[place]
-        near = self._of_kind(owner, spec.of_recent, RECENT, pages, recent, spec.recent)
+        pages = self.pages.recent
+        recent = get_forward_context().attn_metadata[pages.layer_name].batches[place]
+        near = self._of_kind(owner, spec.of_recent, RECENT, pages.kv_cache, recent, spec.recent)
         z, y = (AgedTokens(old, new, spec.recent) for old, new in zip(found, near, strict=True))
         return z, y
 
@@ -162,4 +152,4 @@ class TransformersPackedAttention(PackedFoldedAttention):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """[1, T, D] -> ([1, T, D], no probabilities)."""
-        return self._attended(hidden_states, kwargs.get("position_embeddings"))[None], None
+        return self._turned(hidden_states, kwargs.get("position_embeddings"))[None], None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.vllm.packed_backend import PackedBackend
 from kvfold.runtimes.vllm.pages import RECENT, Kind, Layout
 from kvfold.runtimes.vllm.ranks import Rank
@@ -26,22 +25,23 @@ sequences that are short waste, by whole pages."""
 class PackedPages:
     """The pages of a model, and who of its layers stands for which of them in vLLM."""
 
-    def __init__(self, owned: Mapping[int, CacheSpec], vllm_config: Any) -> None:
+    recent: RecentPages
+    """Where a plan has recent tokens."""
+
+    def __init__(self, plan: CachePlan, vllm_config: Any) -> None:
         self.rank = Rank(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
-        self.owned = {layer: self.rank.spec(spec) for layer, spec in owned.items()}
+        self.owned = {layer: self.rank.spec(spec) for layer, spec in enumerate(plan.caches) if spec is not None}
         self.layout = Layout(self.owned, vllm_config.model_config.dtype)
         self.vllm_config = vllm_config
-        self.last_reader = {below: layer for layer, spec in sorted(owned.items()) for below in spec.predicted_from}
-        """Of layers whose numbers others read."""
+        self.last_reader = plan.last_predicted
         self.names: dict[Kind, str] = {}
         self.new: dict[int, Any] = {}
         """What layers whose numbers others read have stored in this step."""
 
     def standing_for(self, kind: Kind, name: str) -> str | None:
         """The layer that stands for a kind of pages; None: the one that asks, which is the first."""
-        if kind is not RECENT and RECENT in self.layout.formats and RECENT not in self.names:
-            self.names[RECENT] = f"{name}.{RECENT}"
-            RecentPages(self, self.names[RECENT])
+        if RECENT in self.layout.formats and not self.names:
+            self.recent = RecentPages(self, f"{name}.{RECENT}")
         first = self.names.setdefault(kind, name)
         return None if first == name else first
 
