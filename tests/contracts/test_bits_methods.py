@@ -179,7 +179,7 @@ def test_a_decode_step_never_unpacks_the_whole_cache(fold, width, bits, monkeypa
     network, ids, sizes = load(folded.out), tokens(2, 60), []
     monkeypatch.setattr("kvfold.plan.number_format.ELEMENTS_AT_ONCE", {"cpu": 1})
     monkeypatch.setattr("kvfold.plan.number_format.FEWEST_TOKENS", 16)
-    monkeypatch.setattr("kvfold.runtimes.kernels.cpu.serves", lambda *_: False)
+    monkeypatch.setattr("kvfold.runtimes.kernels.cpu_decode.serves", lambda *_: False)
     for module, name in ((dispatch, "unpack"), (packed, "unpack"), (packed, "unpack_scaled")):
         monkeypatch.setattr(module, name, functools.partial(_watched, getattr(module, name), sizes))
     cache = FoldedCache(folded.plan)

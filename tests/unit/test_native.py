@@ -12,7 +12,7 @@ import torch
 from packed_forms import FORMS, distance
 
 from kvfold.plan.number_format import NumberFormat
-from kvfold.runtimes.kernels import cpu as native
+from kvfold.runtimes.kernels import cpu, cpu_decode
 from kvfold.runtimes.kernels import dispatch
 from kvfold.runtimes.kernels.attention import grouped_attention
 from kvfold.runtimes.kernels.codec import pack, roundtrip, unpack
@@ -66,7 +66,7 @@ def masked(request):
 def test_the_kernel_is_the_obvious_attention(name, queries, masked):
     q, z, y = tensors(SHAPES[name], torch.float32, queries)
     mask = masked(SHAPES[name], queries)
-    assert native.serves(q, z, y)
+    assert cpu_decode.serves(q, z, y)
     found = decode_attention(q, z, y, mask, scale=0.2)
     exact = mask if mask is None or mask.dtype == torch.bool else mask.double()
     wanted, _ = grouped_attention(q.double(), z.double(), y.double(), exact, scale=0.2)
@@ -79,7 +79,7 @@ def test_the_kernel_is_the_obvious_attention(name, queries, masked):
 def test_bfloat16_costs_the_rounding_of_probabilities(name, queries, masked):
     q, z, y = tensors(SHAPES[name], torch.bfloat16, queries)
     mask = masked(SHAPES[name], queries)
-    assert native.serves(q, z, y)
+    assert cpu_decode.serves(q, z, y)
     exact = mask if mask is None or mask.dtype == torch.bool else mask.double()
     wanted, _ = grouped_attention(q.double(), z.double(), y.double(), exact, scale=0.2)
     torch.testing.assert_close(decode_attention(q, z, y, mask, scale=0.2).double(), wanted, atol=1e-2, rtol=1e-2)
@@ -98,9 +98,9 @@ def test_any_number_of_queries_per_stored_head(rows, tokens, packed, dtype):
         format = FORMS["4_bits"]
         stored = [PackedTokens(pack(x, format), format, dtype) for x in stored]
         exact = [unpack(x.rows, format, torch.float64) for x in stored]
-    assert native.serves(q, *stored)
+    assert cpu_decode.serves(q, *stored)
     wanted, _ = grouped_attention(q.double(), *exact, None, scale=0.2)
-    found = native.decode(q, *stored, None, scale=0.2)
+    found = cpu_decode.decode(q, *stored, None, scale=0.2)
     assert distance(found, wanted) < (3e-6 if dtype == torch.float32 else 2e-2)
 
 
@@ -115,7 +115,7 @@ def test_packed_tokens_are_read_as_unpack_reads_them(name, heads, queries, dtype
     rows = [torch.nn.functional.pad(pack(x, format), (0, 0, 4, 0))[:, :, 4:] for x in (z, y)]
     z, y = (PackedTokens(row, format, dtype) for row in rows)
     mask = masked((2, N, S), queries)
-    assert native.serves(q, z, y)
+    assert cpu_decode.serves(q, z, y)
     exact = (unpack(row, format, torch.float64) for row in rows)
     mask64 = mask if mask is None or mask.dtype == torch.bool else mask.double()
     wanted, _ = grouped_attention(q.double(), *exact, mask64, scale=0.2)
@@ -131,8 +131,8 @@ def test_packing_is_that_of_torch(name, dtype):
     x = torch.randn(3, 2, 101, format.width, generator=torch.Generator().manual_seed(0))
     x = (x * 10.0 ** torch.randint(-4, 4, (3, 2, 101, 1), generator=torch.Generator().manual_seed(0))).to(dtype)
     x[0, 0, :3] = torch.stack([torch.zeros_like(x[0, 0, 0]), x[0, 0, 1] * 0 + 1e-7, x[0, 0, 2] * 0 - 3e4])
-    assert native.packs(x)
-    found, wanted = native.pack(x, format), pack(x, format)
+    assert cpu.packs(x)
+    found, wanted = cpu.pack(x, format), pack(x, format)
     same = (found == wanted).all(-1)
     assert same.float().mean() > 0.99 and same[0, 0, :3].all()
     lost = [(unpack(rows, format, torch.float64) - x.double()).square().sum(-1)[~same] for rows in (found, wanted)]
@@ -145,7 +145,7 @@ def test_no_number_packs_as_some_number(value):
     """And its neighbours are packed as ever."""
     x = torch.randn(1, 2, 3, 64)
     x[0, 1, 1, 7] = value
-    rows, wanted = native.pack(x, FORMS["4_bits"]), pack(x.nan_to_num(0, 0, 0), FORMS["4_bits"])
+    rows, wanted = cpu.pack(x, FORMS["4_bits"]), pack(x.nan_to_num(0, 0, 0), FORMS["4_bits"])
     alike = (rows == wanted).all(-1)[0]
     alike[1, 1] = True
     assert alike.all()
@@ -190,7 +190,7 @@ def test_formats_of_other_methods_are_left_to_torch():
     format = NumberFormat(tiers=((64, 4),), scales="affine")
     q, z, _ = tensors((1, 2, 2, 64, 2, 64, 20), torch.float32)
     packed = PackedTokens(pack(z, format), format, torch.float32)
-    assert not native.serves(q, packed, packed)
+    assert not cpu_decode.serves(q, packed, packed)
     wanted, _ = grouped_attention(q, packed.read(0, 20), packed.read(0, 20), None, scale=0.2)
     torch.testing.assert_close(decode_attention(q, packed, packed, None, scale=0.2), wanted)
 
@@ -211,7 +211,7 @@ def test_defaults_of_torch_do_not_matter(default):
 @compiler
 def test_the_number_of_threads_changes_roundings_only():
     q, z, y = tensors(SHAPES["long"], torch.bfloat16)
-    assert native.serves(q, z, y)
+    assert cpu_decode.serves(q, z, y)
     found, threads = [], torch.get_num_threads()
     try:
         for count in (1, 2):
@@ -224,14 +224,14 @@ def test_the_number_of_threads_changes_roundings_only():
 
 def test_gradients_and_other_dtypes_take_another_way():
     q, z, y = tensors(SHAPES["grouped"], torch.float32)
-    assert not native.serves(q.requires_grad_(), z, y)
-    assert not native.serves(q.detach().half(), z.half(), y.half())
+    assert not cpu_decode.serves(q.requires_grad_(), z, y)
+    assert not cpu_decode.serves(q.detach().half(), z.half(), y.half())
 
 
 @pytest.mark.parametrize("setting", ["CXX=no-such-compiler", "KVFOLD_NATIVE=0"])
 def test_without_a_compiler_torch_serves(setting, tmp_path):
     script = (
-        "import torch; from kvfold.runtimes.kernels import cpu as native\n"
+        "import torch; from kvfold.runtimes.kernels import native\n"
         "from kvfold.runtimes.kernels.dispatch import decode_attention as d\n"
         "x = torch.ones(1, 2, 9, 8, dtype=torch.bfloat16)\n"
         "assert native.library() is None and d(x[:, :, :1], x, x, None, scale=1.0).eq(1).all()"
@@ -247,8 +247,8 @@ EDGES = """
 import torch
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels.codec import pack
-from kvfold.runtimes.kernels import cpu as native
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens
+from kvfold.runtimes.kernels import cpu_decode, native
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, SideBySide
 
 native.SECONDS = 600  # other tests may keep the processor busy
 forms = (NumberFormat(tiers=((13, 5), (8, 3))), NumberFormat(tiers=((64, 4),)))
@@ -258,8 +258,13 @@ for dtype in (torch.float32, torch.bfloat16):
             for heads, tokens in ((1, 1), (3, 1), (1, 35), (3, 37)):
                 shapes = ((heads * rows, 1), (heads, tokens), (heads, tokens))
                 q, z, y = (torch.randn(1, n, s, form.width, dtype=dtype) for n, s in shapes)
-                native.decode(q, z, y, None, scale=0.1)
-                native.decode(q, *(PackedTokens(pack(x, form), form, dtype) for x in (z, y)), None, scale=0.1)
+                cpu_decode.decode(q, z, y, None, scale=0.1)
+                cpu_decode.decode(q, *(PackedTokens(pack(x, form), form, dtype) for x in (z, y)), None, scale=0.1)
+                x, several = PackedTokens(pack(z[:, :1], form), form, dtype), heads * rows
+                for stored in (x, SideBySide([x, z[:, :1, :, 8:], x])):
+                    back = torch.randn(1, several * 24, stored.shape[3], dtype=dtype)
+                    made = cpu_decode.KeyMap.of(back, None, 24).rebuild(*torch.randn(2, 1, tokens, 16))
+                    cpu_decode.decode(torch.randn(1, several, 1, 24).to(dtype), stored, stored, None, scale=0.1, rebuild=made)
 print("inside its memory")
 """
 

@@ -5,7 +5,7 @@ import torch
 
 from kvfold.plan.cache_spec import CacheSpec, StoredShape
 from kvfold.plan.number_format import NumberFormat
-from kvfold.runtimes.kernels import cpu, paging
+from kvfold.runtimes.kernels import cpu, native, paging
 from kvfold.runtimes.kernels.dispatch import roundtrip
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, read_all
 from kvfold.runtimes.vllm.batches import batches
@@ -47,7 +47,7 @@ def test_what_is_written_is_read_back_from_scattered_pages(tokens, padding):
                 assert row[:, : 40 - (end - first)].isfinite().all()
 
 
-@pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
 def test_the_kernel_does_what_torch_does():
     generator = torch.Generator().manual_seed(3)
     storage = torch.randint(0, 256, (12, 3 * 7 * 11 + 5), dtype=torch.uint8, generator=generator)

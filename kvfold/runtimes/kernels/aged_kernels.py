@@ -7,31 +7,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.runtimes.kernels import cpu
+from kvfold.runtimes.kernels import cpu_decode
 from kvfold.runtimes.kernels.aged_attention import beside
 from kvfold.runtimes.kernels.attention import additive
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, part
 
+ALL_OLDER = 1 << 62
+
 
 def serves(q: tuple[Tensor, Tensor], z: AgedTokens, y: AgedTokens) -> bool:
-    """Whether the CPU's kernel takes both forms, for few queries that meet stored keys."""
-    return cpu.serves(q[0], z.far, y.far) and cpu.serves(q[1], z.near, y.near)
+    """Whether the CPU's kernel takes both forms, for few queries that meet stored keys or keys that it rebuilds."""
+    return cpu_decode.serves(q[0], z.far, y.far) and cpu_decode.serves(q[1], z.near, y.near)
 
 
 def attend(
-    q: tuple[Tensor, Tensor], z: AgedTokens, y: AgedTokens, mask: Tensor | None, width: int, *, scale: float
+    q: tuple[Tensor, Tensor],
+    z: AgedTokens,
+    y: AgedTokens,
+    mask: Tensor | None,
+    width: int,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    rebuild: tuple[Any, Any] | None = None,
 ) -> Tensor:
-    """[B, T, N, V] of absorbed queries as they meet far and near keys. With averages o and log-sums l of the parts, the whole
-    is sum_i e^(l_i) o_i / sum_i e^(l_i). width: V, of which far values are the first numbers and near ones the last."""
+    """[B, T, N, V] of queries as they meet far and near keys: absorbed, or as they are where keys of both are rebuilt. width:
+    V, of which far values are the first numbers and near ones the last."""
     T, S, recent = q[0].shape[2], z.shape[2], z.recent
-    near, near_sums = _part(q[1], z.near, y.near, mask, max(S - T - recent + 1, 0), S, S, recent, True, scale)
+    ways, sizes = rebuild or (None, None), {"scale": scale, "softcap": softcap}
+    near = _part(q[1], z.near, y.near, mask, max(S - T - recent + 1, 0), S, S, (0, recent), rebuild=ways[1], **sizes)
     if recent >= S:
-        return beside(near, near, width)[1].to(q[0].dtype).transpose(1, 2)
-    far, far_sums = _part(q[0], z.far, y.far, mask, 0, S - recent, S, recent, False, scale)
-    largest = torch.maximum(far_sums, near_sums)
-    counts = [(sums - largest).exp()[..., None] for sums in (far_sums, near_sums)]
-    far, near = beside(far, near, width)
-    return ((far * counts[0] + near * counts[1]) / (counts[0] + counts[1])).to(q[0].dtype).transpose(1, 2)
+        return beside(near[0], near[0], width)[1].to(q[0].dtype).transpose(1, 2)
+    far = _part(q[0], z.far, y.far, mask, 0, S - recent, S, (recent, ALL_OLDER), rebuild=ways[0], **sizes)
+    return together(far, near, width).to(q[0].dtype).transpose(1, 2)
+
+
+def together(far: tuple[Tensor, Tensor], near: tuple[Tensor, Tensor], width: int) -> Tensor:
+    """With averages o and log-sums l of the parts, the whole is sum_i e^(l_i) o_i / sum_i e^(l_i): [B, N, T, width]."""
+    largest = torch.maximum(far[1], near[1])
+    counts = [(sums - largest).exp()[..., None] for _, sums in (far, near)]
+    old, new = beside(far[0], near[0], width)
+    return (old * counts[0] + new * counts[1]) / (counts[0] + counts[1])
 
 
 def _part(
@@ -42,19 +58,25 @@ def _part(
     start: int,
     end: int,
     tokens: int,
-    recent: int,
-    is_near: bool,
-    scale: float,
+    ages: tuple[int, int],
+    *,
+    rebuild: cpu_decode.Rebuild | None,
+    **sizes: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Over the tokens start:end of all, of which each query sees those whose age asks for this form."""
-    T = q_BNTR.shape[2]
-    bias = additive(mask, T, tokens, start, end, q_BNTR)
-    if T > 1:
-        queries = torch.arange(tokens - T, tokens, device=q_BNTR.device)[:, None]
-        fine_Ts = queries - torch.arange(start, end, device=q_BNTR.device) < recent
-        bias = (q_BNTR.new_zeros(T, end - start) if bias is None else bias).masked_fill(
-            fine_Ts != is_near, torch.finfo(q_BNTR.dtype).min
-        )
-    shift = keys.shape[2] - tokens if is_near else 0  # where the newest tokens' own storage begins
-    stored = part(keys, start + shift, end + shift), part(values, start + shift, end + shift)
-    return cpu.decode_part(q_BNTR, *stored, None if bias is None else bias.float(), scale=scale)
+    """Over the tokens start:end of all, of which each query sees those of some ages."""
+    T, first = q_BNTR.shape[2], keys.shape[2] - tokens  # where the newest tokens' own storage begins
+    if start + first > 0 or end < tokens:
+        keys, values = _cut(keys, values, start + first, end + first)
+        if rebuild is not None:
+            rebuild = rebuild.of_tokens(start + first, end + first)
+    bias = None if mask is None else additive(mask, T, tokens, start, end, q_BNTR).float()
+    sequence = torch.tensor([[0, end - start, tokens - T - start]] * len(q_BNTR), dtype=torch.int64)
+    return cpu_decode.decode_part(
+        q_BNTR, keys, values, bias, sequences_B3=sequence, ages=ages, rebuild=rebuild, **sizes
+    )
+
+
+def _cut(keys: Any, values: Any, start: int, end: int) -> tuple[Any, Any]:
+    """The tokens start:end of both; the same object where they are."""
+    cut = part(keys, start, end)
+    return cut, cut if values is keys else part(values, start, end)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvfold.plan.number_format import tokens_at_once
-from kvfold.runtimes.kernels import cpu
+from kvfold.runtimes.kernels import cpu_decode
 from kvfold.runtimes.kernels.packed_tokens import Operand, PackedTokens, Stored
 
 LARGEST_CODE = 128
@@ -58,11 +58,21 @@ def one_query_attention(q_BN1R: Tensor, z_BCSR: Tensor, y_BCSR: Tensor, mask: Te
     return out.reshape(B, N, 1, R).transpose(1, 2)
 
 
-def cpu_attention(q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, mask: Tensor | None, *, scale: float) -> Tensor:
-    """Few query tokens over numbers or packed ones that `cpu.serves`."""
-    T, S = q_BNTR.shape[2], z_BCSR.shape[2]
+def cpu_attention(
+    q_BNTR: Tensor,
+    z: Stored,
+    y: Stored,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    rebuild: cpu_decode.Rebuild | None = None,
+) -> Tensor:
+    """Few query tokens over numbers or packed ones that `cpu_decode.serves`; `rebuild` says how keys are made of them on read."""
+    T, S = q_BNTR.shape[2], z.shape[2]
     bias = additive(mask, T, S, 0, S, q_BNTR)
-    return cpu.decode(q_BNTR, z_BCSR, y_BUSV, None if bias is None else bias.float(), scale=scale)
+    added = None if bias is None else bias.float()
+    return cpu_decode.decode(q_BNTR, z, y, added, scale=scale, softcap=softcap, rebuild=rebuild)
 
 
 def products_attention(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor | None, *, scale: float) -> Tensor:

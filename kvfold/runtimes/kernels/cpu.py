@@ -1,25 +1,10 @@
-"""The CPU's own kernels (cpp/*.cpp): compiled when first needed, kept, called through ctypes.
-
-Why: torch's fused kernel reads the cache of a step at a tenth (one query per head) to a quarter of the speed of a copy, this
-one at about 0.8 (results/speed-llama2-7b.md). Where there is no compiler, torch's operations serve as before.
-"""
+"""Packing, unpacking, rotating and paging by the CPU's own kernels (cpp/, compiled by native.py)."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
 import itertools
-import logging
-import math
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,41 +12,34 @@ from torch import Tensor
 
 from kvfold.plan.codecs.exponent import TRIED
 from kvfold.plan.number_format import NumberFormat
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, SideBySide, Stored, recorded
+from kvfold.runtimes.kernels.native import library
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, SideBySide, Stored, recorded
 
-SOURCES = Path(__file__).with_name("cpp")
-FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "-march=native",
-    "-fno-math-errno",
-    "-fno-strict-aliasing",
-    "-fopenmp",
-    "-fPIC",
-    "-shared",
-)
 DTYPES = (torch.bfloat16, torch.float32)
-TASKS_PER_THREAD = 4
-"""A long cache of few heads is split until there are so many."""
-SECONDS = 120
-"""After which a compiler is given up."""
 
 
-class _Stored(ctypes.Structure):
-    """Keys or values, as decode.cpp declares them."""
+class StoredTokens(ctypes.Structure):
+    """Where tokens lie, as stored.h declares it."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("heads", "width", "batch_stride", "head_stride", "token_stride")),
+        ("table", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("table_stride", "page_tokens", "page_stride")),
+        *((name, ctypes.c_int64) for name in ("heads", "width", "head_stride", "token_stride")),
         *((name, ctypes.c_int64) for name in ("packed", "num_tiers")),
         ("tiers", ctypes.POINTER(ctypes.c_int32)),
     )
 
-    def __init__(self, x_BCSR: Stored) -> None:
-        rows, packed = _rows(x_BCSR), isinstance(x_BCSR, PackedTokens)
-        tiers = x_BCSR.format.tiers if isinstance(x_BCSR, PackedTokens) and x_BCSR.format.scales == "exponent" else ()
-        shape, strides = x_BCSR.shape, rows.stride()
-        super().__init__(rows.data_ptr(), shape[1], shape[3], *strides[:3], packed, len(tiers), _flat(tiers))
+    @classmethod
+    def of(cls, x: Stored) -> StoredTokens:
+        """Of a tensor [B, C, S, R], packed rows of it, or pages and the tables that name them."""
+        rows, packed = rows_of(x), not isinstance(x, Tensor) and x.format is not None
+        tiers = x.format.tiers if packed and x.format.scales == "exponent" else ()
+        page, head, token = (stride * rows.element_size() for stride in rows.stride()[:3])
+        table = (None, 0, 0)
+        if isinstance(x, PagedTokens):
+            table = (x.tables_Bp.data_ptr(), x.tables_Bp.stride(0), rows.shape[2])
+        return cls(rows.data_ptr(), *table, page, rows.shape[1], x.shape[3], head, token, packed, len(tiers), _flat(tiers))
 
 
 class _Rotation(ctypes.Structure):
@@ -89,77 +67,10 @@ def _flat(tiers: Sequence[tuple[int, int]]) -> Any:
     return (ctypes.c_int32 * (2 * len(tiers)))(*itertools.chain(*tiers))
 
 
-def _rows(x: Stored) -> Tensor:
+def rows_of(x: Stored) -> Tensor:
     """What lies in memory."""
-    assert not isinstance(x, SideBySide), "serves() was asked"
-    return x.rows if isinstance(x, PackedTokens) else x
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernel; None, with one line in the log, where it cannot be made. KVFOLD_NATIVE=0 leaves it out."""
-    if os.environ.get("KVFOLD_NATIVE") == "0":
-        return None
-    try:
-        return ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        logging.getLogger(__name__).warning(
-            "decoding on this CPU goes without kvfold's own kernel, several times slower: it could not be compiled (%s)."
-            " It needs a C++ compiler (g++ 12 or clang; CXX names another one) and a folder for the result (XDG_CACHE_HOME).",
-            (str(detail).strip().splitlines() or ["?"])[-1],
-        )
-        return None
-
-
-def _compiled() -> Path:
-    """The library's file. Raises OSError or SubprocessError."""
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
-    found = shutil.which(compiler[0])
-    if found is None:
-        raise OSError(f"there is no {compiler[0]}")
-    sources = [file.read_bytes() for file in sorted(SOURCES.glob("*.[ch]*"))]
-    facts = (sources, FLAGS, found, compiler, platform.machine(), _processor())
-    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    file = _folder() / f"decode-{key}.so"
-    if not file.exists():
-        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:  # another process may be compiling it, too
-            made = Path(scratch) / file.name
-            command = [*compiler, *FLAGS, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
-            os.replace(made, file)
-    return file
-
-
-def _folder() -> Path:
-    """Where what was compiled is kept: the user's cache, or a folder of this process where there is none."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvfold"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # no home, or one that cannot be written
-        return Path(tempfile.mkdtemp(prefix="kvfold-"))
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="kvfold-"))
-
-
-def _processor() -> str:
-    """What the compiler makes code for: homes are shared by machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
-def serves(q: Tensor, z: Stored, y: Stored) -> bool:
-    """Whether the kernel takes these tensors, and nobody wants gradients or a graph of it."""
-    if isinstance(z, SideBySide) or isinstance(y, SideBySide):
-        return False
-    tensors = (q, _rows(z), _rows(y))
-    if recorded(*tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
-        return False
-    plain = all(x.device.type == "cpu" and x.stride(-1) == 1 for x in tensors)
-    known = all(x.dtype == q.dtype and (isinstance(x, Tensor) or x.format.codec.fused) for x in (z, y))
-    return plain and known and q.dtype in DTYPES and library() is not None
+    assert not isinstance(x, SideBySide), "of these each part lies by itself"
+    return x if isinstance(x, Tensor) else x.rows
 
 
 def packs(x: Tensor) -> bool:
@@ -201,7 +112,7 @@ def unpack(rows_BCSX: Tensor, format: NumberFormat, out_BCSR: Tensor) -> Tensor:
     assert out_BCSR.shape == (*rows_BCSX.shape[:3], format.width), "as many numbers as there are"
     kernel.kvfold_unpack(
         ctypes.c_int(out_BCSR.dtype == torch.bfloat16),
-        ctypes.byref(_Stored(PackedTokens(rows_BCSX, format, out_BCSR.dtype))),
+        ctypes.byref(StoredTokens.of(PackedTokens(rows_BCSX, format, out_BCSR.dtype))),
         ctypes.c_void_p(out_BCSR.data_ptr()),
         *(ctypes.c_int64(stride) for stride in out_BCSR.stride()[:3]),
         *(ctypes.c_int(number) for number in (out_BCSR.shape[0], out_BCSR.shape[2], torch.get_num_threads())),
@@ -274,45 +185,3 @@ def scatter(rows_PCtX: Tensor, slots_T: Tensor, new_CTX: Tensor) -> None:
         ctypes.c_void_p(new_CTX.data_ptr()),
         *(ctypes.c_int64(number) for number in (*new_CTX.stride()[:2], len(slots))),
     )
-
-
-def decode(q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, bias: Tensor | None, *, scale: float) -> Tensor:
-    """Attention [B, T, N, V] of few query tokens. bias: float32 [B or 1, N or 1, T, S] to add to the scores, or none."""
-    out_BNTV, _ = decode_part(q_BNTR, z_BCSR, y_BUSV, bias, scale=scale)
-    return out_BNTV.to(q_BNTR.dtype).transpose(1, 2)
-
-
-def decode_part(
-    q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, bias: Tensor | None, *, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Averages over a part of the tokens [B, N, T, V], and the logarithms of the sums [B, N, T] that say what the part counts
-    beside others; both float32.
-
-    Packed tokens become numbers of q's dtype, block by block, in the processor's own cache.
-    Sums are float32; probabilities are rounded to the dtype before they weigh values, as in torch.
-    """
-    B, N, T, R = q_BNTR.shape
-    S, V = y_BUSV.shape[2:]
-    exact: dict[str, Any] = {"dtype": torch.float32, "device": q_BNTR.device}  # whatever torch's defaults are
-    queries, out = torch.empty(B, N, T, R, **exact).copy_(q_BNTR), torch.empty(B, N * T, V, **exact)
-    log_sums = torch.empty(B, N * T, **exact)
-    groups, threads = math.gcd(z_BCSR.shape[1], y_BUSV.shape[1]), torch.get_num_threads()
-    splits = min(max(1, -(-TASKS_PER_THREAD * threads // (B * groups))), -(-S // 256))
-    if bias is not None:  # a row per query; one token's mask need not be copied for that
-        bias = bias.expand(B, N, T, S)[:, :, 0] if T == 1 else bias.expand(B, N, T, S).reshape(B, N * T, S)
-        bias = bias if bias.stride(-1) == 1 else torch.empty(bias.shape, **exact).copy_(bias)
-    kernel = library()
-    assert kernel is not None, "serves() was asked"
-    kernel.kvfold_decode(
-        ctypes.c_int(q_BNTR.dtype == torch.bfloat16),
-        ctypes.c_void_p(queries.data_ptr()),
-        ctypes.c_float(scale),
-        ctypes.byref(_Stored(z_BCSR)),
-        ctypes.byref(_Stored(y_BUSV)),
-        ctypes.c_void_p(None if bias is None else bias.data_ptr()),
-        *(ctypes.c_int64(0 if bias is None else bias.stride(axis)) for axis in (0, 1)),
-        ctypes.c_void_p(out.data_ptr()),
-        ctypes.c_void_p(log_sums.data_ptr()),
-        *(ctypes.c_int(number) for number in (B, N * T, S, splits, threads)),
-    )
-    return out.view(B, N, T, V), log_sums.view(B, N, T)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvfold.plan.number_format import ELSEWHERE, NumberFormat
-from kvfold.runtimes.kernels import codec, cpu, gpu
+from kvfold.runtimes.kernels import codec, cpu, cpu_decode, gpu
 from kvfold.runtimes.kernels.attention import (
     cpu_attention,
     grouped_attention,
@@ -47,6 +47,7 @@ def choose(
     y: Stored,
     *,
     on_read: bool = False,
+    rebuilds: bool = False,
     eager: bool = False,
     exact: bool = False,
     softcap: float | None = None,
@@ -54,33 +55,35 @@ def choose(
 ) -> Way:
     """The way of one call.
 
-    `on_read`: the source's keys are rebuilt from z. `eager`: probabilities are wanted, the config asks for it, or scores are
-    capped. `exact`: probabilities are wanted or dropped out. `head_dim`: the source's.
+    `on_read`: the source's keys are rebuilt from z, which the CPU's kernel does itself where it `rebuilds`. `eager`:
+    probabilities are wanted, the config asks for it, or scores are capped. `exact`: probabilities are wanted or dropped out.
+    `head_dim`: the source's.
     """
     T, S = q_BNTH.shape[2], z.shape[2]
-    few = T <= FEW_TOKENS and not exact
-    if isinstance(z, SideBySide):  # numbers of several layers, of which kernels know nothing
-        return Way.EAGER if exact or eager else Way.PIECES if few or T < S else Way.REBUILT
-    packed = isinstance(z, PackedTokens) or isinstance(y, PackedTokens)
+    few, several = T <= FEW_TOKENS and not exact, isinstance(z, SideBySide)
+    by_cpu = few and (rebuilds or not on_read) and cpu_decode.serves(q_BNTH, z, y)
+    packed = isinstance(z, PackedTokens) or isinstance(y, PackedTokens) or (several and not eager)
     if packed and not exact and (few or T < S):  # decoding, or a prompt that continues a cache
-        if not on_read and few and softcap is None and cpu.serves(q_BNTH, z, y):
+        if by_cpu:
             return Way.CPU
-        if not on_read and few and _scores(q_BNTH, S) <= ELSEWHERE and gpu.serves(q_BNTH, z, y):
+        if not on_read and not several and few and _scores(q_BNTH, S) <= ELSEWHERE and gpu.serves(q_BNTH, z, y):
             return Way.TRITON
         return Way.PIECES
     if eager:
         return Way.EAGER
-    if few and on_read:
-        return Way.PIECES
+    if few and (on_read or several):
+        return Way.CPU if by_cpu else Way.PIECES
     if few:
         return _over_numbers(q_BNTH, z, y)
+    if several:
+        return Way.REBUILT
     alike = z.shape[1::2] == y.shape[1::2] and z.shape[3] <= head_dim
     return Way.STORED if alike and not on_read else Way.REBUILT
 
 
 def _over_numbers(q: Tensor, z: Stored, y: Stored) -> Way:
     """At few tokens, where nothing is packed."""
-    if cpu.serves(q, z, y):
+    if cpu_decode.serves(q, z, y):
         return Way.CPU
     if q.shape[2] > 1:
         return Way.GROUPED
@@ -108,7 +111,7 @@ def decode_attention(
     """Few absorbed query tokens over stored numbers, by one of the first five ways: [B, T, N, V]."""
     way = way or _over_numbers(q_BNTR, z_BCSR, y_BUSV)
     if way is Way.CPU:
-        return cpu_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale)
+        return cpu_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale, softcap=softcap)
     if way is Way.TRITON:
         return packed_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale, softcap=softcap)
     z, y = read_all(z_BCSR), read_all(y_BUSV)

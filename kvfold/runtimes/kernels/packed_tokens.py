@@ -69,6 +69,22 @@ class PackedTokens:
         return unpack_scaled(self.rows[:, :, start:end], self.format, self.dtype)
 
 
+class PagedTokens:
+    """Tokens of several sequences that lie in pages: `rows` [pages, heads, tokens, bytes], which are numbers of `dtype` where
+    format is None; tables_Bp, int32: the pages of each sequence."""
+
+    def __init__(self, rows: Tensor, format: NumberFormat | None, dtype: torch.dtype, tables_Bp: Tensor) -> None:
+        self.rows, self.format, self.dtype, self.tables_Bp = rows, format, dtype, tables_Bp
+
+    @property
+    def shape(self) -> torch.Size:
+        """[B, heads, tokens that the tables have room for, R]."""
+        _, heads, tokens, row_bytes = self.rows.shape
+        B, pages = self.tables_Bp.shape
+        width = row_bytes // self.dtype.itemsize if self.format is None else self.format.width
+        return torch.Size((B, heads, pages * tokens, width))
+
+
 class ReadOnce(PackedTokens):
     """Packed tokens whose last reading is kept, for keys and values that are rebuilt from the same numbers."""
 
@@ -169,10 +185,12 @@ def read(stored: Stored, start: int, end: int) -> Tensor:
     return stored[:, :, start:end] if isinstance(stored, Tensor) else stored.read(start, end)
 
 
-def part(stored: Tensor | PackedTokens, start: int, end: int) -> Tensor | PackedTokens:
+def part(stored: Stored, start: int, end: int) -> Stored:
     """The tokens start:end as they are stored; of formats whose tokens stand alone."""
     if isinstance(stored, Tensor):
         return stored[:, :, start:end]
+    if isinstance(stored, SideBySide):
+        return SideBySide([part(one, start, end) for one in stored.parts])  # type: ignore[misc]
     return PackedTokens(stored.rows[:, :, start:end], stored.format, stored.dtype)
 
 

@@ -13,8 +13,14 @@ from transformers import PretrainedConfig
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.tensors import Shape, tensor_shapes
-from kvfold.runtimes.kernels.attention import chunked_attention, grouped_attention, prefill_attention, with_alibi
-from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose, decode_attention, rotated_heads
+from kvfold.runtimes.kernels.attention import (
+    chunked_attention,
+    cpu_attention,
+    grouped_attention,
+    prefill_attention,
+    with_alibi,
+)
+from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose, decode_attention
 from kvfold.runtimes.kernels.packed_tokens import (
     AgedTokens,
     Stored,
@@ -27,8 +33,9 @@ from kvfold.runtimes.kernels.packed_tokens import (
     with_gradient,
 )
 from kvfold.runtimes.kernels.rotary import apply_rotary
-from kvfold.runtimes.transformers.attention_by_age import AttentionByAge, Heads
+from kvfold.runtimes.transformers.attention_by_age import AttentionByAge
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
+from kvfold.runtimes.transformers.keys_on_read import Heads, KeysOnRead
 from kvfold.runtimes.transformers.projections import projections
 
 
@@ -124,7 +131,7 @@ class FoldedAttention(AttentionByAge):
             z = y = read_once(z)
         keys = None
         if self.spec.rope == "on_read" or self.spec.hidden:
-            keys = functools.partial(self._keys_on_read, tables=tables)
+            keys = KeysOnRead(self, tables)
         attend = self._attend_by_age if isinstance(z, AgedTokens) else self._attend
         return attend(q, z, y, mask, keys, wants_probs=wants_probs)
 
@@ -217,27 +224,29 @@ class FoldedAttention(AttentionByAge):
         z: Stored,
         y: Stored,
         mask: Tensor | None,
-        on_read: Callable[[Stored], Heads] | None = None,
+        on_read: KeysOnRead | None = None,
         *,
         wants_probs: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, T, N, H or V], and probabilities where they are wanted.
-
-        on_read(z)(start, end) makes the source's keys of these tokens, where they are rebuilt on read; otherwise absorbed
-        queries meet the stored ones.
-        """
+        """[B, T, N, H or V], and probabilities where they are wanted. on_read: makes the source's keys, where they are rebuilt
+        on read; otherwise absorbed queries meet the stored ones."""
         keys = on_read(z) if on_read else None
         dropout = self.layer.attention_dropout if self.training else 0.0
         few = q.shape[2] <= FEW_TOKENS
         absorbed = self._absorb(q) if few and keys is None else None  # kernels are asked about what they will be given
+        rebuild = on_read.by_kernel(z) if few and on_read else None
         way = choose(
-            q if absorbed is None else absorbed, z, y, on_read=keys is not None, eager=self._eager() or wants_probs,
-            exact=wants_probs or dropout > 0, softcap=self.layer.softcap, head_dim=self.layer.head_dim,
+            q if absorbed is None else absorbed, z, y, on_read=keys is not None, rebuilds=rebuild is not None,
+            eager=self._eager() or wants_probs, exact=wants_probs or dropout > 0, softcap=self.layer.softcap,
+            head_dim=self.layer.head_dim,
         )  # fmt: skip
         if way is Way.REBUILT:
             k = self._rebuild(read_all(z), "k_b") if keys is None else keys(0, z.shape[2])
             v = self._rebuild(read_all(y), "v_b")
             return prefill_attention(q, k, v, mask, scale=self.scaling, dropout=dropout), None
+        if rebuild and way is Way.CPU:
+            sizes = {"scale": self.scaling, "softcap": self.layer.softcap}
+            return self._lead_values_back(cpu_attention(q, z, y, mask, rebuild=rebuild, **sizes)), None
         if self.spec.hidden:  # a network's values are rebuilt before they are averaged
             assert keys is not None, "networks are applied on read"
             return self._over_rebuilt(way, q, keys, y, mask, dropout)
@@ -278,28 +287,6 @@ class FoldedAttention(AttentionByAge):
         elements = self._elements_at_a_time
         out = chunked_attention(q, keys, values, S, mask, elements=elements, scale=self.scaling, softcap=softcap)
         return out, None
-
-    def _keys_on_read(self, z: Stored, tables: tuple[Tensor, Tensor] | None, near: bool = False) -> Heads:
-        """(start, end) -> the source's keys of these tokens, rebuilt and rotated.
-
-        All at once for a prompt, piece by piece for few tokens, so that the keys of a long cache never exist at once.
-        `tables`: cos and sin of all tokens, None for keys that stay unrotated. `near`: z is in the finer form.
-        """
-        S = z.shape[2]
-        if tables is not None:
-            tables = tables[0][:, -S:], tables[1][:, -S:]
-
-        def keys(start: int, end: int) -> Tensor:
-            if tables is None:
-                return self._rebuild(read(z, start, end), "k_b", near)
-            return self._rotated_keys(read(z, start, end), [table[:, start:end] for table in tables], near)
-
-        return keys
-
-    def _rotated_keys(self, z_BCSR: Tensor, tables: list[Tensor], near: bool) -> Tensor:
-        if self.spec.hidden or self.k_b_proj is None:
-            return apply_rotary(self._rebuild(z_BCSR, "k_b", near), *tables)
-        return rotated_heads(self.k_b_proj(z_BCSR, last=near), self.layer.head_dim, *tables)
 
     def _eager(self) -> bool:
         """The fused kernels cap no scores. A family with alibi only knows eager, and means by it

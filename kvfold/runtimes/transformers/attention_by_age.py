@@ -14,10 +14,7 @@ from kvfold.runtimes.kernels import aged_kernels
 from kvfold.runtimes.kernels.aged_attention import attend_by_age, beside, prefill_by_age
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, roundtrip
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, by_age, read_all
-
-Heads = Callable[[int, int], Tensor]
-"""(start, end) -> the source's heads of these tokens [B, K, end - start, H]."""
-
+from kvfold.runtimes.transformers.keys_on_read import KeysOnRead
 
 class AttentionByAge(nn.Module):
     """The part of `FoldedAttention` that knows of ages."""
@@ -51,20 +48,24 @@ class AttentionByAge(nn.Module):
         z: AgedTokens,
         y: AgedTokens,
         mask: Tensor | None,
-        keys: Callable[..., Heads] | None = None,
+        keys: KeysOnRead | None = None,
         *,
         wants_probs: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The same as `_attend`, where the newest tokens are seen in a finer form."""
         dropout = self.layer.attention_dropout if self.training else 0.0
         by_masks = self._eager() or wants_probs or dropout > 0
-        if q.shape[2] > FEW_TOKENS and not by_masks:
+        few = q.shape[2] <= FEW_TOKENS
+        if not few and not by_masks:
             return self._prefill_by_age(q, z, y, mask, keys), None
         rebuilt = keys and (keys, functools.partial(keys, near=True))
         absorbed = q if keys else self._absorb(q)
         meeting = (q, q) if keys else by_age(absorbed, z.far.shape[-1], z.near.shape[-1])
-        if not keys and not by_masks and aged_kernels.serves(meeting, z, y):
-            out = aged_kernels.attend(meeting, z, y, mask, self.spec.read_widths[1], scale=self.scaling)
+        ways = keys and (keys.by_kernel(z.far), keys.by_kernel(z.near, near=True))
+        capped = self.layer.softcap is not None and not wants_probs and not dropout  # which the kernel does as well
+        if few and (capped or not by_masks) and (ways is None or all(ways)) and aged_kernels.serves(meeting, z, y):
+            sizes = {"scale": self.scaling, "softcap": self.layer.softcap}
+            out = aged_kernels.attend(meeting, z, y, mask, self.spec.read_widths[1], rebuild=ways, **sizes)
             return self._lead_values_back(out), None
         out, probs = attend_by_age(
             meeting, z, y, mask, keys=rebuilt, width=self.spec.read_widths[1], dropout=dropout,
@@ -74,7 +75,7 @@ class AttentionByAge(nn.Module):
         return self._lead_values_back(out), probs
 
     def _prefill_by_age(
-        self, q: Tensor, z: AgedTokens, y: AgedTokens, mask: Tensor | None, keys: Callable[..., Heads] | None
+        self, q: Tensor, z: AgedTokens, y: AgedTokens, mask: Tensor | None, keys: KeysOnRead | None
     ) -> Tensor:
         """Over the source's heads, which are made once for all queries."""
         far_k, near_k = (

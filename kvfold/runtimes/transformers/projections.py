@@ -30,8 +30,7 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor, *, heads: int | None = None, transposed: bool = False, last: bool = False) -> Tensor:
         weight = self.weight if heads is None else self.weight.view(heads, -1, self.weight.shape[2])
-        if not transposed:
-            weight = weight[..., -x.shape[-1] :] if last else weight[..., : x.shape[-1]]
+        weight = weight if transposed else self.of_width(x.shape[-1], last=last, weight=weight)
         # One product per group over all rows of the batch: a product that broadcasts the weight would copy it for each row.
         B, G, T, _ = x.shape
         rows = x.transpose(0, 1).reshape(G, B * T, -1)
@@ -41,6 +40,11 @@ class GroupedLinear(nn.Module):
         else:
             out = torch.baddbmm(self.bias.view(G, 1, -1), rows, weight)
         return out.view(G, B, T, -1).transpose(0, 1)
+
+    def of_width(self, width: int, *, last: bool = False, weight: Tensor | None = None) -> Tensor:
+        """The part of the weight that takes so many numbers."""
+        whole = self.weight if weight is None else weight
+        return whole[..., -width:] if last else whole[..., :width]
 
 
 def projections(shapes: Mapping[str, Shape], **options: Any) -> dict[str, nn.Module | None]:

@@ -44,6 +44,19 @@ class Batch:
         seen = [0 if window is None else max(length - self.queries - window + 1, 0) for length in self.lengths]
         return [Span(start, length) for start, length in zip(seen, self.lengths, strict=True)]
 
+    def seen(self, ages: tuple[int, int]) -> Tensor:
+        """[B, 3] of each sequence: the first token of such ages that a query sees, the one behind the last, and where the
+        first query stands."""
+        return self.once(("seen", ages), lambda: self._seen(*ages))
+
+    def _seen(self, youngest: int, oldest: int) -> Tensor:
+        rows = []
+        for length in self.lengths:
+            position = length - self.queries
+            start, end = max(position - oldest + 1, 0), max(length - youngest, 0)
+            rows.append((min(start, end), end, position))
+        return torch.tensor(rows, dtype=torch.int64)
+
     @functools.cached_property
     def positions_BS(self) -> Tensor:
         """Of all tokens in their rows; 0 in padding."""
@@ -77,12 +90,14 @@ class Batch:
         return None if T in (1, S) and torch.equal(seen, causal) else seen
 
 
-def batches(starts: Sequence[int], lengths: Sequence[int], tables: Tensor) -> list[Batch]:
-    """Decoding sequences of similar length are one batch, every piece of a prompt is one. starts: of the query tokens of each
-    sequence, and where the last one's end."""
+def batches(
+    starts: Sequence[int], lengths: Sequence[int], tables: Tensor, *, in_place: bool = False
+) -> list[Batch]:
+    """Decoding sequences are one batch, those of similar length where their tokens are copied out of pages and not read
+    `in_place`; every piece of a prompt is one. starts: of the query tokens of each sequence, and where the last one's end."""
     together: dict[tuple[int, int], list[int]] = {}
     for at, (start, end, length) in enumerate(zip(starts, starts[1:], lengths, strict=False)):
-        alike = round_up(length, TOKENS_ALIKE).bit_length() if end - start == 1 else -at
+        alike = (0 if in_place else round_up(length, TOKENS_ALIKE).bit_length()) if end - start == 1 else -at
         if end > start:
             together.setdefault((end - start, alike), []).append(at)
     return [_batch(members, queries, starts, lengths, tables) for (queries, _), members in together.items()]

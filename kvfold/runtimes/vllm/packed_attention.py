@@ -19,6 +19,7 @@ from kvfold.runtimes.vllm.attention import FamilyCall
 from kvfold.runtimes.vllm.batches import Batch
 from kvfold.runtimes.vllm.packed_layers import PackedAttention, PackedPages
 from kvfold.runtimes.vllm.pages import RECENT, Kind
+from kvfold.runtimes.vllm.reading import PageReader, reads_in_place
 from kvfold.runtimes.vllm.rotary_tables import RotaryTables
 
 
@@ -50,6 +51,7 @@ class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
         slopes = getattr(stock.impl, "alibi_slopes", None)
         self.slopes_N = None if slopes is None else torch.as_tensor(slopes, dtype=torch.float32)
         self.attn = PackedAttention(self, pages, stock.layer_name, stock.sliding_window)
+        self.reader = PageReader(self)
 
     def _attended(self, hidden_TD: Tensor, where: Any) -> Tensor:
         return self._turned(hidden_TD[None], None if self.tables is None or where is None else self.tables.of(where))
@@ -101,6 +103,8 @@ class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
         """[t, N, width] for the queries of a batch, the `place`-th of its step."""
         B, T = len(batch.lengths), batch.queries
         q = q_tNH.unflatten(0, (B, T)).transpose(1, 2)
+        if reads_in_place(far.device) and (out := self.reader.read(q, far, batch, place)) is not None:
+            return out.flatten(0, 1)
         z, y = self._tokens(self.owner, far, batch, place)
         batch.gathered[self.owner] = z
         below = [batch.gathered[i] for i in self.spec.predicted_from]

@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from kvfold.runtimes.vllm import BACKEND
 from kvfold.runtimes.vllm.batches import Batch, batches
+from kvfold.runtimes.vllm.reading import reads_in_place
 
 
 @dataclass
@@ -39,7 +40,8 @@ class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):
         """Of what vLLM says of all sequences."""
         common = common_attn_metadata
         starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
-        return PackedMetadata(batches(starts, lengths, common.block_table_tensor))
+        tables = common.block_table_tensor
+        return PackedMetadata(batches(starts, lengths, tables, in_place=reads_in_place(tables.device)))
 
 
 class PackedImpl(AttentionImpl[PackedMetadata]):

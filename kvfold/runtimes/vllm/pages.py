@@ -18,7 +18,7 @@ from torch import Tensor
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.number_format import StoredShape
 from kvfold.runtimes.kernels.dispatch import pack
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens
 from kvfold.runtimes.kernels.paging import gather, scatter
 
 RECENT = "recent"
@@ -79,6 +79,11 @@ class PageFormat:
         if side.format is None:
             return rows_BCSX.view(self.dtype)
         return PackedTokens(rows_BCSX, side.format, self.dtype)
+
+
+    def lying(self, pages: Tensor, key: tuple[int, str], tables_Bp: Tensor) -> PagedTokens:
+        """The tokens of sequences where they lie."""
+        return PagedTokens(self.rows(pages, key), self.regions[key].side.format, self.dtype, tables_Bp)
 
 
 class Layout:

@@ -113,6 +113,13 @@ inline Lanes exp_of(Lanes x) {
   return (y * r * r + r + 1.0f) * (Lanes)((power + 127) << 23);
 }
 
+// (1 - e^-2|x|) / (1 + e^-2|x|), with the sign of x.
+inline Lanes tanh_of(Lanes x) {
+  const Integers sign = (Integers)x & (int32_t)0x80000000;
+  const Lanes e = exp_of(-2.0f * (Lanes)((Integers)x & 0x7fffffff)), y = (1.0f - e) / (1.0f + e);
+  return (Lanes)((Integers)y | sign);
+}
+
 // Lanes whose number has the bit D change places with vectors whose number has it.
 template <int D, int... L>
 inline void exchange(Lanes *x, std::integer_sequence<int, L...>) {

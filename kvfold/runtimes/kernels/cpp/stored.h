@@ -1,24 +1,52 @@
-// Where stored numbers lie, as cpu.py describes them.
+// Where stored numbers lie, as cpu_decode.py and cpu.py describe them.
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "unpack.h"
 
 namespace {
 
-// Keys or values [batch, heads, tokens, width]; strides in numbers, that of width is 1. Packed ones: rows of bytes, with
-// strides in bytes; no tiers are float8.
+// Keys or values [batch, heads, tokens, width], strides in bytes, numbers of a token side by side. Packed ones are rows of
+// bytes; no tiers are float8. With a table, tokens lie in pages of `page_tokens`, whose numbers are in the table's row of a
+// sequence; otherwise a sequence is one page.
 struct Stored {
   const void *data;
-  int64_t heads, width, batch_stride, head_stride, token_stride;
+  const int32_t *table;
+  int64_t table_stride, page_tokens, page_stride;
+  int64_t heads, width, head_stride, token_stride;
   int64_t packed, num_tiers;
   const Tier *tiers;
 
   template <typename T>
   const T *at(int64_t row, int64_t head, int64_t token) const {
-    return (const T *)data + row * batch_stride + head * head_stride + token * token_stride;
+    const int64_t page = table ? table[row * table_stride + token / page_tokens] : row;
+    if (table) token %= page_tokens;
+    return (const T *)((const char *)data + page * page_stride + head * head_stride + token * token_stride);
+  }
+
+  bool aligned(int64_t size) const {
+    return ((int64_t)data | page_stride | head_stride | token_stride) % size == 0;
+  }
+
+  // So many of `count` tokens from `token` on lie behind each other.
+  int together(int64_t token, int count) const {
+    return table ? std::min<int64_t>(count, page_tokens - token % page_tokens) : count;
+  }
+
+  // Some tokens of one head as rows of `stride` numbers; up to 63 more are written behind each.
+  template <typename T>
+  void read(int64_t row, int64_t head, int64_t start, int count, T *to, int64_t stride) const {
+    for (int done = 0, now; done < count; done += now, to += now * stride) {
+      now = together(start + done, count - done);
+      if (packed) {
+        unpack(at<uint8_t>(row, head, start + done), token_stride, tiers, num_tiers, width, now, to, stride);
+        continue;
+      }
+      for (int s = 0; s < now; ++s) std::memcpy(to + s * stride, at<T>(row, head, start + done + s), width * sizeof(T));
+    }
   }
 };
 

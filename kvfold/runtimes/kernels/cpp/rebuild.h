@@ -1,0 +1,158 @@
+// Keys of the source's heads out of stored numbers, tile by tile: a linear map, an offset, a rotation.
+
+#pragma once
+
+#include <vector>
+
+#include "tiles.h"
+#include "unpack.h"
+
+namespace {
+
+constexpr int COLUMNS = 2 * LANES;  // of a map, and tokens, that are made at a time
+
+// Of each stored head [heads * head_dim] keys: map * numbers + offset, rotated. `map`: for each stored head and 16 columns the
+// columns of number after number, of two numbers at a time in bfloat16 (cpu_decode.py packs it). cos and sin [batch or 1,
+// tokens, rotated]. offset [stored heads, heads * head_dim] or null.
+struct Rebuild {
+  const void *map;
+  const float *offset;
+  const void *cos, *sin;
+  int64_t map_bytes, table_batch, tables_are_bfloat16;
+  int64_t heads, head_dim, rotated;
+
+  int columns() const { return heads * head_dim; }
+};
+
+inline Lanes even(Lanes pairs) { return (Lanes)((Integers)pairs << 16); }
+inline Lanes odd(Lanes pairs) { return (Lanes)((Integers)pairs & (int32_t)0xffff0000); }
+
+// 16 columns of ROWS tokens. map: 16 columns of a number (float) or of two (bfloat16) after the other.
+template <typename T, int ROWS>
+void product(const T *z, int64_t stride, int depth, const T *map, float *out, int64_t out_stride) {
+  constexpr int PER_STEP = 4 / sizeof(T);
+  Lanes sums[ROWS] = {};
+  for (int r = 0; r < depth; r += PER_STEP, map += LANES * PER_STEP) {
+    Lanes columns;
+    std::memcpy(&columns, map, sizeof columns);
+    for (int row = 0; row < ROWS; ++row) {
+      int32_t word;
+      std::memcpy(&word, z + row * stride + r, 4);
+      const Lanes number = (Lanes)(Integers{} + word);
+      if constexpr (sizeof(T) == 4) {
+        sums[row] += number * columns;
+      } else {
+#ifdef __AVX512BF16__
+        Numbers<bfloat16>::multiply(sums[row], (__m512bh)number, (__m512bh)columns);
+#else
+        sums[row] += even(number) * even(columns) + odd(number) * odd(columns);
+#endif
+      }
+    }
+  }
+  for (int row = 0; row < ROWS; ++row) std::memcpy(out + row * out_stride, &sums[row], sizeof sums[row]);
+}
+
+// out [tokens, columns] of z [tokens, depth]; rows up to the next 32nd may be written, too.
+template <typename T>
+void products(const T *z, int64_t stride, int tokens, int depth, const T *map, int columns, float *out, int64_t out_stride) {
+  for (int column = 0; column < columns; column += LANES, map += int64_t(depth) * LANES)
+    for (int s = 0; s < tokens; s += 8)
+      product<T, 8>(z + s * stride, stride, depth, map, out + s * out_stride + column, out_stride);
+}
+
+#ifdef __AMX_BF16__
+// The same as `products`, 32 tokens and 32 columns at a time.
+inline void products_in_tiles(const bfloat16 *z, int64_t stride, int tokens, int depth, const bfloat16 *map, int columns,
+                              float *out, int64_t out_stride) {
+  const int64_t row = stride * sizeof(bfloat16), to_row = out_stride * sizeof(float), block = int64_t(depth) * LANES;
+  for (int column = 0; column < columns; column += COLUMNS, map += 2 * block)
+    for (int s = 0; s < tokens; s += COLUMNS) {
+      const bfloat16 *first = z + s * stride, *second = first + LANES * stride;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int r = 0; r < depth; r += DEPTH) {
+        _tile_loadd(4, first + r, row);
+        _tile_loadd(6, map + r * LANES, 64);
+        _tile_loadd(5, second + r, row);
+        _tile_loadd(7, map + block + r * LANES, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      float *to = out + s * out_stride + column;
+      _tile_stored(0, to, to_row);
+      _tile_stored(1, to + LANES, to_row);
+      _tile_stored(2, to + LANES * out_stride, to_row);
+      _tile_stored(3, to + LANES * out_stride + LANES, to_row);
+    }
+}
+#endif
+
+template <typename T>
+void mapped(const T *z, int64_t stride, int tokens, int depth, const T *map, int columns, float *out, int64_t out_stride) {
+#ifdef __AMX_BF16__
+  if constexpr (sizeof(T) == 2)
+    if (tiles_are_allowed()) return products_in_tiles(z, stride, tokens, depth, map, columns, out, out_stride);
+#endif
+  products(z, stride, tokens, depth, map, columns, out, out_stride);
+}
+
+// One head of one token, by half-split pairs: x [head_dim] -> to.
+template <typename T, typename C>
+void rotate_head(const float *x, const float *offset, const C *cos, const C *sin, int width, int rotated, T *to) {
+  const int half = rotated / 2;
+  for (int i = 0; i < half; i += LANES) {
+    const int count = std::min(LANES, half - i);
+    const Lanes first = load<Lanes>(x + i, count) + load<Lanes>(offset + i, count);
+    const Lanes last = load<Lanes>(x + half + i, count) + load<Lanes>(offset + half + i, count);
+    const Lanes turned = first * Numbers<float>::wide(cos + i, count) - last * Numbers<float>::wide(sin + i, count);
+    const Lanes other = last * Numbers<float>::wide(cos + half + i, count) + first * Numbers<float>::wide(sin + half + i, count);
+    if (count < LANES) {
+      for (int j = 0; j < count; ++j) to[i + j] = T(turned[j]), to[half + i + j] = T(other[j]);
+      continue;
+    }
+    store(turned, to + i);
+    store(other, to + half + i);
+  }
+  for (int i = rotated; i < width; ++i) to[i] = T(x[i] + offset[i]);
+}
+
+// What one thread needs to rebuild keys.
+template <typename T>
+struct Rebuilding {
+  const Rebuild &map;
+  int depth, padded;
+  std::vector<float> rebuilt, none;
+  std::vector<T> keys;
+
+  Rebuilding(const Rebuild &map, int numbers, int block)
+      : map(map), depth(pad(numbers, DEPTH)), padded(pad(map.columns(), COLUMNS)), rebuilt(int64_t(block) * padded),
+        none(map.columns()), keys(int64_t(block) * map.columns()) {}
+
+  // Keys [tokens, columns] of a stored head, of tokens from `start` on; z has rows up to the next 32nd token.
+  const T *of(const T *z, int64_t stride, int64_t row, int64_t head, int64_t start, int tokens) {
+    mapped(z, stride, tokens, depth, (const T *)((const char *)map.map + head * map.map_bytes), padded, rebuilt.data(), padded);
+    if (map.tables_are_bfloat16) rotate(row, head, start, tokens, (const bfloat16 *)map.cos, (const bfloat16 *)map.sin);
+    else rotate(row, head, start, tokens, (const float *)map.cos, (const float *)map.sin);
+    return keys.data();
+  }
+
+  template <typename C>
+  void rotate(int64_t row, int64_t head, int64_t start, int tokens, const C *cos, const C *sin) {
+    const float *offset = map.offset ? map.offset + head * map.columns() : none.data();
+    for (int s = 0; s < tokens; ++s) {
+      const int64_t at = row * map.table_batch + (start + s) * map.rotated;
+      for (int h = 0; h < map.heads; ++h) {
+        const int64_t first = h * map.head_dim;
+        rotate_head(rebuilt.data() + int64_t(s) * padded + first, offset + first, cos + at, sin + at, map.head_dim,
+                    map.rotated, keys.data() + int64_t(s) * map.columns() + first);
+      }
+    }
+  }
+};
+
+}  // namespace

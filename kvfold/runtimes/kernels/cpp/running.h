@@ -1,0 +1,148 @@
+// Softmax and weighted sums over blocks of tokens that come one after the other, for few queries.
+
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "products.h"
+#include "tiles.h"
+
+namespace {
+
+constexpr int BLOCK_BYTES = 1 << 17, MOST_TOKENS = 512;
+constexpr float LOWEST = -1e30f;  // a score that counts nothing beside any other
+
+// What one thread needs for the query rows of a group of heads, and what it has found so far.
+template <typename T>
+struct Running {
+  using N = Numbers<T>;
+  using Query = typename N::Query;
+  int rows, per_head, r_padded, v_padded, block;
+  std::vector<Query> queries, weights;
+  std::vector<float> scores;
+  std::vector<Lanes> strip = std::vector<Lanes>(MOST_TOKENS * STRIP), pairs;
+
+  // per_head: queries that meet the same keys.
+  Running(int rows, int per_head, int q_width, int V, int block)
+      : rows(rows), per_head(per_head), r_padded(pad(q_width, DEPTH)), v_padded(pad(V, DEPTH)), block(block),
+        queries(int64_t(rows) * r_padded), weights(int64_t(rows + LANES) * block), scores(int64_t(rows) * block),
+        pairs(in_tiles<T>() ? int64_t(rows / per_head) * pad(per_head, LANES) / LANES * r_padded / 2 : 0) {}
+
+  static int block_of(int tokens) { return std::clamp(tokens / (2 * LANES), 1, MOST_TOKENS / (2 * LANES)) * 2 * LANES; }
+
+  void take(const float *q, int R) {
+    for (int row = 0; row < rows; ++row)
+      for (int r = 0; r < R; ++r) queries[row * r_padded + r] = Query(q[row * R + r]);
+#ifdef __AMX_BF16__
+    if constexpr (sizeof(Query) == 2)
+      for (Lanes *to = pairs.data(); to < pairs.data() + pairs.size(); to += r_padded / 2) {
+        const int64_t part = (to - pairs.data()) / (r_padded / 2), chunks = pad(per_head, LANES) / LANES;
+        const int within = part % chunks * LANES;
+        const Query *first = queries.data() + (part / chunks * per_head + within) * r_padded;
+        paired(std::min(per_head - within, LANES), first, r_padded, r_padded, to);
+      }
+#endif
+  }
+
+  // Scores of the tokens that are whole tiles: how many those are.
+  int score_tiles(int first, int count, Tokens<T> keys, int tokens) {
+#ifdef __AMX_BF16__
+    if constexpr (sizeof(Query) == 2)
+      if (pairs.size() && keys.depth == r_padded && count > 1) {
+        const Lanes *part = pairs.data() + int64_t(first / per_head) * (pad(per_head, LANES) / LANES) * (r_padded / 2);
+        const int whole = tokens / LANES * LANES;
+        for (int row = 0; row < count; row += LANES, part += r_padded / 2)
+          score_in_tiles(std::min(count - row, LANES), part, keys.data, keys.stride, r_padded, whole,
+                         scores.data() + int64_t(first + row) * block, block);
+        return whole;
+      }
+#endif
+    return 0;
+  }
+
+  void score_head(int first, int count, Tokens<T> keys, int width, int tokens) {
+    const int done = score_tiles(first, count, keys, tokens);
+    keys.data += done * keys.stride;
+    score_rest(first, count, keys, width, tokens - done, scores.data() + done);
+  }
+
+  void score_rest(int first, int count, Tokens<T> keys, int width, int tokens, float *out) {
+    if (!tokens) return;
+    if constexpr (sizeof(Query) == sizeof(T)) {
+      if (count >= MANY_ROWS) {
+        score_many<T>(count, queries.data() + int64_t(first) * r_padded, r_padded, keys.data, keys.stride, width, tokens,
+                      out + int64_t(first) * block, block);
+        return;
+      }
+    }
+    in_parts<8>(first, first + count, [&](auto now, int row) {
+      score<T, now>(queries.data() + int64_t(row) * r_padded, r_padded, keys.data, keys.stride, width, tokens,
+                    out + int64_t(row) * block, block);
+    });
+  }
+
+  // Scores become weights relative to the running maximum; sums so far shrink with it.
+  // Those of tokens before `first` and from `end` on count nothing.
+  void softmax(int row, int tokens, int first, int end, float scale, float softcap, const float *bias, float *sums,
+               float &largest, float &total) {
+    float *s = scores.data() + int64_t(row) * block;
+    for (int i = 0; i < tokens; ++i) s[i] *= scale;
+    for (int i = 0; softcap > 0 && i < tokens; i += LANES) {
+      const Lanes x = tanh_of(load<Lanes>(s + i) / softcap) * softcap;
+      std::memcpy(s + i, &x, sizeof x);
+    }
+    for (int i = 0; bias && i < tokens; ++i) s[i] += bias[i];
+    std::fill(s, s + std::clamp(first, 0, tokens), LOWEST);
+    std::fill(s + std::clamp(end, 0, tokens), s + tokens, LOWEST);
+    std::fill(s + tokens, s + pad(tokens, LANES), -std::numeric_limits<float>::infinity());
+    Lanes most = load<Lanes>(s);
+    Integers no_number = most != most;
+    for (int i = LANES; i < tokens; i += LANES) {
+      const Lanes x = load<Lanes>(s + i);
+      most = x > most ? x : most;
+      no_number |= x != x;
+    }
+    float highest = largest;
+    for (int lane = 0; lane < LANES; ++lane) highest = std::max(highest, most[lane]);
+    Lanes added = {};
+    for (int i = 0; i < tokens; i += LANES) {
+      const Lanes x = exp_of(load<Lanes>(s + i) - highest);
+      std::memcpy(s + i, &x, sizeof x);
+      added += x;
+    }
+    Query *w = weights.data() + int64_t(row) * block;
+    std::fill(s + tokens, s + pad(tokens, DEPTH), 0.0f);
+    for (int i = 0; i < pad(tokens, DEPTH); ++i) w[i] = Query(s[i]);
+    float sum = 0;
+    for (int lane = 0; lane < LANES; ++lane) sum += added[lane];
+    const float shrink = std::exp(largest - highest);
+    if (shrink != 1.0f)
+      for (int i = 0; i < v_padded; ++i) sums[i] *= shrink;
+    total = total * shrink + sum;
+    for (int lane = 0; lane < LANES; ++lane)  // comparisons above would hide it
+      if (no_number[lane]) total = std::numeric_limits<float>::quiet_NaN();
+    largest = highest;
+  }
+
+  void add_head(int first, int count, Tokens<T> values, int width, int tokens, float *sums) {
+#ifdef __AMX_BF16__
+    if constexpr (sizeof(Query) == 2)
+      if (in_tiles<T>() && count > FEW_ROWS)
+        return add_in_tiles(count, weights.data() + int64_t(first) * block, block, values.data, values.stride, width, tokens,
+                            sums + int64_t(first) * v_padded, v_padded, strip.data());
+#endif
+    if (count > FEW_ROWS) {
+      add_many<T>(count, weights.data() + int64_t(first) * block, block, values.data, values.stride, width,
+                  tokens, sums + int64_t(first) * v_padded, v_padded, strip.data());
+      return;
+    }
+    in_parts<4>(first, first + count, [&](auto now, int row) {
+      add<T, now>(weights.data() + int64_t(row) * block, block, values.data, values.stride, width, tokens,
+                  sums + int64_t(row) * v_padded, v_padded);
+    });
+  }
+};
+
+}  // namespace

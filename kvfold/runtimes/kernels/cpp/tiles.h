@@ -1,0 +1,132 @@
+// Products of bfloat16 by the processor's tiles (AMX): 16 rows of 32 numbers times 32 of 16, sums in float32.
+
+#pragma once
+
+#include "lanes.h"
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+constexpr int TILE = LANES, DEPTH = 32;
+
+#ifdef __AMX_BF16__
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Whether the kernel lets this process use tiles.
+inline bool tiles_are_allowed() {
+  static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+  return allowed;
+}
+
+// Tiles of 16 rows of 64 bytes as long as it lives; others' configuration comes back after it.
+struct Tiles {
+  const bool on;
+  TileConfig before;
+
+  explicit Tiles(bool on) : on(on) {
+    if (!on) return;
+    TileConfig own;
+    for (int i = 0; i < 8; ++i) own.row_bytes[i] = 64, own.rows[i] = 16;
+    _tile_storeconfig(&before);
+    _tile_loadconfig(&own);
+  }
+  ~Tiles() {
+    if (on && before.palette) _tile_loadconfig(&before);
+    else if (on) _tile_release();
+  }
+};
+
+template <typename T>
+bool in_tiles() {
+  return sizeof(T) == 2 && tiles_are_allowed();
+}
+
+// Rows of two tokens, 32 numbers of each, as the right side of a product takes them: 16 pairs, then 16 pairs.
+inline void pair_up(const bfloat16 *token, const bfloat16 *next, int count, Lanes *out) {
+  Numbers<bfloat16>::columns(token, next, count, out);
+}
+
+// Scores out [rows, stride] of up to 16 queries with `tokens` keys, of which whole tiles can be read: keys [tokens up to the next
+// 16th, depth], depth a multiple of 32. queries: as `paired` makes them.
+inline void score_in_tiles(int rows, const Lanes *queries, const bfloat16 *keys, int64_t stride, int depth, int tokens,
+                           float *out, int64_t out_stride) {
+  for (int s = 0; s < tokens; s += TILE) {
+    _tile_zero(0);
+    for (int r = 0; r < depth; r += DEPTH) {
+      _tile_loadd(1, keys + s * stride + r, stride * sizeof(bfloat16));
+      _tile_loadd(2, queries + r / 2, 64);
+      _tile_dpbf16ps(0, 1, 2);
+    }
+    Lanes found[TILE];
+    _tile_stored(0, found, 64);
+    transpose(found);
+    for (int row = 0; row < rows; ++row) std::memcpy(out + row * out_stride + s, &found[row], sizeof found[row]);
+  }
+}
+
+// Up to 16 queries [rows, stride], depth numbers of each, as the right side of a product: pairs of numbers of all of them.
+inline void paired(int rows, const bfloat16 *queries, int64_t stride, int depth, Lanes *out) {
+  uint32_t *word = (uint32_t *)out;
+  for (int r = 0; r < depth; r += 2, word += TILE)
+    for (int row = 0; row < TILE; ++row) {
+      word[row] = 0;
+      if (row < rows) std::memcpy(word + row, queries + row * stride + r, 4);
+    }
+}
+
+// Adds weighted tokens to sums [rows, stride]. weights [rows up to the next 16th, stride], 0 up to the next 32nd token.
+// strip: room for 128 tokens of 32 columns, 16 times as many lanes as half the tokens hold.
+inline void add_in_tiles(int rows, const bfloat16 *weights, int64_t w_stride, const bfloat16 *values, int64_t stride, int width,
+                         int tokens, float *sums, int64_t sums_stride, Lanes *strip) {
+  const int padded = pad(tokens, DEPTH);
+  for (int v = 0; v < width; v += 2 * TILE) {
+    for (int s = 0; s < padded; s += 2) {
+      Lanes pairs[2] = {};
+      const bfloat16 *token = values + s * stride + v;
+      if (s + 1 < tokens) pair_up(token, token + stride, std::min(width - v, 2 * TILE), pairs);
+      else if (s < tokens) pair_up(token, token, std::min(width - v, 2 * TILE), pairs);  // whose weight is 0
+      strip[s / 2] = pairs[0];
+      strip[(padded + s) / 2] = pairs[1];
+    }
+    for (int row = 0; row < rows; row += TILE) {
+      _tile_zero(0);
+      _tile_zero(1);
+      for (int s = 0; s < padded; s += DEPTH) {
+        _tile_loadd(2, weights + row * w_stride + s, w_stride * sizeof(bfloat16));
+        _tile_loadd(3, strip + s / 2, 64);
+        _tile_loadd(4, strip + (padded + s) / 2, 64);
+        _tile_dpbf16ps(0, 2, 3);
+        _tile_dpbf16ps(1, 2, 4);
+      }
+      Lanes found[2][TILE];
+      _tile_stored(0, found[0], 64);
+      _tile_stored(1, found[1], 64);
+      for (int i = 0; i < std::min(rows - row, TILE); ++i) {
+        float *to = sums + (row + i) * sums_stride + v;
+        for (int part = 0; part < 2; ++part) {
+          const Lanes x = load<Lanes>(to + part * TILE) + found[part][i];
+          std::memcpy(to + part * TILE, &x, sizeof x);
+        }
+      }
+    }
+  }
+}
+#else
+template <typename T>
+bool in_tiles() {
+  return false;
+}
+
+struct Tiles {
+  explicit Tiles(bool) {}
+};
+#endif
+
+}  // namespace

@@ -1,0 +1,186 @@
+"""Attention of few query tokens by the CPU's own kernel (cpp/decode.cpp): over stored keys, or over keys that it rebuilds.
+
+A contiguous cache is one page per sequence, so that caches of both runtimes are read by the same code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvfold.runtimes.kernels.cpu import DTYPES, StoredTokens, rows_of
+from kvfold.runtimes.kernels.native import library
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, SideBySide, Stored, recorded
+
+LANES, DEPTH = 16, 32
+"""Columns of a map that lie side by side, and of how many stored numbers it takes a multiple (rebuild.h)."""
+ANY_AGE = (-(1 << 62), 1 << 62)
+
+
+class KeyMap(NamedTuple):
+    """How keys of the source's heads are rebuilt: packed, a linear map of each stored head [C, F, R] as `pack_map` has it;
+    offset_CF in float32, or none; heads: that F consists of."""
+
+    packed: Tensor
+    offset_CF: Tensor | None
+    heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, weight_CFR: Tensor, bias_CF: Tensor | None, head_dim: int) -> KeyMap:
+        offset = None if bias_CF is None else bias_CF.detach().float().contiguous()
+        return cls(pack_map(weight_CFR.detach()), offset, weight_CFR.shape[1] // head_dim, head_dim)
+
+    def rebuild(self, cos: Tensor, sin: Tensor) -> Rebuild:
+        """With tables [B or 1, S, r] of the tokens."""
+        return Rebuild(self, *(table if table[0].is_contiguous() else table.contiguous() for table in (cos, sin)))
+
+
+class Rebuild(NamedTuple):
+    """A map and the tables of the tokens that it is for."""
+
+    map: KeyMap
+    cos: Tensor
+    sin: Tensor
+
+    def of_tokens(self, start: int, end: int) -> Rebuild:
+        """Of some of the tokens."""
+        return self._replace(cos=self.cos[:, start:end], sin=self.sin[:, start:end])
+
+    def described(self) -> _Rebuild:
+        """For the kernel, as long as this lives."""
+        (packed, offset, heads, head_dim), cos = self.map, self.cos
+        table_batch = cos.stride(0) if len(cos) > 1 else 0
+        pointers = (packed.data_ptr(), None if offset is None else offset.data_ptr(), cos.data_ptr(), self.sin.data_ptr())
+        sizes = (packed[0].numel() * packed.element_size(), table_batch, cos.dtype == torch.bfloat16)
+        return _Rebuild(*pointers, *sizes, heads, head_dim, cos.shape[2])
+
+
+class _Rebuild(ctypes.Structure):
+    """As rebuild.h declares it."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("map", "offset", "cos", "sin")),
+        *((name, ctypes.c_int64) for name in ("map_bytes", "table_batch", "tables_are_bfloat16")),
+        *((name, ctypes.c_int64) for name in ("heads", "head_dim", "rotated")),
+    )
+
+
+class _Queries(ctypes.Structure):
+    """As decode.cpp declares it."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("data", "bias", "sequences")),
+        *((name, ctypes.c_int64) for name in ("bias_batch", "bias_row", "batch", "rows", "steps")),
+        *((name, ctypes.c_int64) for name in ("youngest", "oldest", "threads")),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    )
+
+
+def pack_map(weight_CFR: Tensor) -> Tensor:
+    """[C, F / 16, R, 16] of a map, with R and F padded by zeros; in bfloat16 two numbers of a column lie side by side:
+    [C, F / 16, R / 2, 16, 2], as tiles and products of pairs take them."""
+    C, F, R = weight_CFR.shape
+    padded = weight_CFR.new_zeros(C, -(-F // (2 * LANES)) * 2 * LANES, -(-R // DEPTH) * DEPTH)
+    padded[:, :F, :R] = weight_CFR
+    pair = 2 if weight_CFR.dtype == torch.bfloat16 else 1
+    return padded.view(C, -1, LANES, padded.shape[2] // pair, pair).transpose(2, 3).contiguous()
+
+
+def serves(q: Tensor, keys: Stored, values: Stored) -> bool:
+    """Whether the kernel takes these tensors, and nobody wants gradients or a graph of it."""
+    parts = [*_parts(keys), *_parts(values)]
+    tensors = [q, *map(rows_of, parts)]
+    if recorded(*tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return False
+    plain = all(x.device.type == "cpu" and x.stride(-1) == 1 for x in tensors)
+    return plain and all(_is_known(x, q.dtype) for x in parts) and q.dtype in DTYPES and library() is not None
+
+
+def _is_known(x: Any, dtype: torch.dtype) -> bool:
+    packed = x.format if not isinstance(x, Tensor) else None
+    alone = not isinstance(x, PackedTokens) or x.recent is None
+    return x.dtype == dtype and alone and (packed is None or packed.codec.fused and packed.block == 1)
+
+
+def _parts(x: Stored) -> Sequence[Any]:
+    return x.parts if isinstance(x, SideBySide) else [x]
+
+
+def decode(
+    q_BNTR: Tensor,
+    z: Stored,
+    y: Stored,
+    bias: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    rebuild: Rebuild | None = None,
+) -> Tensor:
+    """Attention [B, T, N, V] of few query tokens. bias: float32 [B or 1, N or 1, T, S] to add to the scores, or none."""
+    out_BNTV, _ = decode_part(q_BNTR, z, y, bias, scale=scale, softcap=softcap, rebuild=rebuild)
+    return out_BNTV.to(q_BNTR.dtype).transpose(1, 2)
+
+
+def decode_part(
+    q_BNTR: Tensor,
+    keys: Stored,
+    values: Stored,
+    bias: Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sequences_B3: Tensor | None = None,
+    ages: tuple[int, int] = ANY_AGE,
+    rebuild: Rebuild | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Averages over a part of the tokens [B, N, T, V], and the logarithms of the sums [B, N, T] that say what the part counts
+    beside others; both float32.
+
+    sequences_B3: of each, the first token, the one behind the last, and where the first query stands: without it all tokens,
+    and queries at their end. A query sees tokens of ages from ages[0] to below ages[1]. rebuild: how keys are made of what is
+    stored; without it queries meet stored keys. Values that are the same object as keys are read once.
+    Packed tokens become numbers of q's dtype, block by block, in the processor's own cache.
+    Sums are float32; probabilities are rounded to the dtype before they weigh values, as in torch.
+    """
+    B, N, T, R = q_BNTR.shape
+    kernel, shared, V = library(), keys is values, values.shape[3]
+    assert kernel is not None, "serves() was asked"
+    exact: dict[str, Any] = {"dtype": torch.float32, "device": q_BNTR.device}  # whatever torch's defaults are
+    queries, out = torch.empty(B, N, T, R, **exact).copy_(q_BNTR), torch.empty(B, N, T, V, **exact)
+    log_sums = torch.empty(B, N, T, **exact)
+    if sequences_B3 is None:
+        S = keys.shape[2]
+        sequences_B3 = torch.tensor([[0, S, S - T]] * B, dtype=torch.int64, device=q_BNTR.device)
+    rows = None if bias is None else _bias_rows(bias, B, N, T)
+    facts = _Queries(
+        queries.data_ptr(), None if rows is None else rows.data_ptr(), sequences_B3.data_ptr(),
+        *((0, 0) if rows is None else rows.stride()[:2]), B, N * T, T, *ages, torch.get_num_threads(), scale, softcap or 0.0,
+    )  # fmt: skip
+    parts = [StoredTokens.of(x) for x in _parts(keys)]
+    kernel.kvfold_decode(
+        ctypes.c_int(q_BNTR.dtype == torch.bfloat16),
+        ctypes.byref(facts),
+        (StoredTokens * len(parts))(*parts),
+        ctypes.c_int(len(parts)),
+        None if shared else ctypes.byref(StoredTokens.of(values)),
+        None if rebuild is None else ctypes.byref(rebuild.described()),
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_void_p(log_sums.data_ptr()),
+    )
+    return out, log_sums
+
+
+def _bias_rows(bias: Tensor, B: int, N: int, T: int) -> Tensor:
+    """[B, N * T, S], in which one token's mask need not be copied."""
+    S = bias.shape[-1]
+    rows = bias.expand(B, N, T, S)[:, :, 0] if T == 1 else bias.expand(B, N, T, S).reshape(B, N * T, S)
+    if rows.stride(-1) == 1:
+        return rows
+    return torch.empty(rows.shape, dtype=torch.float32, device=bias.device).copy_(rows)
