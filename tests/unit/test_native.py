@@ -263,7 +263,7 @@ for dtype in (torch.float32, torch.bfloat16):
                 x, several = PackedTokens(pack(z[:, :1], form), form, dtype), heads * rows
                 for stored in (x, SideBySide([x, z[:, :1, :, 8:], x])):
                     back = torch.randn(1, several * 24, stored.shape[3], dtype=dtype)
-                    made = cpu_decode.KeyMap.of(back, None, 24).rebuild(*torch.randn(2, 1, tokens, 16))
+                    made = cpu_decode.HeadMap.of(back, None, 24).rebuild(*torch.randn(2, 1, tokens, 16))
                     cpu_decode.decode(torch.randn(1, several, 1, 24).to(dtype), stored, stored, None, scale=0.1, rebuild=made)
 print("inside its memory")
 """

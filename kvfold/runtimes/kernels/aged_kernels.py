@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kvfold.runtimes.kernels import cpu_decode
-from kvfold.runtimes.kernels.aged_attention import beside
 from kvfold.runtimes.kernels.attention import additive
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, part
 
@@ -30,24 +29,17 @@ def attend(
     scale: float,
     softcap: float | None = None,
     rebuild: tuple[Any, Any] | None = None,
+    map: cpu_decode.ValueMap | None = None,
 ) -> Tensor:
     """[B, T, N, V] of queries as they meet far and near keys: absorbed, or as they are where keys of both are rebuilt. width:
-    V, of which far values are the first numbers and near ones the last."""
+    V, of which far values are the first numbers and near ones the last. map: how the source's values are made of them."""
     T, S, recent = q[0].shape[2], z.shape[2], z.recent
     ways, sizes = rebuild or (None, None), {"scale": scale, "softcap": softcap}
     near = _part(q[1], z.near, y.near, mask, max(S - T - recent + 1, 0), S, S, (0, recent), rebuild=ways[1], **sizes)
-    if recent >= S:
-        return beside(near[0], near[0], width)[1].to(q[0].dtype).transpose(1, 2)
-    far = _part(q[0], z.far, y.far, mask, 0, S - recent, S, (recent, ALL_OLDER), rebuild=ways[0], **sizes)
-    return together(far, near, width).to(q[0].dtype).transpose(1, 2)
-
-
-def together(far: tuple[Tensor, Tensor], near: tuple[Tensor, Tensor], width: int) -> Tensor:
-    """With averages o and log-sums l of the parts, the whole is sum_i e^(l_i) o_i / sum_i e^(l_i): [B, N, T, width]."""
-    largest = torch.maximum(far[1], near[1])
-    counts = [(sums - largest).exp()[..., None] for _, sums in (far, near)]
-    old, new = beside(far[0], near[0], width)
-    return (old * counts[0] + new * counts[1]) / (counts[0] + counts[1])
+    parts = [near._replace(last=True)]
+    if recent < S:
+        parts.insert(0, _part(q[0], z.far, y.far, mask, 0, S - recent, S, (recent, ALL_OLDER), rebuild=ways[0], **sizes))
+    return cpu_decode.values_of(parts, width, q[0].dtype, map)
 
 
 def _part(
@@ -62,7 +54,7 @@ def _part(
     *,
     rebuild: cpu_decode.Rebuild | None,
     **sizes: Any,
-) -> tuple[Tensor, Tensor]:
+) -> cpu_decode.Averages:
     """Over the tokens start:end of all, of which each query sees those of some ages."""
     T, first = q_BNTR.shape[2], keys.shape[2] - tokens  # where the newest tokens' own storage begins
     if start + first > 0 or end < tokens:

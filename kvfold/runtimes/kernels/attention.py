@@ -67,12 +67,14 @@ def cpu_attention(
     scale: float,
     softcap: float | None = None,
     rebuild: cpu_decode.Rebuild | None = None,
+    map: cpu_decode.ValueMap | None = None,
 ) -> Tensor:
-    """Few query tokens over numbers or packed ones that `cpu_decode.serves`; `rebuild` says how keys are made of them on read."""
+    """Few query tokens over numbers or packed ones that `cpu_decode.serves`; `rebuild` says how keys are made of them on read,
+    `map` how values are made of averages."""
     T, S = q_BNTR.shape[2], z.shape[2]
     bias = additive(mask, T, S, 0, S, q_BNTR)
     added = None if bias is None else bias.float()
-    return cpu_decode.decode(q_BNTR, z, y, added, scale=scale, softcap=softcap, rebuild=rebuild)
+    return cpu_decode.decode(q_BNTR, z, y, added, scale=scale, softcap=softcap, rebuild=rebuild, map=map)
 
 
 def products_attention(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor | None, *, scale: float) -> Tensor:

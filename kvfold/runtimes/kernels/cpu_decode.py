@@ -22,8 +22,8 @@ LANES, DEPTH = 16, 32
 ANY_AGE = (-(1 << 62), 1 << 62)
 
 
-class KeyMap(NamedTuple):
-    """How keys of the source's heads are rebuilt: packed, a linear map of each stored head [C, F, R] as `pack_map` has it;
+class HeadMap(NamedTuple):
+    """How keys or values of the source's heads are rebuilt: packed, a linear map of each stored head [C, F, R] as `pack_map` has it;
     offset_CF in float32, or none; heads: that F consists of."""
 
     packed: Tensor
@@ -32,33 +32,40 @@ class KeyMap(NamedTuple):
     head_dim: int
 
     @classmethod
-    def of(cls, weight_CFR: Tensor, bias_CF: Tensor | None, head_dim: int) -> KeyMap:
+    def of(cls, weight_CFR: Tensor, bias_CF: Tensor | None, head_dim: int) -> HeadMap:
         offset = None if bias_CF is None else bias_CF.detach().float().contiguous()
         return cls(pack_map(weight_CFR.detach()), offset, weight_CFR.shape[1] // head_dim, head_dim)
 
-    def rebuild(self, cos: Tensor, sin: Tensor) -> Rebuild:
-        """With tables [B or 1, S, r] of the tokens."""
+    def rebuild(self, cos: Tensor | None = None, sin: Tensor | None = None) -> Rebuild:
+        """With tables [B or 1, S, r] of the tokens, where keys are rotated."""
+        if cos is None or sin is None:
+            return Rebuild(self, None, None)
         return Rebuild(self, *(table if table[0].is_contiguous() else table.contiguous() for table in (cos, sin)))
 
 
 class Rebuild(NamedTuple):
     """A map and the tables of the tokens that it is for."""
 
-    map: KeyMap
-    cos: Tensor
-    sin: Tensor
+    map: HeadMap
+    cos: Tensor | None
+    sin: Tensor | None
 
     def of_tokens(self, start: int, end: int) -> Rebuild:
         """Of some of the tokens."""
+        if self.cos is None or self.sin is None:
+            return self
         return self._replace(cos=self.cos[:, start:end], sin=self.sin[:, start:end])
 
     def described(self) -> _Rebuild:
         """For the kernel, as long as this lives."""
-        (packed, offset, heads, head_dim), cos = self.map, self.cos
+        (packed, offset, heads, head_dim), cos, sin = self.map, self.cos, self.sin
+        map = (packed.data_ptr(), None if offset is None else offset.data_ptr())
+        map_bytes = packed[0].numel() * packed.element_size()
+        if cos is None or sin is None:
+            return _Rebuild(*map, None, None, map_bytes, 0, False, heads, head_dim, 0)
         table_batch = cos.stride(0) if len(cos) > 1 else 0
-        pointers = (packed.data_ptr(), None if offset is None else offset.data_ptr(), cos.data_ptr(), self.sin.data_ptr())
-        sizes = (packed[0].numel() * packed.element_size(), table_batch, cos.dtype == torch.bfloat16)
-        return _Rebuild(*pointers, *sizes, heads, head_dim, cos.shape[2])
+        tables = (cos.data_ptr(), sin.data_ptr(), map_bytes, table_batch, cos.dtype == torch.bfloat16)
+        return _Rebuild(*map, *tables, heads, head_dim, cos.shape[2])
 
 
 class _Rebuild(ctypes.Structure):
@@ -83,6 +90,48 @@ class _Queries(ctypes.Structure):
     )
 
 
+class _Part(ctypes.Structure):
+    """As values.cpp declares it."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("averages", "log_sums")),
+        *((name, ctypes.c_int64) for name in ("width", "column")),
+    )
+
+
+class _Values(ctypes.Structure):
+    """As values.cpp declares it."""
+
+    _fields_ = (
+        ("map", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("map_bytes", "depth", "out_width", "batch", "heads", "kv_heads")),
+        *((name, ctypes.c_int64) for name in ("steps", "threads")),
+    )
+
+
+class ValueMap(NamedTuple):
+    """How values of the source's heads are made of stored ones: packed, a map of each head of keys and values [K, H, V], and
+    its widths."""
+
+    packed: Tensor
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, weight_UFV: Tensor, head_dim: int) -> ValueMap:
+        weight_KHV = weight_UFV.detach().reshape(-1, head_dim, weight_UFV.shape[2])
+        return cls(pack_map(weight_KHV), len(weight_KHV), head_dim)
+
+
+class Averages(NamedTuple):
+    """Over a part of the tokens [B, N, T, V], and the logarithms of the sums [B, N, T] that say what the part counts beside
+    others; both float32. last: they are the last numbers of a token where others are the first."""
+
+    averages: Tensor
+    log_sums: Tensor
+    last: bool = False
+
+
 def pack_map(weight_CFR: Tensor) -> Tensor:
     """[C, F / 16, R, 16] of a map, with R and F padded by zeros; in bfloat16 two numbers of a column lie side by side:
     [C, F / 16, R / 2, 16, 2], as tiles and products of pairs take them."""
@@ -101,6 +150,11 @@ def serves(q: Tensor, keys: Stored, values: Stored) -> bool:
         return False
     plain = all(x.device.type == "cpu" and x.stride(-1) == 1 for x in tensors)
     return plain and all(_is_known(x, q.dtype) for x in parts) and q.dtype in DTYPES and library() is not None
+
+
+def reads(stored: Stored, dtype: torch.dtype) -> bool:
+    """Whether the kernel makes heads of `dtype` of what is stored, and nobody wants gradients or a graph of it."""
+    return serves(torch.empty(0, dtype=dtype), stored, stored)
 
 
 def _is_known(x: Any, dtype: torch.dtype) -> bool:
@@ -122,10 +176,12 @@ def decode(
     scale: float,
     softcap: float | None = None,
     rebuild: Rebuild | None = None,
+    map: ValueMap | None = None,
 ) -> Tensor:
-    """Attention [B, T, N, V] of few query tokens. bias: float32 [B or 1, N or 1, T, S] to add to the scores, or none."""
-    out_BNTV, _ = decode_part(q_BNTR, z, y, bias, scale=scale, softcap=softcap, rebuild=rebuild)
-    return out_BNTV.to(q_BNTR.dtype).transpose(1, 2)
+    """Attention [B, T, N, V] of few query tokens, with averages led back by `map` where there is one. bias: float32 [B or 1,
+    N or 1, T, S] to add to the scores, or none."""
+    part = decode_part(q_BNTR, z, y, bias, scale=scale, softcap=softcap, rebuild=rebuild)
+    return values_of([part], y.shape[3], q_BNTR.dtype, map)
 
 
 def decode_part(
@@ -139,9 +195,8 @@ def decode_part(
     sequences_B3: Tensor | None = None,
     ages: tuple[int, int] = ANY_AGE,
     rebuild: Rebuild | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Averages over a part of the tokens [B, N, T, V], and the logarithms of the sums [B, N, T] that say what the part counts
-    beside others; both float32.
+) -> Averages:
+    """Of queries over stored tokens.
 
     sequences_B3: of each, the first token, the one behind the last, and where the first query stands: without it all tokens,
     and queries at their end. A query sees tokens of ages from ages[0] to below ages[1]. rebuild: how keys are made of what is
@@ -174,7 +229,7 @@ def decode_part(
         ctypes.c_void_p(out.data_ptr()),
         ctypes.c_void_p(log_sums.data_ptr()),
     )
-    return out, log_sums
+    return Averages(out, log_sums)
 
 
 def _bias_rows(bias: Tensor, B: int, N: int, T: int) -> Tensor:
@@ -184,3 +239,51 @@ def _bias_rows(bias: Tensor, B: int, N: int, T: int) -> Tensor:
     if rows.stride(-1) == 1:
         return rows
     return torch.empty(rows.shape, dtype=torch.float32, device=bias.device).copy_(rows)
+
+
+def values_of(parts: Sequence[Averages], width: int, dtype: torch.dtype, map: ValueMap | None) -> Tensor:
+    """[B, T, N, H] of averages and log-sums over parts of the tokens, as `decode_part` gives them: with averages o and log-sums
+    l, sum_i e^(l_i) o_i / sum_i e^(l_i), led back by the map. width: of what it takes, of which a part may have the first or the
+    `last` numbers only. Without a map [B, T, N, width]."""
+    B, N, T, _ = parts[0].averages.shape
+    kernel, out_width = library(), width if map is None else map.head_dim
+    assert kernel is not None, "serves() was asked"
+    out = torch.empty(B, T, N, out_width, dtype=dtype, device=parts[0].averages.device)
+    described = [
+        _Part(o.data_ptr(), log_sums.data_ptr(), o.shape[3], width - o.shape[3] if last else 0)
+        for o, log_sums, last in parts
+    ]
+    packed = None if map is None else map.packed
+    facts = _Values(
+        None if packed is None else packed.data_ptr(),
+        0 if packed is None else packed[0].numel() * packed.element_size(),
+        width, out_width, B, N, 1 if map is None else map.kv_heads, T, torch.get_num_threads(),
+    )  # fmt: skip
+    kernel.kvfold_values(
+        ctypes.c_int(dtype == torch.bfloat16),
+        ctypes.byref(facts),
+        (_Part * len(described))(*described),
+        ctypes.c_int(len(described)),
+        ctypes.c_void_p(out.data_ptr()),
+    )
+    return out
+
+
+def rebuilt(stored: Stored, rebuild: Rebuild, spans_B2: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """[B, K, width, H]: the source's heads of the tokens start:end of each sequence, at the end of rows of zeros."""
+    kernel, parts, B = library(), [StoredTokens.of(x) for x in _parts(stored)], len(spans_B2)
+    assert kernel is not None, "serves() was asked"
+    heads = stored.shape[1] * rebuild.map.heads
+    out = torch.empty(B, heads, width, rebuild.map.head_dim, dtype=dtype, device=spans_B2.device)
+    kernel.kvfold_rebuild(
+        ctypes.c_int(dtype == torch.bfloat16),
+        (StoredTokens * len(parts))(*parts),
+        ctypes.c_int(len(parts)),
+        ctypes.byref(rebuild.described()),
+        ctypes.c_void_p(spans_B2.data_ptr()),
+        ctypes.c_int64(B),
+        ctypes.c_int64(width),
+        ctypes.c_int(torch.get_num_threads()),
+        ctypes.c_void_p(out.data_ptr()),
+    )
+    return out

@@ -35,7 +35,7 @@ from kvfold.runtimes.kernels.packed_tokens import (
 from kvfold.runtimes.kernels.rotary import apply_rotary
 from kvfold.runtimes.transformers.attention_by_age import AttentionByAge
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
-from kvfold.runtimes.transformers.keys_on_read import Heads, KeysOnRead
+from kvfold.runtimes.transformers.on_read import Heads, KeysOnRead, heads_by_kernel, value_map
 from kvfold.runtimes.transformers.projections import projections
 
 
@@ -234,19 +234,19 @@ class FoldedAttention(AttentionByAge):
         dropout = self.layer.attention_dropout if self.training else 0.0
         few = q.shape[2] <= FEW_TOKENS
         absorbed = self._absorb(q) if few and keys is None else None  # kernels are asked about what they will be given
-        rebuild = on_read.by_kernel(z) if few and on_read else None
+        rebuild = on_read.by_kernel(z, q.dtype) if few and on_read else None
         way = choose(
             q if absorbed is None else absorbed, z, y, on_read=keys is not None, rebuilds=rebuild is not None,
             eager=self._eager() or wants_probs, exact=wants_probs or dropout > 0, softcap=self.layer.softcap,
             head_dim=self.layer.head_dim,
         )  # fmt: skip
         if way is Way.REBUILT:
-            k = self._rebuild(read_all(z), "k_b") if keys is None else keys(0, z.shape[2])
-            v = self._rebuild(read_all(y), "v_b")
+            k, v = self._all_keys(z, on_read), self._all_values(y)
             return prefill_attention(q, k, v, mask, scale=self.scaling, dropout=dropout), None
-        if rebuild and way is Way.CPU:
-            sizes = {"scale": self.scaling, "softcap": self.layer.softcap}
-            return self._lead_values_back(cpu_attention(q, z, y, mask, rebuild=rebuild, **sizes)), None
+        if way is Way.CPU:
+            back, sizes = value_map(self, q.dtype), {"scale": self.scaling, "softcap": self.layer.softcap}
+            out = cpu_attention(q if absorbed is None else absorbed, z, y, mask, rebuild=rebuild, map=back, **sizes)
+            return out if back else self._lead_values_back(out), None
         if self.spec.hidden:  # a network's values are rebuilt before they are averaged
             assert keys is not None, "networks are applied on read"
             return self._over_rebuilt(way, q, keys, y, mask, dropout)
@@ -307,6 +307,19 @@ class FoldedAttention(AttentionByAge):
         if getattr(self, f"{way}_proj") is None:
             return z_BCSR
         return self._way(way, z_BCSR, near).unflatten(3, (-1, self.layer.head_dim)).transpose(2, 3).flatten(1, 2)
+
+    def _all_keys(self, z: Stored, on_read: KeysOnRead | None, near: bool = False) -> Tensor:
+        """The source's keys of all tokens."""
+        tables = on_read.tables if on_read else None
+        made = heads_by_kernel(self, "k_b", z, tables, self.q_proj.weight.dtype, near)
+        if made is not None:
+            return made
+        return on_read(z, near)(0, z.shape[2]) if on_read else self._rebuild(read_all(z), "k_b", near)
+
+    def _all_values(self, y: Stored, near: bool = False) -> Tensor:
+        """The source's values of all tokens."""
+        made = heads_by_kernel(self, "v_b", y, None, self.q_proj.weight.dtype, near)
+        return self._rebuild(read_all(y), "v_b", near) if made is None else made
 
     def _way(self, way: str, x: Tensor, near: bool = False) -> Tensor:
         """In ("k_a", "v_a") or back ("k_b", "v_b"): a linear map of each group, and a network where the plan has one."""

@@ -13,8 +13,8 @@ from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.kernels import aged_kernels
 from kvfold.runtimes.kernels.aged_attention import attend_by_age, beside, prefill_by_age
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, roundtrip
-from kvfold.runtimes.kernels.packed_tokens import AgedTokens, by_age, read_all
-from kvfold.runtimes.transformers.keys_on_read import KeysOnRead
+from kvfold.runtimes.kernels.packed_tokens import AgedTokens, by_age
+from kvfold.runtimes.transformers.on_read import KeysOnRead, value_map
 
 class AttentionByAge(nn.Module):
     """The part of `FoldedAttention` that knows of ages."""
@@ -25,7 +25,8 @@ class AttentionByAge(nn.Module):
     k_b_proj: Any
     v_b_proj: Any
     _absorb: Callable[[Tensor], Tensor]
-    _rebuild: Callable[..., Tensor]
+    _all_keys: Callable[..., Tensor]
+    _all_values: Callable[..., Tensor]
     _lead_values_back: Callable[[Tensor], Tensor]
     _eager: Callable[[], bool]
 
@@ -61,12 +62,13 @@ class AttentionByAge(nn.Module):
         rebuilt = keys and (keys, functools.partial(keys, near=True))
         absorbed = q if keys else self._absorb(q)
         meeting = (q, q) if keys else by_age(absorbed, z.far.shape[-1], z.near.shape[-1])
-        ways = keys and (keys.by_kernel(z.far), keys.by_kernel(z.near, near=True))
+        ways = keys and (keys.by_kernel(z.far, q.dtype), keys.by_kernel(z.near, q.dtype, near=True))
         capped = self.layer.softcap is not None and not wants_probs and not dropout  # which the kernel does as well
         if few and (capped or not by_masks) and (ways is None or all(ways)) and aged_kernels.serves(meeting, z, y):
             sizes = {"scale": self.scaling, "softcap": self.layer.softcap}
-            out = aged_kernels.attend(meeting, z, y, mask, self.spec.read_widths[1], rebuild=ways, **sizes)
-            return self._lead_values_back(out), None
+            back, width = value_map(self, q.dtype), self.spec.read_widths[1]
+            out = aged_kernels.attend(meeting, z, y, mask, width, rebuild=ways, map=back, **sizes)
+            return out if back else self._lead_values_back(out), None
         out, probs = attend_by_age(
             meeting, z, y, mask, keys=rebuilt, width=self.spec.read_widths[1], dropout=dropout,
             by_masks=by_masks, elements=self._elements_at_a_time, scale=self.scaling,
@@ -78,11 +80,8 @@ class AttentionByAge(nn.Module):
         self, q: Tensor, z: AgedTokens, y: AgedTokens, mask: Tensor | None, keys: KeysOnRead | None
     ) -> Tensor:
         """Over the source's heads, which are made once for all queries."""
-        far_k, near_k = (
-            keys(part, near=near)(0, part.shape[2]) if keys else self._rebuild(read_all(part), "k_b", near)
-            for part, near in ((z.far, False), (z.near, True))
-        )
-        far_v, near_v = self._rebuild(read_all(y.far), "v_b"), self._rebuild(read_all(y.near), "v_b", True)
+        far_k, near_k = self._all_keys(z.far, keys), self._all_keys(z.near, keys, True)
+        far_v, near_v = self._all_values(y.far), self._all_values(y.near, True)
         keys_width, width = self.spec.read_widths
         if not keys and self.k_b_proj is None:  # q_proj has columns for both
             far_k, near_k = beside(far_k, near_k, keys_width)

@@ -47,16 +47,18 @@ class GroupedLinear(nn.Module):
         return whole[..., -width:] if last else whole[..., :width]
 
 
-def projections(shapes: Mapping[str, Shape], **options: Any) -> dict[str, nn.Module | None]:
-    """A module for every projection of a layer, None for those that it does not have."""
-    return {name: _projection(name, shapes, **options) for name in PROJECTIONS}
+def projections(
+    shapes: Mapping[str, Shape], linear: type[nn.Linear] = nn.Linear, **options: Any
+) -> dict[str, nn.Module | None]:
+    """A module for every projection of a layer, None for those that it does not have. linear: of those without groups."""
+    return {name: _projection(name, shapes, linear, **options) for name in PROJECTIONS}
 
 
-def _projection(name: str, shapes: Mapping[str, Shape], **options: Any) -> nn.Module | None:
+def _projection(name: str, shapes: Mapping[str, Shape], linear: type[nn.Linear], **options: Any) -> nn.Module | None:
     if f"{name}.weight" not in shapes:
         return None
     *groups, out_features, in_features = (axis.size for axis in shapes[f"{name}.weight"])
     bias = f"{name}.bias" in shapes
     if groups:
         return GroupedLinear(groups[0], in_features, out_features, bias=bias, **options)
-    return nn.Linear(in_features, out_features, bias=bias, **options)
+    return linear(in_features, out_features, bias=bias, **options)

@@ -15,6 +15,7 @@ from vllm.distributed import (
 )
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.v1.attention.selector import get_attn_backend
 
 from kvfold.errors import PlanError
@@ -22,6 +23,7 @@ from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.tensors import PROJECTIONS, Axis, Shape, tensor_shapes
 from kvfold.runtimes.kernels.rotary import apply_rotary
+from kvfold.runtimes.vllm.linear import Multiplied
 
 LOGGER = init_logger(f"vllm.{__name__}")
 USUAL_WIDTH = 64
@@ -47,7 +49,7 @@ class FamilyCall(nn.Module):
 
     def _summed(self, out_TF: Tensor) -> Tensor:
         """[T, D] of what the heads of this process give."""
-        out = tensor_model_parallel_all_reduce(F.linear(out_TF, self.o_proj.weight))
+        out = tensor_model_parallel_all_reduce(self.o_proj.product(out_TF))
         return out if self.o_proj.bias is None else out + self.o_proj.bias
 
 
@@ -203,7 +205,7 @@ class Parts(NamedTuple):
     first_group: int
 
 
-class _Projection(nn.Module):
+class _Projection(Multiplied):
     """One map of a layer, of which a rank has the rows and columns of its heads."""
 
     def __init__(self, name: str, shapes: Mapping[str, Shape], parts: Parts, spec: CacheSpec) -> None:
@@ -211,9 +213,8 @@ class _Projection(nn.Module):
         self.weight = _parameter(shapes[f"{name}.weight"], parts, spec)
         bias = shapes.get(f"{name}.bias")
         self.bias = None if bias is None else _parameter(bias, parts, spec)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        if self.weight.dim() == 2:
+            self.quant_method = UnquantizedLinearMethod()
 
 
 def _parameter(axes: Shape, parts: Parts, spec: CacheSpec) -> nn.Parameter:

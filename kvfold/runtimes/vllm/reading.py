@@ -10,12 +10,18 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 
 from kvfold.runtimes.kernels import cpu_decode, native
-from kvfold.runtimes.kernels.aged_kernels import ALL_OLDER, together
+from kvfold.runtimes.kernels.aged_attention import prefill_by_age
+from kvfold.runtimes.kernels.aged_kernels import ALL_OLDER
+from kvfold.runtimes.kernels.attention import prefill_attention
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS
 from kvfold.runtimes.kernels.packed_tokens import SideBySide, by_age
-from kvfold.runtimes.transformers.keys_on_read import key_maps
+from kvfold.runtimes.transformers.on_read import head_maps, value_map
 from kvfold.runtimes.vllm.batches import Batch
 from kvfold.runtimes.vllm.pages import RECENT, Kind
+
+
+AT_ONCE = 1 << 27
+"""Numbers of keys, and of values, of a prompt that may be there at once."""
 
 
 def reads_in_place(device: torch.device) -> bool:
@@ -31,34 +37,78 @@ class PageReader:
 
     def read(self, q_BNTH: Tensor, far: Tensor, batch: Batch, place: int) -> Tensor | None:
         """[B, T, N, width] of queries, or None where the kernel does not serve. far: pages of the layer's own kind."""
+        many = batch.queries > FEW_TOKENS
+        return (self.prompt if many else self.few)(q_BNTH, far, batch, place)
+
+    def few(self, q_BNTH: Tensor, far: Tensor, batch: Batch, place: int) -> Tensor | None:
+        """Of few queries."""
         attention, spec = self.attention, self.attention.spec
-        maps = key_maps(attention) if attention._rotates_on_read and attention.tables is not None else None
-        if batch.queries > FEW_TOKENS or spec.hidden or (spec.rope == "on_read" and maps is None):
+        maps = head_maps(attention, "k_b", q_BNTH.dtype) if attention._rotates_on_read and attention.tables is not None else None
+        if spec.hidden or (spec.rope == "on_read" and maps is None):
             return None
         q = q_BNTH if maps is not None else attention._absorb(q_BNTH)
-        found = self._by_age(q, far, batch, place, maps) if spec.recent else self._all(q, far, batch, maps)
-        return None if found is None else attention._lead_values_back(found.to(q_BNTH.dtype).transpose(1, 2))
+        parts = self._by_age(q, far, batch, place, maps) if spec.recent else [self._all(q, far, batch, maps)]
+        if any(part is None for part in parts):
+            return None
+        back = value_map(attention, q_BNTH.dtype)
+        out = cpu_decode.values_of(parts, spec.read_widths[1], q_BNTH.dtype, back)
+        return out if back else attention._lead_values_back(out)
 
-    def _all(self, q: Tensor, far: Tensor, batch: Batch, maps: Any) -> Tensor | None:
+    def prompt(self, q_BNTH: Tensor, far: Tensor, batch: Batch, place: int) -> Tensor | None:
+        """The same of many queries, over the source's heads of all tokens that they may see; None where these are not rebuilt
+        by the kernel, or are too many to be there at once."""
+        attention, spec, kind = self.attention, self.attention.spec, self.attention.attn.kind
+        heads = self._heads(kind, far, batch, kind, q_BNTH.dtype)
+        if heads is None or attention.layer.softcap is not None:
+            return None
+        mask = attention._mask(batch)
+        if not spec.recent:
+            return prefill_attention(q_BNTH, *heads, mask, scale=attention.scaling)
+        pages = attention.pages.recent
+        recents = get_forward_context().attn_metadata[pages.layer_name].batches[place]
+        near = self._heads(RECENT, pages.kv_cache, recents, spec.recent, q_BNTH.dtype)
+        if near is None:
+            return None
+        (far_k, far_v), (near_k, near_v) = heads, near
+        keys, values, sizes = (far_k, near_k), (far_v, near_v), {"recent": spec.recent, "scale": attention.scaling}
+        return prefill_by_age(q_BNTH, keys, values, mask, **sizes)
+
+    def _heads(
+        self, kind: Kind, pages: Tensor, batch: Batch, window: int | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [B, K, width, H] of one form."""
+        attention, width = self.attention, batch.width_of(window)
+        ways = head_maps(attention, "k_b", dtype), head_maps(attention, "v_b", dtype)
+        keys, values = self._lying(kind, pages, batch)
+        too_many = len(batch.lengths) * width * attention.layer.num_kv_heads * attention.layer.head_dim > AT_ONCE
+        if None in ways or too_many or not (cpu_decode.reads(keys, dtype) and cpu_decode.reads(values, dtype)):
+            return None
+        spans = batch.once(("span tensor", window), lambda: torch.tensor(batch.spans(window), dtype=torch.int64))
+        k_map, v_map = (maps(side.shape[3], kind == RECENT) for maps, side in zip(ways, (keys, values), strict=True))
+        tables = attention.tables if attention._rotates_on_read else None
+        k_way = k_map.rebuild(*(() if tables is None else (tables.cos_Sr[None], tables.sin_Sr[None])))
+        k = cpu_decode.rebuilt(keys, k_way, spans, width, dtype)
+        return k, cpu_decode.rebuilt(values, v_map.rebuild(), spans, width, dtype)
+
+    def _all(self, q: Tensor, far: Tensor, batch: Batch, maps: Any) -> Any:
         kind = self.attention.attn.kind
-        found = self._form(q, kind, far, batch, (0, ALL_OLDER if kind is None else kind), maps)
-        return None if found is None else found[0]
+        return self._form(q, kind, far, batch, (0, ALL_OLDER if kind is None else kind), maps)
 
-    def _by_age(self, q: Tensor, far: Tensor, batch: Batch, place: int, maps: Any) -> Tensor | None:
-        """Each form by itself, then one softmax over both."""
+    def _by_age(self, q: Tensor, far: Tensor, batch: Batch, place: int, maps: Any) -> list[Any]:
+        """Each form by itself."""
         spec, pages, kind = self.attention.spec, self.attention.pages.recent, self.attention.attn.kind
         recents = get_forward_context().attn_metadata[pages.layer_name].batches[place]
         widths = (spec.head_dim + spec.predictors, spec.of_recent.head_dim + spec.recent_predictors)
         meeting = (q, q) if maps is not None else by_age(q, *widths)
         oldest = ALL_OLDER if kind is None else kind
-        near = self._form(meeting[1], RECENT, pages.kv_cache, recents, (0, min(spec.recent, oldest)), maps)
         old = self._form(meeting[0], kind, far, batch, (spec.recent, max(oldest, spec.recent)), maps)
-        return None if near is None or old is None else together(old, near, spec.read_widths[1])
+        near = self._form(meeting[1], RECENT, pages.kv_cache, recents, (0, min(spec.recent, oldest)), maps)
+        return [old, near and near._replace(last=True)]
 
     def _form(
         self, q: Tensor, kind: Kind, pages: Tensor, batch: Batch, ages: tuple[int, int], maps: Any
-    ) -> tuple[Tensor, Tensor] | None:
-        """Averages and log-sums over the tokens of some ages in one form; None where the kernel does not serve."""
+    ) -> cpu_decode.Averages | None:
+        """Over the tokens of some ages in one form; None where the kernel does not serve."""
         attention = self.attention
         keys, values = self._lying(kind, pages, batch)
         if not cpu_decode.serves(q, keys, values):

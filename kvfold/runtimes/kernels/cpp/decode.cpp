@@ -13,7 +13,6 @@ namespace {
 
 constexpr int TASKS_PER_THREAD = 4, LEAST_TOKENS = 256;  // long sequences of few heads are split until there are so many
 constexpr int REBUILT_TOKENS = 256;                      // at a time
-constexpr int LINE = 32;                                 // numbers of two bytes
 
 // Rows of queries [batch, rows, R]: `steps` query tokens of each head, which stand at the end of a sequence and see tokens of
 // an age from `youngest` to below `oldest`. softcap: of scores, 0 for none. sequences [batch, 3]: the first token, the last but one, where the first query
@@ -23,31 +22,6 @@ struct Queries {
   const int64_t *sequences;
   int64_t bias_batch, bias_row, batch, rows, steps, youngest, oldest, threads;
   float scale, softcap;
-};
-
-// Stored heads: numbers of a head that lie in several places are side by side.
-struct Side {
-  const Stored *parts;
-  int count, width, heads;
-  bool as_they_lie;
-
-  Side(const Stored *parts, int count) : parts(parts), count(count), width(0), heads(parts->heads) {
-    for (int i = 0; i < count; ++i) width += parts[i].width;
-    as_they_lie = count == 1 && !parts->packed;
-  }
-
-  // An odd number of cache lines, so that the rows of a tile do not push each other out of the nearest cache.
-  int stride() const { return pad(width, CODES) + CODES + LINE; }
-
-  // Rows of numbers, in `buffer` unless they can be used where they lie.
-  template <typename T>
-  Tokens<T> numbers(int64_t row, int64_t head, int64_t start, int tokens, std::vector<T> &buffer) const {
-    if (as_they_lie && parts->together(start, tokens) == tokens && parts->aligned(sizeof(T)))
-      return {parts->at<T>(row, head, start), parts->token_stride / int64_t(sizeof(T))};
-    T *to = buffer.data();
-    for (int i = 0; i < count; to += parts[i++].width) parts[i].read(row, head, start, tokens, to, stride());
-    return {buffer.data(), stride(), pad(width, DEPTH)};
-  }
 };
 
 struct Task {

@@ -13,7 +13,7 @@ constexpr int COLUMNS = 2 * LANES;  // of a map, and tokens, that are made at a 
 
 // Of each stored head [heads * head_dim] keys: map * numbers + offset, rotated. `map`: for each stored head and 16 columns the
 // columns of number after number, of two numbers at a time in bfloat16 (cpu_decode.py packs it). cos and sin [batch or 1,
-// tokens, rotated]. offset [stored heads, heads * head_dim] or null.
+// tokens, rotated], or null, where `rotated` is 0. offset [stored heads, heads * head_dim] or null.
 struct Rebuild {
   const void *map;
   const float *offset;
@@ -66,6 +66,7 @@ void products(const T *z, int64_t stride, int tokens, int depth, const T *map, i
 inline void products_in_tiles(const bfloat16 *z, int64_t stride, int tokens, int depth, const bfloat16 *map, int columns,
                               float *out, int64_t out_stride) {
   const int64_t row = stride * sizeof(bfloat16), to_row = out_stride * sizeof(float), block = int64_t(depth) * LANES;
+  written();
   for (int column = 0; column < columns; column += COLUMNS, map += 2 * block)
     for (int s = 0; s < tokens; s += COLUMNS) {
       const bfloat16 *first = z + s * stride, *second = first + LANES * stride;
@@ -118,7 +119,9 @@ void rotate_head(const float *x, const float *offset, const C *cos, const C *sin
     store(turned, to + i);
     store(other, to + half + i);
   }
-  for (int i = rotated; i < width; ++i) to[i] = T(x[i] + offset[i]);
+  int i = rotated;
+  for (; i + LANES <= width; i += LANES) store(load<Lanes>(x + i) + load<Lanes>(offset + i), to + i);
+  for (; i < width; ++i) to[i] = T(x[i] + offset[i]);
 }
 
 // What one thread needs to rebuild keys.
@@ -136,7 +139,8 @@ struct Rebuilding {
   // Keys [tokens, columns] of a stored head, of tokens from `start` on; z has rows up to the next 32nd token.
   const T *of(const T *z, int64_t stride, int64_t row, int64_t head, int64_t start, int tokens) {
     mapped(z, stride, tokens, depth, (const T *)((const char *)map.map + head * map.map_bytes), padded, rebuilt.data(), padded);
-    if (map.tables_are_bfloat16) rotate(row, head, start, tokens, (const bfloat16 *)map.cos, (const bfloat16 *)map.sin);
+    if (!map.cos) rotate(row, head, start, tokens, (const float *)nullptr, (const float *)nullptr);
+    else if (map.tables_are_bfloat16) rotate(row, head, start, tokens, (const bfloat16 *)map.cos, (const bfloat16 *)map.sin);
     else rotate(row, head, start, tokens, (const float *)map.cos, (const float *)map.sin);
     return keys.data();
   }
@@ -145,7 +149,7 @@ struct Rebuilding {
   void rotate(int64_t row, int64_t head, int64_t start, int tokens, const C *cos, const C *sin) {
     const float *offset = map.offset ? map.offset + head * map.columns() : none.data();
     for (int s = 0; s < tokens; ++s) {
-      const int64_t at = row * map.table_batch + (start + s) * map.rotated;
+      const int64_t at = row * map.table_batch + (start + s) * map.rotated;  // nowhere without a rotation
       for (int h = 0; h < map.heads; ++h) {
         const int64_t first = h * map.head_dim;
         rotate_head(rebuilt.data() + int64_t(s) * padded + first, offset + first, cos + at, sin + at, map.head_dim,

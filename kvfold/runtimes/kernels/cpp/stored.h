@@ -4,10 +4,15 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
+#include "products.h"
+#include "tiles.h"
 #include "unpack.h"
 
 namespace {
+
+constexpr int LINE = 32;  // numbers of two bytes
 
 // Keys or values [batch, heads, tokens, width], strides in bytes, numbers of a token side by side. Packed ones are rows of
 // bytes; no tiers are float8. With a table, tokens lie in pages of `page_tokens`, whose numbers are in the table's row of a
@@ -47,6 +52,31 @@ struct Stored {
       }
       for (int s = 0; s < now; ++s) std::memcpy(to + s * stride, at<T>(row, head, start + done + s), width * sizeof(T));
     }
+  }
+};
+
+// Stored heads: numbers of a head that lie in several places are side by side.
+struct Side {
+  const Stored *parts;
+  int count, width, heads;
+  bool as_they_lie;
+
+  Side(const Stored *parts, int count) : parts(parts), count(count), width(0), heads(parts->heads) {
+    for (int i = 0; i < count; ++i) width += parts[i].width;
+    as_they_lie = count == 1 && !parts->packed;
+  }
+
+  // An odd number of cache lines, so that the rows of a tile do not push each other out of the nearest cache.
+  int stride() const { return pad(width, CODES) + CODES + LINE; }
+
+  // Rows of numbers, in `buffer` unless they can be used where they lie.
+  template <typename T>
+  Tokens<T> numbers(int64_t row, int64_t head, int64_t start, int tokens, std::vector<T> &buffer) const {
+    if (as_they_lie && parts->together(start, tokens) == tokens && parts->aligned(sizeof(T)))
+      return {parts->at<T>(row, head, start), parts->token_stride / int64_t(sizeof(T))};
+    T *to = buffer.data();
+    for (int i = 0; i < count; to += parts[i++].width) parts[i].read(row, head, start, tokens, to, stride());
+    return {buffer.data(), stride(), pad(width, DEPTH)};
   }
 };
 

@@ -25,6 +25,9 @@ inline bool tiles_are_allowed() {
   return allowed;
 }
 
+// What was written is in memory: compilers are not told that tiles are loaded from there (g++ 12).
+inline void written() { asm volatile("" ::: "memory"); }
+
 // Tiles of 16 rows of 64 bytes as long as it lives; others' configuration comes back after it.
 struct Tiles {
   const bool on;
@@ -34,12 +37,17 @@ struct Tiles {
     if (!on) return;
     TileConfig own;
     for (int i = 0; i < 8; ++i) own.row_bytes[i] = 64, own.rows[i] = 16;
-    _tile_storeconfig(&before);
-    _tile_loadconfig(&own);
+    load(own, &before);
   }
   ~Tiles() {
-    if (on && before.palette) _tile_loadconfig(&before);
+    if (on && before.palette) load(before, nullptr);
     else if (on) _tile_release();
+  }
+
+  // Compilers believe that eight bytes of a configuration are used.
+  static void load(const TileConfig &config, TileConfig *last) {
+    if (last) asm volatile("sttilecfg %0" : "=m"(*last));
+    asm volatile("ldtilecfg %0" : : "m"(config));
   }
 };
 
@@ -57,6 +65,7 @@ inline void pair_up(const bfloat16 *token, const bfloat16 *next, int count, Lane
 // 16th, depth], depth a multiple of 32. queries: as `paired` makes them.
 inline void score_in_tiles(int rows, const Lanes *queries, const bfloat16 *keys, int64_t stride, int depth, int tokens,
                            float *out, int64_t out_stride) {
+  written();
   for (int s = 0; s < tokens; s += TILE) {
     _tile_zero(0);
     for (int r = 0; r < depth; r += DEPTH) {
@@ -95,6 +104,7 @@ inline void add_in_tiles(int rows, const bfloat16 *weights, int64_t w_stride, co
       strip[s / 2] = pairs[0];
       strip[(padded + s) / 2] = pairs[1];
     }
+    written();
     for (int row = 0; row < rows; row += TILE) {
       _tile_zero(0);
       _tile_zero(1);

@@ -1,0 +1,111 @@
+"""The source's heads out of what a cache holds, where they are rebuilt as they are read: by torch, and for the CPU's kernel."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvfold.runtimes.kernels import cpu_decode
+from kvfold.runtimes.kernels.dispatch import rotated_heads
+from kvfold.runtimes.kernels.packed_tokens import Stored, read
+from kvfold.runtimes.kernels.rotary import apply_rotary
+from kvfold.runtimes.transformers.projections import GroupedLinear
+
+Heads = Callable[[int, int], Tensor]
+"""(start, end) -> the source's heads of these tokens [B, K, end - start, H]."""
+
+
+class KeysOnRead:
+    """Of one attention module and the tokens of one forward. tables: cos and sin [B or 1, S, r] of all tokens that are seen,
+    None for keys that stay unrotated."""
+
+    def __init__(self, attention: Any, tables: tuple[Tensor, Tensor] | None) -> None:
+        self.attention, self.tables = attention, tables
+
+    def __call__(self, z: Stored, near: bool = False) -> Heads:
+        """All at once for a prompt, piece by piece for few tokens, so that the keys of a long cache never exist at once.
+        `near`: z is in the finer form of recent tokens."""
+        tables = self._newest(z.shape[2])
+
+        def keys(start: int, end: int) -> Tensor:
+            if tables is None:
+                return self.attention._rebuild(read(z, start, end), "k_b", near)
+            return self._rotated(read(z, start, end), [table[:, start:end] for table in tables], near)
+
+        return keys
+
+    def _rotated(self, z_BCSR: Tensor, tables: list[Tensor], near: bool) -> Tensor:
+        attention = self.attention
+        if attention.spec.hidden or attention.k_b_proj is None:
+            return apply_rotary(attention._rebuild(z_BCSR, "k_b", near), *tables)
+        return rotated_heads(attention.k_b_proj(z_BCSR, last=near), attention.layer.head_dim, *tables)
+
+    def by_kernel(self, z: Stored, dtype: torch.dtype, near: bool = False) -> cpu_decode.Rebuild | None:
+        """How the CPU's kernel rebuilds them; None where it does not."""
+        maps, tables = head_maps(self.attention, "k_b", dtype), self._newest(z.shape[2])
+        if maps is None or tables is None:
+            return None
+        return maps(z.shape[3], near).rebuild(*tables)
+
+    def _newest(self, tokens: int) -> tuple[Tensor, Tensor] | None:
+        return None if self.tables is None else (self.tables[0][:, -tokens:], self.tables[1][:, -tokens:])
+
+
+def head_maps(attention: Any, way: str, dtype: torch.dtype) -> Callable[[int, bool], cpu_decode.HeadMap] | None:
+    """(width, near) -> the way back ("k_b" or "v_b") to the source's heads as the CPU's kernel takes it; None where it does
+    not."""
+    projection = getattr(attention, f"{way}_proj")
+    if attention.spec.hidden or not _is_plain(projection, dtype):
+        return None
+
+    def of(width: int, near: bool) -> cpu_decode.HeadMap:
+        def made() -> cpu_decode.HeadMap:
+            weight = projection.of_width(width, last=near)
+            return cpu_decode.HeadMap.of(weight, projection.bias, attention.layer.head_dim)
+
+        return _kept(projection, (width, near), made)
+
+    return of
+
+
+def value_map(attention: Any, dtype: torch.dtype) -> cpu_decode.ValueMap | None:
+    """The way back to values as the CPU's kernel takes it; None where there is none or it does not."""
+    projection = attention.v_b_proj
+    if attention.spec.hidden or not _is_plain(projection, dtype):
+        return None
+    made = functools.partial(cpu_decode.ValueMap.of, projection.weight, attention.layer.head_dim)
+    return _kept(projection, "values", made)
+
+
+def heads_by_kernel(
+    attention: Any, way: str, stored: Stored, tables: tuple[Tensor, Tensor] | None, dtype: torch.dtype, near: bool = False
+) -> Tensor | None:
+    """[B, K, S, H] of all tokens, rebuilt by the CPU's kernel; None where it does not serve."""
+    maps = head_maps(attention, way, dtype)
+    if maps is None or not cpu_decode.reads(stored, dtype):
+        return None
+    B, _, S, width = stored.shape
+    spans = torch.tensor([[0, S]] * B, dtype=torch.int64)
+    newest = () if tables is None else (table[:, -S:] for table in tables)
+    return cpu_decode.rebuilt(stored, maps(width, near).rebuild(*newest), spans, S, dtype)
+
+
+def _is_plain(projection: Any, dtype: torch.dtype) -> bool:
+    """Whether nobody has to see that it is used."""
+    if type(projection) is not GroupedLinear or (torch.is_grad_enabled() and projection.weight.requires_grad):
+        return False
+    hooked = hasattr(projection, "_hf_hook") or getattr(projection, "_forward_hooks", None)
+    return not hooked and projection.weight.dtype == dtype and projection.weight.device.type == "cpu"
+
+
+def _kept(projection: nn.Module, name: Any, make: Callable[[], Any]) -> Any:
+    """What was made of the weight as it is now, beside it."""
+    weight, kept = projection.weight, projection.__dict__.setdefault("packed", {})
+    state = (weight.data_ptr(), weight._version)
+    if kept.get(name, (None,))[0] != state:
+        kept[name] = state, make()
+    return kept[name][1]
