@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 from kvfold.plan.number_format import NumberFormat, StoredShape
@@ -117,7 +118,7 @@ class CacheSpec:
         """The same as `sides` for recent tokens."""
         return self.of_recent.sides
 
-    @property
+    @functools.cached_property
     def of_recent(self) -> CacheSpec:
         """A cache of nothing but the finer form of recent tokens."""
         return dataclasses.replace(
@@ -129,7 +130,7 @@ class CacheSpec:
             predictors=self.recent_predictors,
         )
 
-    @property
+    @functools.cached_property
     def of_all(self) -> CacheSpec:
         """The same cache without a finer form of recent tokens."""
         none = {"recent_head_dim": 0, "v_recent_head_dim": 0, "k_recent_bits": None, "v_recent_bits": None}
@@ -140,7 +141,7 @@ class CacheSpec:
     def elements_per_token(self) -> int:
         return sum(side.elements for side in self.sides)
 
-    @property
+    @functools.cached_property
     def sides(self) -> tuple[StoredShape, StoredShape]:
         """What is stored of keys and of values, which have no heads of their own in a shared latent."""
         return (

@@ -1,0 +1,202 @@
+"""The CPU's kernel over keys that it rebuilds, over pages, and on the way back to values: what torch does step by step."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from packed_forms import FORMS, distance
+
+from kvfold.plan.number_format import NumberFormat
+from kvfold.runtimes.kernels import cpu_decode
+from kvfold.runtimes.kernels.attention import grouped_attention
+from kvfold.runtimes.kernels.codec import pack, unpack
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, SideBySide
+from kvfold.runtimes.kernels.rotary import apply_rotary
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="this machine has no C++ compiler")
+FORMATS = [FORMS["tiers"], NumberFormat(tiers=((40, 5),)), FORMS["float8"]]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time():
+    torch.manual_seed(0)
+
+
+def numbers_of(stored):
+    """[B, C, S, R] in float64, as a cache would give them back."""
+    if isinstance(stored, SideBySide):
+        return torch.cat([numbers_of(part) for part in stored.parts], dim=3)
+    return stored.double() if isinstance(stored, torch.Tensor) else unpack(stored.rows, stored.format, torch.float64)
+
+
+def packed(B, C, S, dtype, format):
+    return PackedTokens(pack(torch.randn(B, C, S, format.width).to(dtype), format), format, dtype)
+
+
+def tables(B, S, r, dtype):
+    angles = torch.randn(B, S, r // 2, dtype=torch.float64).repeat(1, 1, 2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def head_map(C, F, R, head_dim, dtype, bias=True):
+    weight, offset = (torch.randn(C, F, R) / R**0.5).to(dtype), torch.randn(C, F).to(dtype) if bias else None
+    return weight, offset, cpu_decode.HeadMap.of(weight, offset, head_dim)
+
+
+def heads(numbers_BCSR, weight_CFR, offset_CF, head_dim):
+    """[B, K, S, H] of the source, step by step."""
+    x = torch.einsum("bcsr,cfr->bcsf", numbers_BCSR, weight_CFR.double())
+    x = x if offset_CF is None else x + offset_CF.double()[:, None]
+    return x.unflatten(3, (-1, head_dim)).transpose(2, 3).flatten(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 4])
+@pytest.mark.parametrize(
+    ("B", "C", "S", "within", "H", "r", "N"),
+    [(1, 1, 300, 3, 64, 64, 9), (2, 2, 77, 2, 16, 16, 8), (1, 1, 1, 1, 80, 32, 1), (2, 1, 33, 4, 20, 8, 20), (1, 4, 515, 2, 32, 32, 8)],
+)  # fmt: skip
+def test_keys_are_rebuilt_as_torch_rebuilds_them(B, C, S, within, H, r, N, queries, dtype):
+    """Of one place, of several side by side and of plain numbers; heads rotated whole and in part, with an offset."""
+    queries = min(queries, S)
+    places = [packed(B, C, S, dtype, form) for form in FORMATS]
+    plain = torch.randn(B, C, S + 3, 24).to(dtype)[:, :, 3:]
+    cos, sin = tables(B, S, r, dtype)
+    q = torch.randn(B, N, queries, H).to(dtype)
+    for stored in (places[0], plain, SideBySide([*places, plain])):
+        numbers = numbers_of(stored)
+        weight, offset, way = head_map(C, within * H, numbers.shape[3], H, dtype)
+        keys = apply_rotary(heads(numbers, weight, offset, H), cos.double(), sin.double())
+        wanted, _ = grouped_attention(q.double(), keys, numbers, None, scale=0.2)
+        assert cpu_decode.serves(q, stored, stored)
+        found = cpu_decode.decode_part(
+            q, stored, stored, scale=0.2, ages=(0, S), rebuild=way.rebuild(cos, sin)
+        ).averages.transpose(1, 2)
+        assert distance(found, wanted) < TOLERANCE[dtype] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ages_and_caps_are_those_of_a_mask(dtype):
+    """Queries at the end of sequences see tokens from an age on and below one; scores are capped."""
+    B, N, S, T = 2, 6, 200, 5
+    q, z, y = (torch.randn(B, n, s, 64).to(dtype) for n, s in ((N, T), (3, S), (3, S)))
+    age = torch.arange(S - T, S)[:, None] - torch.arange(S)
+    for youngest, oldest in ((0, S), (40, S), (0, 40), (30, 90)):
+        scores = q.double().reshape(B, 3, -1, 64) @ z.double().transpose(2, 3) * 0.3
+        scores = (4 * torch.tanh(scores / 4)).view(B, N, T, S)
+        scores = scores.masked_fill((age < youngest) | (age >= oldest), float("-inf"))
+        wanted = (scores.softmax(-1).view(B, 3, -1, S) @ y.double()).view(B, N, T, 64)
+        found = cpu_decode.decode_part(q, z, y, scale=0.3, softcap=4.0, ages=(youngest, oldest))
+        assert distance(found.averages, wanted) < TOLERANCE[dtype]
+        torch.testing.assert_close(found.log_sums.double(), scores.logsumexp(-1), atol=3e-2, rtol=3e-3)
+
+
+def in_pages(stored, lengths, page_tokens, odd):
+    """The tokens of sequences at random places of pages, at odd addresses, beside bytes that are no numbers."""
+    rows = stored.rows if isinstance(stored, PackedTokens) else stored.contiguous().view(torch.uint8)
+    B, C, _, row_bytes = rows.shape
+    pages = -(-max(lengths) // page_tokens)
+    memory = torch.full((B * pages + 3, odd + C * page_tokens * row_bytes + 7), 0xFF, dtype=torch.uint8)
+    region = memory.as_strided(
+        (len(memory), C, page_tokens, row_bytes), (memory.shape[1], page_tokens * row_bytes, row_bytes, 1), odd
+    )
+    tables_Bp = torch.randperm(len(memory))[: B * pages].view(B, pages).to(torch.int32)
+    for row, length in enumerate(lengths):
+        for token in range(length):
+            region[tables_Bp[row, token // page_tokens], :, token % page_tokens] = rows[row, :, token]
+    format = stored.format if isinstance(stored, PackedTokens) else None
+    return PagedTokens(region, format, stored.dtype, tables_Bp)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("page_tokens", "odd"), [(7, 3), (16, 0), (128, 1)])
+def test_pages_hold_what_a_contiguous_cache_holds(page_tokens, odd, dtype):
+    """Sequences of 1 token, a page, a token more and less, under stored keys and rebuilt ones: the same numbers, so the same
+    result up to the order of sums."""
+    lengths, C, H = [1, page_tokens, page_tokens + 1, 2 * page_tokens - 1, 3], 2, 32
+    B, S = len(lengths), 2 * page_tokens
+    alike = [packed(B, C, S, dtype, FORMATS[0]), torch.randn(B, C, S, 24).to(dtype)]
+    for stored in (*alike, SideBySide([*alike, packed(B, C, S, dtype, FORMATS[2])])):
+        width = stored.shape[3]
+        parts = stored.parts if isinstance(stored, SideBySide) else [stored]
+        paged = [in_pages(part, lengths, page_tokens, odd) for part in parts]
+        for part in paged[1:]:
+            part.tables_Bp = part.tables_Bp.contiguous()
+        found_in = paged[0] if len(paged) == 1 else SideBySide(paged)
+        sequences = torch.tensor([[0, length, length - 1] for length in lengths])
+        _, _, way = head_map(C, 2 * H, width, H, dtype)
+        cos, sin = tables(1, S, H, dtype)
+        for q_width, rebuild in ((width, None), (H, way.rebuild(cos, sin))):
+            q = torch.randn(B, 8, 1, q_width).to(dtype)
+            facts = {"scale": 0.2, "sequences_B3": sequences, "ages": (0, S), "rebuild": rebuild}
+            wanted = cpu_decode.decode_part(q, stored, stored, **facts)
+            found = cpu_decode.decode_part(q, found_in, found_in, **facts)
+            assert found.averages.isfinite().all()
+            assert distance(found.averages, wanted.averages.double()) < TOLERANCE[dtype]
+            torch.testing.assert_close(found.log_sums, wanted.log_sums, atol=2e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_part_without_tokens_counts_nothing(dtype):
+    q, z = torch.randn(2, 4, 1, 16).to(dtype), torch.randn(2, 1, 40, 16).to(dtype)
+    some = torch.tensor([[0, 0, 39], [0, 30, 39]])
+    rest = torch.tensor([[0, 40, 39], [30, 40, 39]])
+    parts = [cpu_decode.decode_part(q, z, z, scale=0.3, sequences_B3=x) for x in (some, rest)]
+    whole, _ = grouped_attention(q.double(), z.double(), z.double(), None, scale=0.3)
+    assert distance(cpu_decode.values_of(parts, 16, dtype, None), whole) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("B", "N", "K", "T", "H"), [(1, 9, 3, 1, 64), (5, 8, 8, 3, 20), (40, 4, 1, 1, 16)])
+def test_values_are_led_back_as_torch_leads_them(B, N, K, T, H, dtype):
+    """Two parts, of which one has the first numbers of a token and one the last; beside each other and the same ones."""
+    for widths, width in (((40, 33), 73), ((30, 30), 30), ((48,), 48)):
+        parts = [
+            cpu_decode.Averages(torch.randn(B, N, T, part), 3 * torch.randn(B, N, T), at > 0)
+            for at, part in enumerate(widths)
+        ]
+        weight = (torch.randn(1, K * H, width) / width**0.5).to(dtype)
+        shares = torch.stack([part.log_sums.double() for part in parts]).softmax(0)
+        sums = torch.zeros(B, N, T, width, dtype=torch.float64)
+        for share, part in zip(shares, parts, strict=True):
+            columns = slice(width - part.averages.shape[3], width) if part.last else slice(part.averages.shape[3])
+            sums[..., columns] += share[..., None] * part.averages
+        per_head = sums.view(B, K, N // K, T, width)
+        wanted = torch.einsum("bkgtv,khv->btkgh", per_head, weight.double().view(K, H, width)).flatten(2, 3)
+        found = cpu_decode.values_of(parts, width, dtype, cpu_decode.ValueMap.of(weight, H))
+        assert distance(found, wanted) < TOLERANCE[dtype]
+        assert distance(cpu_decode.values_of(parts, width, dtype, None), sums.transpose(1, 2)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rotates", [True, False])
+def test_heads_of_a_prompt_are_those_of_torch(rotates, dtype):
+    """Of contiguous tokens and of pages; sequences stand at the end of rows of zeros."""
+    B, C, S, H, spans = 2, 2, 150, 32, [[0, 150], [20, 90]]
+    places = [packed(B, C, S, dtype, form) for form in FORMATS]
+    paged = [in_pages(place, [S, S], 16, 1) for place in places]
+    cos, sin = tables(1, S, H, dtype) if rotates else (None, None)
+    for stored in (places[0], SideBySide(places), SideBySide(paged)):
+        numbers = numbers_of(places[0] if stored is places[0] else SideBySide(places))
+        weight, offset, way = head_map(C, 2 * H, numbers.shape[3], H, dtype, bias=rotates)
+        wanted = heads(numbers, weight, offset, H)
+        wanted = apply_rotary(wanted, cos.double(), sin.double()) if rotates else wanted
+        found = cpu_decode.rebuilt(stored, way.rebuild(cos, sin), torch.tensor(spans), 160, dtype)
+        assert found.shape == (B, 2 * C, 160, H)
+        for row, (start, end) in enumerate(spans):
+            assert not found[row, :, : 160 - (end - start)].any()
+            assert distance(found[row, :, 160 - (end - start) :], wanted[row, :, start:end]) < TOLERANCE[dtype]
+
+
+@pytest.mark.rare
+@pytest.mark.parametrize("without", ["-mno-amx-bf16", "-mno-amx-bf16 -mno-avx512bf16"])
+def test_other_processors_get_the_same(without, tmp_path):
+    """Those without tiles, and without products of pairs: this file, in code that is made for them."""
+    settings = {"XDG_CACHE_HOME": str(tmp_path), "CXX": f"c++ {without}"}
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", "torch or mask or pages", __file__]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
