@@ -102,7 +102,9 @@ class Prediction:
 
     def _what_is_left(self, at: int, spec: CacheSpec, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """P, and the tokens without what it says."""
-        known_TS = torch.cat([self._stored_by(below)[at] for below in spec.predicted_from], dim=1)
+        form = (spec, spec.of_recent)[at]
+        below_TS = [self._stored_by(below)[at] for below in spec.predicted_from]
+        known_TS = torch.cat([x_TS[:, : form.predicting(x_TS.shape[1])] for x_TS in below_TS], dim=1)
         back_FS = regression(known_TS, tokens.x_TF, tokens.weights[at])
         return back_FS, tokens.x_TF - known_TS @ back_FS.T.to(known_TS)
 

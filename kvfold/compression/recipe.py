@@ -25,7 +25,8 @@ from kvfold.runtimes.base import runtime
 
 ALLOCATIONS = ("uniform", "greedy", "measured")
 PREFERENCES = {"size": "on_read", "speed": "applied"}
-"""What to prefer -> how keys are stored."""
+"""What to prefer -> how keys are stored; without it on_read where a method has both, of what layers below store the leading
+numbers."""
 WHAT = ("depth", "width", "bits")
 """Axes that say what a cache is made of; naming a method of one leaves the default preset aside."""
 TYPES: dict[Any, tuple[type, ...]] = {
@@ -50,7 +51,8 @@ class Recipe:
     keep_layers: layers that store every number as it is. min_width: the least share of a layer's numbers to store.
     runtime: `transformers`, or `vllm` for a plan that vLLM serves as well; of plain numbers keys and values of one shape, in
         heads of widths that its own kernels have.
-    prefer: `size` or `speed`, for width methods mla and fisher: keys rebuilt on read, or read as they lie.
+    prefer: `size` or `speed`, for width methods mla and fisher: keys rebuilt on read, predicted by all that layers below store,
+        or read as they lie.
     allocate: `uniform` gives every layer the same share, `greedy` shares the budget by the distortion per byte that the
         method expects (in nats: fisher), `measured` by KL per byte, measured with one cache folded at a time (the whole
         model must fit into memory).
@@ -201,6 +203,8 @@ def _prefer(tree: dict[str, Any]) -> None:
         tree["width"] = tree["width"] | {"rope": rope}
     elif rope == "applied":  # a latent of both holds keys before rotation
         tree["width"] = {"method": "fisher", "rope": rope}
+    else:
+        tree["width"] = {"leading": 0, "recent_leading": 0} | tree["width"]
 
 
 def suited(recipe: Recipe, layers: Sequence[AttentionLayer]) -> Recipe:

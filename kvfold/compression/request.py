@@ -198,11 +198,14 @@ class Request:
         spec, below = specs[layer.index], self.below(layer)
         if any(specs[i].k_bits and specs[i].k_bits.block > 1 for i in (layer.index, *below)):  # type: ignore[union-attr]
             return spec
+        if below:
+            width = self.axes.width
+            spec = replace(spec, leading=width.leading, recent_leading=width.recent_leading if spec.recent else 0)
         return replace(
             spec,
             predicted_from=below,
-            predictors=sum(specs[i].head_dim for i in below),
-            recent_predictors=sum(specs[i].recent_head_dim for i in below),
+            predictors=sum(spec.predicting(specs[i].head_dim) for i in below),
+            recent_predictors=sum(spec.of_recent.predicting(specs[i].recent_head_dim) for i in below),
         )
 
     def plan(self, chosen: Mapping[Key, StoredShape]) -> CachePlan:

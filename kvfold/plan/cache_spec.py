@@ -71,7 +71,8 @@ class CacheSpec:
     in which they came.
     `predicted_from`: layers below, of whose stored numbers, `predictors` per token, a linear map says part of this layer's
     keys and values: only the rest is stored, and who reads this cache reads theirs too. `recent_predictors`: the numbers of
-    recent tokens in the finer form of those layers, which say the same of the finer form here.
+    recent tokens in the finer form of those layers, which say the same of the finer form here. `leading`, `recent_leading`: of
+    each of those layers the first so many numbers do so, 0 for all.
     """
 
     num_kv_heads: int
@@ -101,6 +102,8 @@ class CacheSpec:
     predicted_from: tuple[int, ...] = ()
     predictors: int = 0
     recent_predictors: int = 0
+    leading: int = 0
+    recent_leading: int = 0
 
     @property
     def made_widths(self) -> tuple[int, int]:
@@ -128,13 +131,14 @@ class CacheSpec:
             k_bits=self.k_recent_bits,
             v_bits=self.v_recent_bits,
             predictors=self.recent_predictors,
+            leading=self.recent_leading,
         )
 
     @functools.cached_property
     def of_all(self) -> CacheSpec:
         """The same cache without a finer form of recent tokens."""
         none = {"recent_head_dim": 0, "v_recent_head_dim": 0, "k_recent_bits": None, "v_recent_bits": None}
-        none |= {"recent_predictors": 0}
+        none |= {"recent_predictors": 0, "recent_leading": 0}
         return dataclasses.replace(self, recent=0, **none)  # type: ignore[arg-type]
 
     @property
@@ -148,6 +152,15 @@ class CacheSpec:
             StoredShape(self.num_kv_heads, self.head_dim, self.k_bits),
             StoredShape(0 if self.shared_latent else self.num_v_heads, self.v_head_dim, self.v_bits),
         )
+
+    def predicting(self, width: int) -> int:
+        """Of a layer below that stores heads of `width` numbers, how many say something of this one."""
+        return min(width, self.leading or width)
+
+    def bytes_of_predictors(self, known: CacheSpec, itemsize: int) -> int:
+        """Of one token of a layer below, what is read of it for this one."""
+        (keys, _), width = known.sides, self.predicting(known.head_dim)
+        return width * itemsize if keys.format is None else keys.format.bytes_of_first(width)
 
     @property
     def widest(self) -> int:

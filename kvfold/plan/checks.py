@@ -137,7 +137,10 @@ def _check_predictors(plan: CachePlan, index: int, spec: CacheSpec) -> None:
             raise PlanError(
                 f"layer {index}: predictions do not go with scales per channel, which change what was read."
             )
-        widths = [widths[0] + known.head_dim, widths[1] + known.recent_head_dim]
+        widths[0] += spec.predicting(known.head_dim)
+        widths[1] += spec.of_recent.predicting(known.recent_head_dim)
+    if min(spec.leading, spec.recent_leading) < 0 or (spec.leading + spec.recent_leading and not spec.predicted_from):
+        raise PlanError(f"layer {index}: leading and recent_leading count numbers of the layers that predicted_from names.")
     if spec.predicted_from and spec.recent and not spec.recent_head_dim:
         raise PlanError(
             f"layer {index}: predictions of recent tokens want a finer form of their own (recent_head_dim)."
@@ -145,7 +148,7 @@ def _check_predictors(plan: CachePlan, index: int, spec: CacheSpec) -> None:
     if [spec.predictors, spec.recent_predictors] != widths:
         raise PlanError(
             f"layer {index}: predictors and recent_predictors are {spec.predictors} and {spec.recent_predictors}, but the"
-            f" layers that predicted_from names store {widths[0]} and {widths[1]} numbers."
+            f" layers that predicted_from names have {widths[0]} and {widths[1]} numbers that say something of it."
         )
 
 

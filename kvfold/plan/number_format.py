@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,6 +79,13 @@ class NumberFormat:
     def row_bytes(self) -> int:
         """Bytes of one token in one head, scales that are its own included."""
         return self.code_bytes + self.codec.scale_bytes(self)
+
+    def bytes_of_first(self, width: int) -> int:
+        """Of the first `width` numbers of one token in one head, with all its scales."""
+        codes, left = 0, width
+        for numbers, bits in self.tiers:
+            codes, left = codes + math.ceil(min(numbers, left) * bits / 8), max(left - numbers, 0)
+        return codes + self.codec.scale_bytes(self)
 
     @property
     def block_bytes(self) -> int:

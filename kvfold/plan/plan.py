@@ -136,11 +136,14 @@ class CachePlan:
     def kv_read_bytes(self, context_len: int, *, dtype: str | None = None) -> int:
         """Bytes of cache read by one decode step of one sequence; a shared cache, or one that predicts others, is read by
         each of its readers."""
-        specs = [self.cache_of(layer) for layer in range(self.num_layers)]
-        specs += [self.cache_of(below) for spec in specs for below in spec.predicted_from]
-        itemsize = self.itemsize(dtype)
-        read = sum(spec.bytes_per_token(itemsize) * spec.tokens_read(context_len) for spec in specs)
-        recent = sum(spec.recent_bytes(context_len, itemsize) for spec in specs)
+        itemsize, read, recent = self.itemsize(dtype), 0.0, 0
+        for spec in (self.cache_of(layer) for layer in range(self.num_layers)):
+            tokens, newest = spec.tokens_read(context_len), min(context_len, spec.recent)
+            read += spec.bytes_per_token(itemsize) * tokens
+            recent += spec.recent_bytes(context_len, itemsize)
+            for known in (self.cache_of(below) for below in spec.predicted_from):
+                read += spec.bytes_of_predictors(known, itemsize) * tokens
+                recent += spec.of_recent.bytes_of_predictors(known.of_recent, itemsize) * newest
         return math.ceil(read) + recent + self.position_bytes * context_len
 
     def itemsize(self, dtype: str | None = None) -> int:

@@ -37,7 +37,7 @@ TWO_KINDS = ("qwen3_norm_window", "gemma2_softcap", "gemma3_norm")
 
 
 def recipe(model, out, length, **fields):
-    width = {"method": "mla", "multiple": 4} | fields.pop("width", {})
+    width = {"method": "mla", "multiple": 4, "leading": 6, "recent_leading": 10} | fields.pop("width", {})
     found = {"model": str(model), "out": str(out), "width": width, "bits": MIXED, "length": LENGTHS[length]}
     found |= {"allocate": "greedy", "kv_budget": 0.1, "calibration": CALIBRATION}
     return make_recipe(found | fields)
@@ -80,7 +80,10 @@ def logits_by_the_oracle(network, ids):
         seen, rows = reference.causal(hidden.shape[1], spec.window), []
         for row, hidden_TD in enumerate(hidden.double()):
             inputs = (module.layer, spec, weights, hidden_TD, cos, sin)
-            below = [stored[i, row] for i in spec.predicted_from]
+            below = [
+                (far[:, : spec.predicting(far.shape[1])], near[:, : spec.of_recent.predicting(near.shape[1])])
+                for far, near in (stored[i, row] for i in spec.predicted_from)
+            ]
             known = torch.cat([*(far for far, _ in below), *(near for _, near in below)], 1) if below else None
             (made,), _ = reference.stored(*inputs, known)
             far = given_back(made[:, : spec.head_dim], spec.k_bits)
@@ -120,7 +123,8 @@ def test_what_is_left_is_what_least_squares_leave(fold, tiny_dir, tmp_path):
     prediction = Prediction(groups, folded.plan, width)
     for age, form in enumerate(prediction.forms(2)):
         x, weight = groups(2).tokens().x_TF.double(), groups(2).tokens().weights[age].double()
-        known = torch.cat([prediction._stored_by(below)[age] for below in (0, 1)], 1).double()
+        leading = (6, 10)[age]
+        known = torch.cat([prediction._stored_by(below)[age][:, :leading] for below in (0, 1)], 1).double()
         root = (weight / weight.sum()).sqrt()[:, None]
         ridge = RIDGE**0.5 * torch.diag((known * root).norm(dim=0))
         rows = torch.cat([known * root, ridge]), torch.cat([x * root, torch.zeros(len(ridge), x.shape[1])])
@@ -142,7 +146,7 @@ def test_predictions_lose_less(tmp_path):
             calibration = {"data": "self", "num_samples": 16, "seq_len": 128}
             fields = {
                 "kv_budget": 1 / 12,
-                "width": {"below": below},
+                "width": {"below": below, "leading": 0},
                 "calibration": calibration,
                 "bits": {"method": "mixed"},
             }
@@ -180,8 +184,11 @@ def test_a_layer_alone_is_an_error(fold):
     ("change", "message"),
     [
         ({"predicted_from": (2,)}, "names layer 2, which is no EARLIER layer"),
-        ({"predicted_from": (0,)}, "store .* numbers"),
+        ({"predicted_from": (0,)}, "have .* numbers"),
         ({"predictors": 0}, "predictors and recent_predictors are 0"),
+        ({"leading": 0}, "predictors and recent_predictors are"),
+        ({"recent_leading": -1}, "leading and recent_leading count numbers"),
+        ({"predicted_from": (), "predictors": 0, "recent_predictors": 0}, "leading and recent_leading count numbers"),
         ({"predicted_from": (0, 0)}, "no list of different layers"),
         ({"predicted_from": 0}, "predicted_from = 0 is no list"),
         ({"predicted_from": (True, 0)}, "names layer True"),

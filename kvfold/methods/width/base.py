@@ -85,7 +85,8 @@ class WidthMethod(ABC):
     `needs_vectors`: those of which it wants to see vectors. `ordered`: stored numbers come in the order of what they save, so
     that leading ones can get more bits (`key_spectrum`). `parts`: what gets a share of the budget of its own. `two_forms`:
     all its caches leave the same out of every token, so that recent tokens can have a form of their own. `below`: what
-    is stored can leave out what the numbers of up to so many layers below say (PredictedWidth).
+    is stored can leave out what the numbers of up to so many layers below say (PredictedWidth), `leading` of each and
+    `recent_leading` of recent tokens, 0 for all.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -96,6 +97,8 @@ class WidthMethod(ABC):
     ordered: ClassVar[bool] = False
     two_forms: ClassVar[bool] = False
     below = 0
+    leading = 0
+    recent_leading = 0
 
     @abstractmethod
     def key_shapes(self, layer: AttentionLayer, layers: int = 1) -> Sequence[StoredShape]:

@@ -35,6 +35,8 @@ class Mla(PredictedWidth):
 
     below: layers stand in runs of so many and one more, and each stores only what the numbers of those below it in its run do
         not say (`compression/prediction.py`); 0 for none.
+    leading, recent_leading: the first so many numbers of each of those layers say it, which hold most of what there is; of
+        recent tokens so many. Every step reads them again, so that fewer are faster; 0 for all, which is smaller.
     kv_heads: as many numbers as so many source heads of keys and of values; 0 leaves the choice to the budget.
     multiple: stored widths are multiples of this.
     """
@@ -44,12 +46,17 @@ class Mla(PredictedWidth):
     two_forms: ClassVar[bool] = True
 
     below: int = 3
+    leading: int = 64
+    recent_leading: int = 128
     kv_heads: int = 0
     multiple: int = 8
 
     def __post_init__(self) -> None:
-        if self.multiple < 1 or self.kv_heads < 0 or self.below < 0:
-            raise RecipeError("width.multiple must be at least 1, width.kv_heads and width.below at least 0.")
+        if self.multiple < 1 or min(self.kv_heads, self.below, self.leading, self.recent_leading) < 0:
+            raise RecipeError(
+                "width.multiple must be at least 1, width.kv_heads, width.below, width.leading and width.recent_leading at"
+                " least 0."
+            )
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -63,6 +64,7 @@ class _Pages(ctypes.Structure):
         super().__init__(rows_PCtX.data_ptr(), rows_PCtX.stride(0), *rows_PCtX.shape[1:])
 
 
+@functools.lru_cache(maxsize=4096)
 def _flat(tiers: Sequence[tuple[int, int]]) -> Any:
     return (ctypes.c_int32 * (2 * len(tiers)))(*itertools.chain(*tiers))
 
@@ -106,13 +108,13 @@ def unpacks(rows_BCSX: Tensor, format: NumberFormat, dtype: torch.dtype) -> bool
 
 
 def unpack(rows_BCSX: Tensor, format: NumberFormat, out_BCSR: Tensor) -> Tensor:
-    """Rows as numbers, into memory whose last stride is 1."""
-    kernel = library()
+    """Rows as numbers, into memory whose last stride is 1: as many as there is room for."""
+    kernel, width = library(), out_BCSR.shape[3]
     assert kernel is not None and out_BCSR.stride(-1) == 1, "unpacks() was asked"
-    assert out_BCSR.shape == (*rows_BCSX.shape[:3], format.width), "as many numbers as there are"
+    assert out_BCSR.shape[:3] == rows_BCSX.shape[:3] and width <= format.width, "not more numbers than there are"
     kernel.kvfold_unpack(
         ctypes.c_int(out_BCSR.dtype == torch.bfloat16),
-        ctypes.byref(StoredTokens.of(PackedTokens(rows_BCSX, format, out_BCSR.dtype))),
+        ctypes.byref(StoredTokens.of(PackedTokens(rows_BCSX, format, out_BCSR.dtype, width=width))),
         ctypes.c_void_p(out_BCSR.data_ptr()),
         *(ctypes.c_int64(stride) for stride in out_BCSR.stride()[:3]),
         *(ctypes.c_int(number) for number in (out_BCSR.shape[0], out_BCSR.shape[2], torch.get_num_threads())),

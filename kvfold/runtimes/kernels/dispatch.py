@@ -138,13 +138,17 @@ def pack(x_BCTR: Tensor, format: NumberFormat) -> Tensor:
     return codec.pack(x, format)
 
 
-def unpack(rows_BCSX: Tensor, format: NumberFormat, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """As `codec.unpack`, by the device's kernel where there is one; into `out` where that is given."""
+def unpack(
+    rows_BCSX: Tensor, format: NumberFormat, dtype: torch.dtype, out: Tensor | None = None, width: int | None = None
+) -> Tensor:
+    """As `codec.unpack`, by the device's kernel where there is one; into `out` where that is given. width: the first so many
+    numbers."""
     if cpu.unpacks(rows_BCSX, format, dtype):
         if out is None:
-            out = torch.empty(*rows_BCSX.shape[:3], format.width, dtype=dtype, device=rows_BCSX.device)
+            shape = (*rows_BCSX.shape[:3], width or format.width)
+            out = torch.empty(shape, dtype=dtype, device=rows_BCSX.device)
         return cpu.unpack(rows_BCSX, format, out)
-    numbers = codec.unpack(rows_BCSX, format, dtype)
+    numbers = codec.unpack(rows_BCSX, format, dtype)[..., :width]
     return numbers if out is None else out.copy_(numbers)
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.codecs.base import Scaled
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels.codec import unpack, unpack_scaled
@@ -27,17 +28,26 @@ def recorded(*tensors: Tensor) -> bool:
 class PackedTokens:
     """Tokens [B, C, S, R] as bytes, turned into numbers where they are read.
 
-    `rows`: [B, C, S / block, bytes]; `recent`: tokens behind them that are still exact, of a block that is not full.
+    `rows`: [B, C, S / block, bytes]; `recent`: tokens behind them that are still exact, of a block that is not full. `width`:
+    the first so many numbers of each, where others are not asked for.
     """
 
-    def __init__(self, rows: Tensor, format: NumberFormat, dtype: torch.dtype, recent: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        format: NumberFormat,
+        dtype: torch.dtype,
+        recent: Tensor | None = None,
+        width: int | None = None,
+    ) -> None:
         self.rows, self.format, self.dtype, self.recent = rows, format, dtype, recent
+        self.width = format.width if width is None else width
 
     @property
     def shape(self) -> torch.Size:
         B, C, blocks, _ = self.rows.shape
         recent = 0 if self.recent is None else self.recent.shape[2]
-        return torch.Size((B, C, blocks * self.format.block + recent, self.format.width))
+        return torch.Size((B, C, blocks * self.format.block + recent, self.width))
 
     @property
     def device(self) -> torch.device:
@@ -45,7 +55,7 @@ class PackedTokens:
 
     def to(self, device: torch.device) -> PackedTokens:
         recent = None if self.recent is None else self.recent.to(device)
-        return PackedTokens(self.rows.to(device), self.format, self.dtype, recent)
+        return PackedTokens(self.rows.to(device), self.format, self.dtype, recent, self.width)
 
     def read(self, start: int, end: int) -> Tensor:
         """The tokens start:end as numbers."""
@@ -62,7 +72,7 @@ class PackedTokens:
         """The same, into memory that is there; of formats whose tokens stand alone."""
         from kvfold.runtimes.kernels.dispatch import unpack  # which imports this module
 
-        return unpack(self.rows[:, :, start:end], self.format, self.dtype, out)
+        return unpack(self.rows[:, :, start:end], self.format, self.dtype, out, self.width)
 
     def read_scaled(self, start: int, end: int) -> list[Scaled]:
         """The same with the scales of every tier apart."""
@@ -71,25 +81,33 @@ class PackedTokens:
 
 class PagedTokens:
     """Tokens of several sequences that lie in pages: `rows` [pages, heads, tokens, bytes], which are numbers of `dtype` where
-    format is None; tables_Bp, int32: the pages of each sequence."""
+    format is None; tables_Bp, int32: the pages of each sequence. width: the first so many numbers, where others are not asked
+    for."""
 
-    def __init__(self, rows: Tensor, format: NumberFormat | None, dtype: torch.dtype, tables_Bp: Tensor) -> None:
+    def __init__(
+        self, rows: Tensor, format: NumberFormat | None, dtype: torch.dtype, tables_Bp: Tensor, width: int | None = None
+    ) -> None:
         self.rows, self.format, self.dtype, self.tables_Bp = rows, format, dtype, tables_Bp
+        whole = rows.shape[3] // dtype.itemsize if format is None else format.width
+        self.width = whole if width is None else width
+
+    def of(self, tables_Bp: Tensor) -> PagedTokens:
+        """Those of other sequences."""
+        return PagedTokens(self.rows, self.format, self.dtype, tables_Bp, self.width)
 
     @property
     def shape(self) -> torch.Size:
         """[B, heads, tokens that the tables have room for, R]."""
-        _, heads, tokens, row_bytes = self.rows.shape
+        _, heads, tokens, _ = self.rows.shape
         B, pages = self.tables_Bp.shape
-        width = row_bytes // self.dtype.itemsize if self.format is None else self.format.width
-        return torch.Size((B, heads, pages * tokens, width))
+        return torch.Size((B, heads, pages * tokens, self.width))
 
 
 class ReadOnce(PackedTokens):
     """Packed tokens whose last reading is kept, for keys and values that are rebuilt from the same numbers."""
 
     def __init__(self, tokens: PackedTokens) -> None:
-        super().__init__(tokens.rows, tokens.format, tokens.dtype, tokens.recent)
+        super().__init__(tokens.rows, tokens.format, tokens.dtype, tokens.recent, tokens.width)
         self.last: tuple[tuple[int, int], Tensor] | None = None
 
     def read(self, start: int, end: int) -> Tensor:
@@ -154,6 +172,17 @@ class AgedTokens(NamedTuple):
         return AgedTokens(self.far.to(device), self.near.to(device), self.recent)
 
 
+def first_numbers(stored: Any, spec: CacheSpec) -> Any:
+    """Of what a layer below has stored that which says something of a layer with this cache, in each form."""
+    if isinstance(stored, AgedTokens):
+        near = first_numbers(stored.near, spec.of_recent)
+        return stored._replace(far=first_numbers(stored.far, spec), near=near)
+    width = spec.predicting(stored.shape[3])
+    if isinstance(stored, Tensor) or width == stored.shape[3]:
+        return stored[..., :width] if isinstance(stored, Tensor) else stored
+    return PackedTokens(stored.rows, stored.format, stored.dtype, stored.recent, width)
+
+
 def side_by_side(stored: Sequence[Any]) -> Any:
     """The same tokens of several layers, each form apart where there are two."""
     first = stored[0]
@@ -191,7 +220,7 @@ def part(stored: Stored, start: int, end: int) -> Stored:
         return stored[:, :, start:end]
     if isinstance(stored, SideBySide):
         return SideBySide([part(one, start, end) for one in stored.parts])  # type: ignore[misc]
-    return PackedTokens(stored.rows[:, :, start:end], stored.format, stored.dtype)
+    return PackedTokens(stored.rows[:, :, start:end], stored.format, stored.dtype, width=stored.width)
 
 
 def read_for_product(stored: Stored, start: int, end: int) -> Operand:

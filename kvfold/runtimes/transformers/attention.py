@@ -24,6 +24,7 @@ from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose, decode_att
 from kvfold.runtimes.kernels.packed_tokens import (
     AgedTokens,
     Stored,
+    first_numbers,
     newest,
     read,
     read_all,
@@ -159,7 +160,8 @@ class FoldedAttention(AttentionByAge):
         if self.owner != self.layer_idx:
             return self._stored_by(self.owner, state, hidden_BTD.device)
         new_z, new_y = self._new_keys_values(hidden_BTD, rotary)
-        below = [self._stored_by(layer, state, new_z.device)[0] for layer in self.spec.predicted_from]
+        known = (self._stored_by(layer, state, new_z.device)[0] for layer in self.spec.predicted_from)
+        below = [first_numbers(stored, self.spec) for stored in known]
         if below:
             new_z = new_y = new_z - self.k_p_proj(newest(side_by_side(below), new_z.shape[2]))
         z: Stored = new_z

@@ -13,7 +13,7 @@ from vllm.forward_context import get_forward_context
 from kvfold.errors import PlanError
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
-from kvfold.runtimes.kernels.packed_tokens import AgedTokens, by_age, newest, read_all, side_by_side
+from kvfold.runtimes.kernels.packed_tokens import AgedTokens, by_age, first_numbers, newest, read_all, side_by_side
 from kvfold.runtimes.transformers.attention import FoldedAttention
 from kvfold.runtimes.vllm.attention import FamilyCall
 from kvfold.runtimes.vllm.batches import Batch
@@ -76,7 +76,8 @@ class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
         """Into pages, in both forms where there are two; less what the numbers of layers below say."""
         new = [x[: len(slots_T)].transpose(0, 1) for x in (z_TCE, y_TUG)]
         if self.spec.predicted_from:
-            below = newest(side_by_side([self.pages.new[i] for i in self.spec.predicted_from]), len(slots_T))
+            known = [first_numbers(self.pages.new[i], self.spec) for i in self.spec.predicted_from]
+            below = newest(side_by_side(known), len(slots_T))
             new = [new[0] - self.k_p_proj(below)[0]]
         new = new[:1] if self.spec.shared_latent else new
         places = [(self.attn.kind, far, slots_T), *self._recent_place()]
@@ -108,7 +109,7 @@ class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
             return out.flatten(0, 1)
         z, y = self._tokens(self.owner, far, batch, place)
         batch.gathered[self.owner] = z
-        below = [batch.gathered[i] for i in self.spec.predicted_from]
+        below = [first_numbers(batch.gathered[i], self.spec) for i in self.spec.predicted_from]
         z, y = (side_by_side([z, *below]),) * 2 if below else (z, y)
         for i in (i for i in [*batch.gathered] if self.pages.last_reader.get(i, 0) <= self.layer_idx):
             del batch.gathered[i]

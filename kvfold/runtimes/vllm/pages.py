@@ -9,7 +9,7 @@ share a block table, and read the tokens of layers below where they stand.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,8 @@ RECENT = "recent"
 """The kind of page that holds the finer form of recent tokens; others are named by the window of their layers, or None."""
 
 Kind = Hashable
+
+NO_TABLES = torch.empty(0, 0, dtype=torch.int32)
 
 
 class Region(NamedTuple):
@@ -81,9 +83,12 @@ class PageFormat:
         return PackedTokens(rows_BCSX, side.format, self.dtype)
 
 
-    def lying(self, pages: Tensor, key: tuple[int, str], tables_Bp: Tensor) -> PagedTokens:
-        """The tokens of sequences where they lie."""
-        return PagedTokens(self.rows(pages, key), self.regions[key].side.format, self.dtype, tables_Bp)
+    def lying(
+        self, pages: Tensor, key: tuple[int, str], of_width: Callable[[int], int] = lambda width: width
+    ) -> PagedTokens:
+        """Tokens where they lie, of no sequences yet. of_width: of so many numbers, how many are asked for."""
+        side = self.regions[key].side
+        return PagedTokens(self.rows(pages, key), side.format, self.dtype, NO_TABLES, of_width(side.width))
 
 
 class Layout:

@@ -14,7 +14,7 @@ from kvfold.runtimes.kernels.aged_attention import prefill_by_age
 from kvfold.runtimes.kernels.aged_kernels import ALL_OLDER
 from kvfold.runtimes.kernels.attention import prefill_attention
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS
-from kvfold.runtimes.kernels.packed_tokens import SideBySide, by_age
+from kvfold.runtimes.kernels.packed_tokens import PagedTokens, SideBySide, by_age
 from kvfold.runtimes.transformers.on_read import head_maps, value_map
 from kvfold.runtimes.vllm.batches import Batch
 from kvfold.runtimes.vllm.pages import RECENT, Kind
@@ -34,6 +34,8 @@ class PageReader:
 
     def __init__(self, attention: Any) -> None:
         self.attention = attention
+        self.regions: dict[Kind, tuple[int, Any]] = {}
+        self.known: dict[Any, bool] = {}
 
     def read(self, q_BNTH: Tensor, far: Tensor, batch: Batch, place: int) -> Tensor | None:
         """[B, T, N, width] of queries, or None where the kernel does not serve. far: pages of the layer's own kind."""
@@ -111,7 +113,7 @@ class PageReader:
         """Over the tokens of some ages in one form; None where the kernel does not serve."""
         attention = self.attention
         keys, values = self._lying(kind, pages, batch)
-        if not cpu_decode.serves(q, keys, values):
+        if not self._serves(kind, q, keys, values):
             return None
         rebuild = None
         if maps is not None:
@@ -122,14 +124,31 @@ class PageReader:
             sequences_B3=batch.seen(ages), ages=ages, rebuild=rebuild,
         )  # fmt: skip
 
+    def _serves(self, kind: Kind, q: Tensor, keys: Any, values: Any) -> bool:
+        """What does not change from step to step is asked once."""
+        if (kind, q.dtype) not in self.known:
+            self.known[kind, q.dtype] = cpu_decode.serves(q, keys, values)
+        return self.known[kind, q.dtype]
+
     def _lying(self, kind: Kind, pages: Tensor, batch: Batch) -> tuple[Any, Any]:
         """Keys and values, the same object where a layer has one latent of both."""
+        place, regions = self.regions.get(kind, (0, None))
+        if place != pages.data_ptr():
+            regions = self._regions(kind, pages)
+            self.regions[kind] = pages.data_ptr(), regions
+        keys, values = regions
+        parts = [part.of(batch.tables_Bp) for part in keys]
+        z: Any = SideBySide(parts) if len(parts) > 1 else parts[0]
+        return z, z if values is None else values.of(batch.tables_Bp)
+
+    def _regions(self, kind: Kind, pages: Tensor) -> tuple[list[PagedTokens], PagedTokens | None]:
+        """Of this layer and of those that say something of it; None where values are the same numbers as keys."""
         attention, format = self.attention, self.attention.pages.layout.formats[kind]
-        tables, below = batch.tables_Bp, attention.spec.predicted_from
-        keys: Any = format.lying(pages, (attention.owner, "k"), tables)
-        if below:
-            keys = SideBySide([keys, *(format.lying(pages, (layer, "k"), tables) for layer in below)])
-        return keys, keys if attention.spec.shared_latent else format.lying(pages, (attention.owner, "v"), tables)
+        spec, owner = attention.spec, attention.owner
+        form = spec.of_recent if kind == RECENT else spec
+        keys = [format.lying(pages, (owner, "k"))]
+        keys += [format.lying(pages, (layer, "k"), form.predicting) for layer in spec.predicted_from]
+        return keys, None if spec.shared_latent else format.lying(pages, (owner, "v"))
 
     def _bias(self, batch: Batch) -> Tensor | None:
         slopes = self.attention.slopes_N

@@ -72,7 +72,7 @@ inline Words codes_at(const uint8_t *row, int numbers, int at) {
       const uint8_t *from = row + at / 8 * PART;
       const int bytes = (numbers * PART + 7) / 8;
       uint8_t copy[CODES];
-      if (careful) from = (const uint8_t *)std::memcpy(copy, from, bytes - at / 8 * PART);
+      if (careful) from = (const uint8_t *)std::memcpy(copy, from, std::min(bytes - at / 8 * PART, CODES / 8 * PART));
       codes = (codes << PART) | plane<PART>(from);
       row += bytes;
     }
@@ -175,18 +175,18 @@ template <> struct Meaning<5, bfloat16> : Table<5> { using Table::Table; };
 template <> struct Meaning<6, bfloat16> : Table<6> { using Table::Table; };
 #endif
 
-// A tier of some tokens -> rows of numbers; up to 63 more are written behind each.
+// The first `wanted` numbers of a tier of some tokens -> rows; up to 63 more are written behind each.
 template <int BITS, typename T>
-void unpack_tier(const uint8_t *codes, const uint8_t *exponents, int64_t row_stride, int numbers, int tokens, T *to,
-                 int64_t stride) {
+void unpack_tier(const uint8_t *codes, const uint8_t *exponents, int64_t row_stride, int numbers, int wanted, int tokens,
+                 T *to, int64_t stride) {
   const int64_t free_to_overread = tokens - 1 - CODES / std::max<int64_t>(row_stride, 1);  // so many tokens, as others follow
   for (int s = 0; s < tokens; ++s, codes += row_stride, exponents += row_stride, to += stride) {
     __builtin_prefetch(codes + ROWS_AHEAD);
     __builtin_prefetch(codes + ROWS_AHEAD + 64);
     const Meaning<BITS, T> meaning(SCALES.of[*exponents]);
     int at = 0;
-    for (; at + CODES <= numbers; at += CODES) meaning.write(codes_at<BITS, false>(codes, numbers, at), to + at);
-    if (at == numbers) continue;
+    for (; at + CODES <= wanted; at += CODES) meaning.write(codes_at<BITS, false>(codes, numbers, at), to + at);
+    if (at == wanted) continue;
     const bool careless = s < free_to_overread;
     meaning.write(careless ? codes_at<BITS, false>(codes, numbers, at) : codes_at<BITS, true>(codes, numbers, at), to + at);
   }
@@ -240,18 +240,19 @@ void unpack_float8(const uint8_t *row, int64_t row_stride, int numbers, int toke
   }
 }
 
-// Tokens of one head -> rows of `stride` numbers, 63 more than the width at least. No tiers: float8.
+// Tokens of one head -> rows of `stride` numbers, 63 more than the width at least: the first `width`. No tiers: float8.
 template <typename T>
 void unpack(const uint8_t *rows, int64_t row_stride, const Tier *tiers, int num_tiers, int width, int tokens, T *to,
             int64_t stride) {
-  typedef void (*Unpack)(const uint8_t *, const uint8_t *, int64_t, int, int, T *, int64_t);
+  typedef void (*Unpack)(const uint8_t *, const uint8_t *, int64_t, int, int, int, T *, int64_t);
   static constexpr Unpack by_bits[] = {nullptr, unpack_tier<1, T>, unpack_tier<2, T>, unpack_tier<3, T>, unpack_tier<4, T>,
                                        unpack_tier<5, T>, unpack_tier<6, T>, unpack_tier<7, T>, unpack_tier<8, T>};
   if (!num_tiers) unpack_float8(rows, row_stride, width, tokens, to, stride);
   const uint8_t *codes = rows + num_tiers;
-  for (int i = 0; i < num_tiers; ++i) {
+  for (int i = 0; i < num_tiers && width > 0; ++i) {
     const Tier tier = tiers[i];
-    by_bits[tier.bits](codes, rows + i, row_stride, tier.numbers, tokens, to, stride);
+    by_bits[tier.bits](codes, rows + i, row_stride, tier.numbers, std::min(tier.numbers, width), tokens, to, stride);
+    width -= tier.numbers;
     for (int part = 8; part; part /= 2)
       if (tier.bits & part) codes += (tier.numbers * part + 7) / 8;
     to += tier.numbers;
