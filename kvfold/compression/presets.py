@@ -95,7 +95,7 @@ PRESETS = {
         {"width": {"method": "fisher"}, "allocate": "greedy"},
     ),
     "served": Preset(
-        "latents in heads of ordinary size, which vLLM serves; sizes by expected nats (the default of --runtime vllm)",
+        "latents in heads of ordinary size, which vLLM's own kernels read; sizes by expected nats",
         {
             "width": {"method": "fisher", "latent": "group", "v_latent": "group"},
             "allocate": "greedy",

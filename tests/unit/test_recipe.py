@@ -88,7 +88,10 @@ def test_unreadable_recipes(tmp_path):
 
 def test_a_preference_is_how_keys_are_stored():
     assert make_recipe(BASE | {"preset": "auto"}).width == {"method": "mla"}
-    assert make_recipe(BASE | {"preset": "auto", "prefer": "size"}).width == {"method": "mla"}
+    small = {"method": "mla", "leading": 0, "recent_leading": 0}
+    assert make_recipe(BASE | {"preset": "auto", "prefer": "size"}).width == small
+    own = {"preset": "auto", "prefer": "size", "width": {"method": "mla", "leading": 32}}
+    assert make_recipe(BASE | own).width == small | {"leading": 32}
     assert make_recipe(BASE | {"preset": "small", "prefer": "size"}).width["rope"] == "on_read"
     assert make_recipe(BASE | {"preset": "auto", "prefer": "speed"}).width["rope"] == "applied"
     assert make_recipe(BASE | {"preset": "auto"}).calibration.data == "self"

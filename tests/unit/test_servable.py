@@ -42,11 +42,11 @@ def test_keys_and_values_of_a_layer_have_one_shape(tmp_path, allocate, width, kv
         assert spec.head_dim in WIDTHS
 
 
-def test_its_default_is_a_servable_preset():
+def test_its_default_is_that_of_all():
     where = {"model": "m", "out": "o"}
     recipe = make_recipe(where | {"runtime": "vllm"})
-    assert (recipe.preset, recipe.runtime) == ("served", "vllm")
-    assert make_recipe(where, ["runtime=vllm"]).preset == "served"
+    assert (recipe.preset, recipe.runtime) == ("auto", "vllm")
+    assert make_recipe(where, ["runtime=vllm"]).preset == "auto"
     assert make_recipe(where | {"preset": "served"}).runtime == "vllm"
     assert make_recipe(where).preset == "auto"
 

@@ -20,7 +20,6 @@ class Vllm(Runtime):
     """Pages of bytes for whatever tokens take; vLLM's own pages and kernels for whole heads of plain numbers, keys after
     rotation, as many heads of keys as of values."""
 
-    default_preset = "served"
     one_shape = True
     widths = WIDTHS
     measured_by = "requests"
@@ -33,8 +32,14 @@ class Vllm(Runtime):
         return None
 
     def warning(self, plan: CachePlan) -> str | None:
+        if is_packed(plan):
+            return (
+                "vLLM holds this plan in packed pages. On a CPU kvfold's kernel reads them where they lie; on a GPU torch copies"
+                " them out at every step so far, slower than the original: there --preset served takes vLLM's own kernels,"
+                " and loses more at equal bytes."
+            )
         odd = sorted({spec.head_dim for spec in plan.owned} - {*WIDTHS})
-        if not odd or is_packed(plan):
+        if not odd:
             return None
         return (
             f"stored heads of {', '.join(map(str, odd))} numbers are padded by some of vLLM's kernels, whose cache then holds"
