@@ -19,13 +19,14 @@ def command(
     """Show what a model's cache takes, layer by layer, and how many sequences fit into a memory."""
     from kvfold.evaluation.inspection import inspect
     from kvfold.evaluation.memory import capacity, parse_size
-    from kvfold.report.tables import STDOUT, print_capacity, print_json, print_plan
+    from kvfold.report.tables import STDOUT, print_capacity, print_json, print_plan, print_processes
     from kvfold.runtimes.base import servable_by
 
     found = inspect(model)
     print_plan(found.plan, model)
     for runtime, obstacle in servable_by(found.plan).items():
         STDOUT.print(f"served by {runtime}: {'yes' if obstacle is None else f'no, {obstacle}'}")
+    print_processes(found.plan)
     if sequences and not memory:
         raise RecipeError("--sequences goes with --memory.")
     fitting = memory and capacity(

@@ -51,8 +51,8 @@ class Recipe:
     keep_layers: layers that store every number as it is. min_width: the least share of a layer's numbers to store.
     runtime: `transformers`, or `vllm` for a plan that vLLM serves as well; of plain numbers keys and values of one shape, in
         heads of widths that its own kernels have.
-    prefer: `size` or `speed`, for width methods mla and fisher: keys rebuilt on read, predicted by all that layers below store,
-        or read as they lie.
+    prefer: `size` or `speed`, for width methods mla and fisher: keys rebuilt on read, and predicted by all that layers below
+        store, or keys that are read as they lie.
     allocate: `uniform` gives every layer the same share, `greedy` shares the budget by the distortion per byte that the
         method expects (in nats: fisher), `measured` by KL per byte, measured with one cache folded at a time (the whole
         model must fit into memory).

@@ -10,6 +10,10 @@ from kvfold.checkpoint.source import load_plan
 from kvfold.compression.card import CONTEXTS
 from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.base import servable_by
+from kvfold.runtimes.vllm.ranks import bytes_per_process
+
+PROCESSES = (2, 4, 8)
+"""Tensor parallel sizes that people have."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,15 @@ class Inspection:
             "kv_bytes": {str(n): plan.kv_bytes(n) for n in CONTEXTS},
             "base_kv_bytes": {str(n): plan.source_kv_bytes(n) for n in CONTEXTS},
             "kv_read_bytes": {str(n): plan.kv_read_bytes(n) for n in CONTEXTS},
+            "kv_bytes_per_token_of_process": {str(n): size for n, size in shared_out(plan).items()},
             "servable_by": {runtime: obstacle or True for runtime, obstacle in servable_by(plan).items()},
         }
+
+
+def shared_out(plan: CachePlan) -> dict[int, float]:
+    """Bytes of one token in each process of vLLM's tensor parallelism, where query heads divide by so many."""
+    fitting = (n for n in PROCESSES if not any(source.num_attention_heads % n for source in plan.source))
+    return {n: bytes_per_process(plan, n) for n in fitting}
 
 
 def inspect(model: str | Path) -> Inspection:

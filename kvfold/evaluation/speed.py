@@ -26,8 +26,7 @@ from kvfold.evaluation.memory import USED
 from kvfold.evaluation.standard_errors import defined
 from kvfold.plan.plan import CachePlan
 from kvfold.progress import track
-from kvfold.runtimes.kernels import native
-from kvfold.runtimes.kernels import gpu
+from kvfold.runtimes.kernels import gpu, native
 from kvfold.runtimes.transformers.attention import FoldedAttention
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.runtimes.transformers.load import default_dtype, load_weights, resolve_device

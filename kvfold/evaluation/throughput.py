@@ -73,7 +73,8 @@ def measure(
     KvfoldError where it is not installed, or where a cache does not hold one request.
     """
     for folder in folders.values():
-        need = load_plan(folder)[0].kv_bytes_per_token() * (prompt + tokens)
+        plan = load_plan(folder)[0]
+        need = plan.kv_bytes_per_token() * (prompt + tokens) + plan.recent_bytes()
         if need > memory:
             raise KvfoldError(f"one request takes {need:,} bytes of {folder}'s cache, and --memory gives {memory:,}.")
     engines = {

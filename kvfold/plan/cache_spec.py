@@ -71,8 +71,8 @@ class CacheSpec:
     in which they came.
     `predicted_from`: layers below, of whose stored numbers, `predictors` per token, a linear map says part of this layer's
     keys and values: only the rest is stored, and who reads this cache reads theirs too. `recent_predictors`: the numbers of
-    recent tokens in the finer form of those layers, which say the same of the finer form here. `leading`, `recent_leading`: of
-    each of those layers the first so many numbers do so, 0 for all.
+    recent tokens in the finer form of those layers, which say the same of the finer form here. `leading`, `recent_leading`:
+    of each of those layers the first so many numbers do so, 0 for all.
     """
 
     num_kv_heads: int

@@ -140,7 +140,9 @@ def _check_predictors(plan: CachePlan, index: int, spec: CacheSpec) -> None:
         widths[0] += spec.predicting(known.head_dim)
         widths[1] += spec.of_recent.predicting(known.recent_head_dim)
     if min(spec.leading, spec.recent_leading) < 0 or (spec.leading + spec.recent_leading and not spec.predicted_from):
-        raise PlanError(f"layer {index}: leading and recent_leading count numbers of the layers that predicted_from names.")
+        raise PlanError(
+            f"layer {index}: leading and recent_leading count numbers of the layers that predicted_from names."
+        )
     if spec.predicted_from and spec.recent and not spec.recent_head_dim:
         raise PlanError(
             f"layer {index}: predictions of recent tokens want a finer form of their own (recent_head_dim)."

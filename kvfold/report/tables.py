@@ -16,6 +16,7 @@ from rich.table import Table as RichTable
 from kvfold import distributed as processes
 from kvfold.checkpoint.atomic import write_text
 from kvfold.evaluation.compare import Comparison
+from kvfold.evaluation.inspection import shared_out
 from kvfold.evaluation.memory import Capacity
 from kvfold.evaluation.recall import Recall
 from kvfold.evaluation.tasks import TaskScore
@@ -73,6 +74,14 @@ def print_plan(plan: CachePlan, title: str) -> None:
             "Keys are stored before rotation; every step rotates (and rebuilds) what it reads."
             f" {plan.position_bytes} bytes per token are the tokens' positions."
         )
+
+
+def print_processes(plan: CachePlan) -> None:
+    """What each process of vLLM's tensor parallelism stores: of a latent that serves all heads, all of it."""
+    sizes = shared_out(plan)
+    if sizes:
+        told = ", ".join(f"{size:,.0f} on each of {n}" for n, size in sizes.items())
+        STDOUT.print(f"vLLM, tensor parallel: {told} processes (bytes per token).", highlight=False)
 
 
 def print_capacity(found: Capacity) -> None:

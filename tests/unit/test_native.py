@@ -12,8 +12,7 @@ import torch
 from packed_forms import FORMS, distance
 
 from kvfold.plan.number_format import NumberFormat
-from kvfold.runtimes.kernels import cpu, cpu_decode
-from kvfold.runtimes.kernels import dispatch
+from kvfold.runtimes.kernels import cpu, cpu_decode, dispatch
 from kvfold.runtimes.kernels.attention import grouped_attention
 from kvfold.runtimes.kernels.codec import pack, roundtrip, unpack
 from kvfold.runtimes.kernels.dispatch import decode_attention

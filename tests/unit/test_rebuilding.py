@@ -58,7 +58,10 @@ def heads(numbers_BCSR, weight_CFR, offset_CF, head_dim):
 @pytest.mark.parametrize("queries", [1, 4])
 @pytest.mark.parametrize(
     ("B", "C", "S", "within", "H", "r", "N"),
-    [(1, 1, 300, 3, 64, 64, 9), (2, 2, 77, 2, 16, 16, 8), (1, 1, 1, 1, 80, 32, 1), (2, 1, 33, 4, 20, 8, 20), (1, 4, 515, 2, 32, 32, 8)],
+    [
+        (1, 1, 300, 3, 64, 64, 9), (2, 2, 77, 2, 16, 16, 8), (1, 1, 1, 1, 80, 32, 1), (2, 1, 33, 4, 20, 8, 20),
+        (1, 4, 515, 2, 32, 32, 8),
+    ],
 )  # fmt: skip
 def test_keys_are_rebuilt_as_torch_rebuilds_them(B, C, S, within, H, r, N, queries, dtype):
     """Of one place, of several side by side and of plain numbers; heads rotated whole and in part, with an offset."""
@@ -197,7 +200,19 @@ def test_heads_of_a_prompt_are_those_of_torch(rotates, dtype):
 def test_other_processors_get_the_same(without, tmp_path):
     """Those without tiles, and without products of pairs: this file, in code that is made for them."""
     settings = {"XDG_CACHE_HOME": str(tmp_path), "CXX": f"c++ {without}"}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", "torch or mask or pages", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "torch or mask",
+        __file__,
+    ]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     assert done.returncode == 0 and "100%" in done.stdout, done.stdout[-3000:]
     assert list(tmp_path.rglob("*.so")), "code for them was made"

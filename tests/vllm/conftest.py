@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         if name == "original":
             return MODEL
         if not (root / name).exists():
-            recipe = PLANS.get(name, {"runtime": "vllm", "allocate": "uniform", "kv_budget": 1 / 2})
+            recipe = PLANS.get(name, {"preset": "served", "allocate": "uniform", "kv_budget": 1 / 2})
             model, tiny = MODEL, recipe.get("model", name)
             if tiny in MODELS:
                 model = save_tiny(make_tiny(tiny, **CHANGES.get(name, CHANGES.get(tiny, {}))), root / f"{name}.stock")

@@ -2,7 +2,7 @@
 
 CALIBRATION = {"data": "self", "num_samples": 8, "seq_len": 128}
 PLANS = {
-    "groups": {"runtime": "vllm", "kv_budget": 1 / 3},
+    "groups": {"preset": "served", "kv_budget": 1 / 3},
     "shared": {"preset": "mlkv", "depth": {"owners": 2}, "width": {"kv_heads": 2}},
     "norms_shared": {"model": "qwen3_norm_window", "preset": "mlkv", "depth": {"owners": 1}, "width": {"kv_heads": 2}},
     "mixed": {
@@ -14,7 +14,7 @@ PLANS = {
         "kv_budget": 0.46,
     },
     "wide": {"preset": "fast", "runtime": "vllm", "kv_budget": 1 / 2},
-    "odd_heads": {"model": "qwen2_sink", "runtime": "vllm", "allocate": "uniform", "kv_budget": 1 / 2},
+    "odd_heads": {"model": "qwen2_sink", "preset": "served", "allocate": "uniform", "kv_budget": 1 / 2},
     "kivi": {"preset": "kivi"},
 }
 """Of the packaged model: sizes that differ from layer to layer, layers that share a cache, one latent for all heads; and two

@@ -38,18 +38,18 @@ def recorded(length):
     """A dictionary that fills with the bytes [heads, tokens, bytes] that layers read of a prompt of this length."""
     from kvfold.runtimes.vllm.packed_attention import PackedFoldedAttention
 
-    found, tokens_of = {}, PackedFoldedAttention._tokens
+    found, read = {}, PackedFoldedAttention.read
 
-    def watched(self, owner, far, batch, place):
-        sides = tokens_of(self, owner, far, batch, place)
-        if batch.lengths == [length] and owner == self.layer_idx and f"{owner}.k" not in found:
-            for name, side in zip("kv", sides, strict=True):
-                found[f"{owner}.{name}"] = getattr(side, "far", side).rows[0].clone()
+    def watched(self, q, far, batch, place):
+        own = self.owner == self.layer_idx
+        if batch.lengths == [length] and own and f"{self.owner}.k" not in found:
+            for name, side in zip("kv", self._tokens(self.owner, far, batch, place), strict=True):
+                found[f"{self.owner}.{name}"] = getattr(side, "far", side).rows[0].clone()
                 if hasattr(side, "near"):
-                    found[f"{owner}.{name}.recent"] = side.near.rows[0].clone()
-        return sides
+                    found[f"{self.owner}.{name}.recent"] = side.near.rows[0].clone()
+        return read(self, q, far, batch, place)
 
-    PackedFoldedAttention._tokens = watched
+    PackedFoldedAttention.read = watched
     return found
 
 

@@ -46,8 +46,8 @@ class Mla(PredictedWidth):
     two_forms: ClassVar[bool] = True
 
     below: int = 3
-    leading: int = 64
-    recent_leading: int = 128
+    leading: int = 96
+    recent_leading: int = 256
     kv_heads: int = 0
     multiple: int = 8
 

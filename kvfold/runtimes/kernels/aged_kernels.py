@@ -38,7 +38,9 @@ def attend(
     near = _part(q[1], z.near, y.near, mask, max(S - T - recent + 1, 0), S, S, (0, recent), rebuild=ways[1], **sizes)
     parts = [near._replace(last=True)]
     if recent < S:
-        parts.insert(0, _part(q[0], z.far, y.far, mask, 0, S - recent, S, (recent, ALL_OLDER), rebuild=ways[0], **sizes))
+        parts.insert(
+            0, _part(q[0], z.far, y.far, mask, 0, S - recent, S, (recent, ALL_OLDER), rebuild=ways[0], **sizes)
+        )
     return cpu_decode.values_of(parts, width, q[0].dtype, map)
 
 
@@ -61,10 +63,17 @@ def _part(
         keys, values = _cut(keys, values, start + first, end + first)
         if rebuild is not None:
             rebuild = rebuild.of_tokens(start + first, end + first)
-    bias = None if mask is None else additive(mask, T, tokens, start, end, q_BNTR).float()
+    bias = None if mask is None else additive(mask, T, tokens, start, end, q_BNTR)
     sequence = torch.tensor([[0, end - start, tokens - T - start]] * len(q_BNTR), dtype=torch.int64)
     return cpu_decode.decode_part(
-        q_BNTR, keys, values, bias, sequences_B3=sequence, ages=ages, rebuild=rebuild, **sizes
+        q_BNTR,
+        keys,
+        values,
+        None if bias is None else bias.float(),
+        sequences_B3=sequence,
+        ages=ages,
+        rebuild=rebuild,
+        **sizes,
     )
 
 

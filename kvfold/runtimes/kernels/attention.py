@@ -69,8 +69,8 @@ def cpu_attention(
     rebuild: cpu_decode.Rebuild | None = None,
     map: cpu_decode.ValueMap | None = None,
 ) -> Tensor:
-    """Few query tokens over numbers or packed ones that `cpu_decode.serves`; `rebuild` says how keys are made of them on read,
-    `map` how values are made of averages."""
+    """Few query tokens over numbers or packed ones that `cpu_decode.serves`; `rebuild` says how keys are made of them on
+    read, `map` how values are made of averages."""
     T, S = q_BNTR.shape[2], z.shape[2]
     bias = additive(mask, T, S, 0, S, q_BNTR)
     added = None if bias is None else bias.float()

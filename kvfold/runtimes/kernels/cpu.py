@@ -14,7 +14,7 @@ from torch import Tensor
 from kvfold.plan.codecs.exponent import TRIED
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels.native import library
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, SideBySide, Stored, recorded
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, SideBySide, recorded
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -32,15 +32,17 @@ class StoredTokens(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, x: Stored) -> StoredTokens:
+    def of(cls, x: Any) -> StoredTokens:
         """Of a tensor [B, C, S, R], packed rows of it, or pages and the tables that name them."""
         rows, packed = rows_of(x), not isinstance(x, Tensor) and x.format is not None
         tiers = x.format.tiers if packed and x.format.scales == "exponent" else ()
         page, head, token = (stride * rows.element_size() for stride in rows.stride()[:3])
-        table = (None, 0, 0)
+        table: tuple[int | None, int, int] = (None, 0, 0)
         if isinstance(x, PagedTokens):
             table = (x.tables_Bp.data_ptr(), x.tables_Bp.stride(0), rows.shape[2])
-        return cls(rows.data_ptr(), *table, page, rows.shape[1], x.shape[3], head, token, packed, len(tiers), _flat(tiers))
+        return cls(
+            rows.data_ptr(), *table, page, rows.shape[1], x.shape[3], head, token, packed, len(tiers), _flat(tiers)
+        )
 
 
 class _Rotation(ctypes.Structure):
@@ -69,7 +71,7 @@ def _flat(tiers: Sequence[tuple[int, int]]) -> Any:
     return (ctypes.c_int32 * (2 * len(tiers)))(*itertools.chain(*tiers))
 
 
-def rows_of(x: Stored) -> Tensor:
+def rows_of(x: Any) -> Tensor:
     """What lies in memory."""
     assert not isinstance(x, SideBySide), "of these each part lies by itself"
     return x if isinstance(x, Tensor) else x.rows

@@ -6,7 +6,6 @@ A contiguous cache is one page per sequence, so that caches of both runtimes are
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,8 +22,8 @@ ANY_AGE = (-(1 << 62), 1 << 62)
 
 
 class HeadMap(NamedTuple):
-    """How keys or values of the source's heads are rebuilt: packed, a linear map of each stored head [C, F, R] as `pack_map` has it;
-    offset_CF in float32, or none; heads: that F consists of."""
+    """How keys or values of the source's heads are rebuilt: packed, a linear map of each stored head [C, F, R] as `pack_map`
+    has it; offset_CF in float32, or none; heads: that F consists of."""
 
     packed: Tensor
     offset_CF: Tensor | None
@@ -160,7 +159,7 @@ def reads(stored: Stored, dtype: torch.dtype) -> bool:
 def _is_known(x: Any, dtype: torch.dtype) -> bool:
     packed = x.format if not isinstance(x, Tensor) else None
     alone = not isinstance(x, PackedTokens) or x.recent is None
-    return x.dtype == dtype and alone and (packed is None or packed.codec.fused and packed.block == 1)
+    return x.dtype == dtype and alone and (packed is None or (packed.codec.fused and packed.block == 1))
 
 
 def _parts(x: Stored) -> Sequence[Any]:
@@ -242,9 +241,9 @@ def _bias_rows(bias: Tensor, B: int, N: int, T: int) -> Tensor:
 
 
 def values_of(parts: Sequence[Averages], width: int, dtype: torch.dtype, map: ValueMap | None) -> Tensor:
-    """[B, T, N, H] of averages and log-sums over parts of the tokens, as `decode_part` gives them: with averages o and log-sums
-    l, sum_i e^(l_i) o_i / sum_i e^(l_i), led back by the map. width: of what it takes, of which a part may have the first or the
-    `last` numbers only. Without a map [B, T, N, width]."""
+    """[B, T, N, H] of averages and log-sums over parts of the tokens, as `decode_part` gives them: with averages o and
+    log-sums l, sum_i e^(l_i) o_i / sum_i e^(l_i), led back by the map. width: of what it takes, of which a part may have the
+    first or the `last` numbers only. Without a map [B, T, N, width]."""
     B, N, T, _ = parts[0].averages.shape
     kernel, out_width = library(), width if map is None else map.head_dim
     assert kernel is not None, "serves() was asked"

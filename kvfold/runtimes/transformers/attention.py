@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from kvfold.runtimes.kernels.packed_tokens import (
 from kvfold.runtimes.kernels.rotary import apply_rotary
 from kvfold.runtimes.transformers.attention_by_age import AttentionByAge
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
-from kvfold.runtimes.transformers.on_read import Heads, KeysOnRead, heads_by_kernel, value_map
+from kvfold.runtimes.transformers.on_read import Heads, KeysOnRead, all_keys, all_values, value_map
 from kvfold.runtimes.transformers.projections import projections
 
 
@@ -230,8 +230,8 @@ class FoldedAttention(AttentionByAge):
         *,
         wants_probs: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, T, N, H or V], and probabilities where they are wanted. on_read: makes the source's keys, where they are rebuilt
-        on read; otherwise absorbed queries meet the stored ones."""
+        """[B, T, N, H or V], and probabilities where they are wanted. on_read: makes the source's keys, where they are
+        rebuilt on read; otherwise absorbed queries meet the stored ones."""
         keys = on_read(z) if on_read else None
         dropout = self.layer.attention_dropout if self.training else 0.0
         few = q.shape[2] <= FEW_TOKENS
@@ -243,10 +243,11 @@ class FoldedAttention(AttentionByAge):
             head_dim=self.layer.head_dim,
         )  # fmt: skip
         if way is Way.REBUILT:
-            k, v = self._all_keys(z, on_read), self._all_values(y)
+            k, v = all_keys(self, z, on_read), all_values(self, y)
             return prefill_attention(q, k, v, mask, scale=self.scaling, dropout=dropout), None
         if way is Way.CPU:
-            back, sizes = value_map(self, q.dtype), {"scale": self.scaling, "softcap": self.layer.softcap}
+            back = value_map(self, q.dtype)
+            sizes: dict[str, Any] = {"scale": self.scaling, "softcap": self.layer.softcap}
             out = cpu_attention(q if absorbed is None else absorbed, z, y, mask, rebuild=rebuild, map=back, **sizes)
             return out if back else self._lead_values_back(out), None
         if self.spec.hidden:  # a network's values are rebuilt before they are averaged
@@ -309,19 +310,6 @@ class FoldedAttention(AttentionByAge):
         if getattr(self, f"{way}_proj") is None:
             return z_BCSR
         return self._way(way, z_BCSR, near).unflatten(3, (-1, self.layer.head_dim)).transpose(2, 3).flatten(1, 2)
-
-    def _all_keys(self, z: Stored, on_read: KeysOnRead | None, near: bool = False) -> Tensor:
-        """The source's keys of all tokens."""
-        tables = on_read.tables if on_read else None
-        made = heads_by_kernel(self, "k_b", z, tables, self.q_proj.weight.dtype, near)
-        if made is not None:
-            return made
-        return on_read(z, near)(0, z.shape[2]) if on_read else self._rebuild(read_all(z), "k_b", near)
-
-    def _all_values(self, y: Stored, near: bool = False) -> Tensor:
-        """The source's values of all tokens."""
-        made = heads_by_kernel(self, "v_b", y, None, self.q_proj.weight.dtype, near)
-        return self._rebuild(read_all(y), "v_b", near) if made is None else made
 
     def _way(self, way: str, x: Tensor, near: bool = False) -> Tensor:
         """In ("k_a", "v_a") or back ("k_b", "v_b"): a linear map of each group, and a network where the plan has one."""

@@ -14,7 +14,8 @@ from kvfold.runtimes.kernels import aged_kernels
 from kvfold.runtimes.kernels.aged_attention import attend_by_age, beside, prefill_by_age
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, roundtrip
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, by_age
-from kvfold.runtimes.transformers.on_read import KeysOnRead, value_map
+from kvfold.runtimes.transformers.on_read import KeysOnRead, all_keys, all_values, value_map
+
 
 class AttentionByAge(nn.Module):
     """The part of `FoldedAttention` that knows of ages."""
@@ -25,8 +26,6 @@ class AttentionByAge(nn.Module):
     k_b_proj: Any
     v_b_proj: Any
     _absorb: Callable[[Tensor], Tensor]
-    _all_keys: Callable[..., Tensor]
-    _all_values: Callable[..., Tensor]
     _lead_values_back: Callable[[Tensor], Tensor]
     _eager: Callable[[], bool]
 
@@ -59,13 +58,13 @@ class AttentionByAge(nn.Module):
         few = q.shape[2] <= FEW_TOKENS
         if not few and not by_masks:
             return self._prefill_by_age(q, z, y, mask, keys), None
-        rebuilt = keys and (keys, functools.partial(keys, near=True))
+        rebuilt = (keys, functools.partial(keys, near=True)) if keys else None
         absorbed = q if keys else self._absorb(q)
         meeting = (q, q) if keys else by_age(absorbed, z.far.shape[-1], z.near.shape[-1])
-        ways = keys and (keys.by_kernel(z.far, q.dtype), keys.by_kernel(z.near, q.dtype, near=True))
+        ways = (keys.by_kernel(z.far, q.dtype), keys.by_kernel(z.near, q.dtype, near=True)) if keys else None
         capped = self.layer.softcap is not None and not wants_probs and not dropout  # which the kernel does as well
         if few and (capped or not by_masks) and (ways is None or all(ways)) and aged_kernels.serves(meeting, z, y):
-            sizes = {"scale": self.scaling, "softcap": self.layer.softcap}
+            sizes: dict[str, Any] = {"scale": self.scaling, "softcap": self.layer.softcap}
             back, width = value_map(self, q.dtype), self.spec.read_widths[1]
             out = aged_kernels.attend(meeting, z, y, mask, width, rebuild=ways, map=back, **sizes)
             return out if back else self._lead_values_back(out), None
@@ -80,8 +79,8 @@ class AttentionByAge(nn.Module):
         self, q: Tensor, z: AgedTokens, y: AgedTokens, mask: Tensor | None, keys: KeysOnRead | None
     ) -> Tensor:
         """Over the source's heads, which are made once for all queries."""
-        far_k, near_k = self._all_keys(z.far, keys), self._all_keys(z.near, keys, True)
-        far_v, near_v = self._all_values(y.far), self._all_values(y.near, True)
+        far_k, near_k = all_keys(self, z.far, keys), all_keys(self, z.near, keys, near=True)
+        far_v, near_v = all_values(self, y.far), all_values(self, y.near, near=True)
         keys_width, width = self.spec.read_widths
         if not keys and self.k_b_proj is None:  # q_proj has columns for both
             far_k, near_k = beside(far_k, near_k, keys_width)

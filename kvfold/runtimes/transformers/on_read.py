@@ -1,4 +1,4 @@
-"""The source's heads out of what a cache holds, where they are rebuilt as they are read: by torch, and for the CPU's kernel."""
+"""The source's heads out of what a cache holds, rebuilt as they are read: by torch, and for the CPU's kernel."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvfold.runtimes.kernels import cpu_decode
 from kvfold.runtimes.kernels.dispatch import rotated_heads
-from kvfold.runtimes.kernels.packed_tokens import Stored, read
+from kvfold.runtimes.kernels.packed_tokens import Stored, read, read_all
 from kvfold.runtimes.kernels.rotary import apply_rotary
 from kvfold.runtimes.transformers.projections import GroupedLinear
 
@@ -81,10 +81,26 @@ def value_map(attention: Any, dtype: torch.dtype) -> cpu_decode.ValueMap | None:
     return _kept(projection, "values", made)
 
 
+def all_keys(attention: Any, z: Stored, on_read: KeysOnRead | None, *, near: bool = False) -> Tensor:
+    """The source's keys [B, K, S, H] of all tokens."""
+    tables = on_read.tables if on_read else None
+    made = heads_by_kernel(attention, "k_b", z, tables, near=near)
+    if made is not None:
+        return made
+    return on_read(z, near)(0, z.shape[2]) if on_read else attention._rebuild(read_all(z), "k_b", near)
+
+
+def all_values(attention: Any, y: Stored, *, near: bool = False) -> Tensor:
+    """The source's values of all tokens."""
+    made = heads_by_kernel(attention, "v_b", y, None, near=near)
+    return attention._rebuild(read_all(y), "v_b", near) if made is None else made
+
+
 def heads_by_kernel(
-    attention: Any, way: str, stored: Stored, tables: tuple[Tensor, Tensor] | None, dtype: torch.dtype, near: bool = False
+    attention: Any, way: str, stored: Stored, tables: tuple[Tensor, Tensor] | None, *, near: bool
 ) -> Tensor | None:
-    """[B, K, S, H] of all tokens, rebuilt by the CPU's kernel; None where it does not serve."""
+    """The same by the CPU's kernel; None where it does not serve."""
+    dtype = attention.q_proj.weight.dtype
     maps = head_maps(attention, way, dtype)
     if maps is None or not cpu_decode.reads(stored, dtype):
         return None
@@ -102,7 +118,7 @@ def _is_plain(projection: Any, dtype: torch.dtype) -> bool:
     return not hooked and projection.weight.dtype == dtype and projection.weight.device.type == "cpu"
 
 
-def _kept(projection: nn.Module, name: Any, make: Callable[[], Any]) -> Any:
+def _kept(projection: Any, name: Any, make: Callable[[], Any]) -> Any:
     """What was made of the weight as it is now, beside it."""
     weight, kept = projection.weight, projection.__dict__.setdefault("packed", {})
     state = (weight.data_ptr(), weight._version)

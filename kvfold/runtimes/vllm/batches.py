@@ -90,9 +90,7 @@ class Batch:
         return None if T in (1, S) and torch.equal(seen, causal) else seen
 
 
-def batches(
-    starts: Sequence[int], lengths: Sequence[int], tables: Tensor, *, in_place: bool = False
-) -> list[Batch]:
+def batches(starts: Sequence[int], lengths: Sequence[int], tables: Tensor, *, in_place: bool = False) -> list[Batch]:
     """Decoding sequences are one batch, those of similar length where their tokens are copied out of pages and not read
     `in_place`; every piece of a prompt is one. starts: of the query tokens of each sequence, and where the last one's end."""
     together: dict[tuple[int, int], list[int]] = {}

@@ -13,6 +13,7 @@ class Multiplied(nn.Module):
 
     weight: Any
     bias: Any
+    quant_method: Any
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""

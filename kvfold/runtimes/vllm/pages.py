@@ -82,7 +82,6 @@ class PageFormat:
             return rows_BCSX.view(self.dtype)
         return PackedTokens(rows_BCSX, side.format, self.dtype)
 
-
     def lying(
         self, pages: Tensor, key: tuple[int, str], of_width: Callable[[int], int] = lambda width: width
     ) -> PagedTokens:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
+from kvfold.plan.plan import CachePlan
 from kvfold.plan.tensors import Shape, tensor_shapes
 
 READERS = ("q_proj", "k_b_proj", "v_b_proj", "o_proj")
@@ -84,6 +85,12 @@ class Rank:
             count = min(_count(mine), within)
             return within, slice(mine.start % within, mine.start % within + count)
         return 1, None
+
+
+def bytes_per_process(plan: CachePlan, processes: int) -> float:
+    """Of one token in the cache of each of so many processes."""
+    rank = Rank(0, processes)
+    return sum(rank.spec(spec).bytes_per_token(plan.itemsize()) for spec in plan.owned)
 
 
 def _count(part: slice) -> int:

@@ -19,7 +19,6 @@ from kvfold.runtimes.transformers.on_read import head_maps, value_map
 from kvfold.runtimes.vllm.batches import Batch
 from kvfold.runtimes.vllm.pages import RECENT, Kind
 
-
 AT_ONCE = 1 << 27
 """Numbers of keys, and of values, of a prompt that may be there at once."""
 
@@ -45,7 +44,11 @@ class PageReader:
     def few(self, q_BNTH: Tensor, far: Tensor, batch: Batch, place: int) -> Tensor | None:
         """Of few queries."""
         attention, spec = self.attention, self.attention.spec
-        maps = head_maps(attention, "k_b", q_BNTH.dtype) if attention._rotates_on_read and attention.tables is not None else None
+        maps = (
+            head_maps(attention, "k_b", q_BNTH.dtype)
+            if attention._rotates_on_read and attention.tables is not None
+            else None
+        )
         if spec.hidden or (spec.rope == "on_read" and maps is None):
             return None
         q = q_BNTH if maps is not None else attention._absorb(q_BNTH)
@@ -80,13 +83,15 @@ class PageReader:
     ) -> tuple[Tensor, Tensor] | None:
         """Keys and values [B, K, width, H] of one form."""
         attention, width = self.attention, batch.width_of(window)
-        ways = head_maps(attention, "k_b", dtype), head_maps(attention, "v_b", dtype)
+        of_keys, of_values = head_maps(attention, "k_b", dtype), head_maps(attention, "v_b", dtype)
         keys, values = self._lying(kind, pages, batch)
         too_many = len(batch.lengths) * width * attention.layer.num_kv_heads * attention.layer.head_dim > AT_ONCE
-        if None in ways or too_many or not (cpu_decode.reads(keys, dtype) and cpu_decode.reads(values, dtype)):
+        if of_keys is None or of_values is None or too_many:
+            return None
+        if not (cpu_decode.reads(keys, dtype) and cpu_decode.reads(values, dtype)):
             return None
         spans = batch.once(("span tensor", window), lambda: torch.tensor(batch.spans(window), dtype=torch.int64))
-        k_map, v_map = (maps(side.shape[3], kind == RECENT) for maps, side in zip(ways, (keys, values), strict=True))
+        k_map, v_map = of_keys(keys.shape[3], kind == RECENT), of_values(values.shape[3], kind == RECENT)
         tables = attention.tables if attention._rotates_on_read else None
         k_way = k_map.rebuild(*(() if tables is None else (tables.cos_Sr[None], tables.sin_Sr[None])))
         k = cpu_decode.rebuilt(keys, k_way, spans, width, dtype)
