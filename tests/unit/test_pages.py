@@ -8,7 +8,7 @@ from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels import cpu, native, paging
 from kvfold.runtimes.kernels.dispatch import roundtrip
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, read_all
-from kvfold.runtimes.vllm.batches import batches
+from kvfold.runtimes.vllm.batches import Batch, batches
 from kvfold.runtimes.vllm.pages import RECENT, Layout, PageFormat, Span
 
 FOUR = NumberFormat(tiers=((13, 4), (6, 2)))
@@ -140,3 +140,21 @@ def test_a_prompt_that_sees_all_before_it_needs_no_mask():
     assert batches([0, 8], [8], torch.zeros(1, 1))[0].mask(None) is None
     assert batches([0, 1], [64], torch.zeros(1, 1))[0].mask(None) is None
     assert batches([0, 8], [9], torch.zeros(1, 1))[0].mask(None) is not None  # torch's fused kernel wants one
+
+
+def test_decoding_sequences_that_are_read_in_place_are_one_batch():
+    tables = torch.arange(12).view(4, 3)
+    found = batches([0, 1, 2, 42, 43], [7, 300, 40, 2], tables, in_place=True)
+    assert sorted((x.queries, x.lengths) for x in found) == [(1, [7, 300, 2]), (40, [40])]
+    assert [x.tables_Bp.tolist() for x in found if x.queries == 1] == [[[0, 1, 2], [3, 4, 5], [9, 10, 11]]]
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("ages", [(0, 1 << 62), (0, 5), (5, 1 << 62), (2, 9)])
+def test_of_each_sequence_those_are_read_that_some_query_sees(ages, queries):
+    lengths = [3, 5, 6, 40]
+    batch = Batch(torch.arange(len(lengths) * queries), queries, lengths, torch.zeros(len(lengths), 1), max(lengths))
+    for length, (start, end, position) in zip(lengths, batch.seen(ages).tolist(), strict=True):
+        seen = [s for s in range(length) if any(ages[0] <= t - s < ages[1] for t in range(length - queries, length))]
+        assert position == length - queries
+        assert list(range(start, end)) == seen
