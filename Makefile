@@ -206,10 +206,10 @@ results-vllm: $(VLLM_VENV)/installed
 	$(VLLM_VENV)/bin/kvfold bench --shape llama2-7b --kv-heads 16 --kv-heads 8 --engine vllm --batch 16 --context 192 --steps 256 \
 	  --memory 32MiB --markdown results/vllm-llama2-7b.md --plot results/vllm-llama2-7b.svg
 
-# The same of SmolLM2, one request of which fills the original's cache
+# The same of SmolLM2, of which the original's cache holds one request and a quarter
 results-real-vllm: $(VLLM_VENV)/installed
 	$(VLLM_VENV)/bin/kvfold bench runs/auto-quarter runs/auto-eighth runs/speed-eighth --against $(REAL) --engine vllm --batch 8 \
-	  --context 256 --steps 256 --memory 12MiB --rounds 2 --markdown results/real-vllm.md
+	  --context 256 --steps 256 --memory 16MiB --rounds 2 --markdown results/real-vllm.md
 
 # Whether a folded model still finds what stands far back: make results-recall MODEL=folder FOLDED=folder [LENGTHS=512,2048]
 FOLDED ?= $(error give FOLDED=FOLDER, which kvfold wrote)

@@ -48,6 +48,17 @@ bench mlkv-pythia-160m --shape pythia-160m --layers 12 --dtype float16 --memory 
   $(printf -- '--preset %s ' MHA-144 GQA-48 MLKV-48 MQA-12 MLKV-12 MLKV-6 MLKV-4 MLKV-2 MLKV-1)
 bench bloomz-7b1-2048 --shape bloomz-7b1 --context 2048 --kv-heads 16 --kv-heads 8 --kv-heads 4
 
+# Grouped-query attention at long contexts: keys rebuilt on read, read as they lie, and plain bits.
+for context in 8192 32768; do
+  BATCH=4 bench "llama3-8b-$context" --shape llama3-8b --context "$context" --steps 8 --prefills 0 --preset auto:kv_budget=0.125 \
+    --preset auto:kv_budget=0.125,prefer=speed --preset int4:kv_budget=null
+done
+# The same in vLLM, where it is installed: packed pages are copied out by torch so far.
+if $python -c "import vllm" 2> /dev/null; then
+  BATCH=32 bench llama3-8b-vllm --shape llama3-8b --engine vllm --context 8k --steps 64 --rounds 1 --memory 2GB \
+    --preset auto:kv_budget=0.125 --preset auto:kv_budget=0.125,prefer=speed --preset int4:kv_budget=null
+fi
+
 # Folding Llama-2-7B's shape: time and memory.
 $python benchmarks/fold_llama2_7b.py --folder "$scratch" --layers "$layers" --preset svd_w | tail -1 | tee "$out/fold.json"
 
