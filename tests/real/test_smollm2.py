@@ -1,6 +1,6 @@
 """A real model, SmolLM2-135M-Instruct, folded with the defaults: `make real-models`, then `make test-real`.
 
-Bounds are about a quarter above what was measured when they were written (results/real-frontier.md).
+Bounds stand above what was measured on books (results/real-frontier.md): here the model calibrates on 64 x 256 tokens of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import rms_norm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import kvfold
 from kvfold.calibration.text import first_windows
@@ -81,7 +83,7 @@ def kl(fold, windows, original):
     return measure
 
 
-@pytest.mark.parametrize(("budget", "bound"), [(0.25, 0.015), (0.125, 0.12)])
+@pytest.mark.parametrize(("budget", "bound"), [(0.25, 0.003), (0.125, 0.01)])
 def test_the_default_fold_loses_little(kl, budget, bound):
     assert kl("auto", budget) < bound
 
@@ -106,19 +108,24 @@ def test_greedy_continuations_stay_close(fold, original):
 
 
 @torch.no_grad()
-def test_cached_equals_uncached_at_4096_tokens(fold, windows):
-    """A prompt in chunks, then tokens one by one, out of a packed cache. In float64: in float32 a number that lies between
-    two codes falls to either side, and 30 layers and 4,096 tokens make of that what quantization itself costs."""
+def test_cached_equals_uncached(fold, windows, monkeypatch):
+    """A prompt in chunks, then tokens one by one, out of a packed cache: the very same codes. In float64 to the last step,
+    which torch's fused attention and the family's norms are not: in float32 a number that lies between two codes falls to
+    either side, and 30 layers make of one such code more than quantization itself costs."""
+    monkeypatch.setattr(
+        LlamaRMSNorm, "forward", lambda norm, x: norm.weight * rms_norm(x, x.shape[-1:], eps=norm.variance_epsilon)
+    )
     folder = fold("auto", 0.125)
     model, plan = load_weights(folder, "float32", "cpu").double(), load_plan(folder)[0]
-    ids = windows.flatten().repeat(3)[None, :4096]
+    model.set_attn_implementation("eager")
+    ids = windows[:1, :1024]
     expected = model(ids, use_cache=False, logits_to_keep=8).logits[0]
     cache, logits = FoldedCache(plan), []
-    for start, end in ((0, 1500), (1500, 4088), *((i, i + 1) for i in range(4088, 4096))):
+    for start, end in ((0, 400), (400, 1016), *((i, i + 1) for i in range(1016, 1024))):
         logits.append(model(ids[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1])
     expected, found = (x.log_softmax(-1) for x in (expected, torch.stack(logits[2:])))
     assert float((expected.exp() * (expected - found)).sum(-1).mean()) < 1e-6
-    assert cache.nbytes_allocated == plan.kv_bytes(4096)  # packed, whatever the dtype
+    assert cache.nbytes_allocated == plan.kv_bytes(1024)  # packed, whatever the dtype
 
 
 @torch.no_grad()

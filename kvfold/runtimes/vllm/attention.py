@@ -15,7 +15,6 @@ from vllm.distributed import (
 )
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.v1.attention.selector import get_attn_backend
 
 from kvfold.errors import PlanError
@@ -23,7 +22,6 @@ from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.tensors import PROJECTIONS, Axis, Shape, tensor_shapes
 from kvfold.runtimes.kernels.rotary import apply_rotary
-from kvfold.runtimes.vllm.linear import Multiplied
 
 LOGGER = init_logger(f"vllm.{__name__}")
 USUAL_WIDTH = 64
@@ -205,7 +203,7 @@ class Parts(NamedTuple):
     first_group: int
 
 
-class _Projection(Multiplied):
+class _Projection(nn.Module):
     """One map of a layer, of which a rank has the rows and columns of its heads."""
 
     def __init__(self, name: str, shapes: Mapping[str, Shape], parts: Parts, spec: CacheSpec) -> None:
@@ -213,8 +211,13 @@ class _Projection(Multiplied):
         self.weight = _parameter(shapes[f"{name}.weight"], parts, spec)
         bias = shapes.get(f"{name}.bias")
         self.bias = None if bias is None else _parameter(bias, parts, spec)
-        if self.weight.dim() == 2:
-            self.quant_method = UnquantizedLinearMethod()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The same with another bias, or none."""
+        return F.linear(x, self.weight, bias)
 
 
 def _parameter(axes: Shape, parts: Parts, spec: CacheSpec) -> nn.Parameter:

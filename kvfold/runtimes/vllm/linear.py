@@ -1,4 +1,4 @@
-"""Maps of a folded layer, multiplied as vLLM multiplies those of its own layers: packed when the weights are there."""
+"""Maps of a packed layer, multiplied as vLLM multiplies those of its own layers: packed when the weights are there."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 
-class Multiplied(nn.Module):
-    """A module whose weight [out, in] vLLM's `quant_method` packs after loading, and may take away for that."""
+class Linear(nn.Linear):
+    """Takes the place of torch's; vLLM's `quant_method` packs the weight after loading, and may take it away for that."""
 
-    weight: Any
-    bias: Any
-    quant_method: Any
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.quant_method: Any = UnquantizedLinearMethod()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -21,14 +21,4 @@ class Multiplied(nn.Module):
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The same with another bias, or none."""
-        if not hasattr(self, "quant_method"):
-            return nn.functional.linear(x, self.weight, bias)
         return self.quant_method.apply(self, x, bias)
-
-
-class Linear(Multiplied, nn.Linear):
-    """Takes the place of torch's."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.quant_method = UnquantizedLinearMethod()
