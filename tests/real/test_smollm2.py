@@ -1,6 +1,7 @@
 """A real model, SmolLM2-135M-Instruct, folded with the defaults: `make real-models`, then `make test-real`.
 
-Bounds stand above what was measured on books (results/real-frontier.md): here the model calibrates on 64 x 256 tokens of its own.
+Bounds stand above what was measured on books (results/real-frontier.md): here the model calibrates on 64 x 256 tokens that it
+sampled.
 """
 
 from __future__ import annotations
