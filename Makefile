@@ -244,7 +244,7 @@ results-real-auto: $(VENV)/installed
 	$(BIN)/python benchmarks/frontier.py --real runs/real-frontier runs/real-auto
 
 # What each part of the default brings: without predictions from layers below, without recent tokens, with latents of keys and values apart; --prefer speed with them
-PARTS := auto auto:width.below=0 auto:$(PLAIN),width.below=0 auto:$(PLAIN),width.method=fisher,width.rope=on_read auto:prefer=speed \
+PARTS := auto auto:prefer=size auto:width.below=0 auto:$(PLAIN),width.below=0 auto:$(PLAIN),width.method=fisher,width.rope=on_read auto:prefer=speed \
   auto:prefer=speed,$(PLAIN)
 results-real-ablation: $(VENV)/installed
 	$(BIN)/kvfold compare $(REAL) $(addprefix --preset ,$(PARTS)) --kv-budget 1/8 --kv-budget 1/16 --data $(CALIBRATION) $(ON_REAL) \

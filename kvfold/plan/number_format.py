@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -84,7 +83,7 @@ class NumberFormat:
         """Of the first `width` numbers of one token in one head, with all its scales."""
         codes, left = 0, width
         for numbers, bits in self.tiers:
-            codes, left = codes + math.ceil(min(numbers, left) * bits / 8), max(left - numbers, 0)
+            codes, left = codes + packed_bytes(min(numbers, left), bits), max(left - numbers, 0)
         return codes + self.codec.scale_bytes(self)
 
     @property

@@ -188,7 +188,7 @@ def test_heads_of_a_prompt_are_those_of_torch(rotates, dtype):
         weight, offset, way = head_map(C, 2 * H, numbers.shape[3], H, dtype, bias=rotates)
         wanted = heads(numbers, weight, offset, H)
         wanted = apply_rotary(wanted, cos.double(), sin.double()) if rotates else wanted
-        found = cpu_decode.rebuilt(stored, way.rebuild(cos, sin), torch.tensor(spans), 160, dtype)
+        found = cpu_decode.rebuilt(stored, way.rebuild(cos, sin), dtype, torch.tensor(spans), 160)
         assert found.shape == (B, 2 * C, 160, H)
         for row, (start, end) in enumerate(spans):
             assert not found[row, :, : 160 - (end - start)].any()

@@ -11,8 +11,6 @@ from kvfold.runtimes.kernels import cpu_decode
 from kvfold.runtimes.kernels.attention import additive
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, part
 
-ALL_OLDER = 1 << 62
-
 
 def serves(q: tuple[Tensor, Tensor], z: AgedTokens, y: AgedTokens) -> bool:
     """Whether the CPU's kernel takes both forms, for few queries that meet stored keys or keys that it rebuilds."""
@@ -39,7 +37,8 @@ def attend(
     parts = [near._replace(last=True)]
     if recent < S:
         parts.insert(
-            0, _part(q[0], z.far, y.far, mask, 0, S - recent, S, (recent, ALL_OLDER), rebuild=ways[0], **sizes)
+            0,
+            _part(q[0], z.far, y.far, mask, 0, S - recent, S, (recent, cpu_decode.ALL_OLDER), rebuild=ways[0], **sizes),
         )
     return cpu_decode.values_of(parts, width, q[0].dtype, map)
 
@@ -64,13 +63,14 @@ def _part(
         if rebuild is not None:
             rebuild = rebuild.of_tokens(start + first, end + first)
     bias = None if mask is None else additive(mask, T, tokens, start, end, q_BNTR)
-    sequence = torch.tensor([[0, end - start, tokens - T - start]] * len(q_BNTR), dtype=torch.int64)
+    spans = [[0, end - start, tokens - T - start]] * len(q_BNTR)
+    sequences = torch.tensor(spans, dtype=torch.int64, device=q_BNTR.device)  # whatever torch's defaults are
     return cpu_decode.decode_part(
         q_BNTR,
         keys,
         values,
         None if bias is None else bias.float(),
-        sequences_B3=sequence,
+        sequences_B3=sequences,
         ages=ages,
         rebuild=rebuild,
         **sizes,

@@ -18,7 +18,9 @@ from kvfold.runtimes.kernels.packed_tokens import PackedTokens, SideBySide, Stor
 
 LANES, DEPTH = 16, 32
 """Columns of a map that lie side by side, and of how many stored numbers it takes a multiple (rebuild.h)."""
-ANY_AGE = (-(1 << 62), 1 << 62)
+ALL_OLDER = 1 << 62
+"""An age that no token has."""
+ANY_AGE = (-ALL_OLDER, ALL_OLDER)
 
 
 class HeadMap(NamedTuple):
@@ -268,9 +270,14 @@ def values_of(parts: Sequence[Averages], width: int, dtype: torch.dtype, map: Va
     return out
 
 
-def rebuilt(stored: Stored, rebuild: Rebuild, spans_B2: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """[B, K, width, H]: the source's heads of the tokens start:end of each sequence, at the end of rows of zeros."""
-    kernel, parts, B = library(), [StoredTokens.of(x) for x in _parts(stored)], len(spans_B2)
+def rebuilt(
+    stored: Stored, rebuild: Rebuild, dtype: torch.dtype, spans_B2: Tensor | None = None, width: int | None = None
+) -> Tensor:
+    """[B, K, width, H]: the source's heads of the tokens start:end of each sequence, at the end of rows of zeros; without
+    spans of all tokens."""
+    kernel, parts, (B, _, S, _) = library(), [StoredTokens.of(x) for x in _parts(stored)], stored.shape
+    if spans_B2 is None or width is None:
+        spans_B2, width = torch.tensor([[0, S]] * B, dtype=torch.int64, device=rows_of(_parts(stored)[0]).device), S
     assert kernel is not None, "serves() was asked"
     heads = stored.shape[1] * rebuild.map.heads
     out = torch.empty(B, heads, width, rebuild.map.head_dim, dtype=dtype, device=spans_B2.device)

@@ -104,10 +104,8 @@ def heads_by_kernel(
     maps = head_maps(attention, way, dtype)
     if maps is None or not cpu_decode.reads(stored, dtype):
         return None
-    B, _, S, width = stored.shape
-    spans = torch.tensor([[0, S]] * B, dtype=torch.int64)
-    newest = () if tables is None else (table[:, -S:] for table in tables)
-    return cpu_decode.rebuilt(stored, maps(width, near).rebuild(*newest), spans, S, dtype)
+    newest = () if tables is None else (table[:, -stored.shape[2] :] for table in tables)
+    return cpu_decode.rebuilt(stored, maps(stored.shape[3], near).rebuild(*newest), dtype)
 
 
 def _is_plain(projection: Any, dtype: torch.dtype) -> bool:

@@ -125,8 +125,7 @@ class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
         if not spec.recent:
             return found
         pages = self.pages.recent
-        recent = get_forward_context().attn_metadata[pages.layer_name].batches[place]
-        near = self._of_kind(owner, spec.of_recent, RECENT, pages.kv_cache, recent, spec.recent)
+        near = self._of_kind(owner, spec.of_recent, RECENT, pages.kv_cache, pages.batch(place), spec.recent)
         z, y = (AgedTokens(old, new, spec.recent) for old, new in zip(found, near, strict=True))
         return z, y
 

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from kvfold.plan.plan import CachePlan
+from kvfold.runtimes.vllm.batches import Batch
 from kvfold.runtimes.vllm.packed_backend import PackedBackend
 from kvfold.runtimes.vllm.pages import RECENT, Kind, Layout
 from kvfold.runtimes.vllm.ranks import Rank
@@ -73,6 +75,10 @@ class RecentPages(nn.Module, AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: Any) -> Any:
         return self.pages.spec(RECENT)
+
+    def batch(self, place: int) -> Batch:
+        """The `place`-th of the running step, as it reads these pages."""
+        return get_forward_context().attn_metadata[self.layer_name].batches[place]
 
 
 class PackedAttention(Attention):

@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.forward_context import get_forward_context
 
 from kvfold.runtimes.kernels import cpu_decode, native
 from kvfold.runtimes.kernels.aged_attention import prefill_by_age
-from kvfold.runtimes.kernels.aged_kernels import ALL_OLDER
 from kvfold.runtimes.kernels.attention import prefill_attention
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS
 from kvfold.runtimes.kernels.packed_tokens import PagedTokens, SideBySide, by_age
@@ -44,11 +42,8 @@ class PageReader:
     def few(self, q_BNTH: Tensor, far: Tensor, batch: Batch, place: int) -> Tensor | None:
         """Of few queries."""
         attention, spec = self.attention, self.attention.spec
-        maps = (
-            head_maps(attention, "k_b", q_BNTH.dtype)
-            if attention._rotates_on_read and attention.tables is not None
-            else None
-        )
+        rotates = attention._rotates_on_read and attention.tables is not None
+        maps = head_maps(attention, "k_b", q_BNTH.dtype) if rotates else None
         if spec.hidden or (spec.rope == "on_read" and maps is None):
             return None
         q = q_BNTH if maps is not None else attention._absorb(q_BNTH)
@@ -70,8 +65,7 @@ class PageReader:
         if not spec.recent:
             return prefill_attention(q_BNTH, *heads, mask, scale=attention.scaling)
         pages = attention.pages.recent
-        recents = get_forward_context().attn_metadata[pages.layer_name].batches[place]
-        near = self._heads(RECENT, pages.kv_cache, recents, spec.recent, q_BNTH.dtype)
+        near = self._heads(RECENT, pages.kv_cache, pages.batch(place), spec.recent, q_BNTH.dtype)
         if near is None:
             return None
         (far_k, far_v), (near_k, near_v) = heads, near
@@ -93,23 +87,22 @@ class PageReader:
         spans = batch.once(("span tensor", window), lambda: torch.tensor(batch.spans(window), dtype=torch.int64))
         k_map, v_map = of_keys(keys.shape[3], kind == RECENT), of_values(values.shape[3], kind == RECENT)
         tables = attention.tables if attention._rotates_on_read else None
-        k_way = k_map.rebuild(*(() if tables is None else (tables.cos_Sr[None], tables.sin_Sr[None])))
-        k = cpu_decode.rebuilt(keys, k_way, spans, width, dtype)
-        return k, cpu_decode.rebuilt(values, v_map.rebuild(), spans, width, dtype)
+        k_way = k_map.rebuild() if tables is None else k_map.rebuild(*tables.of_all)
+        k = cpu_decode.rebuilt(keys, k_way, dtype, spans, width)
+        return k, cpu_decode.rebuilt(values, v_map.rebuild(), dtype, spans, width)
 
     def _all(self, q: Tensor, far: Tensor, batch: Batch, maps: Any) -> Any:
         kind = self.attention.attn.kind
-        return self._form(q, kind, far, batch, (0, ALL_OLDER if kind is None else kind), maps)
+        return self._form(q, kind, far, batch, (0, cpu_decode.ALL_OLDER if kind is None else kind), maps)
 
     def _by_age(self, q: Tensor, far: Tensor, batch: Batch, place: int, maps: Any) -> list[Any]:
         """Each form by itself."""
         spec, pages, kind = self.attention.spec, self.attention.pages.recent, self.attention.attn.kind
-        recents = get_forward_context().attn_metadata[pages.layer_name].batches[place]
         widths = (spec.head_dim + spec.predictors, spec.of_recent.head_dim + spec.recent_predictors)
         meeting = (q, q) if maps is not None else by_age(q, *widths)
-        oldest = ALL_OLDER if kind is None else kind
+        oldest = cpu_decode.ALL_OLDER if kind is None else kind
         old = self._form(meeting[0], kind, far, batch, (spec.recent, max(oldest, spec.recent)), maps)
-        near = self._form(meeting[1], RECENT, pages.kv_cache, recents, (0, min(spec.recent, oldest)), maps)
+        near = self._form(meeting[1], RECENT, pages.kv_cache, pages.batch(place), (0, min(spec.recent, oldest)), maps)
         return [old, near and near._replace(last=True)]
 
     def _form(
@@ -120,10 +113,7 @@ class PageReader:
         keys, values = self._lying(kind, pages, batch)
         if not self._serves(kind, q, keys, values):
             return None
-        rebuild = None
-        if maps is not None:
-            tables = attention.tables
-            rebuild = maps(keys.shape[3], kind == RECENT).rebuild(tables.cos_Sr[None], tables.sin_Sr[None])
+        rebuild = None if maps is None else maps(keys.shape[3], kind == RECENT).rebuild(*attention.tables.of_all)
         return cpu_decode.decode_part(
             q, keys, values, self._bias(batch), scale=attention.scaling, softcap=attention.layer.softcap,
             sequences_B3=batch.seen(ages), ages=ages, rebuild=rebuild,

@@ -17,6 +17,11 @@ class RotaryTables:
     def __init__(self, cos_Sr: Tensor, sin_Sr: Tensor) -> None:
         self.cos_Sr, self.sin_Sr = cos_Sr, sin_Sr
 
+    @property
+    def of_all(self) -> tuple[Tensor, Tensor]:
+        """cos and sin [1, S, r] of all positions."""
+        return self.cos_Sr[None], self.sin_Sr[None]
+
     def of(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B, T, r] of positions [B, T] or [T]."""
         at = positions if positions.dim() == 2 else positions[None]

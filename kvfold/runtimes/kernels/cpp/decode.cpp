@@ -15,8 +15,8 @@ constexpr int TASKS_PER_THREAD = 4, LEAST_TOKENS = 256;  // long sequences of fe
 constexpr int REBUILT_TOKENS = 256;                      // at a time
 
 // Rows of queries [batch, rows, R]: `steps` query tokens of each head, which stand at the end of a sequence and see tokens of
-// an age from `youngest` to below `oldest`. softcap: of scores, 0 for none. sequences [batch, 3]: the first token, the last but one, where the first query
-// stands. bias [batch, rows, tokens] by strides, or null.
+// an age from `youngest` to below `oldest`. softcap: of scores, 0 for none. sequences [batch, 3]: the first token, the one behind
+// the last, where the first query stands. bias [batch, rows, tokens] by strides, or null.
 struct Queries {
   const float *data, *bias;
   const int64_t *sequences;
@@ -163,8 +163,7 @@ void decode(const Queries &q, const Side &keys, const Side *values, const Rebuil
 // out [batch, rows, V]; log_sums [batch, rows], the logarithms of what the exponentials of scores add up to, or null. Float32.
 extern "C" void kvfold_decode(int is_bfloat16, const Queries *q, const Stored *keys, int parts, const Stored *values,
                               const Rebuild *map, float *out, float *log_sums) {
-  Side k(keys, parts), v(values ? values : keys, 1);
-  k.as_they_lie &= !map;  // whose products take more tokens than there are
+  const Side k(keys, parts, map), v(values ? values : keys, 1, false);
   auto run = is_bfloat16 ? decode<bfloat16> : decode<float>;
   run(*q, k, values ? &v : nullptr, map, out, log_sums);
 }

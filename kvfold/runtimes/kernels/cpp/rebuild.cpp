@@ -45,8 +45,7 @@ void rebuild(const Side &stored, const Rebuild &map, const int64_t *spans, int64
 
 extern "C" void kvfold_rebuild(int is_bfloat16, const Stored *parts, int count, const Rebuild *map, const int64_t *spans,
                                int64_t batch, int64_t width, int threads, void *out) {
-  Side stored(parts, count);
-  stored.as_they_lie = false;  // products take more tokens than there are
+  const Side stored(parts, count, true);
   if (is_bfloat16) rebuild(stored, *map, spans, batch, width, threads, (bfloat16 *)out);
   else rebuild(stored, *map, spans, batch, width, threads, (float *)out);
 }

@@ -4,8 +4,8 @@
 
 #include <vector>
 
+#include "rotary.h"
 #include "tiles.h"
-#include "unpack.h"
 
 namespace {
 
@@ -97,31 +97,9 @@ template <typename T>
 void mapped(const T *z, int64_t stride, int tokens, int depth, const T *map, int columns, float *out, int64_t out_stride) {
 #ifdef __AMX_BF16__
   if constexpr (sizeof(T) == 2)
-    if (tiles_are_allowed()) return products_in_tiles(z, stride, tokens, depth, map, columns, out, out_stride);
+    if (in_tiles<T>()) return products_in_tiles(z, stride, tokens, depth, map, columns, out, out_stride);
 #endif
   products(z, stride, tokens, depth, map, columns, out, out_stride);
-}
-
-// One head of one token, by half-split pairs: x [head_dim] -> to.
-template <typename T, typename C>
-void rotate_head(const float *x, const float *offset, const C *cos, const C *sin, int width, int rotated, T *to) {
-  const int half = rotated / 2;
-  for (int i = 0; i < half; i += LANES) {
-    const int count = std::min(LANES, half - i);
-    const Lanes first = load<Lanes>(x + i, count) + load<Lanes>(offset + i, count);
-    const Lanes last = load<Lanes>(x + half + i, count) + load<Lanes>(offset + half + i, count);
-    const Lanes turned = first * Numbers<float>::wide(cos + i, count) - last * Numbers<float>::wide(sin + i, count);
-    const Lanes other = last * Numbers<float>::wide(cos + half + i, count) + first * Numbers<float>::wide(sin + half + i, count);
-    if (count < LANES) {
-      for (int j = 0; j < count; ++j) to[i + j] = T(turned[j]), to[half + i + j] = T(other[j]);
-      continue;
-    }
-    store(turned, to + i);
-    store(other, to + half + i);
-  }
-  int i = rotated;
-  for (; i + LANES <= width; i += LANES) store(load<Lanes>(x + i) + load<Lanes>(offset + i), to + i);
-  for (; i < width; ++i) to[i] = T(x[i] + offset[i]);
 }
 
 // What one thread needs to rebuild keys.
@@ -129,12 +107,12 @@ template <typename T>
 struct Rebuilding {
   const Rebuild &map;
   int depth, padded;
-  std::vector<float> rebuilt, none;
+  std::vector<float> rebuilt;
   std::vector<T> keys;
 
   Rebuilding(const Rebuild &map, int numbers, int block)
       : map(map), depth(pad(numbers, DEPTH)), padded(pad(map.columns(), COLUMNS)), rebuilt(int64_t(block) * padded),
-        none(map.columns()), keys(int64_t(block) * map.columns()) {}
+        keys(int64_t(block) * map.columns()) {}
 
   // Keys [tokens, columns] of a stored head, of tokens from `start` on; z has rows up to the next 32nd token.
   const T *of(const T *z, int64_t stride, int64_t row, int64_t head, int64_t start, int tokens) {
@@ -147,12 +125,12 @@ struct Rebuilding {
 
   template <typename C>
   void rotate(int64_t row, int64_t head, int64_t start, int tokens, const C *cos, const C *sin) {
-    const float *offset = map.offset ? map.offset + head * map.columns() : none.data();
+    const float *offset = map.offset ? map.offset + head * map.columns() : nullptr;
     for (int s = 0; s < tokens; ++s) {
       const int64_t at = row * map.table_batch + (start + s) * map.rotated;  // nowhere without a rotation
       for (int h = 0; h < map.heads; ++h) {
         const int64_t first = h * map.head_dim;
-        rotate_head(rebuilt.data() + int64_t(s) * padded + first, offset + first, cos + at, sin + at, map.head_dim,
+        rotate_head(rebuilt.data() + int64_t(s) * padded + first, offset ? offset + first : nullptr, cos + at, sin + at, map.head_dim,
                     map.rotated, keys.data() + int64_t(s) * map.columns() + first);
       }
     }

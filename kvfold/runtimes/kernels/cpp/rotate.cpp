@@ -1,43 +1,16 @@
 // Keys that were rebuilt from what is stored -> heads of their own, rotated: one pass, where torch's operations take eight. kvfold/runtimes/kernels/rotary.py has the obvious version. Plain C entry, no torch.
 
 #include <algorithm>
-#include <vector>
 
-#include "lanes.h"
-#include "unpack.h"
+#include "rotary.h"
 
 namespace {
-
-inline Lanes wide(const float *x, int count) { return load<Lanes>(x, count); }
-inline Lanes wide(const bfloat16 *x, int count) {
-  return (Lanes)(__builtin_convertvector(load<Halves>(x, count), Integers) << 16);
-}
-
-template <typename T>
-inline void put(Lanes x, T *to, int count) {
-  if (count == LANES) return store(x, to);
-  T some[LANES];
-  store(x, some);
-  std::memcpy(to, some, count * sizeof(T));
-}
 
 // Rows [groups * heads of a group, width] of one token.
 struct Rotation {
   int64_t x_batch, x_group, x_token, table_batch;
   int32_t batch, groups, heads, tokens, width, rotated;
 };
-
-template <typename T, typename C>
-void rotate_head(const T *x, const C *cos, const C *sin, T *out, int width, int rotated) {
-  const int half = rotated / 2;
-  for (int i = 0; i < half; i += LANES) {
-    const int count = std::min(LANES, half - i);
-    const Lanes a = wide(x + i, count), b = wide(x + half + i, count);
-    put(a * wide(cos + i, count) - b * wide(sin + i, count), out + i, count);
-    put(b * wide(cos + half + i, count) + a * wide(sin + half + i, count), out + half + i, count);
-  }
-  std::copy(x + rotated, x + width, out + rotated);
-}
 
 template <typename T, typename C>
 void rotate_all(const Rotation &r, const T *x, const C *cos, const C *sin, T *out, int threads) {
@@ -49,7 +22,7 @@ void rotate_all(const Rotation &r, const T *x, const C *cos, const C *sin, T *ou
       const int64_t head = row % r.heads, group = row / r.heads % r.groups, b = row / r.heads / r.groups;
       const int64_t table = b * r.table_batch + int64_t(s) * r.rotated;
       rotate_head(x + b * r.x_batch + group * r.x_group + s * r.x_token + head * r.width,
-                  cos + table, sin + table, out + (row * r.tokens + s) * r.width, r.width, r.rotated);
+                  nullptr, cos + table, sin + table, r.width, r.rotated, out + (row * r.tokens + s) * r.width);
     }
   }
 }

@@ -1,4 +1,4 @@
-// Where stored numbers lie, as cpu_decode.py and cpu.py describe them.
+// Where stored numbers lie, as cpu.py describes them.
 
 #pragma once
 
@@ -61,9 +61,10 @@ struct Side {
   int count, width, heads;
   bool as_they_lie;
 
-  Side(const Stored *parts, int count) : parts(parts), count(count), width(0), heads(parts->heads) {
+  // rebuilt: heads are made of it, by products that take more tokens than there are.
+  Side(const Stored *parts, int count, bool rebuilt) : parts(parts), count(count), width(0), heads(parts->heads) {
     for (int i = 0; i < count; ++i) width += parts[i].width;
-    as_they_lie = count == 1 && !parts->packed;
+    as_they_lie = count == 1 && !parts->packed && !rebuilt;
   }
 
   // An odd number of cache lines, so that the rows of a tile do not push each other out of the nearest cache.

@@ -56,11 +56,6 @@ bool in_tiles() {
   return sizeof(T) == 2 && tiles_are_allowed();
 }
 
-// Rows of two tokens, 32 numbers of each, as the right side of a product takes them: 16 pairs, then 16 pairs.
-inline void pair_up(const bfloat16 *token, const bfloat16 *next, int count, Lanes *out) {
-  Numbers<bfloat16>::columns(token, next, count, out);
-}
-
 // Scores out [rows, stride] of up to 16 queries with `tokens` keys, of which whole tiles can be read: keys [tokens up to the next
 // 16th, depth], depth a multiple of 32. queries: as `paired` makes them.
 inline void score_in_tiles(int rows, const Lanes *queries, const bfloat16 *keys, int64_t stride, int depth, int tokens,
@@ -91,7 +86,7 @@ inline void paired(int rows, const bfloat16 *queries, int64_t stride, int depth,
 }
 
 // Adds weighted tokens to sums [rows, stride]. weights [rows up to the next 16th, stride], 0 up to the next 32nd token.
-// strip: room for 128 tokens of 32 columns, 16 times as many lanes as half the tokens hold.
+// strip: room for a lane per token, up to the next 32nd.
 inline void add_in_tiles(int rows, const bfloat16 *weights, int64_t w_stride, const bfloat16 *values, int64_t stride, int width,
                          int tokens, float *sums, int64_t sums_stride, Lanes *strip) {
   const int padded = pad(tokens, DEPTH);
@@ -99,8 +94,8 @@ inline void add_in_tiles(int rows, const bfloat16 *weights, int64_t w_stride, co
     for (int s = 0; s < padded; s += 2) {
       Lanes pairs[2] = {};
       const bfloat16 *token = values + s * stride + v;
-      if (s + 1 < tokens) pair_up(token, token + stride, std::min(width - v, 2 * TILE), pairs);
-      else if (s < tokens) pair_up(token, token, std::min(width - v, 2 * TILE), pairs);  // whose weight is 0
+      if (s + 1 < tokens) Numbers<bfloat16>::columns(token, token + stride, std::min(width - v, 2 * TILE), pairs);
+      else if (s < tokens) Numbers<bfloat16>::columns(token, token, std::min(width - v, 2 * TILE), pairs);  // whose weight is 0
       strip[s / 2] = pairs[0];
       strip[(padded + s) / 2] = pairs[1];
     }
