@@ -27,7 +27,7 @@ class StoredTokens(ctypes.Structure):
         ("table", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("table_stride", "page_tokens", "page_stride")),
         *((name, ctypes.c_int64) for name in ("heads", "width", "head_stride", "token_stride")),
-        *((name, ctypes.c_int64) for name in ("packed", "num_tiers")),
+        *((name, ctypes.c_int64) for name in ("packed", "narrow", "num_tiers")),
         ("tiers", ctypes.POINTER(ctypes.c_int32)),
     )
 
@@ -41,8 +41,9 @@ class StoredTokens(ctypes.Structure):
         if isinstance(x, PagedTokens):
             table = (x.tables_Bp.data_ptr(), x.tables_Bp.stride(0), rows.shape[2])
         return cls(
-            rows.data_ptr(), *table, page, rows.shape[1], x.shape[3], head, token, packed, len(tiers), _flat(tiers)
-        )
+            rows.data_ptr(), *table, page, rows.shape[1], x.shape[3], head, token, packed,
+            x.dtype == torch.bfloat16, len(tiers), _flat(tiers),
+        )  # fmt: skip
 
 
 class _Rotation(ctypes.Structure):

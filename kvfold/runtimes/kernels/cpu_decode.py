@@ -6,6 +6,7 @@ A contiguous cache is one page per sequence, so that caches of both runtimes are
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ from kvfold.runtimes.kernels.cpu import DTYPES, StoredTokens, rows_of
 from kvfold.runtimes.kernels.native import library
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, SideBySide, Stored, recorded
 
-LANES, DEPTH = 16, 32
-"""Columns of a map that lie side by side, and of how many stored numbers it takes a multiple (rebuild.h)."""
+DEPTH = 32
+"""Of how many stored numbers a map takes a multiple (tiles.h)."""
 ALL_OLDER = 1 << 62
 """An age that no token has."""
 ANY_AGE = (-ALL_OLDER, ALL_OLDER)
@@ -134,13 +135,23 @@ class Averages(NamedTuple):
 
 
 def pack_map(weight_CFR: Tensor) -> Tensor:
-    """[C, F / 16, R, 16] of a map, with R and F padded by zeros; in bfloat16 two numbers of a column lie side by side:
-    [C, F / 16, R / 2, 16, 2], as tiles and products of pairs take them."""
-    C, F, R = weight_CFR.shape
-    padded = weight_CFR.new_zeros(C, -(-F // (2 * LANES)) * 2 * LANES, -(-R // DEPTH) * DEPTH)
+    """[C, F / L, R, L] of a map, with R and F padded by zeros, where vectors of the processor have L numbers. In bfloat16, if
+    it multiplies those, two numbers of a column lie side by side: [C, F / L, R / 2, L, 2]."""
+    (C, F, R), (lanes, bytes) = weight_CFR.shape, _layout()
+    pair = 2 if weight_CFR.dtype == torch.bfloat16 and bytes == 2 else 1
+    exact = weight_CFR.dtype if pair == 2 else torch.float32
+    padded = weight_CFR.new_zeros(C, -(-F // (2 * lanes)) * 2 * lanes, -(-R // DEPTH) * DEPTH, dtype=exact)
     padded[:, :F, :R] = weight_CFR
-    pair = 2 if weight_CFR.dtype == torch.bfloat16 else 1
-    return padded.view(C, -1, LANES, padded.shape[2] // pair, pair).transpose(2, 3).contiguous()
+    return padded.view(C, -1, lanes, padded.shape[2] // pair, pair).transpose(2, 3).contiguous()
+
+
+@functools.cache
+def _layout() -> tuple[int, int]:
+    """(columns of a map that lie side by side, bytes of its numbers where heads are bfloat16)"""
+    kernel, lanes, size = library(), ctypes.c_int32(), ctypes.c_int32()
+    assert kernel is not None, "serves() was asked"
+    kernel.kvfold_layout(ctypes.byref(lanes), ctypes.byref(size))
+    return lanes.value, size.value
 
 
 def serves(q: Tensor, keys: Stored, values: Stored) -> bool:

@@ -11,8 +11,8 @@
 
 namespace {
 
+constexpr int REBUILT_TOKENS = 256;  // at a time, in tiles
 constexpr int TASKS_PER_THREAD = 4, LEAST_TOKENS = 256;  // long sequences of few heads are split until there are so many
-constexpr int REBUILT_TOKENS = 256;                      // at a time
 
 // Rows of queries [batch, rows, R]: `steps` query tokens of each head, which stand at the end of a sequence and see tokens of
 // an age from `youngest` to below `oldest`. softcap: of scores, 0 for none. sequences [batch, 3]: the first token, the one behind
@@ -81,12 +81,17 @@ struct Decoding {
         run.score_head(c * rows_each, rows_each, z, q_width, count);
         continue;
       }
-      const T *made = rebuilding->of(z.data, z.stride, task.row, task.group * heads + c, start, count);
+      const T *made = made_of(z, task.row, task.group * heads + c, start, count);
       const int within = rebuilding->map.heads, each = rows_each / within;
       for (int h = 0; h < within; ++h)
         run.score_head(c * rows_each + h * each, each, {made + h * q_width, rebuilding->map.columns(), q_width}, q_width, count);
     }
     return z;
+  }
+
+  const T *made_of(Tokens<T> z, int64_t row, int64_t head, int64_t start, int count) {
+    if constexpr (std::is_same_v<Product<T>, T>) return rebuilding->of(z.data, z.stride, row, head, start, count);
+    else return nullptr;  // those are multiplied in float32
   }
 
   void weigh(const Task &task, int row, int64_t start, int count, float *sums, float &largest, float &total) {
@@ -135,7 +140,7 @@ void decode(const Queries &q, const Side &keys, const Side *values, const Rebuil
   const int V = (values ? values : &keys)->width, padded = pad(V, DEPTH);
   const int q_width = map ? map->head_dim : keys.width;
   const int wide = BLOCK_BYTES / int(sizeof(T)) / std::max(keys.width, V) * (rows >= MANY_ROWS ? 4 : 1);
-  const int block = map ? REBUILT_TOKENS : Running<T>::block_of(wide);
+  const int block = Running<T>::block_of(map && in_tiles<T>() ? REBUILT_TOKENS : wide);
   const std::vector<Task> tasks = tasks_of(q, groups);
   const int64_t size = int64_t(rows) * (padded + 2);
   std::vector<float> parts(tasks.size() * size);
@@ -164,6 +169,7 @@ void decode(const Queries &q, const Side &keys, const Side *values, const Rebuil
 extern "C" void kvfold_decode(int is_bfloat16, const Queries *q, const Stored *keys, int parts, const Stored *values,
                               const Rebuild *map, float *out, float *log_sums) {
   const Side k(keys, parts, map), v(values ? values : keys, 1, false);
-  auto run = is_bfloat16 ? decode<bfloat16> : decode<float>;
+  const bool plain = k.as_they_lie && (!values || v.as_they_lie);
+  auto run = is_bfloat16 && (plain || sizeof(Product<bfloat16>) == 2) ? decode<bfloat16> : decode<float>;
   run(*q, k, values ? &v : nullptr, map, out, log_sums);
 }

@@ -1,4 +1,4 @@
-// Vectors of 16 numbers: how stored numbers of a type meet queries and weights, sums over lanes, the exponential.
+// Vectors of a few numbers: how stored numbers of a type meet queries and weights, sums over lanes, the exponential.
 
 #pragma once
 
@@ -12,7 +12,14 @@
 
 namespace {
 
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;  // as many as the processor takes at once: compilers take longer vectors apart, through memory
+#endif
+constexpr int REGISTERS = LANES == 8 ? 16 : 32;
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
@@ -34,6 +41,15 @@ V load(const T *from, int count = sizeof(V) / sizeof(T)) {
   else std::memcpy(&out, from, count * sizeof(T));
   return out;
 }
+
+// What numbers are multiplied as, where they are made ready first: turning pairs into floats costs more than multiplying.
+#ifdef __AVX512BF16__
+template <typename T>
+using Product = T;
+#else
+template <typename T>
+using Product = float;
+#endif
 
 // How numbers of a type meet queries and weights: STEP of them at a time, weights of PAIR tokens at a time.
 template <typename T>
@@ -83,22 +99,6 @@ struct Numbers<bfloat16> {
 };
 #endif
 
-// The sums of 16 vectors.
-inline Lanes sums_of(const Lanes *x) {
-  Lanes a[8], b[4], c[2];
-  for (int i = 0; i < 8; ++i)
-    a[i] = __builtin_shufflevector(x[i], x[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           __builtin_shufflevector(x[i], x[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  for (int i = 0; i < 4; ++i)
-    b[i] = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-           __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  for (int i = 0; i < 2; ++i)
-    c[i] = __builtin_shufflevector(b[i], b[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-           __builtin_shufflevector(b[i], b[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  return __builtin_shufflevector(c[0], c[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-         __builtin_shufflevector(c[0], c[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-}
-
 // e^x for x <= 0, to 2e-7.
 inline Lanes exp_of(Lanes x) {
   const Lanes low = Lanes{} - 87.0f;
@@ -120,24 +120,31 @@ inline Lanes tanh_of(Lanes x) {
   return (Lanes)((Integers)y | sign);
 }
 
-// Lanes whose number has the bit D change places with vectors whose number has it.
+// Of two vectors the lanes whose number lacks the bit D, and those that have it: of `b` where the place has the bit.
 template <int D, int... L>
-inline void exchange(Lanes *x, std::integer_sequence<int, L...>) {
-  for (int i = 0; i < LANES; ++i) {
-    if (i & D) continue;
-    const Lanes a = x[i], b = x[i + D];
-    x[i] = __builtin_shufflevector(a, b, (L & D ? LANES + L - D : L)...);
-    x[i + D] = __builtin_shufflevector(a, b, (L & D ? LANES + L : L + D)...);
-  }
+inline void parted(Lanes &a, Lanes &b, std::integer_sequence<int, L...>) {
+  const Lanes low = __builtin_shufflevector(a, b, (L & D ? LANES + L - D : L)...);
+  b = __builtin_shufflevector(a, b, (L & D ? LANES + L : L + D)...);
+  a = low;
 }
 
-// 16 vectors: lane i of vector j becomes lane j of vector i.
+// Of as many vectors as lanes: lane i of vector j becomes lane j of vector i.
+template <int D = LANES / 2>
 inline void transpose(Lanes *x) {
-  const std::make_integer_sequence<int, LANES> lanes;
-  exchange<8>(x, lanes);
-  exchange<4>(x, lanes);
-  exchange<2>(x, lanes);
-  exchange<1>(x, lanes);
+  for (int i = 0; i < LANES; ++i)
+    if (!(i & D)) parted<D>(x[i], x[i + D], std::make_integer_sequence<int, LANES>());
+  if constexpr (D > 1) transpose<D / 2>(x);
+}
+
+// The sums of as many vectors.
+template <int D = LANES / 2>
+inline Lanes sums_of(Lanes *x) {
+  for (int i = 0; i < D; ++i) {
+    parted<D>(x[i], x[i + D], std::make_integer_sequence<int, LANES>());
+    x[i] += x[i + D];
+  }
+  if constexpr (D > 1) return sums_of<D / 2>(x);
+  else return x[0];
 }
 
 inline int pad(int width, int step) { return (width + step - 1) / step * step; }

@@ -33,7 +33,7 @@ void in_parts(int first, int end, const Run &run) {
   if constexpr (AT_ONCE > 1) in_parts<AT_ONCE / 2>(first, end, run);
 }
 
-// Scores of ROWS queries with 16 / ROWS tokens at a time. q [ROWS, padded width]; out [ROWS, stride].
+// Scores of ROWS queries with LANES / ROWS tokens at a time. q [ROWS, padded width]; out [ROWS, stride].
 template <typename T, int ROWS>
 void score(const typename Numbers<T>::Query *q, int q_stride, const T *keys, int64_t stride, int width, int tokens,
            float *out, int out_stride) {
@@ -59,8 +59,8 @@ void score(const typename Numbers<T>::Query *q, int q_stride, const T *keys, int
   }
 }
 
-// Adds to the scores of ROWS queries with 32 tokens what some of their numbers give. Both in words of 4 bytes, a number or a
-// pair: q [ROWS, stride], keys [words, 32 tokens]. out [ROWS, stride].
+// Adds to the scores of ROWS queries with 2 LANES tokens what some of their numbers give. Both in words of 4 bytes, a number or a
+// pair: q [ROWS, stride], keys [words, 2 LANES tokens]. out [ROWS, stride].
 template <typename T, int ROWS>
 void score_tile(const int32_t *q, int q_stride, const Lanes *keys, int words, float *out, int out_stride) {
   using Operand = typename Numbers<T>::Operand;
@@ -74,7 +74,7 @@ void score_tile(const int32_t *q, int q_stride, const Lanes *keys, int words, fl
   for (int row = 0; row < ROWS; ++row) std::memcpy(out + row * out_stride, sums[row], sizeof sums[row]);
 }
 
-// Scores of many queries: words of 32 tokens are transposed, so that scores lie side by side and need not be summed over lanes.
+// Scores of many queries: words of 2 LANES tokens are transposed, so that scores lie side by side and need not be summed over lanes.
 template <typename T>
 void score_many(int rows, const typename Numbers<T>::Query *q, int q_stride, const T *keys, int64_t stride, int width,
                 int tokens, float *out, int out_stride) {
@@ -86,7 +86,7 @@ void score_many(int rows, const typename Numbers<T>::Query *q, int q_stride, con
     for (int row = 0; row < rows; ++row) std::fill_n(out + row * out_stride + s, 2 * LANES, 0.0f);
     for (int first = 0; first < width; first += AT_ONCE) {
       const int words = pad(std::min(width - first, AT_ONCE), STEP) / PER_WORD;
-      for (int i = 0; i < 2 * words; i += LANES) {  // 16 words of 16 tokens
+      for (int i = 0; i < 2 * words; i += LANES) {  // as many words as tokens
         const int half = i / words, from = first + (i - half * words) * PER_WORD;
         Lanes part[LANES];
         for (int t = 0; t < LANES; ++t) {
@@ -97,7 +97,7 @@ void score_many(int rows, const typename Numbers<T>::Query *q, int q_stride, con
         transpose(part);
         for (int t = 0; t < LANES; ++t) turned[2 * (i - half * words + t) + half] = part[t];
       }
-      in_parts<8>(0, rows, [&](auto now, int row) {
+      in_parts<REGISTERS / 4>(0, rows, [&](auto now, int row) {
         score_tile<T, now>(query + int64_t(row) * query_stride + first / PER_WORD, query_stride, turned, words,
                            out + int64_t(row) * out_stride + s, out_stride);
       });
@@ -144,7 +144,7 @@ void add_once(const typename Numbers<T>::Query *weights, int w_stride, const T *
 template <typename T, int ROWS>
 void add(const typename Numbers<T>::Query *weights, int w_stride, const T *values, int64_t stride, int width, int tokens,
          float *sums, int padded) {
-  constexpr int STEP = Numbers<T>::STEP, STEPS = (ROWS == 1 ? 8 : 16 / ROWS) * LANES / STEP;
+  constexpr int STEP = Numbers<T>::STEP, STEPS = (ROWS == 1 ? 8 : REGISTERS / 2 / ROWS) * LANES / STEP;
   int v = 0;
   for (; v + STEPS * STEP <= width; v += STEPS * STEP)
     add_once<T, ROWS, STEPS>(weights, w_stride, values + v, stride, STEP, tokens, sums + v, padded);
@@ -157,7 +157,7 @@ template <typename T>
 void add_many(int rows, const typename Numbers<T>::Query *weights, int w_stride, const T *values, int64_t stride, int width,
               int tokens, float *sums, int padded, Lanes *strip) {
   using N = Numbers<T>;
-  constexpr int STEPS = STRIP * LANES / N::STEP, PARTS = N::STEP / LANES;
+  constexpr int STEPS = STRIP * LANES / N::STEP, PARTS = N::STEP / LANES, AT_ONCE = REGISTERS / 8;
   int v = 0;
   for (; v + STEPS * N::STEP <= width; v += STEPS * N::STEP) {
     Lanes *next_lanes = strip;
@@ -170,8 +170,8 @@ void add_many(int rows, const typename Numbers<T>::Query *weights, int w_stride,
       }
     }
     int row = 0;
-    for (; row + 4 <= rows; row += 4)
-      add_strip<T, 4, STEPS>(weights + row * w_stride, w_stride, strip, tokens, sums + int64_t(row) * padded + v, padded);
+    for (; row + AT_ONCE <= rows; row += AT_ONCE)
+      add_strip<T, AT_ONCE, STEPS>(weights + row * w_stride, w_stride, strip, tokens, sums + int64_t(row) * padded + v, padded);
     for (; row < rows; ++row)
       add_strip<T, 1, STEPS>(weights + row * w_stride, w_stride, strip, tokens, sums + int64_t(row) * padded + v, padded);
   }

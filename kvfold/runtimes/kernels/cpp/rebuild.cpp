@@ -19,7 +19,7 @@ void rebuild(const Side &stored, const Rebuild &map, const int64_t *spans, int64
 #pragma omp parallel num_threads(threads)
   {
     const Tiles tiles(in_tiles<T>());
-    std::vector<T> numbers(int64_t(AT_ONCE) * stored.stride());
+    std::vector<Product<T>> numbers(int64_t(AT_ONCE) * stored.stride());
     Rebuilding<T> rebuilding(map, stored.width, AT_ONCE);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < batch * stored.heads * chunks; ++task) {
@@ -28,7 +28,7 @@ void rebuild(const Side &stored, const Rebuild &map, const int64_t *spans, int64
       const int64_t end = std::min(width, first + AT_ONCE), begin = std::clamp(padding, first, end);
       const T *made = nullptr;
       if (begin < end) {
-        const Tokens<T> z = stored.numbers(row, head, start + begin - padding, end - begin, numbers);
+        const Tokens<Product<T>> z = stored.numbers(row, head, start + begin - padding, end - begin, numbers);
         made = rebuilding.of(z.data, z.stride, row, head, start + begin - padding, end - begin);
       }
       for (int64_t h = 0; h < map.heads; ++h) {
@@ -42,6 +42,12 @@ void rebuild(const Side &stored, const Rebuild &map, const int64_t *spans, int64
 }
 
 }  // namespace
+
+// As how many columns maps lie side by side, and in how many bytes a number of theirs where heads are bfloat16.
+extern "C" void kvfold_layout(int32_t *lanes, int32_t *bytes) {
+  *lanes = LANES;
+  *bytes = sizeof(Product<bfloat16>);
+}
 
 extern "C" void kvfold_rebuild(int is_bfloat16, const Stored *parts, int count, const Rebuild *map, const int64_t *spans,
                                int64_t batch, int64_t width, int threads, void *out) {

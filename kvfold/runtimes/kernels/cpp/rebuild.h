@@ -11,8 +11,8 @@ namespace {
 
 constexpr int COLUMNS = 2 * LANES;  // of a map, and tokens, that are made at a time
 
-// Of each stored head [heads * head_dim] keys: map * numbers + offset, rotated. `map`: for each stored head and 16 columns the
-// columns of number after number, of two numbers at a time in bfloat16 (cpu_decode.py packs it). cos and sin [batch or 1,
+// Of each stored head [heads * head_dim] keys: map * numbers + offset, rotated. `map`: for each stored head and LANES columns
+// the columns of number after number, of two numbers at a time in bfloat16, as `Product` has them (cpu_decode.py packs it). cos and sin [batch or 1,
 // tokens, rotated], or null, where `rotated` is 0. offset [stored heads, heads * head_dim] or null.
 struct Rebuild {
   const void *map;
@@ -24,10 +24,7 @@ struct Rebuild {
   int columns() const { return heads * head_dim; }
 };
 
-inline Lanes even(Lanes pairs) { return (Lanes)((Integers)pairs << 16); }
-inline Lanes odd(Lanes pairs) { return (Lanes)((Integers)pairs & (int32_t)0xffff0000); }
-
-// 16 columns of ROWS tokens. map: 16 columns of a number (float) or of two (bfloat16) after the other.
+// LANES columns of ROWS tokens. map: those of a number (float) or of two (bfloat16) after the other.
 template <typename T, int ROWS>
 void product(const T *z, int64_t stride, int depth, const T *map, float *out, int64_t out_stride) {
   constexpr int PER_STEP = 4 / sizeof(T);
@@ -42,11 +39,8 @@ void product(const T *z, int64_t stride, int depth, const T *map, float *out, in
       if constexpr (sizeof(T) == 4) {
         sums[row] += number * columns;
       } else {
-#ifdef __AVX512BF16__
-        Numbers<bfloat16>::multiply(sums[row], (__m512bh)number, (__m512bh)columns);
-#else
-        sums[row] += even(number) * even(columns) + odd(number) * odd(columns);
-#endif
+        using Operand = typename Numbers<T>::Operand;
+        Numbers<T>::multiply(sums[row], (Operand)number, (Operand)columns);
       }
     }
   }
@@ -105,6 +99,7 @@ void mapped(const T *z, int64_t stride, int tokens, int depth, const T *map, int
 // What one thread needs to rebuild keys.
 template <typename T>
 struct Rebuilding {
+  using M = Product<T>;
   const Rebuild &map;
   int depth, padded;
   std::vector<float> rebuilt;
@@ -115,8 +110,8 @@ struct Rebuilding {
         keys(int64_t(block) * map.columns()) {}
 
   // Keys [tokens, columns] of a stored head, of tokens from `start` on; z has rows up to the next 32nd token.
-  const T *of(const T *z, int64_t stride, int64_t row, int64_t head, int64_t start, int tokens) {
-    mapped(z, stride, tokens, depth, (const T *)((const char *)map.map + head * map.map_bytes), padded, rebuilt.data(), padded);
+  const T *of(const M *z, int64_t stride, int64_t row, int64_t head, int64_t start, int tokens) {
+    mapped(z, stride, tokens, depth, (const M *)((const char *)map.map + head * map.map_bytes), padded, rebuilt.data(), padded);
     if (!map.cos) rotate(row, head, start, tokens, (const float *)nullptr, (const float *)nullptr);
     else if (map.tables_are_bfloat16) rotate(row, head, start, tokens, (const bfloat16 *)map.cos, (const bfloat16 *)map.sin);
     else rotate(row, head, start, tokens, (const float *)map.cos, (const float *)map.sin);

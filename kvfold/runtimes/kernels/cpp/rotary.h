@@ -8,15 +8,6 @@
 
 namespace {
 
-// The first `count` of 16 numbers.
-template <typename T>
-inline void put(Lanes x, T *to, int count = LANES) {
-  if (count == LANES) return store(x, to);
-  T some[LANES];
-  store(x, some);
-  std::memcpy(to, some, count * sizeof(T));
-}
-
 // One head of one token, by half-split pairs of its first `rotated` numbers: x [width] -> to. offset: added before, or null.
 template <typename X, typename C, typename T>
 void rotate_head(const X *x, const float *offset, const C *cos, const C *sin, int width, int rotated, T *to) {

@@ -30,7 +30,7 @@ struct Running {
         queries(int64_t(rows) * r_padded), weights(int64_t(rows + LANES) * block), scores(int64_t(rows) * block),
         pairs(in_tiles<T>() ? int64_t(rows / per_head) * pad(per_head, LANES) / LANES * r_padded / 2 : 0) {}
 
-  static int block_of(int tokens) { return std::clamp(tokens / (2 * LANES), 1, MOST_TOKENS / (2 * LANES)) * 2 * LANES; }
+  static int block_of(int tokens) { return std::clamp(tokens / DEPTH, 1, MOST_TOKENS / DEPTH) * DEPTH; }
 
   void take(const float *q, int R) {
     for (int row = 0; row < rows; ++row)
@@ -77,7 +77,7 @@ struct Running {
         return;
       }
     }
-    in_parts<8>(first, first + count, [&](auto now, int row) {
+    in_parts<std::min(LANES, 8)>(first, first + count, [&](auto now, int row) {
       score<T, now>(queries.data() + int64_t(row) * r_padded, r_padded, keys.data, keys.stride, width, tokens,
                     out + int64_t(row) * block, block);
     });

@@ -15,14 +15,14 @@ namespace {
 constexpr int LINE = 32;  // numbers of two bytes
 
 // Keys or values [batch, heads, tokens, width], strides in bytes, numbers of a token side by side. Packed ones are rows of
-// bytes; no tiers are float8. With a table, tokens lie in pages of `page_tokens`, whose numbers are in the table's row of a
+// bytes; no tiers are float8; others are float32, or bfloat16 where they are `narrow`. With a table, tokens lie in pages of `page_tokens`, whose numbers are in the table's row of a
 // sequence; otherwise a sequence is one page.
 struct Stored {
   const void *data;
   const int32_t *table;
   int64_t table_stride, page_tokens, page_stride;
   int64_t heads, width, head_stride, token_stride;
-  int64_t packed, num_tiers;
+  int64_t packed, narrow, num_tiers;
   const Tier *tiers;
 
   template <typename T>
@@ -41,7 +41,7 @@ struct Stored {
     return table ? std::min<int64_t>(count, page_tokens - token % page_tokens) : count;
   }
 
-  // Some tokens of one head as rows of `stride` numbers; up to 63 more are written behind each.
+  // Some tokens of one head as rows of `stride` numbers; up to CODES - 1 more are written behind each.
   template <typename T>
   void read(int64_t row, int64_t head, int64_t start, int count, T *to, int64_t stride) const {
     for (int done = 0, now; done < count; done += now, to += now * stride) {
@@ -50,8 +50,18 @@ struct Stored {
         unpack(at<uint8_t>(row, head, start + done), token_stride, tiers, num_tiers, width, now, to, stride);
         continue;
       }
-      for (int s = 0; s < now; ++s) std::memcpy(to + s * stride, at<T>(row, head, start + done + s), width * sizeof(T));
+      for (int s = 0; s < now; ++s) {
+        if (narrow) copy(at<bfloat16>(row, head, start + done + s), to + s * stride);
+        else copy(at<float>(row, head, start + done + s), to + s * stride);
+      }
     }
+  }
+
+  template <typename From, typename T>
+  void copy(const From *from, T *to) const {
+    if constexpr (sizeof(From) == sizeof(T)) std::memcpy(to, from, width * sizeof(T));
+    else
+      for (int i = 0; i < width; i += LANES) put(Numbers<float>::wide(from + i, std::min<int>(LANES, width - i)), to + i, std::min<int>(LANES, width - i));
   }
 };
 
@@ -73,7 +83,7 @@ struct Side {
   // Rows of numbers, in `buffer` unless they can be used where they lie.
   template <typename T>
   Tokens<T> numbers(int64_t row, int64_t head, int64_t start, int tokens, std::vector<T> &buffer) const {
-    if (as_they_lie && parts->together(start, tokens) == tokens && parts->aligned(sizeof(T)))
+    if (as_they_lie && parts->narrow == (sizeof(T) == 2) && parts->together(start, tokens) == tokens && parts->aligned(sizeof(T)))
       return {parts->at<T>(row, head, start), parts->token_stride / int64_t(sizeof(T))};
     T *to = buffer.data();
     for (int i = 0; i < count; to += parts[i++].width) parts[i].read(row, head, start, tokens, to, stride());

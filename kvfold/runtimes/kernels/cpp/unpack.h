@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int CODES = 64;         // that are unpacked at a time
+constexpr int CODES = 4 * LANES;  // that are unpacked at a time
 constexpr int STEPS_PER_OCTAVE = 8, BIAS = 128;
 constexpr int ROWS_AHEAD = 4096;  // bytes that are fetched before their turn
 typedef uint64_t Words __attribute__((vector_size(CODES)));
@@ -32,29 +32,29 @@ struct Scales {
 };
 const Scales SCALES;
 
-// 64 parts of PART bits, the first in the lowest bits of a byte -> a byte each.
+// CODES parts of PART bits, the first in the lowest bits of a byte -> a byte each.
 template <int PART>
 inline Words plane(const uint8_t *from) {
   if constexpr (PART == 8) return load<Words>(from);
   if constexpr (PART == 4) {
-    typedef uint32_t Source __attribute__((vector_size(32)));
+    typedef uint32_t Source __attribute__((vector_size(CODES / 2)));
     Words x = __builtin_convertvector(load<Source>(from), Words);
     x = (x | x << 16) & 0x0000ffff0000ffff;
     x = (x | x << 8) & 0x00ff00ff00ff00ff;
     return (x | x << 4) & 0x0f0f0f0f0f0f0f0f;
   }
   if constexpr (PART == 2) {
-    typedef uint16_t Source __attribute__((vector_size(16)));
-    typedef uint32_t Wider __attribute__((vector_size(32)));
+    typedef uint16_t Source __attribute__((vector_size(CODES / 4)));
+    typedef uint32_t Wider __attribute__((vector_size(CODES / 2)));
     const Wider wider = __builtin_convertvector(load<Source>(from), Wider);
     Words x = __builtin_convertvector(wider, Words);
     x = (x | x << 24) & 0x000000ff000000ff;
     x = (x | x << 12) & 0x000f000f000f000f;
     return (x | x << 6) & 0x0303030303030303;
   }
-  typedef uint8_t Source __attribute__((vector_size(8)));
-  typedef uint16_t Wide __attribute__((vector_size(16)));
-  typedef uint32_t Wider __attribute__((vector_size(32)));
+  typedef uint8_t Source __attribute__((vector_size(CODES / 8)));
+  typedef uint16_t Wide __attribute__((vector_size(CODES / 4)));
+  typedef uint32_t Wider __attribute__((vector_size(CODES / 2)));
   const Wide wide = __builtin_convertvector(load<Source>(from), Wide);
   Words x = __builtin_convertvector(__builtin_convertvector(wide, Wider), Words);
   x = (x | x << 28) & 0x0000000f0000000f;
@@ -62,7 +62,7 @@ inline Words plane(const uint8_t *from) {
   return (x | x << 7) & 0x0101010101010101;
 }
 
-// 64 codes of a tier, from `at` on. What lies behind the tier's bytes is not touched where `careful`.
+// CODES codes of a tier, from `at` on. What lies behind the tier's bytes is not touched where `careful`.
 template <int BITS, bool careful>
 inline Words codes_at(const uint8_t *row, int numbers, int at) {
   Words codes = {};
@@ -93,6 +93,15 @@ inline void store(Lanes x, T *to) {
     const Halves halves = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Halves);
     std::memcpy(to, &halves, sizeof halves);
   }
+}
+
+// The first `count` of some numbers.
+template <typename T>
+inline void put(Lanes x, T *to, int count = LANES) {
+  if (count == LANES) return store(x, to);
+  T some[LANES];
+  store(x, some);
+  std::memcpy(to, some, count * sizeof(T));
 }
 
 // What the codes of one token's tier mean: (code + 1/2 - 2^(BITS-1)) scale.
@@ -175,7 +184,7 @@ template <> struct Meaning<5, bfloat16> : Table<5> { using Table::Table; };
 template <> struct Meaning<6, bfloat16> : Table<6> { using Table::Table; };
 #endif
 
-// The first `wanted` numbers of a tier of some tokens -> rows; up to 63 more are written behind each.
+// The first `wanted` numbers of a tier of some tokens -> rows; up to CODES - 1 more are written behind each.
 template <int BITS, typename T>
 void unpack_tier(const uint8_t *codes, const uint8_t *exponents, int64_t row_stride, int numbers, int wanted, int tokens,
                  T *to, int64_t stride) {
@@ -240,7 +249,7 @@ void unpack_float8(const uint8_t *row, int64_t row_stride, int numbers, int toke
   }
 }
 
-// Tokens of one head -> rows of `stride` numbers, 63 more than the width at least: the first `width`. No tiers: float8.
+// Tokens of one head -> rows of `stride` numbers, CODES - 1 more than the width at least: the first `width`. No tiers: float8.
 template <typename T>
 void unpack(const uint8_t *rows, int64_t row_stride, const Tier *tiers, int num_tiers, int width, int tokens, T *to,
             int64_t stride) {

@@ -25,8 +25,8 @@ struct Values {
 };
 
 // The numbers of one row [batch, heads, steps], every part weighed by what it counts.
-template <typename T>
-void weighed(const Part *parts, int count, int64_t row, int64_t depth, std::vector<float> &sums, T *to) {
+template <typename M>
+void weighed(const Part *parts, int count, int64_t row, int64_t depth, std::vector<float> &sums, M *to) {
   float largest = parts[0].log_sums[row], total = 0;
   for (int i = 1; i < count; ++i) largest = std::max(largest, parts[i].log_sums[row]);
   for (int i = 0; i < count; ++i) total += std::exp(parts[i].log_sums[row] - largest);
@@ -37,18 +37,19 @@ void weighed(const Part *parts, int count, int64_t row, int64_t depth, std::vect
     float *target = sums.data() + parts[i].column;
     for (int64_t j = 0; j < parts[i].width; ++j) target[j] += share * from[j];
   }
-  for (int64_t j = 0; j < depth; ++j) to[j] = T(sums[j]);
+  for (int64_t j = 0; j < depth; ++j) to[j] = M(sums[j]);
 }
 
 template <typename T>
 void values(const Values &v, const Part *parts, int count, T *out) {
+  using M = Product<T>;
   const int64_t shared = v.heads / v.kv_heads * v.steps, rows = v.batch * shared, chunks = (rows + ROWS - 1) / ROWS;
   const int deep = pad(v.depth, DEPTH), wide = v.map ? pad(v.out_width, COLUMNS) : 0, to_width = v.map ? v.out_width : v.depth;
 #pragma omp parallel num_threads(v.threads)
   {
     const Tiles tiles(in_tiles<T>() && v.map);
     std::vector<float> sums(deep), found(ROWS * wide);
-    std::vector<T> numbers(int64_t(ROWS) * (deep + DEPTH));
+    std::vector<M> numbers(int64_t(ROWS) * (deep + DEPTH));
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < v.kv_heads * chunks; ++task) {
       const int64_t kv_head = task / chunks, first = task % chunks * ROWS, last = std::min<int64_t>(rows, first + ROWS);
@@ -56,13 +57,13 @@ void values(const Values &v, const Part *parts, int count, T *out) {
         weighed(parts, count, i / shared * v.heads * v.steps + kv_head * shared + i % shared, v.depth, sums,
                 numbers.data() + (i - first) * (deep + DEPTH));
       if (v.map)
-        mapped(numbers.data(), deep + DEPTH, last - first, deep, (const T *)((const char *)v.map + kv_head * v.map_bytes), wide,
+        mapped(numbers.data(), deep + DEPTH, last - first, deep, (const M *)((const char *)v.map + kv_head * v.map_bytes), wide,
                found.data(), wide);
       for (int64_t i = first; i < last; ++i) {
         const int64_t head = kv_head * (v.heads / v.kv_heads) + i % shared / v.steps, step = i % v.steps;
         T *to = out + ((i / shared * v.steps + step) * v.heads + head) * to_width;
         for (int j = 0; j < to_width; ++j)
-          to[j] = v.map ? T(found[(i - first) * wide + j]) : numbers[(i - first) * (deep + DEPTH) + j];
+          to[j] = v.map ? T(found[(i - first) * wide + j]) : T(numbers[(i - first) * (deep + DEPTH) + j]);
       }
     }
   }
