@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from abc import ABC
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from kvfold import registry
+from kvfold.architectures._rotary import fast_pairs, rotary_speeds
 from kvfold.errors import CheckpointError
 from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
@@ -69,7 +71,9 @@ class Architecture(ABC):
 
     def describe(self, model: nn.Module) -> list[AttentionLayer]:
         """Facts of every layer, read off a stock model (on the meta device it costs nothing)."""
-        return [self.facts(module, index) for index, module in enumerate(self.modules(model))]
+        layers = [self.facts(module, index) for index, module in enumerate(self.modules(model))]
+        speeds = rotary_speeds(None if self.rotary is None else model.get_submodule(self.rotary))
+        return [dataclasses.replace(layer, fast_pairs=fast_pairs(speeds, layer)) for layer in layers]
 
     def facts(self, module: Any, index: int) -> AttentionLayer:
         """Facts of one layer, read off its attention module: no config logic is copied."""

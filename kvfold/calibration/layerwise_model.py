@@ -179,7 +179,7 @@ class StreamedModel:
         def observer(q: Tensor, k: Tensor, v: Tensor, scaling: float = layer.scaling, **recent: Tensor) -> None:
             # some families scale queries before attention and not in it
             q = q if scaling == layer.scaling else q * (scaling / layer.scaling)
-            found.append(Seen(q, k, v, cos, sin, **recent))
+            found.append(Seen(q, k, v, cos, sin, layer.fast_pairs, **recent))
 
         hook = None
         if self.arch.attn_implementation:

@@ -44,7 +44,7 @@ SAMPLE_TOKENS = 4096
 NUM_SAMPLES, SEQ_LEN = 64, 256
 """Calibration sequences, and tokens of each, where the recipe leaves them open: more buys little (docs/log.md)."""
 
-ROTATED = frozenset({"keys", WEIGHTED + "keys"})
+ROTATED = frozenset({"keys", WEIGHTED + "keys", WEIGHTED + "banded_keys"})
 NUM_LONG, LONG = 16, 1024
 """The same where rotated keys are seen, which differ from position to position, and where tokens far behind are told apart
 from recent ones: only long text has them."""

@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvfold.runtimes.kernels.rotary import apply_rotary
+from kvfold.runtimes.kernels.rotary import apply_rotary, by_speed
 
 
 class Seen(NamedTuple):
-    """q [B, N, T, H] and k [B, K, T, H] after rotation, v [B, K, T, H]; cos and sin [1 or B, T, r], None without rotation.
+    """q [B, N, T, H] and k [B, K, T, H] after rotation, v [B, K, T, H]; cos and sin [1 or B, T, r], None without rotation;
+    fast_pairs: as of the layer.
 
     k_gradient, v_gradient: of sampled labels' log-probabilities by k and v (`layerwise_model.py`), where they are asked for.
     recent_k, recent_v: the same numbers as queries see them that stand close by, where those are told apart: k and v are then
@@ -24,6 +25,7 @@ class Seen(NamedTuple):
     v: Tensor
     cos: Tensor | None
     sin: Tensor | None
+    fast_pairs: int = 0
     k_gradient: Tensor | None = None
     v_gradient: Tensor | None = None
     recent_k: Tensor | None = None
@@ -44,6 +46,18 @@ class Seen(NamedTuple):
             return self
         return self._replace(k_gradient=self.recent_k_gradient, v_gradient=self.recent_v_gradient)
 
+    @property
+    def tables(self) -> tuple[Tensor | None, Tensor | None]:
+        """cos and sin."""
+        return self.cos, self.sin
+
+    @property
+    def slow_tables(self) -> tuple[Tensor | None, Tensor | None]:
+        """Those that leave the fast pairs as they are."""
+        if self.cos is None or self.sin is None:
+            return self.cos, self.sin
+        return by_speed(self.cos, self.sin, self.fast_pairs)[1]
+
     def detached(self) -> Seen:
         """Without the graph that gradients need."""
         return self._replace(q=self.q.detach(), k=self.k.detach(), v=self.v.detach(), recent_k=None, recent_v=None)
@@ -51,6 +65,10 @@ class Seen(NamedTuple):
 
 def _flat(x_BKTH: Tensor) -> Tensor:
     return x_BKTH.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _side_by_side(k_BKTH: Tensor, v_BKTH: Tensor) -> Tensor:
+    return torch.cat([_flat(k_BKTH), _flat(v_BKTH)], dim=1)
 
 
 def _per_kv_head(q_BNTH: Tensor, heads: int) -> Tensor:
@@ -68,14 +86,17 @@ def _unrotated(k_BKTH: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor
 
 VECTORS: dict[str, Callable[[Seen], Tensor]] = {
     "keys": lambda seen: _flat(seen.k),
-    "keys_before_rotation": lambda seen: _flat(_unrotated(seen.k, seen.cos, seen.sin)),
+    "keys_before_rotation": lambda seen: _flat(_unrotated(seen.k, *seen.tables)),
+    "banded_keys": lambda seen: _flat(_unrotated(seen.k, *seen.slow_tables)),
     "values": lambda seen: _flat(seen.v),
-    "keys_and_values": lambda seen: torch.cat([_flat(_unrotated(seen.k, seen.cos, seen.sin)), _flat(seen.v)], dim=1),
+    "keys_and_values": lambda seen: _side_by_side(_unrotated(seen.k, *seen.tables), seen.v),
+    "banded_keys_and_values": lambda seen: _side_by_side(_unrotated(seen.k, *seen.slow_tables), seen.v),
     "queries": lambda seen: _per_kv_head(seen.q, seen.k.shape[1]),
-    "queries_before_rotation": lambda seen: _per_kv_head(_unrotated(seen.q, seen.cos, seen.sin), seen.k.shape[1]),
+    "queries_before_rotation": lambda seen: _per_kv_head(_unrotated(seen.q, *seen.tables), seen.k.shape[1]),
 }
 """Statistic -> the vectors [tokens, K*H] whose moment it is; `keys_and_values` [tokens, 2*K*H]: those before rotation, then
-these; `queries...` are [vectors, K, H], a moment per head."""
+these; `banded...`: after rotation in the fast pairs, before it in the others; `queries...` are [vectors, K, H], a moment per
+head."""
 
 
 def _before_rotation(gradient_BKTH: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
@@ -85,14 +106,14 @@ def _before_rotation(gradient_BKTH: Tensor, cos: Tensor | None, sin: Tensor | No
 
 GRADIENTS: dict[str, Callable[[Seen], Tensor]] = {
     "keys": lambda seen: _flat(_known(seen.k_gradient)),
-    "keys_before_rotation": lambda seen: _flat(_before_rotation(_known(seen.k_gradient), seen.cos, seen.sin)),
+    "keys_before_rotation": lambda seen: _flat(_before_rotation(_known(seen.k_gradient), *seen.tables)),
+    "banded_keys": lambda seen: _flat(_before_rotation(_known(seen.k_gradient), *seen.slow_tables)),
     "values": lambda seen: _flat(_known(seen.v_gradient)),
-    "keys_and_values": lambda seen: torch.cat(
-        [
-            _flat(_before_rotation(_known(seen.k_gradient), seen.cos, seen.sin)),
-            _flat(_known(seen.v_gradient)),
-        ],
-        dim=1,
+    "keys_and_values": lambda seen: _side_by_side(
+        _before_rotation(_known(seen.k_gradient), *seen.tables), _known(seen.v_gradient)
+    ),
+    "banded_keys_and_values": lambda seen: _side_by_side(
+        _before_rotation(_known(seen.k_gradient), *seen.slow_tables), _known(seen.v_gradient)
     ),
 }
 """Of VECTORS -> their gradients, as wide."""

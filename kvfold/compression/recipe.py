@@ -25,7 +25,7 @@ from kvfold.runtimes.base import runtime
 
 ALLOCATIONS = ("uniform", "greedy", "measured")
 PREFERENCES = {"size": "on_read", "speed": "applied"}
-"""What to prefer -> how keys are stored; without it on_read where a method has both, of what layers below store the leading
+"""What to prefer -> how keys are stored; without it banded where a method has both, of what layers below store the leading
 numbers."""
 WHAT = ("depth", "width", "bits")
 """Axes that say what a cache is made of; naming a method of one leaves the default preset aside."""
@@ -204,7 +204,7 @@ def _prefer(tree: dict[str, Any]) -> None:
     elif rope == "applied":  # a latent of both holds keys before rotation
         tree["width"] = {"method": "fisher", "rope": rope}
     else:
-        tree["width"] = {"leading": 0, "recent_leading": 0} | tree["width"]
+        tree["width"] = {"rope": rope, "leading": 0, "recent_leading": 0} | tree["width"]
 
 
 def suited(recipe: Recipe, layers: Sequence[AttentionLayer]) -> Recipe:

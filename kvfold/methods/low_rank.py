@@ -24,6 +24,7 @@ from kvfold.plan.cache_spec import CacheSpec, divisors
 from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
 from kvfold.plan.number_format import StoredShape
+from kvfold.plan.tensors import meets_keys
 
 LATENTS = ("layer", "group")
 
@@ -44,7 +45,8 @@ class LowRankWidth(WidthMethod):
     `centres_values`: the terms are about values without their mean, which becomes one output bias.
     `centres_keys`: the terms are about keys without their mean, which is given back where keys are rebuilt on read. Keys that
     are stored after rotation do without it: softmax ignores what is added to all scores of a query.
-    `rebuilds_on_read`: keys are stored before rotation; every step rebuilds and rotates what it reads.
+    `rebuilds_on_read`: keys are stored before rotation; every step rebuilds and rotates what it reads. `banded`: of those the
+        pairs that turn fast are stored after it.
     `spans_layers`: the terms know layers that read another one's cache.
     """
 
@@ -59,6 +61,7 @@ class LowRankWidth(WidthMethod):
     centres_values: ClassVar[bool] = False
     centres_keys: ClassVar[bool] = False
     rebuilds_on_read: ClassVar[bool] = False
+    banded: ClassVar[bool] = False
     spans_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -139,6 +142,7 @@ class LowRankWidth(WidthMethod):
         return dataclasses.replace(
             plain_spec(layer, keys, values),
             rope=rope,
+            fast_pairs=layer.fast_pairs if self.banded else 0,
             k_projection=layer.rotary_dim > 0 or layer.qk_norm or keys.width > layer.head_dim,
             k_partial=rope == "applied" and 0 < layer.rotary_dim < layer.head_dim and not layer.qk_norm,
             k_offset=rope == "on_read" and (self.centres_keys or centred),
@@ -159,7 +163,7 @@ class LowRankWidth(WidthMethod):
                 folded = store_values(folded, values.a_CRF)
             if spec.k_offset:
                 folded = dataclasses.replace(folded, k_b_bias=self._offset(group, position, keys))
-            if spec.rope == "none" or (spec.rope == "on_read" and not layer.qk_norm):
+            if not meets_keys(layer, spec):
                 folded = fuse_keys(layer, folded, spec)
             if spec.k_partial and not position:
                 folded = fuse_unrotated(layer, folded)

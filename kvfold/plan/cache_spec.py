@@ -48,6 +48,9 @@ class CacheSpec:
     Keys are `num_kv_heads` heads of `head_dim` numbers, values `num_v_heads` heads of `v_head_dim` numbers.
     `rope`: `applied` stores keys as they are after rotation; `on_read` before it, and every step rotates what it reads;
     `none`: the family does not rotate, so that projections of keys are part of the ordinary weights.
+    `fast_pairs`: with `on_read`, so many pairs of each head, those that turn fastest, are stored after rotation all the same,
+    and a step rotates the others only: their angles hardly differ between neighbouring tokens, so that queries can be turned
+    instead of keys, once for many tokens.
     `readers_rotate`: whether the layers that read this cache see rotated keys, as its owner does (only published MLKV weights
     do not; such a cache stores its keys before rotation).
     `joint`: what is stored is made of the keys and values of ALL layers that use this cache, after they have run; so tokens
@@ -80,6 +83,7 @@ class CacheSpec:
     num_v_heads: int
     v_head_dim: int
     rope: str = "applied"
+    fast_pairs: int = 0
     readers_rotate: bool = True
     joint: bool = False
     shared_latent: bool = False

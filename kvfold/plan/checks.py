@@ -55,6 +55,17 @@ def _check_cache(index: int, source: SourceLayer, spec: CacheSpec) -> None:
         raise PlanError(
             f"layer {index}: readers can only see keys without rotation if they are stored so (rope: on_read)."
         )
+    if spec.fast_pairs and not (
+        0 < spec.fast_pairs <= source.head_dim // 2
+        and spec.rope == "on_read"
+        and spec.k_projection
+        and spec.readers_rotate
+        and not spec.hidden
+    ):
+        raise PlanError(
+            f"layer {index}: fast_pairs = {spec.fast_pairs!r} goes with keys that are rebuilt on read (k_projection, rope:"
+            f" on_read) for all readers, without networks; a head has {source.head_dim // 2} pairs."
+        )
     if spec.joint and not (spec.rope != "on_read" and spec.k_projection and spec.v_projection):
         raise PlanError(f"layer {index}: a joint cache keeps k_projection and v_projection, and keys after rotation.")
     if spec.k_partial and (spec.joint or spec.rope != "applied" or not spec.k_projection):

@@ -12,13 +12,18 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
+FAST = 1 / 64
+"""Radians per token."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionLayer:
     """Facts of one layer of the original model.
 
     `window`: sliding window in tokens. `qk_norm`: queries and keys are normalised before rotation, per head or (`flat_norm`)
     all heads of a token at once; `norm_offset` is added to the norm's weight. `rotary_dim`: numbers of each head that
-    are rotated, 0 for none; `rotary_kind`: which of the family's rotations, if it has several. `alibi`: scores get a bias
+    are rotated, 0 for none; `rotary_kind`: which of the family's rotations, if it has several;
+    `fast_pairs`: how many pairs of numbers turn by more than FAST per token, the first ones of each head. `alibi`: scores get a bias
     by distance. `softcap`: scores are capped by tanh. `output_dropout`: of the layer's output, which some families apply
     inside attention.
     """
@@ -32,6 +37,7 @@ class AttentionLayer:
     window: int | None = None
     rotary_dim: int
     rotary_kind: str | None = None
+    fast_pairs: int = 0
     qk_norm: bool = False
     flat_norm: bool = False
     norm_offset: float = 0.0

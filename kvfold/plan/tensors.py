@@ -109,11 +109,10 @@ def conditions(layer: AttentionLayer, spec: CacheSpec, *, owns: bool) -> dict[st
     back from stored keys. mapped: rotation, a norm, a network or other layers stand between `k_proj` and what is stored, so
     that `k_a_proj` is a map of its own; v_mapped: the same of values.
     """
-    between = spec.rope == "applied" or (spec.rope == "on_read" and layer.qk_norm)
     return {
         "makes": owns or spec.joint,
         "absorbed": spec.rope == "none" and not spec.k_projection,
-        "mapped": spec.k_projection and (between or spec.hidden > 0 or spec.joint),
+        "mapped": spec.k_projection and (meets_keys(layer, spec) or spec.hidden > 0 or spec.joint),
         "v_mapped": spec.hidden > 0 or spec.joint,
         "k_projection": spec.k_projection,
         "k_partial": spec.k_partial,
@@ -129,6 +128,11 @@ def conditions(layer: AttentionLayer, spec: CacheSpec, *, owns: bool) -> dict[st
         "head_norm": layer.qk_norm and not layer.flat_norm,
         "flat_norm": layer.qk_norm and layer.flat_norm,
     }
+
+
+def meets_keys(layer: AttentionLayer, spec: CacheSpec) -> bool:
+    """Whether what makes latents meets keys as they are: after a norm, or after all or part of their rotation."""
+    return spec.rope == "applied" or spec.fast_pairs > 0 or (spec.rope == "on_read" and layer.qk_norm)
 
 
 def _sizes(layer: AttentionLayer, spec: CacheSpec) -> dict[str, int]:

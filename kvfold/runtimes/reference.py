@@ -30,6 +30,19 @@ def rotate(x_TH: Tensor, cos_Tr: Tensor | None, sin_Tr: Tensor | None) -> Tensor
     return torch.cat([turned_first, turned_second, x_TH[:, 2 * half :]], dim=1)
 
 
+def _of_pairs(
+    cos_Tr: Tensor | None, sin_Tr: Tensor | None, first: int, end: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Tables that turn some pairs and leave the others as they are."""
+    if cos_Tr is None or sin_Tr is None:
+        return None, None
+    cos_Tr, sin_Tr, half = cos_Tr.clone(), sin_Tr.clone(), cos_Tr.shape[1] // 2
+    for i in range(half):
+        if not first <= i < end:
+            cos_Tr[:, [i, half + i]], sin_Tr[:, [i, half + i]] = 1.0, 0.0
+    return cos_Tr, sin_Tr
+
+
 def causal(tokens: int, window: int | None = None) -> Tensor:
     """[T, S] bool: which of S = T tokens each query sees."""
     distance = torch.arange(tokens)[:, None] - torch.arange(tokens)[None]
@@ -91,6 +104,8 @@ def stored(
     keys = normalised_heads(layer, flat, width, weights.k_norm)
     if spec.rope == "applied":
         keys = [rotate(k, cos_Tr, sin_Tr) for k in keys]
+    if spec.fast_pairs:
+        keys = [rotate(k, *_of_pairs(cos_Tr, sin_Tr, 0, spec.fast_pairs)) for k in keys]
     values: Sequence[Tensor] = ()
     if weights.v_proj is not None:
         values = _linear(hidden_TD, weights.v_proj, weights.v_bias).split(spec.made_widths[1], dim=1)
@@ -147,7 +162,7 @@ def folded_attention(
         if weights.k_b_bias is not None:
             k_SH = k_SH + weights.k_b_bias[c].split(H)[kv % (K // spec.num_kv_heads)]
         if spec.rope == "on_read" and (spec.readers_rotate or not is_reader):
-            k_SH = rotate(k_SH, cos_Tr, sin_Tr)
+            k_SH = rotate(k_SH, *_of_pairs(cos_Tr, sin_Tr, spec.fast_pairs, layer.head_dim))
         if spec.hidden:
             assert weights.v_b_proj is not None, "networks stand beside linear ways"
             whole = stored_values[u] @ weights.v_b_proj[u].T + _network(weights, "v_b", u, stored_values[u])

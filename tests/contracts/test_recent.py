@@ -18,6 +18,7 @@ MIXED = {"method": "mixed", "multiple": 4}
 FORMS = {
     "mla-mixed": ({"method": "mla", "multiple": 4}, MIXED),
     "on_read-mixed": ({"method": "fisher", "multiple": 4, "rope": "on_read"}, MIXED),
+    "banded-mixed": ({"method": "fisher", "multiple": 4, "rope": "banded"}, MIXED),
     "applied-mixed": ({"method": "fisher", "multiple": 4}, MIXED),
     "absorbed-mixed": ({"method": "fisher", "multiple": 4, "v_latent": "layer", "kv_heads": 1}, MIXED),
     "logit-mixed": ({"method": "logit", "multiple": 4}, MIXED),

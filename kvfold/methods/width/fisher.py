@@ -11,7 +11,8 @@ from kvfold.linalg.sensitivity import WEIGHTED, sensitivities
 from kvfold.methods.low_rank import LowRankWidth, fisher_metric
 from kvfold.methods.width.base import LayerGroup
 
-ROPES = ("applied", "on_read")
+ROPES = ("applied", "on_read", "banded")
+STATISTICS = dict(zip(ROPES, ("keys", "keys_before_rotation", "banded_keys"), strict=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,8 @@ class Fisher(LowRankWidth):
     Expected distortions are nats, and can be compared between layers, keys and values.
 
     rope: `applied` stores latents of rotated keys, which queries meet directly: fast. `on_read` stores latents of keys before
-        rotation, of far lower rank; each step rebuilds and rotates what it reads: small.
+        rotation, of far lower rank; each step rebuilds and rotates what it reads: small. `banded` stores those numbers of
+        keys after rotation whose angle changes fast, so that a step has to rebuild nothing (docs/kernels.md).
     """
 
     needs_cross: ClassVar[frozenset[str]] = frozenset()
@@ -36,7 +38,7 @@ class Fisher(LowRankWidth):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rope not in ROPES:
-            raise RecipeError(f"width.rope = {self.rope!r}; choose 'applied' or 'on_read'.")
+            raise RecipeError(f"width.rope = {self.rope!r}; choose 'applied', 'on_read' or 'banded'.")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -44,11 +46,15 @@ class Fisher(LowRankWidth):
 
     @property
     def _keys(self) -> str:
-        return "keys_before_rotation" if self.rebuilds_on_read else "keys"
+        return STATISTICS[self.rope]
 
     @property
     def rebuilds_on_read(self) -> bool:  # type: ignore[override]
-        return self.rope == "on_read"
+        return self.rope != "applied"
+
+    @property
+    def banded(self) -> bool:  # type: ignore[override]
+        return self.rope == "banded"
 
     @property
     def stored_statistics(self) -> tuple[str, str]:

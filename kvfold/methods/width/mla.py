@@ -19,8 +19,10 @@ from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.number_format import StoredShape
+from kvfold.plan.tensors import meets_keys
 
-BOTH = "keys_and_values"
+BOTH, BANDED = "keys_and_values", "banded_keys_and_values"
+ROPES = ("on_read", "banded")
 WIDEST = 2048
 """Numbers of keys and values of a layer up to which they share a latent. Beyond, which is multi-head attention of large
 models, solving for it would take hours: eight times what keys and values take apart."""
@@ -33,6 +35,7 @@ class Mla(PredictedWidth):
 
     Layers of more than WIDEST numbers are left to `fisher`.
 
+    rope: `on_read` stores what comes of keys before rotation; `banded` after it where angles change fast, as in `fisher`.
     below: layers stand in runs of so many and one more, and each stores only what the numbers of those below it in its run do
         not say (`compression/prediction.py`); 0 for none.
     leading, recent_leading: the first so many numbers of each of those layers say it, which hold most of what there is; of
@@ -41,10 +44,10 @@ class Mla(PredictedWidth):
     multiple: stored widths are multiples of this.
     """
 
-    parts: ClassVar[tuple[str, ...]] = (BOTH,)
     ordered: ClassVar[bool] = True
     two_forms: ClassVar[bool] = True
 
+    rope: str = "banded"
     below: int = 3
     leading: int = 96
     recent_leading: int = 256
@@ -52,6 +55,8 @@ class Mla(PredictedWidth):
     multiple: int = 8
 
     def __post_init__(self) -> None:
+        if self.rope not in ROPES:
+            raise RecipeError(f"width.rope = {self.rope!r}; choose 'on_read' or 'banded'.")
         if self.multiple < 1 or min(self.kv_heads, self.below, self.leading, self.recent_leading) < 0:
             raise RecipeError(
                 "width.multiple must be at least 1, width.kv_heads, width.below, width.leading and width.recent_leading at"
@@ -60,11 +65,20 @@ class Mla(PredictedWidth):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return sensitivities(BOTH) | ({TOKENS + BOTH} if self.below else set())
+        return sensitivities(self.part) | ({TOKENS + self.part} if self.below else set())
+
+    @property
+    def part(self) -> str:
+        """The statistic of keys and values."""
+        return BANDED if self.rope == "banded" else BOTH
+
+    @property
+    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.part,)
 
     def instead(self, layers: Sequence[AttentionLayer]) -> dict[str, Any] | None:
         widest = max(2 * layer.num_kv_heads * layer.head_dim for layer in layers)
-        return None if widest <= WIDEST else {"method": "fisher", "rope": "on_read"}
+        return None if widest <= WIDEST else {"method": "fisher", "rope": self.rope}
 
     def key_shapes(self, layer: AttentionLayer, layers: int = 1) -> list[StoredShape]:
         if layers > 1:
@@ -79,10 +93,10 @@ class Mla(PredictedWidth):
         return [StoredShape(1, width) for width in latent_widths(limit, self.multiple)]
 
     def key_distortion(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
-        return distortions(lambda position: _term(group), 1, shapes)
+        return distortions(lambda position: self._term(group), 1, shapes)
 
     def key_spectrum(self, group: LayerGroup, heads: int) -> list[float]:
-        return spectrum(lambda position: _term(group), 1, heads)
+        return spectrum(lambda position: self._term(group), 1, heads)
 
     def value_shapes(self, layer: AttentionLayer, layers: int = 1) -> list[StoredShape]:
         return self.key_shapes(layer, layers)
@@ -90,13 +104,14 @@ class Mla(PredictedWidth):
     value_distortion, value_spectrum = key_distortion, key_spectrum
 
     def scale(self, side: str, group: LayerGroup) -> float:
-        return float(energy(_term(group))) / 2
+        return float(energy(self._term(group))) / 2
 
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape | None = None) -> CacheSpec:
         rotates = layer.rotary_dim > 0
         return dataclasses.replace(
             plain_spec(layer, keys, keys._replace(format=None)),
             rope="on_read" if rotates else "none",
+            fast_pairs=layer.fast_pairs if self.rope == "banded" else 0,
             shared_latent=True,
             k_projection=True,
             v_projection=True,
@@ -106,7 +121,7 @@ class Mla(PredictedWidth):
         )
 
     def from_latents(self, group: LayerGroup, spec: CacheSpec, latents: Latents) -> FoldedWeights:
-        layer, weights, mean_F = group.owner, group.weights(0), group.moments(0)[WEIGHTED + BOTH].mean_F
+        layer, weights, mean_F = group.owner, group.weights(0), group.moments(0)[WEIGHTED + self.part].mean_F
         back_1FR, half = latents.back(0), len(mean_F) // 2
         folded = FoldedWeights.of(
             weights,
@@ -121,22 +136,21 @@ class Mla(PredictedWidth):
         return restore_mean(folded, mean_F[half:].unflatten(0, (layer.num_kv_heads, -1)))
 
     def latents(self, group: LayerGroup, spec: CacheSpec) -> Latents:
-        term = _term(group)
+        term = self._term(group)
         latents = solve(lambda position: term, 1, 1, spec.head_dim)
         if spec.k_bits is not None:
             latents = arranged(latents, lambda position: term, 1, term.second_FF, spec.k_bits)
-        return centred(latents, group.moments(0)[WEIGHTED + BOTH].mean_F)
+        return centred(latents, group.moments(0)[WEIGHTED + self.part].mean_F)
 
-
-def _term(group: LayerGroup) -> Term:
-    moments = group.moments(0)
-    covariance_FF = moments[WEIGHTED + BOTH].covariance_FF
-    return Term(covariance_FF, covariance_FF, BlockDiagonal(moments[METRIC + BOTH].second_FF))
+    def _term(self, group: LayerGroup) -> Term:
+        moments = group.moments(0)
+        covariance_FF = moments[WEIGHTED + self.part].covariance_FF
+        return Term(covariance_FF, covariance_FF, BlockDiagonal(moments[METRIC + self.part].second_FF))
 
 
 def _joined(layer: AttentionLayer, folded: FoldedWeights, spec: CacheSpec, centre_1R: Tensor) -> FoldedWeights:
-    """What keys and what values add to the latent: one projection, unless a norm stands before keys."""
-    if layer.qk_norm:
+    """What keys and what values add to the latent: one projection, unless keys are normalised or rotated before."""
+    if meets_keys(layer, spec):
         return dataclasses.replace(folded, k_a_bias=-centre_1R)
     folded = fuse_keys(layer, folded, spec)
     biases = [bias for bias in (folded.k_bias, folded.v_bias) if bias is not None]

@@ -33,7 +33,7 @@ from kvfold.runtimes.kernels.packed_tokens import (
     side_by_side,
     with_gradient,
 )
-from kvfold.runtimes.kernels.rotary import apply_rotary
+from kvfold.runtimes.kernels.rotary import apply_rotary, by_speed
 from kvfold.runtimes.transformers.attention_by_age import AttentionByAge
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
 from kvfold.runtimes.transformers.on_read import Heads, KeysOnRead, all_keys, all_values, value_map
@@ -109,12 +109,24 @@ class FoldedAttention(AttentionByAge):
             if cache is not None:
                 state = state or ForwardState()
                 tables = state.tables_of_all(hidden_states, kwargs.get("position_ids"), cache, self.layer.rotary_kind)
+            tables = self._of_slow_pairs(tables, state)
         out_BTNH, probs = self._read(q, z, y, mask, tables, wants_probs=bool(kwargs.get("output_attentions")))
         return self._output(out_BTNH, residual), probs
 
     @property
     def _rotates_on_read(self) -> bool:
         return self.spec.rope == "on_read" and (self.spec.readers_rotate or self.owner == self.layer_idx)
+
+    def _by_speed(self, cos: Tensor, sin: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return by_speed(cos, sin, self.spec.fast_pairs)
+
+    def _of_slow_pairs(self, tables: Any, state: ForwardState | None) -> Any:
+        """What is left to turn of keys that are read."""
+        if tables is None or not self.spec.fast_pairs:
+            return tables
+        if state is None:
+            return self._by_speed(*tables)[1]
+        return state.once(("slow", self.layer.rotary_kind, self.spec.fast_pairs), lambda: self._by_speed(*tables)[1])
 
     def _read(
         self,
@@ -197,8 +209,8 @@ class FoldedAttention(AttentionByAge):
         """What the T new tokens add to the cache: z [B, C, T, E], y [B, U, T, G], which a shared latent is at once."""
         heads = self.spec.num_kv_heads if self.k_a_proj is None else self.made_heads
         z = self._heads(self.k_proj(hidden_BTD), heads, self.k_norm)
-        if self.spec.rope == "applied" and rotary is not None:
-            z = apply_rotary(z, *rotary)
+        if rotary is not None and (self.spec.rope == "applied" or self.spec.fast_pairs):
+            z = apply_rotary(z, *(rotary if self.spec.rope == "applied" else self._by_speed(*rotary)[0]))
         if self.spec.shared_latent:
             y = None
         elif self.v_a_proj is None:

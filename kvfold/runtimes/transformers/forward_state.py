@@ -25,6 +25,13 @@ class ForwardState:
         self.past: dict[int, tuple[Stored, Stored] | None] = {}
         self.positions_BS: Tensor | None = None
         self.tables: dict[str | None, tuple[Tensor, Tensor]] = {}
+        self.made: dict[Any, Any] = {}
+
+    def once(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What layers share, made by the first that asks."""
+        if name not in self.made:
+            self.made[name] = make()
+        return self.made[name]
 
     def tables_of_all(
         self, hidden_BTD: Tensor, positions_BT: Tensor | None, cache: Any, kind: str | None

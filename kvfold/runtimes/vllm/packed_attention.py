@@ -52,6 +52,7 @@ class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
         slopes = getattr(stock.impl, "alibi_slopes", None)
         self.slopes_N = None if slopes is None else torch.as_tensor(slopes, dtype=torch.float32)
         self.attn = PackedAttention(self, pages, stock.layer_name, stock.sliding_window)
+        self.read_tables = None if tables is None else tables.of_slow(spec.fast_pairs)
         self.reader = PageReader(self)
 
     def _attended(self, hidden_TD: Tensor, where: Any) -> Tensor:
@@ -114,8 +115,8 @@ class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
         for i in (i for i in [*batch.gathered] if self.pages.last_reader.get(i, 0) <= self.layer_idx):
             del batch.gathered[i]
         tables = None
-        if self._rotates_on_read and self.tables is not None:
-            tables = batch.once(self.tables, functools.partial(self.tables.of, batch.positions_BS))
+        if self._rotates_on_read and self.read_tables is not None:
+            tables = batch.once(self.read_tables, functools.partial(self.read_tables.of, batch.positions_BS))
         return self._read(q, z, y, self._mask(batch), tables)[0].flatten(0, 1)
 
     def _tokens(self, owner: int, far: Tensor, batch: Batch, place: int) -> tuple[Any, Any]:

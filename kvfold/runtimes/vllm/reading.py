@@ -42,7 +42,7 @@ class PageReader:
     def few(self, q_BNTH: Tensor, far: Tensor, batch: Batch, place: int) -> Tensor | None:
         """Of few queries."""
         attention, spec = self.attention, self.attention.spec
-        rotates = attention._rotates_on_read and attention.tables is not None
+        rotates = attention._rotates_on_read and attention.read_tables is not None
         maps = head_maps(attention, "k_b", q_BNTH.dtype) if rotates else None
         if spec.hidden or (spec.rope == "on_read" and maps is None):
             return None
@@ -86,7 +86,7 @@ class PageReader:
             return None
         spans = batch.once(("span tensor", window), lambda: torch.tensor(batch.spans(window), dtype=torch.int64))
         k_map, v_map = of_keys(keys.shape[3], kind == RECENT), of_values(values.shape[3], kind == RECENT)
-        tables = attention.tables if attention._rotates_on_read else None
+        tables = attention.read_tables if attention._rotates_on_read else None
         k_way = k_map.rebuild() if tables is None else k_map.rebuild(*tables.of_all)
         k = cpu_decode.rebuilt(keys, k_way, dtype, spans, width)
         return k, cpu_decode.rebuilt(values, v_map.rebuild(), dtype, spans, width)
@@ -113,7 +113,7 @@ class PageReader:
         keys, values = self._lying(kind, pages, batch)
         if not self._serves(kind, q, keys, values):
             return None
-        rebuild = None if maps is None else maps(keys.shape[3], kind == RECENT).rebuild(*attention.tables.of_all)
+        rebuild = None if maps is None else maps(keys.shape[3], kind == RECENT).rebuild(*attention.read_tables.of_all)
         return cpu_decode.decode_part(
             q, keys, values, self._bias(batch), scale=attention.scaling, softcap=attention.layer.softcap,
             sequences_B3=batch.seen(ages), ages=ages, rebuild=rebuild,

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from kvfold.architectures.base import Architecture
+from kvfold.architectures._rotary import CHANGING
 from kvfold.errors import PlanError
+from kvfold.runtimes.kernels.rotary import by_speed
 
 
 class RotaryTables:
@@ -16,6 +18,14 @@ class RotaryTables:
 
     def __init__(self, cos_Sr: Tensor, sin_Sr: Tensor) -> None:
         self.cos_Sr, self.sin_Sr = cos_Sr, sin_Sr
+        self.slow: dict[int, RotaryTables] = {}
+
+    def of_slow(self, fast_pairs: int) -> RotaryTables:
+        """Those that leave the first pairs of a head as they are."""
+        if fast_pairs not in self.slow:
+            slow = by_speed(self.cos_Sr, self.sin_Sr, fast_pairs)[1]
+            self.slow[fast_pairs] = RotaryTables(*slow) if fast_pairs else self
+        return self.slow[fast_pairs]
 
     @property
     def of_all(self) -> tuple[Tensor, Tensor]:
@@ -38,7 +48,7 @@ def rotary_tables(
     kinds = {layer.rotary_kind for layer in arch.describe(model)}
     old = model.get_submodule(arch.rotary)
     kinds_of_rope = old.rope_type if isinstance(old.rope_type, dict) else {None: old.rope_type}
-    if changing := sorted({*kinds_of_rope.values()} & {"dynamic", "longrope"}):
+    if changing := sorted({*kinds_of_rope.values()} & CHANGING):
         raise PlanError(
             f"rope_type {changing[0]}: cos and sin change with the length of a sequence; packed pages are read with those of"
             " one length; serve it in transformers."
