@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from kvfold import registry
-from kvfold.architectures._rotary import fast_pairs, rotary_speeds
+from kvfold.architectures._rotary import rotary_speeds
 from kvfold.errors import CheckpointError
 from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
@@ -73,7 +73,7 @@ class Architecture(ABC):
         """Facts of every layer, read off a stock model (on the meta device it costs nothing)."""
         layers = [self.facts(module, index) for index, module in enumerate(self.modules(model))]
         speeds = rotary_speeds(None if self.rotary is None else model.get_submodule(self.rotary))
-        return [dataclasses.replace(layer, fast_pairs=fast_pairs(speeds, layer)) for layer in layers]
+        return [dataclasses.replace(x, rotary_speeds=speeds.get(x.rotary_kind, ()) if x.rotary_dim else ()) for x in layers]
 
     def facts(self, module: Any, index: int) -> AttentionLayer:
         """Facts of one layer, read off its attention module: no config logic is copied."""

@@ -23,7 +23,7 @@ class AttentionLayer:
     `window`: sliding window in tokens. `qk_norm`: queries and keys are normalised before rotation, per head or (`flat_norm`)
     all heads of a token at once; `norm_offset` is added to the norm's weight. `rotary_dim`: numbers of each head that
     are rotated, 0 for none; `rotary_kind`: which of the family's rotations, if it has several;
-    `fast_pairs`: how many pairs of numbers turn by more than FAST per token, the first ones of each head. `alibi`: scores get a bias
+    `rotary_speeds`: radians per token of each pair, nothing where they change with the length of a sequence. `alibi`: scores get a bias
     by distance. `softcap`: scores are capped by tanh. `output_dropout`: of the layer's output, which some families apply
     inside attention.
     """
@@ -37,7 +37,7 @@ class AttentionLayer:
     window: int | None = None
     rotary_dim: int
     rotary_kind: str | None = None
-    fast_pairs: int = 0
+    rotary_speeds: tuple[float, ...] = ()
     qk_norm: bool = False
     flat_norm: bool = False
     norm_offset: float = 0.0
@@ -47,6 +47,16 @@ class AttentionLayer:
     qkv_bias: bool = False
     o_bias: bool = False
     attention_dropout: float = 0.0
+
+    @property
+    def fast_pairs(self) -> int:
+        """How many of the first pairs of a head turn by more than FAST."""
+        slow = (i for i, speed in enumerate(self.rotary_speeds) if speed <= FAST)
+        return next(slow, len(self.rotary_speeds))
+
+    def speeds_without(self, fast_pairs: int) -> tuple[float, ...]:
+        """Of each pair, 0 for the first ones."""
+        return tuple(0.0 if i < fast_pairs else speed for i, speed in enumerate(self.rotary_speeds))
 
 
 @dataclass(frozen=True, kw_only=True)

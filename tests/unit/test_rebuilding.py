@@ -83,6 +83,42 @@ def test_keys_are_rebuilt_as_torch_rebuilds_them(B, C, S, within, H, r, N, queri
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("B", "C", "S", "within", "H", "r", "N", "T"),
+    [(2, 1, 700, 3, 64, 64, 9, 1), (1, 2, 515, 4, 32, 16, 8, 1), (3, 4, 131, 2, 16, 16, 8, 2), (1, 1, 2, 4, 64, 64, 4, 1)],
+)
+def test_queries_that_are_turned_meet_keys_that_are_not(B, C, S, within, H, r, N, T, dtype):
+    """The same scores as those of keys that are rebuilt and rotated: from any position on, after padding, over part of the
+    tokens."""
+    padding, fast = min(5, S // 2), r // 4
+    speeds = tuple(0.0 if i < fast else 1 / 64 / 1.5 ** (i - fast) for i in range(r // 2))
+    first = torch.tensor([0, 7, 90_000])[:B, None]
+    positions = torch.cat([torch.ones(B, padding), first + torch.arange(S - padding)], dim=1).double()
+    angles = (positions[:, :, None] * torch.tensor(speeds, dtype=torch.float64)).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    stored = SideBySide([packed(B, C, S, dtype, FORMATS[0]), torch.randn(B, C, S, 24).to(dtype)])
+    q, numbers = torch.randn(B, N, T, H).to(dtype), numbers_of(stored)
+    weight, offset = torch.randn(C, within * H, numbers.shape[3]) / numbers.shape[3] ** 0.5, torch.randn(C, within * H)
+    way = cpu_decode.HeadMap.of(weight.to(dtype), offset.to(dtype), H, speeds)
+    keys = apply_rotary(heads(numbers, weight.to(dtype), offset.to(dtype), H), cos.double(), sin.double())
+    hidden = torch.zeros(B, 1, T, S, dtype=torch.float64)
+    hidden[..., :padding] = float("-inf")
+    seen = torch.tensor([[0, S, S - T]] * B)
+    real = S - padding - T + 1
+    for ages, bias in (((0, S), hidden), ((0, real), None), ((S // 3, real), None)):
+        age = torch.arange(S - T, S)[:, None] - torch.arange(S)
+        mask = torch.zeros(T, S, dtype=torch.float64).masked_fill((age < ages[0]) | (age >= ages[1]), float("-inf"))
+        wanted, _ = grouped_attention(q.double(), keys, numbers, mask if bias is None else mask + bias, scale=0.2)
+        facts = {"scale": 0.2, "ages": ages, "sequences_B3": seen}
+        mask_bias = None if bias is None else bias.float().clamp_min(-1e30)
+        turned = cpu_decode.decode_part(q, stored, stored, mask_bias, **facts, rebuild=way.rebuild(cos, sin, evenly=True))
+        rebuilt = cpu_decode.decode_part(q, stored, stored, mask_bias, **facts, rebuild=way.rebuild(cos, sin))
+        assert distance(turned.averages.transpose(1, 2), wanted) < TOLERANCE[dtype] * 5
+        if T == 1 and S > 2:  # of two queries it may be less work to rebuild keys
+            assert not torch.equal(turned.averages, rebuilt.averages)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ages_and_caps_are_those_of_a_mask(dtype):
     """Queries at the end of sequences see tokens from an age on and below one; scores are capped."""
     B, N, S, T = 2, 6, 200, 5

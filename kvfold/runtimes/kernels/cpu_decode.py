@@ -16,7 +16,10 @@ from torch import Tensor
 from kvfold.runtimes.kernels.cpu import DTYPES, StoredTokens, rows_of
 from kvfold.runtimes.kernels.native import library
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, SideBySide, Stored, recorded
+from kvfold.runtimes.kernels.turning import TurningFunctions, turning_functions
 
+TOLERANCE = {torch.bfloat16: 1e-3, torch.float32: 1e-6}
+"""By how much cosines and sines of queries that are turned may be off, as numbers of these types are."""
 DEPTH = 32
 """Of how many stored numbers a map takes a multiple (tiles.h)."""
 ALL_OLDER = 1 << 62
@@ -32,17 +35,45 @@ class HeadMap(NamedTuple):
     offset_CF: Tensor | None
     heads: int
     head_dim: int
+    turn: Turn | None = None
 
     @classmethod
-    def of(cls, weight_CFR: Tensor, bias_CF: Tensor | None, head_dim: int) -> HeadMap:
+    def of(
+        cls, weight_CFR: Tensor, bias_CF: Tensor | None, head_dim: int, speeds: tuple[float, ...] = ()
+    ) -> HeadMap:
+        """speeds: of keys that turn slowly, in radians per token, for each pair."""
         offset = None if bias_CF is None else bias_CF.detach().float().contiguous()
-        return cls(pack_map(weight_CFR.detach()), offset, weight_CFR.shape[1] // head_dim, head_dim)
+        turn = Turn.of(weight_CFR.detach(), head_dim, speeds) if speeds else None
+        return cls(pack_map(weight_CFR.detach()), offset, weight_CFR.shape[1] // head_dim, head_dim, turn)
 
-    def rebuild(self, cos: Tensor | None = None, sin: Tensor | None = None) -> Rebuild:
-        """With tables [B or 1, S, r] of the tokens, where keys are rotated."""
+    def rebuild(self, cos: Tensor | None = None, sin: Tensor | None = None, *, evenly: bool = False) -> Rebuild:
+        """With tables [B or 1, S, r] of the tokens, where keys are rotated. evenly: their positions follow each other, from
+        the first token on that counts."""
         if cos is None or sin is None:
             return Rebuild(self, None, None)
-        return Rebuild(self, *(table if table[0].is_contiguous() else table.contiguous() for table in (cos, sin)))
+        tables = (table if table[0].is_contiguous() else table.contiguous() for table in (cos, sin))
+        return Rebuild(self, *tables, evenly)
+
+
+class Turn(NamedTuple):
+    """How queries are turned instead of keys: a map in float32, as turn.h takes it, and functions of a token's place among
+    neighbours with what each says of every pair."""
+
+    weights: Tensor
+    functions: TurningFunctions
+
+    @classmethod
+    def of(cls, weight_CFR: Tensor, head_dim: int, speeds: tuple[float, ...]) -> Turn:
+        tolerance = TOLERANCE[weight_CFR.dtype]
+        padded_CFR = torch.nn.functional.pad(weight_CFR.float(), (0, -weight_CFR.shape[2] % DEPTH))
+        parted = padded_CFR.unflatten(1, (-1, head_dim)).unflatten(3, (-1, 2 * _layout()[0]))
+        return cls(parted.transpose(2, 3).contiguous(), turning_functions(speeds, tolerance))
+
+    def described(self) -> _Turn:
+        """For the kernel, as long as this lives."""
+        basis, shares, speeds = self.functions
+        pointers = (x.data_ptr() for x in (self.weights, basis, shares, speeds))
+        return _Turn(*pointers, *basis.shape)
 
 
 class Rebuild(NamedTuple):
@@ -51,6 +82,7 @@ class Rebuild(NamedTuple):
     map: HeadMap
     cos: Tensor | None
     sin: Tensor | None
+    evenly: bool = False
 
     def of_tokens(self, start: int, end: int) -> Rebuild:
         """Of some of the tokens."""
@@ -60,14 +92,24 @@ class Rebuild(NamedTuple):
 
     def described(self) -> _Rebuild:
         """For the kernel, as long as this lives."""
-        (packed, offset, heads, head_dim), cos, sin = self.map, self.cos, self.sin
+        (packed, offset, heads, head_dim, turn), cos, sin, evenly = self.map, self.cos, self.sin, self.evenly
         map = (packed.data_ptr(), None if offset is None else offset.data_ptr())
         map_bytes = packed[0].numel() * packed.element_size()
         if cos is None or sin is None:
-            return _Rebuild(*map, None, None, map_bytes, 0, False, heads, head_dim, 0)
+            return _Rebuild(*map, None, None, map_bytes, 0, False, heads, head_dim, 0, None)
         table_batch = cos.stride(0) if len(cos) > 1 else 0
         tables = (cos.data_ptr(), sin.data_ptr(), map_bytes, table_batch, cos.dtype == torch.bfloat16)
-        return _Rebuild(*map, *tables, heads, head_dim, cos.shape[2])
+        turned = ctypes.pointer(turn.described()) if turn is not None and evenly else None
+        return _Rebuild(*map, *tables, heads, head_dim, cos.shape[2], turned)
+
+
+class _Turn(ctypes.Structure):
+    """As rebuild.h declares it."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weights", "basis", "shares", "speeds")),
+        *((name, ctypes.c_int64) for name in ("functions", "tokens")),
+    )
 
 
 class _Rebuild(ctypes.Structure):
@@ -77,6 +119,7 @@ class _Rebuild(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("map", "offset", "cos", "sin")),
         *((name, ctypes.c_int64) for name in ("map_bytes", "table_batch", "tables_are_bfloat16")),
         *((name, ctypes.c_int64) for name in ("heads", "head_dim", "rotated")),
+        ("turn", ctypes.POINTER(_Turn)),
     )
 
 

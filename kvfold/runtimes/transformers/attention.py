@@ -110,7 +110,9 @@ class FoldedAttention(AttentionByAge):
                 state = state or ForwardState()
                 tables = state.tables_of_all(hidden_states, kwargs.get("position_ids"), cache, self.layer.rotary_kind)
             tables = self._of_slow_pairs(tables, state)
-        out_BTNH, probs = self._read(q, z, y, mask, tables, wants_probs=bool(kwargs.get("output_attentions")))
+        evenly = state is not None and state.positions_BS is not None and state.once("evenly", state.turns_evenly)
+        wants_probs = bool(kwargs.get("output_attentions"))
+        out_BTNH, probs = self._read(q, z, y, mask, tables, wants_probs=wants_probs, evenly=evenly)
         return self._output(out_BTNH, residual), probs
 
     @property
@@ -137,14 +139,16 @@ class FoldedAttention(AttentionByAge):
         tables: tuple[Tensor, Tensor] | None,
         *,
         wants_probs: bool = False,
+        evenly: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Queries [B, N, T, H] over all tokens that they may see, stored as z and y: [B, T, N, H or V], and probabilities
-        where they are wanted. `tables`: cos and sin of these tokens, where keys are rotated on read."""
+        where they are wanted. `tables`: cos and sin of these tokens, where keys are rotated on read. `evenly`: as KeysOnRead
+        has it."""
         if self.spec.shared_latent:
             z = y = read_once(z)
         keys = None
         if self.spec.rope == "on_read" or self.spec.hidden:
-            keys = KeysOnRead(self, tables)
+            keys = KeysOnRead(self, tables, evenly=evenly)
         attend = self._attend_by_age if isinstance(z, AgedTokens) else self._attend
         return attend(q, z, y, mask, keys, wants_probs=wants_probs)
 

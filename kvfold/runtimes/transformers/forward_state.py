@@ -33,6 +33,14 @@ class ForwardState:
             self.made[name] = make()
         return self.made[name]
 
+    def turns_evenly(self) -> bool:
+        """Whether in every row positions follow each other, from the first token on that is no padding."""
+        assert self.positions_BS is not None, "positions were seen"
+        if self.positions_BS.device.type != "cpu":  # whose kernel alone asks, and an answer would be waited for
+            return False
+        one_more = self.positions_BS.diff(dim=1) == 1
+        return bool((one_more[:, 1:] >= one_more[:, :-1]).all())
+
     def tables_of_all(
         self, hidden_BTD: Tensor, positions_BT: Tensor | None, cache: Any, kind: str | None
     ) -> tuple[Tensor, Tensor]:

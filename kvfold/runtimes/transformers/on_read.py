@@ -21,10 +21,10 @@ Heads = Callable[[int, int], Tensor]
 
 class KeysOnRead:
     """Of one attention module and the tokens of one forward. tables: cos and sin [B or 1, S, r] of all tokens that are seen,
-    None for keys that stay unrotated."""
+    None for keys that stay unrotated. evenly: their positions follow each other."""
 
-    def __init__(self, attention: Any, tables: tuple[Tensor, Tensor] | None) -> None:
-        self.attention, self.tables = attention, tables
+    def __init__(self, attention: Any, tables: tuple[Tensor, Tensor] | None, *, evenly: bool = False) -> None:
+        self.attention, self.tables, self.evenly = attention, tables, evenly
 
     def __call__(self, z: Stored, near: bool = False) -> Heads:
         """All at once for a prompt, piece by piece for few tokens, so that the keys of a long cache never exist at once.
@@ -49,7 +49,7 @@ class KeysOnRead:
         maps, tables = head_maps(self.attention, "k_b", dtype), self._newest(z.shape[2])
         if maps is None or tables is None:
             return None
-        return maps(z.shape[3], near).rebuild(*tables)
+        return maps(z.shape[3], near).rebuild(*tables, evenly=self.evenly)
 
     def _newest(self, tokens: int) -> tuple[Tensor, Tensor] | None:
         return None if self.tables is None else (self.tables[0][:, -tokens:], self.tables[1][:, -tokens:])
@@ -65,7 +65,9 @@ def head_maps(attention: Any, way: str, dtype: torch.dtype) -> Callable[[int, bo
     def of(width: int, near: bool) -> cpu_decode.HeadMap:
         def made() -> cpu_decode.HeadMap:
             weight = projection.of_width(width, last=near)
-            return cpu_decode.HeadMap.of(weight, projection.bias, attention.layer.head_dim)
+            fast_pairs = attention.spec.fast_pairs if way == "k_b" else 0
+            speeds = attention.layer.speeds_without(fast_pairs) if fast_pairs else ()
+            return cpu_decode.HeadMap.of(weight, projection.bias, attention.layer.head_dim, speeds)
 
         return _kept(projection, (width, near), made)
 

@@ -8,6 +8,7 @@
 #include "rebuild.h"
 #include "running.h"
 #include "stored.h"
+#include "turn.h"
 
 namespace {
 
@@ -43,6 +44,11 @@ std::vector<Task> tasks_of(const Queries &q, int groups) {
   return tasks;
 }
 
+// Products per stored number of a token: queries of a stored head that are turned, or its keys.
+bool turning_is_less(const Rebuild &map, int64_t rows) {
+  return rows * map.turn->functions * (1 + double(map.head_dim) / map.turn->tokens) < map.columns();
+}
+
 // What one thread does. `values`: null where they are rebuilt from the same numbers as keys.
 template <typename T>
 struct Decoding {
@@ -52,18 +58,23 @@ struct Decoding {
   Running<T> run;
   std::vector<T> key_numbers, value_numbers;
   Rebuilding<T> *rebuilding;
+  Turning<T> *turning;
+  const float *query = nullptr;
 
-  Decoding(const Queries &q, const Side &keys, const Side *values, int groups, int q_width, Rebuilding<T> *rebuilding, int block)
+  Decoding(const Queries &q, const Side &keys, const Side *values, int groups, int q_width, Rebuilding<T> *rebuilding,
+           Turning<T> *turning, int block)
       : q(q), keys(keys), values(values), groups(groups), rows(q.rows / groups), steps(q.steps), block(block),
         run(rows, rows / (keys.heads / groups) / (rebuilding ? rebuilding->map.heads : 1), q_width,
-            (values ? values : &keys)->width, block), key_numbers(size_t(block) * keys.stride()),
-        value_numbers(values ? size_t(block) * values->stride() : 0), rebuilding(rebuilding) {}
+            (values ? values : &keys)->width, block), key_numbers(size_t(block) * keys.template stride<T>()),
+        value_numbers(values ? size_t(block) * values->template stride<T>() : 0), rebuilding(rebuilding), turning(turning) {}
 
   // sums [rows, padded width], then the largest score and the total of each row.
   void work(const Task &task, int q_width, float *sums) {
     float *largest = sums + int64_t(rows) * run.v_padded, *total = largest + rows;
     std::fill(largest, total, -std::numeric_limits<float>::infinity());
-    run.take(q.data + (task.row * q.rows + task.group * rows) * q_width, q_width);
+    query = q.data + (task.row * q.rows + task.group * rows) * q_width;
+    if (turning) turning->forget();
+    else run.take(0, rows, query, q_width);
     for (int64_t start = task.start; start < task.end; start += block) {
       const int count = std::min<int64_t>(block, task.end - start);
       const Tokens<T> last = scores(task, start, count, q_width);
@@ -77,6 +88,11 @@ struct Decoding {
     Tokens<T> z{};
     for (int c = 0; c < heads; ++c) {
       z = keys.numbers<T>(task.row, task.group * heads + c, start, count, key_numbers);
+      if (turning) {
+        turning->score(c, query + c * rows_each * q_width, task.row, task.group * heads + c, q.sequences[3 * task.row + 1], z, start,
+                       count, run.scores.data() + int64_t(c) * rows_each * block, block);
+        continue;
+      }
       if (!rebuilding) {
         run.score_head(c * rows_each, rows_each, z, q_width, count);
         continue;
@@ -140,7 +156,8 @@ void decode(const Queries &q, const Side &keys, const Side *values, const Rebuil
   const int V = (values ? values : &keys)->width, padded = pad(V, DEPTH);
   const int q_width = map ? map->head_dim : keys.width;
   const int wide = BLOCK_BYTES / int(sizeof(T)) / std::max(keys.width, V) * (rows >= MANY_ROWS ? 4 : 1);
-  const int block = Running<T>::block_of(map && in_tiles<T>() ? REBUILT_TOKENS : wide);
+  const bool turns = map && map->turn && turning_is_less(*map, q.rows / keys.heads);
+  const int block = Running<T>::block_of(map && !turns && in_tiles<T>() ? REBUILT_TOKENS : wide);
   const std::vector<Task> tasks = tasks_of(q, groups);
   const int64_t size = int64_t(rows) * (padded + 2);
   std::vector<float> parts(tasks.size() * size);
@@ -151,9 +168,12 @@ void decode(const Queries &q, const Side &keys, const Side *values, const Rebuil
 #pragma omp parallel num_threads(q.threads)
   {
     std::vector<Rebuilding<T>> rebuilding;
-    if (map) rebuilding.emplace_back(*map, keys.width, block);
+    std::vector<Turning<T>> turning;
+    if (turns) turning.emplace_back(*map, keys.heads / groups, rows / (keys.heads / groups), keys.width, block);
+    else if (map) rebuilding.emplace_back(*map, keys.width, block);
     const Tiles tiles(in_tiles<T>());
-    Decoding<T> own(q, keys, values, groups, q_width, map ? rebuilding.data() : nullptr, block);
+    Decoding<T> own(q, keys, values, groups, q_width, map && !turns ? rebuilding.data() : nullptr, turns ? turning.data() : nullptr,
+                    block);
 #pragma omp for schedule(dynamic)
     for (size_t i = 0; i < tasks.size(); ++i) own.work(tasks[i], q_width, parts.data() + i * size);
 #pragma omp for schedule(static)

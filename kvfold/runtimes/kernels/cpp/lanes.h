@@ -51,6 +51,17 @@ template <typename T>
 using Product = float;
 #endif
 
+// Keeps what several instructions take in a register; compilers would load it again for each.
+template <typename V>
+inline V in_register(V x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__AVX2__)
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
+
 // How numbers of a type meet queries and weights: STEP of them at a time, weights of PAIR tokens at a time.
 template <typename T>
 struct Numbers {
@@ -148,5 +159,14 @@ inline Lanes sums_of(Lanes *x) {
 }
 
 inline int pad(int width, int step) { return (width + step - 1) / step * step; }
+
+// Numbers from row to row, at least so many: an odd number of cache lines, so that rows do not push each other out of the
+// nearest cache.
+template <typename T>
+int apart(int numbers) {
+  constexpr int LINE = 64 / sizeof(T);
+  const int lines = pad(numbers, LINE) / LINE;
+  return (lines + 1 - lines % 2) * LINE;
+}
 
 }  // namespace

@@ -66,11 +66,14 @@ void score_tile(const int32_t *q, int q_stride, const Lanes *keys, int words, fl
   using Operand = typename Numbers<T>::Operand;
   Lanes sums[ROWS][2];
   for (int row = 0; row < ROWS; ++row) std::memcpy(sums[row], out + row * out_stride, sizeof sums[row]);
-  for (int r = 0; r < words; ++r)
+  for (int r = 0; r < words; ++r) {
+    const Operand first = (Operand)in_register(keys[2 * r]), second = (Operand)in_register(keys[2 * r + 1]);
     for (int row = 0; row < ROWS; ++row) {
-      const Integers query = Integers{} + q[row * q_stride + r];
-      for (int i = 0; i < 2; ++i) Numbers<T>::multiply(sums[row][i], (Operand)query, (Operand)keys[2 * r + i]);
+      const Operand query = (Operand)(Integers{} + q[row * q_stride + r]);
+      Numbers<T>::multiply(sums[row][0], query, first);
+      Numbers<T>::multiply(sums[row][1], query, second);
     }
+  }
   for (int row = 0; row < ROWS; ++row) std::memcpy(out + row * out_stride, sums[row], sizeof sums[row]);
 }
 

@@ -11,15 +11,26 @@ namespace {
 
 constexpr int COLUMNS = 2 * LANES;  // of a map, and tokens, that are made at a time
 
+// How queries are turned instead of keys, `tokens` at a time (turn.h): weights [stored heads, heads, numbers up to the next 32nd / 2
+// LANES, head_dim, 2 LANES], the map; basis [functions, tokens], the functions; shares [functions, rotated / 2], what each says of the cosine
+// (the even ones) or the sine of each pair; speeds [rotated / 2], in radians per token.
+struct Turn {
+  const float *weights, *basis, *shares;
+  const double *speeds;
+  int64_t functions, tokens;
+};
+
 // Of each stored head [heads * head_dim] keys: map * numbers + offset, rotated. `map`: for each stored head and LANES columns
 // the columns of number after number, of two numbers at a time in bfloat16, as `Product` has them (cpu_decode.py packs it). cos and sin [batch or 1,
-// tokens, rotated], or null, where `rotated` is 0. offset [stored heads, heads * head_dim] or null.
+// tokens, rotated], or null, where `rotated` is 0. offset [stored heads, heads * head_dim] or null. turn: null where
+// keys do not turn slowly and evenly.
 struct Rebuild {
   const void *map;
   const float *offset;
   const void *cos, *sin;
   int64_t map_bytes, table_batch, tables_are_bfloat16;
   int64_t heads, head_dim, rotated;
+  const Turn *turn;
 
   int columns() const { return heads * head_dim; }
 };

@@ -8,6 +8,7 @@
 
 #include "products.h"
 #include "tiles.h"
+#include "unpack.h"
 
 namespace {
 
@@ -19,30 +20,32 @@ template <typename T>
 struct Running {
   using N = Numbers<T>;
   using Query = typename N::Query;
-  int rows, per_head, r_padded, v_padded, block;
+  int rows, per_head, r_width, r_padded, r_stride, v_padded, block;
   std::vector<Query> queries, weights;
   std::vector<float> scores;
   std::vector<Lanes> strip = std::vector<Lanes>(MOST_TOKENS * STRIP), pairs;
 
   // per_head: queries that meet the same keys.
   Running(int rows, int per_head, int q_width, int V, int block)
-      : rows(rows), per_head(per_head), r_padded(pad(q_width, DEPTH)), v_padded(pad(V, DEPTH)), block(block),
-        queries(int64_t(rows) * r_padded), weights(int64_t(rows + LANES) * block), scores(int64_t(rows) * block),
+      : rows(rows), per_head(per_head), r_width(q_width), r_padded(pad(q_width, DEPTH)), r_stride(apart<Query>(r_padded)),
+        v_padded(pad(V, DEPTH)), block(block), queries(int64_t(rows) * r_stride), weights(int64_t(rows + LANES) * block), scores(int64_t(rows) * block),
         pairs(in_tiles<T>() ? int64_t(rows / per_head) * pad(per_head, LANES) / LANES * r_padded / 2 : 0) {}
 
   static int block_of(int tokens) { return std::clamp(tokens / DEPTH, 1, MOST_TOKENS / DEPTH) * DEPTH; }
 
-  void take(const float *q, int R) {
-    for (int row = 0; row < rows; ++row)
-      for (int r = 0; r < R; ++r) queries[row * r_padded + r] = Query(q[row * R + r]);
+  // Some of the queries [count, stride], of whole heads.
+  void take(int first, int count, const float *q, int64_t stride) {
+    for (int row = 0; row < count; ++row)
+      for (int r = 0; r < r_width; r += LANES) {
+        const int now = std::min(LANES, r_width - r);
+        put(load<Lanes>(q + row * stride + r, now), queries.data() + (first + row) * r_stride + r, now);
+      }
 #ifdef __AMX_BF16__
     if constexpr (sizeof(Query) == 2)
-      for (Lanes *to = pairs.data(); to < pairs.data() + pairs.size(); to += r_padded / 2) {
-        const int64_t part = (to - pairs.data()) / (r_padded / 2), chunks = pad(per_head, LANES) / LANES;
-        const int within = part % chunks * LANES;
-        const Query *first = queries.data() + (part / chunks * per_head + within) * r_padded;
-        paired(std::min(per_head - within, LANES), first, r_padded, r_padded, to);
-      }
+      for (int head = first / per_head; pairs.size() && head < (first + count) / per_head; ++head)
+        for (int row = 0, chunks = pad(per_head, LANES) / LANES; row < per_head; row += LANES)
+          paired(std::min(per_head - row, LANES), queries.data() + (head * per_head + row) * r_stride, r_stride, r_padded,
+                 pairs.data() + (head * chunks + row / LANES) * int64_t(r_padded / 2));
 #endif
   }
 
@@ -72,13 +75,13 @@ struct Running {
     if (!tokens) return;
     if constexpr (sizeof(Query) == sizeof(T)) {
       if (count >= MANY_ROWS) {
-        score_many<T>(count, queries.data() + int64_t(first) * r_padded, r_padded, keys.data, keys.stride, width, tokens,
+        score_many<T>(count, queries.data() + int64_t(first) * r_stride, r_stride, keys.data, keys.stride, width, tokens,
                       out + int64_t(first) * block, block);
         return;
       }
     }
     in_parts<std::min(LANES, 8)>(first, first + count, [&](auto now, int row) {
-      score<T, now>(queries.data() + int64_t(row) * r_padded, r_padded, keys.data, keys.stride, width, tokens,
+      score<T, now>(queries.data() + int64_t(row) * r_stride, r_stride, keys.data, keys.stride, width, tokens,
                     out + int64_t(row) * block, block);
     });
   }

@@ -12,8 +12,6 @@
 
 namespace {
 
-constexpr int LINE = 32;  // numbers of two bytes
-
 // Keys or values [batch, heads, tokens, width], strides in bytes, numbers of a token side by side. Packed ones are rows of
 // bytes; no tiers are float8; others are float32, or bfloat16 where they are `narrow`. With a table, tokens lie in pages of `page_tokens`, whose numbers are in the table's row of a
 // sequence; otherwise a sequence is one page.
@@ -77,8 +75,10 @@ struct Side {
     as_they_lie = count == 1 && !parts->packed && !rebuilt;
   }
 
-  // An odd number of cache lines, so that the rows of a tile do not push each other out of the nearest cache.
-  int stride() const { return pad(width, CODES) + CODES + LINE; }
+  template <typename T>
+  int stride() const {
+    return apart<T>(pad(width, CODES) + CODES);
+  }
 
   // Rows of numbers, in `buffer` unless they can be used where they lie.
   template <typename T>
@@ -86,8 +86,8 @@ struct Side {
     if (as_they_lie && parts->narrow == (sizeof(T) == 2) && parts->together(start, tokens) == tokens && parts->aligned(sizeof(T)))
       return {parts->at<T>(row, head, start), parts->token_stride / int64_t(sizeof(T))};
     T *to = buffer.data();
-    for (int i = 0; i < count; to += parts[i++].width) parts[i].read(row, head, start, tokens, to, stride());
-    return {buffer.data(), stride(), pad(width, DEPTH)};
+    for (int i = 0; i < count; to += parts[i++].width) parts[i].read(row, head, start, tokens, to, stride<T>());
+    return {buffer.data(), stride<T>(), pad(width, DEPTH)};
   }
 };
 

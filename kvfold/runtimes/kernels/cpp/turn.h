@@ -1,0 +1,129 @@
+// Scores of queries with keys that are rebuilt on read and turn slowly, without rebuilding one: queries are turned instead.
+//
+// A key that turns by an angle a per token has turned by a tau at tau tokens from the middle of some tokens, and there
+// cos(a tau) and sin(a tau) are sums of few functions f_k(tau) that are the same for all pairs (cpu_decode.py chooses them). So
+// is the score: sum_k f_k(tau) (v_k . z), with queries v_k that are made once for all these tokens and meet stored numbers z.
+
+#pragma once
+
+#include "rebuild.h"
+#include "running.h"
+
+namespace {
+
+template <typename T>
+struct Turning {
+  const Rebuild &map;
+  const Turn &turn;
+  const int rows, functions, depth, half;  // rows: queries of a stored head
+  Running<T> run;
+  std::vector<float> cos, sin, turned_cos, turned_sin, shares, made, constants;
+  std::vector<int64_t> taken;  // of each stored head, for which tokens its queries are turned
+  double turned_by = -1;
+
+  // heads: stored ones of a task, each with `rows` queries.
+  Turning(const Rebuild &map, int heads, int rows, int width, int block)
+      : map(map), turn(*map.turn), rows(rows), functions(turn.functions), depth(pad(width, DEPTH)), half(map.rotated / 2),
+        run(heads * rows * functions, rows * functions, width, 0, block), cos(half), sin(half), turned_cos(half),
+        turned_sin(half), shares(functions * map.head_dim), made(int64_t(rows) * functions * depth),
+        constants(int64_t(heads) * rows * functions), taken(heads, -1) {}
+
+  void forget() { std::fill(taken.begin(), taken.end(), -1); }
+
+  // Scores [rows, stride] of the c-th stored head of a task, `head` of the cache, with tokens from `start` on. q [rows,
+  // head_dim]; row, end: the sequence, and its last token but one.
+  void score(int c, const float *q, int64_t row, int64_t head, int64_t end, Tokens<T> z, int64_t start, int count, float *out,
+             int64_t stride) {
+    for (int done = 0, now; done < count; done += now) {
+      const int64_t tile = (start + done) / turn.tokens, within = (start + done) % turn.tokens;
+      now = std::min<int64_t>(count - done, turn.tokens - within);
+      if (taken[c] != tile) take(c, q, row, head, tile, std::min(end, (tile + 1) * turn.tokens) - 1);
+      run.score_head(c * rows * functions, rows * functions, {z.data + done * z.stride, z.stride, z.depth}, run.r_width, now);
+      for (int i = 0; i < rows; ++i) add_up(c * rows + i, within, now, out + i * stride + done);
+    }
+  }
+
+  void add_up(int row, int64_t within, int count, float *out) {
+    const float *scores = run.scores.data() + int64_t(row) * functions * run.block, *f = turn.basis + within;
+    for (int s = 0; s < count; ++s) out[s] = 0;
+    for (int k = 0; k < functions; ++k, scores += run.block, f += turn.tokens) {
+      const float constant = constants[row * functions + k];
+      for (int s = 0; s < count; ++s) out[s] += f[s] * (scores[s] + constant);
+    }
+  }
+
+  // last: of these tokens, one whose place in the tables says where they stand.
+  void take(int c, const float *q, int64_t row, int64_t head, int64_t tile, int64_t last) {
+    taken[c] = tile;
+    middle(row * map.table_batch + last * map.rotated, last - tile * turn.tokens - (turn.tokens - 1) / 2.0);
+    const int each = rows / map.heads;
+    for (int i = 0; i < rows; ++i) {
+      share_out(q + i * map.head_dim);
+      const int64_t column = head * map.columns() + i / each * map.head_dim;
+      const float *weights = turn.weights + column * depth;
+      float *to = made.data() + int64_t(i) * functions * depth;
+      in_parts<REGISTERS / 4>(0, functions, [&](auto now, int k) { absorb<now>(k, weights, to + k * depth); });
+      for (int k = 0; k < functions; ++k) {
+        float sum = 0;
+        for (int f = 0; map.offset && f < map.head_dim; ++f) sum += shares[k * map.head_dim + f] * map.offset[column + f];
+        constants[(c * rows + i) * functions + k] = sum;
+      }
+    }
+    run.take(c * rows * functions, rows * functions, made.data(), depth);
+  }
+
+  // cos and sin in the middle of the tokens, `by` tokens before the one at a place of the tables.
+  void middle(int64_t at, double by) {
+    if (map.tables_are_bfloat16) put_down((const bfloat16 *)map.cos + at, (const bfloat16 *)map.sin + at);
+    else put_down((const float *)map.cos + at, (const float *)map.sin + at);
+    for (int i = 0; by != turned_by && i < half; ++i) {
+      turned_cos[i] = std::cos(turn.speeds[i] * by);
+      turned_sin[i] = std::sin(turn.speeds[i] * by);
+    }
+    turned_by = by;
+    for (int i = 0; i < half; ++i) {
+      const float c = cos[i], s = sin[i];
+      cos[i] = c * turned_cos[i] + s * turned_sin[i];
+      sin[i] = s * turned_cos[i] - c * turned_sin[i];
+    }
+  }
+
+  template <typename C>
+  void put_down(const C *c, const C *s) {
+    for (int i = 0; i < half; ++i) cos[i] = Numbers<float>::wide(c + i, 1)[0], sin[i] = Numbers<float>::wide(s + i, 1)[0];
+  }
+
+  // What each function takes of the numbers of a query: shares [functions, head_dim].
+  void share_out(const float *q) {
+    std::fill(shares.begin(), shares.end(), 0.0f);
+    for (int i = 0; i < half; ++i) {
+      const float a = q[i] * cos[i] + q[half + i] * sin[i], b = q[half + i] * cos[i] - q[i] * sin[i];
+      for (int k = 0; k < functions; ++k) {
+        const float share = turn.shares[k * half + i];
+        shares[k * map.head_dim + i] = share * (k % 2 ? b : a);
+        shares[k * map.head_dim + half + i] = share * (k % 2 ? -a : b);
+      }
+    }
+    for (int f = map.rotated; f < map.head_dim; ++f) shares[f] = q[f];
+  }
+
+  // COUNT functions from the k-th on: their shares times the map, [COUNT, depth].
+  template <int COUNT>
+  void absorb(int k, const float *weights, float *to) {
+    const float *share = shares.data() + k * map.head_dim;
+    for (int r = 0; r < depth; r += 2 * LANES, weights += map.head_dim * 2 * LANES) {
+      Lanes sums[COUNT][2] = {};
+      for (int f = 0; f < map.head_dim; ++f) {
+        const Lanes a = in_register(load<Lanes>(weights + 2 * f * LANES));
+        const Lanes b = in_register(load<Lanes>(weights + (2 * f + 1) * LANES));
+        for (int i = 0; i < COUNT; ++i) {
+          sums[i][0] += share[i * map.head_dim + f] * a;
+          sums[i][1] += share[i * map.head_dim + f] * b;
+        }
+      }
+      for (int i = 0; i < COUNT; ++i) std::memcpy(to + i * depth + r, sums[i], sizeof sums[i]);
+    }
+  }
+};
+
+}  // namespace
