@@ -73,7 +73,9 @@ class Architecture(ABC):
         """Facts of every layer, read off a stock model (on the meta device it costs nothing)."""
         layers = [self.facts(module, index) for index, module in enumerate(self.modules(model))]
         speeds = rotary_speeds(None if self.rotary is None else model.get_submodule(self.rotary))
-        return [dataclasses.replace(x, rotary_speeds=speeds.get(x.rotary_kind, ()) if x.rotary_dim else ()) for x in layers]
+        return [
+            dataclasses.replace(x, rotary_speeds=speeds.get(x.rotary_kind, ()) if x.rotary_dim else ()) for x in layers
+        ]
 
     def facts(self, module: Any, index: int) -> AttentionLayer:
         """Facts of one layer, read off its attention module: no config logic is copied."""

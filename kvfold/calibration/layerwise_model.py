@@ -114,7 +114,8 @@ class StreamedModel:
                     left, (entered, *parts.values()), gradient.to(self.device), materialize_grads=True
                 )
                 gradient.copy_(by_hidden)
-                observe(seen.detached()._replace(**dict(zip(parts, by_parts, strict=True))))
+                gradients: dict[str, Any] = dict(zip(parts, by_parts, strict=True))
+                observe(seen.detached()._replace(**gradients))
 
     @torch.no_grad()
     def label_gradients(self, tokens_BT: Tensor, hidden_BTD: Tensor, draws_BT: Tensor) -> Tensor:

@@ -23,6 +23,10 @@ from kvfold.runtimes.base import runtime
 
 SIDES = ("keys", "values")
 
+READ, FEWEST = 2 / 3, 8
+"""Such a share of the numbers that the source stores is read per token where predictions are to stay fast: SmolLM2 then decodes no slower
+than before (docs/results.md). Leading numbers come in multiples of the second."""
+
 Groups = Callable[[int], LayerGroup]
 """Owner's index -> the layers that use its cache, with what distortion is computed from."""
 
@@ -194,13 +198,24 @@ class Request:
         at = alike.index(layer.index)
         return tuple(alike[at - at % (self.axes.below + 1) : at])
 
+    def leading(self, specs: Mapping[int, CacheSpec]) -> int | None:
+        """How many numbers of each layer below a layer is predicted by, 0 for all; None for no prediction. Where the width
+        method leaves it open, as many as let a step read READ times the source's numbers."""
+        known, below = self.axes.width.leading, sum(len(self.below(layer)) for layer in self.owners)
+        if known is not None or not below:
+            return known
+        source = sum(2 * layer.num_kv_heads * layer.head_dim for layer in self.owners)
+        left = READ * source - sum(spec.head_dim for spec in specs.values())
+        return int(left / below) // FEWEST * FEWEST or None if left > 0 else None
+
     def _predicted(self, layer: AttentionLayer, specs: Mapping[int, CacheSpec]) -> CacheSpec:
         spec, below = specs[layer.index], self.below(layer)
         if any(specs[i].k_bits and specs[i].k_bits.block > 1 for i in (layer.index, *below)):  # type: ignore[union-attr]
             return spec
-        if below:
-            width = self.axes.width
-            spec = replace(spec, leading=width.leading, recent_leading=width.recent_leading if spec.recent else 0)
+        width, leading = self.axes.width, self.leading(specs)
+        if leading is None or not below:
+            return spec
+        spec = replace(spec, leading=leading, recent_leading=width.recent_leading if spec.recent else 0)
         return replace(
             spec,
             predicted_from=below,

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-
 FAST = 1 / 64
 """Radians per token."""
 
@@ -22,10 +21,9 @@ class AttentionLayer:
 
     `window`: sliding window in tokens. `qk_norm`: queries and keys are normalised before rotation, per head or (`flat_norm`)
     all heads of a token at once; `norm_offset` is added to the norm's weight. `rotary_dim`: numbers of each head that
-    are rotated, 0 for none; `rotary_kind`: which of the family's rotations, if it has several;
-    `rotary_speeds`: radians per token of each pair, nothing where they change with the length of a sequence. `alibi`: scores get a bias
-    by distance. `softcap`: scores are capped by tanh. `output_dropout`: of the layer's output, which some families apply
-    inside attention.
+    are rotated, 0 for none; `rotary_kind`: which of the family's rotations, if it has several; `rotary_speeds`: radians per
+    token of each pair, nothing where they change with the length of a sequence. `alibi`: scores get a bias by distance.
+    `softcap`: scores are capped by tanh. `output_dropout`: of the layer's output, which some families apply inside attention.
     """
 
     index: int

@@ -65,7 +65,11 @@ def test_module_equals_the_oracle(shape, bias, rope, implementation, monkeypatch
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("fields", [{"k_offset": True}, {"k_offset": True, "hidden": 12}], ids=["offset", "networks"])
+@pytest.mark.parametrize(
+    "fields",
+    [{"k_offset": True}, {"k_offset": True, "hidden": 12}, {"k_offset": True, "fast_pairs": 3}],
+    ids=["offset", "networks", "fast_pairs"],
+)
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[-1]], ids=str)
 def test_what_is_rebuilt_on_read_equals_the_oracle(shape, fields, implementation, monkeypatch):
     _compare_with_the_oracle(monkeypatch, shape, True, "on_read", implementation, **fields)

@@ -23,7 +23,12 @@ from kvfold.testing import assert_close, relative_rms
 
 VARIANTS = {
     "autoencoder": [{"hidden": 8, "steps": 5}],
-    "fisher": [{}, {"rope": "on_read"}, {"rope": "banded"}, {"latent": "group", "v_latent": "group", "grouping": "similar"}],
+    "fisher": [
+        {},
+        {"rope": "on_read"},
+        {"rope": "banded"},
+        {"latent": "group", "v_latent": "group", "grouping": "similar"},
+    ],
     "logit": [{}, {"latent": "group"}, {"v_latent": "layer"}],
     "orthogonal": [{}, {"sides": "keys"}],
     "procrustes": [{}, {"grouping": "similar"}, {"merge": "align"}],
@@ -65,7 +70,10 @@ halving_on_qwen2 = pytest.mark.parametrize(("method", "fields"), HALVING)
 
 def asked(model, method, fields, heads):
     """As many numbers as `heads` of the source's have, as a budget; or as heads, where positions are stored beside them."""
-    if method in ("autoencoder", "mla", "palu", "eigen_attention", "kvtc") or fields.get("rope") in ("on_read", "banded"):
+    if method in ("autoencoder", "mla", "palu", "eigen_attention", "kvtc") or fields.get("rope") in (
+        "on_read",
+        "banded",
+    ):
         return {"kv_budget": None}, fields | {"kv_heads": heads}
     return {"kv_budget": heads / kv_heads(model)}, fields
 

@@ -8,10 +8,13 @@ from transformers import DynamicCache
 from kvfold.architectures.base import architecture
 from kvfold.calibration.calibrate import STATISTICS, calibrate
 from kvfold.calibration.layerwise_model import StreamedModel
+from kvfold.calibration.statistics import GRADIENTS, VECTORS, Seen
 from kvfold.checkpoint.source import open_source
 from kvfold.compression.recipe import make_recipe, material_of
 from kvfold.linalg.eigen import Moment
 from kvfold.linalg.sensitivity import TOKENS, WEIGHTED, sensitivities
+from kvfold.plan.layer import FAST
+from kvfold.runtimes.kernels.rotary import apply_rotary, by_speed
 from kvfold.testing import assert_close
 
 ALL = frozenset(STATISTICS)
@@ -71,6 +74,42 @@ def test_keys_before_rotation_are_what_the_projection_gives(calibrated, tiny_dir
     for index, x in enumerate(seen):
         moment = statistics.layer(index, ALL)["keys_before_rotation"]
         assert_close(moment.second_FF, x.T @ x / len(x), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("stretch", [1.0, 1.3])
+def test_banded_keys_are_turned_in_fast_pairs_only(stretch):
+    """And gradients by them lead through the rotation that is left; rope scaling may stretch tables."""
+    angles = torch.randn(1, 5, 4, dtype=torch.float64).repeat(1, 1, 2)
+    cos, sin = angles.cos() * stretch, angles.sin() * stretch
+    k, v, g = (torch.randn(2, 3, 5, 8, dtype=torch.float64) for _ in range(3))
+    fast, slow = by_speed(cos, sin, 1)
+    banded = apply_rotary(k, *fast).requires_grad_()
+    turned = apply_rotary(banded, *slow)
+    assert torch.equal(turned[..., [0, 4]], apply_rotary(k, cos, sin)[..., [0, 4]])
+    assert_close(turned, apply_rotary(k, cos, sin))
+    seen = Seen(k, turned.detach(), v, cos, sin, 1, k_gradient=g, v_gradient=g)
+    by_banded = torch.autograd.grad((turned * g).sum(), banded)[0]
+    for name, wanted in (("", banded.detach()), ("gradients", by_banded)):
+        found = (GRADIENTS if name else VECTORS)["banded_keys"](seen)
+        assert_close(found, wanted.transpose(1, 2).flatten(2).flatten(0, 1))
+        assert_close((GRADIENTS if name else VECTORS)["banded_keys_and_values"](seen)[:, :24], found)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_layers_know_how_fast_their_pairs_turn(model, tiny_dir):
+    """As the family's own tables say of the second token."""
+    network = load(tiny_dir / model)
+    arch = architecture(network.config.model_type)
+    for layer in arch.describe(network):
+        speeds = torch.tensor(layer.rotary_speeds)
+        if not layer.rotary_dim:
+            assert not layer.rotary_speeds
+            continue
+        kinds = () if layer.rotary_kind is None else (layer.rotary_kind,)
+        cos, sin = network.get_submodule(arch.rotary)(torch.zeros(1, 1), torch.tensor([[1]]), *kinds)
+        assert_close(torch.atan2(sin, cos)[0, 0], speeds.repeat(2))
+        assert layer.fast_pairs == int((speeds > FAST).sum()) < len(speeds)
+        assert sum(speed == 0 for speed in layer.speeds_without(layer.fast_pairs)) == layer.fast_pairs
 
 
 def test_tokens_give_the_moments_that_stand_beside_them(calibrated):

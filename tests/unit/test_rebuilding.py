@@ -85,7 +85,12 @@ def test_keys_are_rebuilt_as_torch_rebuilds_them(B, C, S, within, H, r, N, queri
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("B", "C", "S", "within", "H", "r", "N", "T"),
-    [(2, 1, 700, 3, 64, 64, 9, 1), (1, 2, 515, 4, 32, 16, 8, 1), (3, 4, 131, 2, 16, 16, 8, 2), (1, 1, 2, 4, 64, 64, 4, 1)],
+    [
+        (2, 1, 700, 3, 64, 64, 9, 1),
+        (1, 2, 515, 4, 32, 16, 8, 1),
+        (3, 4, 131, 2, 16, 16, 8, 2),
+        (1, 1, 2, 4, 64, 64, 4, 1),
+    ],
 )
 def test_queries_that_are_turned_meet_keys_that_are_not(B, C, S, within, H, r, N, T, dtype):
     """The same scores as those of keys that are rebuilt and rotated: from any position on, after padding, over part of the
@@ -111,7 +116,9 @@ def test_queries_that_are_turned_meet_keys_that_are_not(B, C, S, within, H, r, N
         wanted, _ = grouped_attention(q.double(), keys, numbers, mask if bias is None else mask + bias, scale=0.2)
         facts = {"scale": 0.2, "ages": ages, "sequences_B3": seen}
         mask_bias = None if bias is None else bias.float().clamp_min(-1e30)
-        turned = cpu_decode.decode_part(q, stored, stored, mask_bias, **facts, rebuild=way.rebuild(cos, sin, evenly=True))
+        turned = cpu_decode.decode_part(
+            q, stored, stored, mask_bias, **facts, rebuild=way.rebuild(cos, sin, evenly=True)
+        )
         rebuilt = cpu_decode.decode_part(q, stored, stored, mask_bias, **facts, rebuild=way.rebuild(cos, sin))
         assert distance(turned.averages.transpose(1, 2), wanted) < TOLERANCE[dtype] * 5
         if T == 1 and S > 2:  # of two queries it may be less work to rebuild keys

@@ -88,7 +88,7 @@ def test_unreadable_recipes(tmp_path):
 
 def test_a_preference_is_how_keys_are_stored():
     assert make_recipe(BASE | {"preset": "auto"}).width == {"method": "mla"}
-    small = {"method": "mla", "leading": 0, "recent_leading": 0}
+    small = {"method": "mla", "rope": "on_read", "leading": 0, "recent_leading": 0}
     assert make_recipe(BASE | {"preset": "auto", "prefer": "size"}).width == small
     own = {"preset": "auto", "prefer": "size", "width": {"method": "mla", "leading": 32}}
     assert make_recipe(BASE | own).width == small | {"leading": 32}
@@ -105,7 +105,7 @@ def test_layers_of_large_multi_head_models_keep_keys_and_values_apart():
     recipe = make_recipe(BASE | {"preset": "auto"})
     shape = Shape(name="llama2-7b", layers=1)
     layers = shape.arch.describe(empty_model(shape.arch, shape.config()))
-    assert suited(recipe, layers).width == {"method": "fisher", "rope": "on_read"}
+    assert suited(recipe, layers).width == {"method": "fisher", "rope": "banded"}
     grouped = [dataclasses.replace(layers[0], num_kv_heads=8)]
     assert suited(recipe, grouped) == recipe
 

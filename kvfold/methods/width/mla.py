@@ -39,7 +39,8 @@ class Mla(PredictedWidth):
     below: layers stand in runs of so many and one more, and each stores only what the numbers of those below it in its run do
         not say (`compression/prediction.py`); 0 for none.
     leading, recent_leading: the first so many numbers of each of those layers say it, which hold most of what there is; of
-        recent tokens so many. Every step reads them again, so that fewer are faster; 0 for all, which is smaller.
+        recent tokens so many. Every step reads them again, so that fewer are faster; 0 for all, which is smaller. Without
+        `leading` as many as leave a step fewer numbers to read than the original has (`compression/request.py`).
     kv_heads: as many numbers as so many source heads of keys and of values; 0 leaves the choice to the budget.
     multiple: stored widths are multiples of this.
     """
@@ -49,7 +50,7 @@ class Mla(PredictedWidth):
 
     rope: str = "banded"
     below: int = 3
-    leading: int = 96
+    leading: int | None = None
     recent_leading: int = 256
     kv_heads: int = 0
     multiple: int = 8
@@ -57,7 +58,7 @@ class Mla(PredictedWidth):
     def __post_init__(self) -> None:
         if self.rope not in ROPES:
             raise RecipeError(f"width.rope = {self.rope!r}; choose 'on_read' or 'banded'.")
-        if self.multiple < 1 or min(self.kv_heads, self.below, self.leading, self.recent_leading) < 0:
+        if self.multiple < 1 or min(self.kv_heads, self.below, self.leading or 0, self.recent_leading) < 0:
             raise RecipeError(
                 "width.multiple must be at least 1, width.kv_heads, width.below, width.leading and width.recent_leading at"
                 " least 0."

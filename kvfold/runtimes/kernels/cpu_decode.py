@@ -38,9 +38,7 @@ class HeadMap(NamedTuple):
     turn: Turn | None = None
 
     @classmethod
-    def of(
-        cls, weight_CFR: Tensor, bias_CF: Tensor | None, head_dim: int, speeds: tuple[float, ...] = ()
-    ) -> HeadMap:
+    def of(cls, weight_CFR: Tensor, bias_CF: Tensor | None, head_dim: int, speeds: tuple[float, ...] = ()) -> HeadMap:
         """speeds: of keys that turn slowly, in radians per token, for each pair."""
         offset = None if bias_CF is None else bias_CF.detach().float().contiguous()
         turn = Turn.of(weight_CFR.detach(), head_dim, speeds) if speeds else None
@@ -51,8 +49,8 @@ class HeadMap(NamedTuple):
         the first token on that counts."""
         if cos is None or sin is None:
             return Rebuild(self, None, None)
-        tables = (table if table[0].is_contiguous() else table.contiguous() for table in (cos, sin))
-        return Rebuild(self, *tables, evenly)
+        of_cos, of_sin = (table if table[0].is_contiguous() else table.contiguous() for table in (cos, sin))
+        return Rebuild(self, of_cos, of_sin, evenly)
 
 
 class Turn(NamedTuple):

@@ -44,7 +44,11 @@ def turning_functions(speeds: tuple[float, ...], tolerance: float) -> TurningFun
 def _needed(angle: float, tolerance: float) -> int:
     """How many functions leave no larger error, for angles from -angle to angle."""
     x = torch.linspace(-1, 1, POINTS, dtype=torch.float64)
-    exact, basis, shares = torch.stack([(angle * x).cos(), (angle * x).sin()]), _chebyshev(x), _shares(torch.tensor([angle]))
+    exact, basis, shares = (
+        torch.stack([(angle * x).cos(), (angle * x).sin()]),
+        _chebyshev(x),
+        _shares(torch.tensor([angle])),
+    )
     parts = shares * basis
     for count in range(1, NODES):
         found = torch.stack([parts[0:count:2].sum(0), parts[1:count:2].sum(0)])

@@ -113,7 +113,11 @@ class PageReader:
         keys, values = self._lying(kind, pages, batch)
         if not self._serves(kind, q, keys, values):
             return None
-        rebuild = None if maps is None else maps(keys.shape[3], kind == RECENT).rebuild(*attention.read_tables.of_all, evenly=True)
+        rebuild = (
+            None
+            if maps is None
+            else maps(keys.shape[3], kind == RECENT).rebuild(*attention.read_tables.of_all, evenly=True)
+        )
         return cpu_decode.decode_part(
             q, keys, values, self._bias(batch), scale=attention.scaling, softcap=attention.layer.softcap,
             sequences_B3=batch.seen(ages), ages=ages, rebuild=rebuild,

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.architectures.base import Architecture
 from kvfold.architectures._rotary import CHANGING
+from kvfold.architectures.base import Architecture
 from kvfold.errors import PlanError
 from kvfold.runtimes.kernels.rotary import by_speed
 

@@ -11,22 +11,32 @@
 
 namespace {
 
+struct Range {
+  int first, end;
+};
+
 template <typename T>
 struct Turning {
   const Rebuild &map;
   const Turn &turn;
   const int rows, functions, depth, half;  // rows: queries of a stored head
   Running<T> run;
-  std::vector<float> cos, sin, turned_cos, turned_sin, shares, made, constants;
+  std::vector<float> cos, sin, turned_cos, turned_sin, shares, made, unturned, constants;
   std::vector<int64_t> taken;  // of each stored head, for which tokens its queries are turned
   double turned_by = -1;
+  std::vector<Range> turning, still;  // numbers of a head
 
   // heads: stored ones of a task, each with `rows` queries.
   Turning(const Rebuild &map, int heads, int rows, int width, int block)
       : map(map), turn(*map.turn), rows(rows), functions(turn.functions), depth(pad(width, DEPTH)), half(map.rotated / 2),
         run(heads * rows * functions, rows * functions, width, 0, block), cos(half), sin(half), turned_cos(half),
         turned_sin(half), shares(functions * map.head_dim), made(int64_t(rows) * functions * depth),
-        constants(int64_t(heads) * rows * functions), taken(heads, -1) {}
+        unturned(int64_t(heads) * rows * depth), constants(int64_t(heads) * rows * functions), taken(heads, -1) {
+    int first = 0;
+    while (first < half && !turn.speeds[first]) ++first;
+    turning = {{first, half}, {half + first, 2 * half}};
+    still = {{0, first}, {half, half + first}, {2 * half, int(map.head_dim)}};
+  }
 
   void forget() { std::fill(taken.begin(), taken.end(), -1); }
 
@@ -54,6 +64,7 @@ struct Turning {
 
   // last: of these tokens, one whose place in the tables says where they stand.
   void take(int c, const float *q, int64_t row, int64_t head, int64_t tile, int64_t last) {
+    const bool is_first = taken[c] < 0;
     taken[c] = tile;
     middle(row * map.table_batch + last * map.rotated, last - tile * turn.tokens - (turn.tokens - 1) / 2.0);
     const int each = rows / map.heads;
@@ -62,7 +73,13 @@ struct Turning {
       const int64_t column = head * map.columns() + i / each * map.head_dim;
       const float *weights = turn.weights + column * depth;
       float *to = made.data() + int64_t(i) * functions * depth;
-      in_parts<REGISTERS / 4>(0, functions, [&](auto now, int k) { absorb<now>(k, weights, to + k * depth); });
+      float *same = unturned.data() + int64_t(c * rows + i) * depth;
+      if (is_first) {
+        std::fill(same, same + depth, 0.0f);
+        absorb<1>(still, 0, weights, same);
+      }
+      std::fill(std::copy(same, same + depth, to), to + functions * depth, 0.0f);
+      in_parts<REGISTERS / 4>(0, functions, [&](auto now, int k) { absorb<now>(turning, k, weights, to + k * depth); });
       for (int k = 0; k < functions; ++k) {
         float sum = 0;
         for (int f = 0; map.offset && f < map.head_dim; ++f) sum += shares[k * map.head_dim + f] * map.offset[column + f];
@@ -107,20 +124,22 @@ struct Turning {
     for (int f = map.rotated; f < map.head_dim; ++f) shares[f] = q[f];
   }
 
-  // COUNT functions from the k-th on: their shares times the map, [COUNT, depth].
+  // COUNT functions from the k-th on: their shares of some numbers times the map, added to [COUNT, depth].
   template <int COUNT>
-  void absorb(int k, const float *weights, float *to) {
+  void absorb(const std::vector<Range> &numbers, int k, const float *weights, float *to) {
     const float *share = shares.data() + k * map.head_dim;
     for (int r = 0; r < depth; r += 2 * LANES, weights += map.head_dim * 2 * LANES) {
-      Lanes sums[COUNT][2] = {};
-      for (int f = 0; f < map.head_dim; ++f) {
-        const Lanes a = in_register(load<Lanes>(weights + 2 * f * LANES));
-        const Lanes b = in_register(load<Lanes>(weights + (2 * f + 1) * LANES));
-        for (int i = 0; i < COUNT; ++i) {
-          sums[i][0] += share[i * map.head_dim + f] * a;
-          sums[i][1] += share[i * map.head_dim + f] * b;
+      Lanes sums[COUNT][2];
+      for (int i = 0; i < COUNT; ++i) std::memcpy(sums[i], to + i * depth + r, sizeof sums[i]);
+      for (const Range &range : numbers)
+        for (int f = range.first; f < range.end; ++f) {
+          const Lanes a = in_register(load<Lanes>(weights + 2 * f * LANES));
+          const Lanes b = in_register(load<Lanes>(weights + (2 * f + 1) * LANES));
+          for (int i = 0; i < COUNT; ++i) {
+            sums[i][0] += share[i * map.head_dim + f] * a;
+            sums[i][1] += share[i * map.head_dim + f] * b;
+          }
         }
-      }
       for (int i = 0; i < COUNT; ++i) std::memcpy(to + i * depth + r, sums[i], sizeof sums[i]);
     }
   }
