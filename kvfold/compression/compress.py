@@ -116,7 +116,11 @@ def _request(recipe: Recipe, source: Source, material: Material) -> Request:
     """
     everyone = (None,) * len(source.layers)
     asked = Request(
-        layers=source.layers, targets=everyone, axes=recipe.axes, dtype=source.dtype, limits=limits_of(recipe)
+        layers=source.layers,
+        targets=everyone,
+        axes=recipe.axes,
+        dtype=source.dtype,
+        limits=limits_of(recipe, material.num_samples * material.seq_len),
     )
     sample = material.sample() if asked.axes.depth.needs_sample else None
     request = dataclasses.replace(asked, targets=choose_layout(asked, kv_budget=recipe.kv_budget, sample=sample))

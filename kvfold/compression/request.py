@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,9 +24,12 @@ from kvfold.runtimes.base import runtime
 
 SIDES = ("keys", "values")
 
+TOKENS_EACH, MOST = 8, 1 << 20
+"""Calibration tokens that a number which predicts others wants at least: fewer are fitted, not predicted. No layer stores so
+many numbers as the second."""
 READ, FEWEST = 2 / 3, 8
-"""Such a share of the numbers that the source stores is read per token where predictions are to stay fast: SmolLM2 then decodes no slower
-than before (docs/results.md). Leading numbers come in multiples of the second."""
+"""Such a share of the numbers that the source stores a step reads per token where the recipe leaves open how many numbers
+predict a layer, and in multiples of so many."""
 
 Groups = Callable[[int], LayerGroup]
 """Owner's index -> the layers that use its cache, with what distortion is computed from."""
@@ -55,15 +59,17 @@ class Axes:
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """`keep_layers`: layers that store every number as it is. `min_width`: the least share of a layer's numbers to store.
-    `one_shape`: a layer's values are stored in the shape of its keys. `widths`: those of a stored head (empty: any)."""
+    `one_shape`: a layer's values are stored in the shape of its keys. `widths`: those of a stored head (empty: any).
+    `tokens`: of calibration, which say how many numbers can predict others."""
 
     keep_layers: tuple[int, ...] = ()
     min_width: float = 0.0
     one_shape: bool = False
     widths: tuple[int, ...] = ()
+    tokens: float = math.inf
 
 
-def limits_of(recipe: Any) -> Limits:
+def limits_of(recipe: Any, tokens: float = math.inf) -> Limits:
     """What a recipe says of them, and its runtime of whole heads of plain numbers."""
     where, axes = runtime(recipe.runtime), recipe.axes
     latents = len(axes.width.parts) == 1 or getattr(axes.width, "rebuilds_on_read", False)
@@ -73,6 +79,7 @@ def limits_of(recipe: Any) -> Limits:
         min_width=recipe.min_width,
         one_shape=where.one_shape and heads,
         widths=where.widths if heads else (),
+        tokens=tokens,
     )
 
 
@@ -212,10 +219,13 @@ class Request:
         spec, below = specs[layer.index], self.below(layer)
         if any(specs[i].k_bits and specs[i].k_bits.block > 1 for i in (layer.index, *below)):  # type: ignore[union-attr]
             return spec
-        width, leading = self.axes.width, self.leading(specs)
-        if leading is None or not below:
+        leading = self.leading(specs)
+        most = min(self.limits.tokens / TOKENS_EACH / max(len(below), 1), MOST) // FEWEST * FEWEST
+        if leading is None or not below or not most:
             return spec
-        spec = replace(spec, leading=leading, recent_leading=width.recent_leading if spec.recent else 0)
+        first = min(leading or MOST, most), min(self.axes.width.recent_leading or MOST, most)
+        counts = [0 if count == MOST else int(count) for count in first]
+        spec = replace(spec, leading=counts[0], recent_leading=counts[1] if spec.recent else 0)
         return replace(
             spec,
             predicted_from=below,

@@ -131,7 +131,7 @@ def test_what_is_left_is_what_least_squares_leave(fold, tiny_dir, tmp_path):
         left = x - known @ torch.linalg.lstsq(*rows).solution
         assert_close(form.left_TF, left, tolerance=1e-4)
         assert (left * root).square().sum() < 0.9 * (x * root).square().sum()
-        moments = (form.group.of_recent if age else form.group).moments(0)["weighted_keys_and_values"]
+        moments = (form.group.of_recent if age else form.group).moments(0)["weighted_banded_keys_and_values"]
         assert_close(moments.covariance_FF, (left * root).T @ (left * root), tolerance=1e-4)
 
 

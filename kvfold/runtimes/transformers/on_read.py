@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvfold.runtimes.kernels import cpu_decode
+from kvfold.runtimes.kernels.cpu import DTYPES
 from kvfold.runtimes.kernels.dispatch import rotated_heads
 from kvfold.runtimes.kernels.packed_tokens import Stored, read, read_all
 from kvfold.runtimes.kernels.rotary import apply_rotary
@@ -111,8 +112,10 @@ def heads_by_kernel(
 
 
 def _is_plain(projection: Any, dtype: torch.dtype) -> bool:
-    """Whether nobody has to see that it is used."""
-    if type(projection) is not GroupedLinear or (torch.is_grad_enabled() and projection.weight.requires_grad):
+    """Whether the kernel knows its numbers, and nobody has to see that it is used."""
+    if dtype not in DTYPES or type(projection) is not GroupedLinear:
+        return False
+    if torch.is_grad_enabled() and projection.weight.requires_grad:
         return False
     hooked = hasattr(projection, "_hf_hook") or getattr(projection, "_forward_hooks", None)
     return not hooked and projection.weight.dtype == dtype and projection.weight.device.type == "cpu"
