@@ -27,6 +27,9 @@ ALLOCATIONS = ("uniform", "greedy", "measured")
 PREFERENCES = {"size": "on_read", "speed": "applied"}
 """What to prefer -> how keys are stored; without it banded where a method has both, of what layers below store the leading
 numbers."""
+LEAST_BANDED = 1 / 12
+"""Share of the bytes below which keys are stored before rotation in all pairs where nothing says how: what is saved by storing
+some after it costs too much there (docs/log.md)."""
 WHAT = ("depth", "width", "bits")
 """Axes that say what a cache is made of; naming a method of one leaves the default preset aside."""
 TYPES: dict[Any, tuple[type, ...]] = {
@@ -180,6 +183,8 @@ def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
             tree[axis] = {"method": "identity"} | tree[axis]
     if tree.get("prefer") is not None:
         _prefer(tree)
+    if tree.get("width", {}).get("method") == "mla" and (tree.get("kv_budget") or 1.0) < LEAST_BANDED:
+        tree["width"] = {"rope": "on_read"} | tree["width"]
     tree["calibration"] = _build(Calibration, tree.get("calibration", {}), "calibration field")
     return _build(Recipe, tree, "recipe field")
 

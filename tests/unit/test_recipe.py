@@ -88,6 +88,10 @@ def test_unreadable_recipes(tmp_path):
 
 def test_a_preference_is_how_keys_are_stored():
     assert make_recipe(BASE | {"preset": "auto"}).width == {"method": "mla"}
+    assert make_recipe(BASE | {"preset": "auto", "kv_budget": "1/8"}).width == {"method": "mla"}
+    assert make_recipe(BASE | {"preset": "auto", "kv_budget": "1/16"}).width == {"method": "mla", "rope": "on_read"}
+    banded = {"preset": "auto", "kv_budget": "1/16", "width": {"method": "mla", "rope": "banded"}}
+    assert make_recipe(BASE | banded).width["rope"] == "banded"
     small = {"method": "mla", "rope": "on_read", "leading": 0, "recent_leading": 0}
     assert make_recipe(BASE | {"preset": "auto", "prefer": "size"}).width == small
     own = {"preset": "auto", "prefer": "size", "width": {"method": "mla", "leading": 32}}
