@@ -28,8 +28,8 @@ PREFERENCES = {"size": "on_read", "speed": "applied"}
 """What to prefer -> how keys are stored; without it banded where a method has both, of what layers below store the leading
 numbers."""
 LEAST_BANDED = 1 / 12
-"""Share of the bytes below which keys are stored before rotation in all pairs where nothing says how: what is saved by storing
-some after it costs too much there (docs/log.md)."""
+"""Share of the bytes below which keys are stored before rotation in all pairs where nothing says how: the time that storing
+some after it saves costs too much there (docs/log.md)."""
 WHAT = ("depth", "width", "bits")
 """Axes that say what a cache is made of; naming a method of one leaves the default preset aside."""
 TYPES: dict[Any, tuple[type, ...]] = {

@@ -70,10 +70,13 @@ def print_plan(plan: CachePlan, title: str) -> None:
             f" {plan.kv_read_bytes(BUDGET_CONTEXT) / BUDGET_CONTEXT:,.0f} bytes per token over {BUDGET_CONTEXT:,}."
         )
     if plan.position_bytes:
-        STDOUT.print(
+        fast = {spec.fast_pairs for spec in plan.owned if spec.rope == "on_read"}
+        how = (
             "Keys are stored before rotation; every step rotates (and rebuilds) what it reads."
-            f" {plan.position_bytes} bytes per token are the tokens' positions."
+            if fast == {0}
+            else f"Of keys the {max(fast)} fastest pairs are stored after rotation, the others before it."
         )
+        STDOUT.print(f"{how} {plan.position_bytes} bytes per token are the tokens' positions.")
 
 
 def print_processes(plan: CachePlan) -> None:

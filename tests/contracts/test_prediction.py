@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from kvfold.checkpoint.source import open_source
 from kvfold.compression.compress import layer_group
 from kvfold.compression.prediction import Prediction
 from kvfold.compression.recipe import make_recipe, material_of
+from kvfold.compression.request import Request, limits_of
 from kvfold.errors import PlanError
 from kvfold.evaluation.demo import MODEL
 from kvfold.linalg.regression import RIDGE
 from kvfold.plan.folded_weights import FoldedWeights
+from kvfold.plan.number_format import NumberFormat, StoredShape
 from kvfold.plan.plan import CachePlan
 from kvfold.runtimes import reference
 from kvfold.runtimes.kernels.dispatch import pack
@@ -66,6 +69,28 @@ def test_the_model_equals_the_oracle(fold, model, length):
     assert folded.plan.predicts or model in TWO_KINDS
     network, ids = load(folded.out, dtype=torch.float64), tokens(2, 20)
     assert_close(logits(network, ids), logits_by_the_oracle(network, ids), tolerance=1e-3)
+
+
+def test_how_many_numbers_predict_a_layer(tiny_dir):
+    """As many as let a step read two thirds of the source's numbers on average, and no more than there are tokens for."""
+    source = open_source(tiny_dir / "llama_yarn")
+    layers = [dataclasses.replace(source.layers[0], index=i, num_kv_heads=3, head_dim=64) for i in range(8)]
+
+    def plan(own, tokens=math.inf, **width):
+        asked = recipe("model", "out", "recent", width={"leading": None, "recent_leading": 256} | width)
+        limits = limits_of(asked, tokens)
+        request = Request(layers=layers, targets=(None,) * 8, axes=asked.axes, dtype="bfloat16", limits=limits)
+        shape = StoredShape(1, own, NumberFormat(tiers=((own, 4),)))
+        return request.plan({(i, part): shape for i in range(8) for part in request.parts_of(layers[i])})
+
+    found = plan(104)
+    assert {spec.leading for spec in found.owned if spec.predicted_from} == {96}  # (2/3 * 384 - 104) / 1.5, in eights
+    assert sum(spec.head_dim + spec.predictors for spec in found.owned) / 8 <= 2 / 3 * 384
+    assert not plan(256).predicts
+    few = plan(104, tokens=1024)
+    assert [spec.leading for spec in few.owned] == [0, 96, 64, 40] * 2 and max(s.predictors for s in few.owned) <= 128
+    assert {spec.leading for spec in plan(104, leading=0).owned} == {0}
+    assert not plan(104, tokens=60).predicts
 
 
 @torch.no_grad()

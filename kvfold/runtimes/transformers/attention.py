@@ -36,7 +36,7 @@ from kvfold.runtimes.kernels.packed_tokens import (
 from kvfold.runtimes.kernels.rotary import apply_rotary, by_speed
 from kvfold.runtimes.transformers.attention_by_age import AttentionByAge
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
-from kvfold.runtimes.transformers.on_read import Heads, KeysOnRead, all_keys, all_values, value_map
+from kvfold.runtimes.transformers.on_read import Heads, KeysOnRead, all_keys, all_values, slow_tables, value_map
 from kvfold.runtimes.transformers.projections import projections
 
 
@@ -109,7 +109,7 @@ class FoldedAttention(AttentionByAge):
             if cache is not None:
                 state = state or ForwardState()
                 tables = state.tables_of_all(hidden_states, kwargs.get("position_ids"), cache, self.layer.rotary_kind)
-            tables = self._of_slow_pairs(tables, state)
+            tables = slow_tables(self, tables, state)
         evenly = state is not None and state.positions_BS is not None and state.once("evenly", state.turns_evenly)
         wants_probs = bool(kwargs.get("output_attentions"))
         out_BTNH, probs = self._read(q, z, y, mask, tables, wants_probs=wants_probs, evenly=evenly)
@@ -118,17 +118,6 @@ class FoldedAttention(AttentionByAge):
     @property
     def _rotates_on_read(self) -> bool:
         return self.spec.rope == "on_read" and (self.spec.readers_rotate or self.owner == self.layer_idx)
-
-    def _by_speed(self, cos: Tensor, sin: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        return by_speed(cos, sin, self.spec.fast_pairs)
-
-    def _of_slow_pairs(self, tables: Any, state: ForwardState | None) -> Any:
-        """What is left to turn of keys that are read."""
-        if tables is None or not self.spec.fast_pairs:
-            return tables
-        if state is None:
-            return self._by_speed(*tables)[1]
-        return state.once(("slow", self.layer.rotary_kind, self.spec.fast_pairs), lambda: self._by_speed(*tables)[1])
 
     def _read(
         self,
@@ -214,7 +203,9 @@ class FoldedAttention(AttentionByAge):
         heads = self.spec.num_kv_heads if self.k_a_proj is None else self.made_heads
         z = self._heads(self.k_proj(hidden_BTD), heads, self.k_norm)
         if rotary is not None and (self.spec.rope == "applied" or self.spec.fast_pairs):
-            z = apply_rotary(z, *(rotary if self.spec.rope == "applied" else self._by_speed(*rotary)[0]))
+            z = apply_rotary(
+                z, *(rotary if self.spec.rope == "applied" else by_speed(*rotary, self.spec.fast_pairs)[0])
+            )
         if self.spec.shared_latent:
             y = None
         elif self.v_a_proj is None:

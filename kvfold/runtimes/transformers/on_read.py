@@ -13,7 +13,8 @@ from kvfold.runtimes.kernels import cpu_decode
 from kvfold.runtimes.kernels.cpu import DTYPES
 from kvfold.runtimes.kernels.dispatch import rotated_heads
 from kvfold.runtimes.kernels.packed_tokens import Stored, read, read_all
-from kvfold.runtimes.kernels.rotary import apply_rotary
+from kvfold.runtimes.kernels.rotary import apply_rotary, by_speed
+from kvfold.runtimes.transformers.forward_state import ForwardState
 from kvfold.runtimes.transformers.projections import GroupedLinear
 
 Heads = Callable[[int, int], Tensor]
@@ -54,6 +55,19 @@ class KeysOnRead:
 
     def _newest(self, tokens: int) -> tuple[Tensor, Tensor] | None:
         return None if self.tables is None else (self.tables[0][:, -tokens:], self.tables[1][:, -tokens:])
+
+
+def slow_tables(
+    attention: Any, tables: tuple[Tensor, Tensor] | None, state: ForwardState | None
+) -> tuple[Tensor, Tensor] | None:
+    """What is left to turn of keys that are read, where fast pairs are stored after rotation."""
+    fast_pairs = attention.spec.fast_pairs
+    if tables is None or not fast_pairs:
+        return tables
+    if state is None:
+        return by_speed(tables[0], tables[1], fast_pairs)[1]
+    kind = attention.layer.rotary_kind
+    return state.once(("slow", kind, fast_pairs), lambda: by_speed(tables[0], tables[1], fast_pairs)[1])
 
 
 def head_maps(attention: Any, way: str, dtype: torch.dtype) -> Callable[[int, bool], cpu_decode.HeadMap] | None:
