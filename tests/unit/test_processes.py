@@ -124,7 +124,7 @@ def test_each_process_gives_its_tokens(folded, tmp_path):
     fields = {name: recipe[name] for name in ("model", "calibration")} | {"width": {"method": "mla"}, "kv_budget": 0.25}
     kvfold.compress(fields | {"out": str(tmp_path / "one")}, device="cpu")
     in_two_processes(tmp_path, "compress", fields | {"out": str(tmp_path / "two")})
-    for name in ("tokens_of_keys_and_values", "weights_of_keys_and_values"):
+    for name in ("tokens_of_banded_keys_and_values", "weights_of_banded_keys_and_values"):
         one, two = (
             load_file(next(tmp_path.glob(f"{run}.run/statistics-*")) / "layer-00001.safetensors")[name]
             for run in ("one", "two")

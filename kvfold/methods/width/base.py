@@ -97,7 +97,7 @@ class WidthMethod(ABC):
     ordered: ClassVar[bool] = False
     two_forms: ClassVar[bool] = False
     below = 0
-    leading: int | None = 0
+    leading = 0
     recent_leading = 0
 
     @abstractmethod

@@ -50,7 +50,7 @@ class Mla(PredictedWidth):
 
     rope: str = "banded"
     below: int = 3
-    leading: int | None = None
+    leading: int | None = None  # type: ignore[assignment]
     recent_leading: int = 256
     kv_heads: int = 0
     multiple: int = 8
