@@ -18,8 +18,9 @@ STEPS = {
 }
 """Prompts at once; in other pieces, in small pages; so few pages that requests wait, or are begun anew."""
 RECORDED = ("auto", "int4", "unequal_groups")
-CLOSE = 1e-2
-"""Of log-probabilities: a code of one or two bits that falls to the other side of a rounding is worth so much."""
+CLOSE = 2e-2
+"""Of log-probabilities: a code of few bits that falls to the other side of a rounding is worth so much, and which ones do
+depends on the processor (0.014 without AVX-512)."""
 
 
 @pytest.fixture(scope="module")
