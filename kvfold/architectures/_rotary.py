@@ -11,6 +11,11 @@ CHANGING = frozenset({"dynamic", "longrope"})
 """Kinds of rope scaling whose tables depend on the length of a sequence: keys that are stored turned would keep old ones."""
 
 
+def rope_types(module: Any) -> Mapping[str | None, str]:
+    """Kind of rotation -> its rope_type, of a rotary module."""
+    return module.rope_type if isinstance(module.rope_type, dict) else {None: module.rope_type}
+
+
 def rotary_speeds(module: Any) -> Mapping[str | None, tuple[float, ...]]:
     """Kind of rotation -> radians per token of each pair, of a rotary module that may be on the meta device; nothing for
     kinds whose tables change."""
@@ -18,9 +23,8 @@ def rotary_speeds(module: Any) -> Mapping[str | None, tuple[float, ...]]:
         return {}
     with torch.device("cpu"):
         made = type(module)(config=module.config)
-    kinds = made.rope_type if isinstance(made.rope_type, dict) else {None: made.rope_type}
     return {
         kind: tuple(getattr(made, "inv_freq" if kind is None else f"{kind}_inv_freq").tolist())
-        for kind, rope_type in kinds.items()
+        for kind, rope_type in rope_types(made).items()
         if rope_type not in CHANGING
     }

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvfold.runtimes.kernels.rotary import apply_rotary, by_speed
+from kvfold.runtimes.kernels.rotary import apply_rotary, slow_tables
 
 
 class Seen(NamedTuple):
@@ -56,7 +56,7 @@ class Seen(NamedTuple):
         """Those that leave the fast pairs as they are."""
         if self.cos is None or self.sin is None:
             return self.cos, self.sin
-        return by_speed(self.cos, self.sin, self.fast_pairs)[1]
+        return slow_tables(self.cos, self.sin, self.fast_pairs)
 
     def detached(self) -> Seen:
         """Without the graph that gradients need."""

@@ -14,7 +14,7 @@ from kvfold.compression.recipe import make_recipe, material_of
 from kvfold.linalg.eigen import Moment
 from kvfold.linalg.sensitivity import TOKENS, WEIGHTED, sensitivities
 from kvfold.plan.layer import FAST
-from kvfold.runtimes.kernels.rotary import apply_rotary, by_speed
+from kvfold.runtimes.kernels.rotary import apply_rotary, rotate_fast, slow_tables
 from kvfold.testing import assert_close
 
 ALL = frozenset(STATISTICS)
@@ -82,9 +82,8 @@ def test_banded_keys_are_turned_in_fast_pairs_only(stretch):
     angles = torch.randn(1, 5, 4, dtype=torch.float64).repeat(1, 1, 2)
     cos, sin = angles.cos() * stretch, angles.sin() * stretch
     k, v, g = (torch.randn(2, 3, 5, 8, dtype=torch.float64) for _ in range(3))
-    fast, slow = by_speed(cos, sin, 1)
-    banded = apply_rotary(k, *fast).requires_grad_()
-    turned = apply_rotary(banded, *slow)
+    banded = rotate_fast(k, cos, sin, 1).requires_grad_()
+    turned = apply_rotary(banded, *slow_tables(cos, sin, 1))
     assert torch.equal(turned[..., [0, 4]], apply_rotary(k, cos, sin)[..., [0, 4]])
     assert_close(turned, apply_rotary(k, cos, sin))
     seen = Seen(k, turned.detach(), v, cos, sin, 1, k_gradient=g, v_gradient=g)

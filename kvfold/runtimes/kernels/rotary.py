@@ -6,14 +6,22 @@ import torch
 from torch import Tensor
 
 
-def by_speed(cos: Tensor, sin: Tensor, fast_pairs: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Tables that turn the first `fast_pairs` pairs of a head and leave the others as they are, and tables that turn the
-    others."""
+def slow_tables(cos: Tensor, sin: Tensor, fast_pairs: int) -> tuple[Tensor, Tensor]:
+    """Tables that leave the first `fast_pairs` pairs of a head as they are."""
     pair = torch.arange(cos.shape[-1], device=cos.device) % (cos.shape[-1] // 2)
     fast = pair < fast_pairs
-    still, none = torch.ones_like(cos), torch.zeros_like(sin)
-    turned = torch.where(fast, cos, still), torch.where(fast, sin, none)
-    return turned, (torch.where(fast, still, cos), torch.where(fast, none, sin))
+    return torch.where(fast, torch.ones_like(cos), cos), torch.where(fast, torch.zeros_like(sin), sin)
+
+
+def rotate_fast(x_BNTH: Tensor, cos_BTr: Tensor, sin_BTr: Tensor, fast_pairs: int) -> Tensor:
+    """Rotate the first `fast_pairs` pairs of each head only."""
+    cos, sin, half = cos_BTr.unsqueeze(1), sin_BTr.unsqueeze(1), cos_BTr.shape[-1] // 2
+    first, second = slice(fast_pairs), slice(half, half + fast_pairs)
+    a, b = x_BNTH[..., first], x_BNTH[..., second]
+    turned_a = a * cos[..., first] - b * sin[..., first]
+    turned_b = b * cos[..., second] + a * sin[..., second]
+    parts = turned_a, x_BNTH[..., fast_pairs:half], turned_b, x_BNTH[..., half + fast_pairs :]
+    return torch.cat([part.to(x_BNTH.dtype) for part in parts], dim=-1)  # some tables are float32
 
 
 def apply_rotary(x_BNTH: Tensor, cos_BTr: Tensor, sin_BTr: Tensor) -> Tensor:

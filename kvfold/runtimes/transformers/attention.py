@@ -33,10 +33,10 @@ from kvfold.runtimes.kernels.packed_tokens import (
     side_by_side,
     with_gradient,
 )
-from kvfold.runtimes.kernels.rotary import apply_rotary, by_speed
+from kvfold.runtimes.kernels.rotary import apply_rotary, rotate_fast
 from kvfold.runtimes.transformers.attention_by_age import AttentionByAge
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
-from kvfold.runtimes.transformers.on_read import Heads, KeysOnRead, all_keys, all_values, slow_tables, value_map
+from kvfold.runtimes.transformers.on_read import Heads, KeysOnRead, all_keys, all_values, tables_on_read, value_map
 from kvfold.runtimes.transformers.projections import projections
 
 
@@ -109,7 +109,7 @@ class FoldedAttention(AttentionByAge):
             if cache is not None:
                 state = state or ForwardState()
                 tables = state.tables_of_all(hidden_states, kwargs.get("position_ids"), cache, self.layer.rotary_kind)
-            tables = slow_tables(self, tables, state)
+            tables = tables_on_read(self, tables, state)
         evenly = state is not None and state.positions_BS is not None and state.once("evenly", state.turns_evenly)
         wants_probs = bool(kwargs.get("output_attentions"))
         out_BTNH, probs = self._read(q, z, y, mask, tables, wants_probs=wants_probs, evenly=evenly)
@@ -202,10 +202,10 @@ class FoldedAttention(AttentionByAge):
         """What the T new tokens add to the cache: z [B, C, T, E], y [B, U, T, G], which a shared latent is at once."""
         heads = self.spec.num_kv_heads if self.k_a_proj is None else self.made_heads
         z = self._heads(self.k_proj(hidden_BTD), heads, self.k_norm)
-        if rotary is not None and (self.spec.rope == "applied" or self.spec.fast_pairs):
-            z = apply_rotary(
-                z, *(rotary if self.spec.rope == "applied" else by_speed(*rotary, self.spec.fast_pairs)[0])
-            )
+        if rotary is not None and self.spec.rope == "applied":
+            z = apply_rotary(z, *rotary)
+        elif rotary is not None and self.spec.fast_pairs:
+            z = rotate_fast(z, *rotary, self.spec.fast_pairs)
         if self.spec.shared_latent:
             y = None
         elif self.v_a_proj is None:

@@ -13,7 +13,7 @@ from kvfold.runtimes.kernels import cpu_decode
 from kvfold.runtimes.kernels.cpu import DTYPES
 from kvfold.runtimes.kernels.dispatch import rotated_heads
 from kvfold.runtimes.kernels.packed_tokens import Stored, read, read_all
-from kvfold.runtimes.kernels.rotary import apply_rotary, by_speed
+from kvfold.runtimes.kernels.rotary import apply_rotary, slow_tables
 from kvfold.runtimes.transformers.forward_state import ForwardState
 from kvfold.runtimes.transformers.projections import GroupedLinear
 
@@ -57,7 +57,7 @@ class KeysOnRead:
         return None if self.tables is None else (self.tables[0][:, -tokens:], self.tables[1][:, -tokens:])
 
 
-def slow_tables(
+def tables_on_read(
     attention: Any, tables: tuple[Tensor, Tensor] | None, state: ForwardState | None
 ) -> tuple[Tensor, Tensor] | None:
     """What is left to turn of keys that are read, where fast pairs are stored after rotation."""
@@ -65,9 +65,9 @@ def slow_tables(
     if tables is None or not fast_pairs:
         return tables
     if state is None:
-        return by_speed(tables[0], tables[1], fast_pairs)[1]
+        return slow_tables(*tables, fast_pairs)
     kind = attention.layer.rotary_kind
-    return state.once(("slow", kind, fast_pairs), lambda: by_speed(tables[0], tables[1], fast_pairs)[1])
+    return state.once(("slow", kind, fast_pairs), lambda: slow_tables(*tables, fast_pairs))
 
 
 def head_maps(attention: Any, way: str, dtype: torch.dtype) -> Callable[[int, bool], cpu_decode.HeadMap] | None:

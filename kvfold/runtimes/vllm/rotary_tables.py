@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.architectures._rotary import CHANGING
+from kvfold.architectures._rotary import CHANGING, rope_types
 from kvfold.architectures.base import Architecture
 from kvfold.errors import PlanError
-from kvfold.runtimes.kernels.rotary import by_speed
+from kvfold.runtimes.kernels.rotary import slow_tables
 
 
 class RotaryTables:
@@ -23,7 +23,7 @@ class RotaryTables:
     def of_slow(self, fast_pairs: int) -> RotaryTables:
         """Those that leave the first pairs of a head as they are."""
         if fast_pairs not in self.slow:
-            slow = by_speed(self.cos_Sr, self.sin_Sr, fast_pairs)[1]
+            slow = slow_tables(self.cos_Sr, self.sin_Sr, fast_pairs)
             self.slow[fast_pairs] = RotaryTables(*slow) if fast_pairs else self
         return self.slow[fast_pairs]
 
@@ -47,8 +47,7 @@ def rotary_tables(
         return {}
     kinds = {layer.rotary_kind for layer in arch.describe(model)}
     old = model.get_submodule(arch.rotary)
-    kinds_of_rope = old.rope_type if isinstance(old.rope_type, dict) else {None: old.rope_type}
-    if changing := sorted({*kinds_of_rope.values()} & CHANGING):
+    if changing := sorted({*rope_types(old).values()} & CHANGING):
         raise PlanError(
             f"rope_type {changing[0]}: cos and sin change with the length of a sequence; packed pages are read with those of"
             " one length; serve it in transformers."
