@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,9 +23,8 @@ from kvfold.runtimes.base import runtime
 
 SIDES = ("keys", "values")
 
-TOKENS_EACH, MOST = 8, 1 << 20
-"""Calibration tokens that a number which predicts others wants at least: fewer are fitted, not predicted. No layer stores so
-many numbers as the second."""
+TOKENS_EACH = 8
+"""Calibration tokens that a number which predicts others wants at least: fewer are fitted, not predicted."""
 READ, FEWEST = 2 / 3, 8
 """Such a share of the numbers that the source stores a step reads per token where the recipe leaves open how many numbers
 predict a layer, and in multiples of so many."""
@@ -66,10 +64,10 @@ class Limits:
     min_width: float = 0.0
     one_shape: bool = False
     widths: tuple[int, ...] = ()
-    tokens: float = math.inf
+    tokens: int | None = None
 
 
-def limits_of(recipe: Any, tokens: float = math.inf) -> Limits:
+def limits_of(recipe: Any, tokens: int | None = None) -> Limits:
     """What a recipe says of them, and its runtime of whole heads of plain numbers."""
     where, axes = runtime(recipe.runtime), recipe.axes
     latents = len(axes.width.parts) == 1 or getattr(axes.width, "rebuilds_on_read", False)
@@ -215,17 +213,23 @@ class Request:
         left = READ * source - sum(spec.head_dim for spec in specs.values())
         return int(left / below) // FEWEST * FEWEST or None if left > 0 else None
 
+    def _most(self, below: int) -> int | None:
+        """How many numbers of each of so many layers there are calibration tokens for; None for any."""
+        if self.limits.tokens is None or not below:
+            return None
+        return self.limits.tokens // (TOKENS_EACH * below) // FEWEST * FEWEST
+
     def _predicted(self, layer: AttentionLayer, specs: Mapping[int, CacheSpec]) -> CacheSpec:
         spec, below = specs[layer.index], self.below(layer)
         if any(specs[i].k_bits and specs[i].k_bits.block > 1 for i in (layer.index, *below)):  # type: ignore[union-attr]
             return spec
         leading = self.leading(specs)
-        most = min(self.limits.tokens / TOKENS_EACH / max(len(below), 1), MOST) // FEWEST * FEWEST
-        if leading is None or not below or not most:
+        most = self._most(len(below))
+        if leading is None or not below or most == 0:
             return spec
-        first = min(leading or MOST, most), min(self.axes.width.recent_leading or MOST, most)
-        counts = [0 if count == MOST else int(count) for count in first]
-        spec = replace(spec, leading=counts[0], recent_leading=counts[1] if spec.recent else 0)
+        recent = self.axes.width.recent_leading if spec.recent else None
+        first = [0 if x is None else x if most is None else min(x or most, most) for x in (leading, recent)]
+        spec = replace(spec, leading=first[0], recent_leading=first[1])
         return replace(
             spec,
             predicted_from=below,

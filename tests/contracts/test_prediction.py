@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 
 import pytest
 import torch
@@ -76,7 +75,7 @@ def test_how_many_numbers_predict_a_layer(tiny_dir):
     source = open_source(tiny_dir / "llama_yarn")
     layers = [dataclasses.replace(source.layers[0], index=i, num_kv_heads=3, head_dim=64) for i in range(8)]
 
-    def plan(own, tokens=math.inf, **width):
+    def plan(own, tokens=None, **width):
         asked = recipe("model", "out", "recent", width={"leading": None, "recent_leading": 256} | width)
         limits = limits_of(asked, tokens)
         request = Request(layers=layers, targets=(None,) * 8, axes=asked.axes, dtype="bfloat16", limits=limits)
