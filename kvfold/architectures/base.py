@@ -25,9 +25,10 @@ from kvfold.plan.naming import MODEL_TYPE_PREFIX
 class Architecture(ABC):
     """One Hugging Face model_type. The defaults describe the Llama layout, which most families share.
 
-    `layers` and `attention` lead from the causal model to one layer's attention module, `rotary` to the module that makes cos
-    and sin; `passes_keywords` says whether a forward's keyword arguments reach attention, `keeps_documents_apart` whether
-    positions that begin again start a document that sees nothing of the one before; `attn_implementation` names the only one
+    `layers` and `attention` lead from the causal model to one layer's attention module, `output` from there to the projection
+    behind its heads, `rotary` to the module that makes cos and sin; `passes_keywords` says whether a forward's keyword
+    arguments reach attention, `keeps_documents_apart` whether positions that begin again start a document that sees nothing
+    of the one before; `attn_implementation` names the only one
     that the family has, if it does not take others from transformers' AttentionInterface; `no_stock_gqa` is why the family
     has no stock grouped-query class, if it has none; `mlp_in` and `mlp_out`
     lead from a layer to the projections whose rows and whose columns are the MLP's neurons.
@@ -37,6 +38,7 @@ class Architecture(ABC):
     causal_lm: ClassVar[str]
     layers: ClassVar[str] = "model.layers"
     attention: ClassVar[str] = "self_attn"
+    output: ClassVar[str] = "o_proj"
     rotary: ClassVar[str | None] = "model.rotary_emb"
     passes_keywords: ClassVar[bool] = True
     keeps_documents_apart: ClassVar[bool] = True

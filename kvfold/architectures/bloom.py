@@ -21,6 +21,7 @@ class Bloom(Architecture):
     )
     layers = "transformer.h"
     attention = "self_attention"
+    output = "dense"
     rotary = None
     keeps_documents_apart = False
     passes_keywords = False

@@ -17,6 +17,7 @@ class Gpt2(Architecture):
     no_stock_gqa = "GPTBigCode, the stock class of its arithmetic, shares one key/value head between all or none."
     layers = "transformer.h"
     attention = "attn"
+    output = "c_proj"
     rotary = None
     mlp_in = ()
 

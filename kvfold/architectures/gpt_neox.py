@@ -17,6 +17,7 @@ class GPTNeoX(Architecture):
     no_stock_gqa = "its own has as many key/value heads as query heads."
     layers = "gpt_neox.layers"
     attention = "attention"
+    output = "dense"
     rotary = "gpt_neox.rotary_emb"
     mlp_in = ("mlp.dense_h_to_4h",)
     mlp_out = "mlp.dense_4h_to_h"

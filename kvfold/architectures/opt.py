@@ -16,6 +16,7 @@ class Opt(Architecture):
     causal_lm = "OPTForCausalLM"
     no_stock_gqa = "no stock class with learned positions shares key/value heads between some query heads."
     layers = "model.decoder.layers"
+    output = "out_proj"
     rotary = None
     keeps_documents_apart = False
     mlp_in = ()

@@ -43,11 +43,14 @@ class StreamedModel:
     """A checkpoint's model on the meta device, of which single parts get their weights when they run.
 
     `recent`: gradients are by keys and values as queries see them that stand at least so many tokens behind, and apart from
-    those as all others see them, where the family's attention is observed through transformers' interface.
+    those as all others see them, where the family's attention is observed through transformers' interface. `outputs`:
+    gradients are by what attention gives to the projection behind it as well.
     """
 
-    def __init__(self, checkpoint: Checkpoint, arch: Architecture, device: str, recent: int = 0) -> None:
-        self.recent = recent
+    def __init__(
+        self, checkpoint: Checkpoint, arch: Architecture, device: str, recent: int = 0, *, outputs: bool = False
+    ) -> None:
+        self.recent, self.outputs = recent, outputs
         config = source_config(arch, checkpoint.config)
         config._attn_implementation = arch.attn_implementation or _register_observed_attention()
         self.checkpoint, self.arch, self.device = checkpoint, arch, device
@@ -182,9 +185,14 @@ class StreamedModel:
             q = q if scaling == layer.scaling else q * (scaling / layer.scaling)
             found.append(Seen(q, k, v, cos, sin, layer.fast_pairs, **recent))
 
-        hook = None
+        def with_output(projection: Any, args: tuple[Tensor, ...]) -> None:
+            found[-1] = found[-1]._replace(out=args[0])
+
+        hooks, attention = [], getattr(module, self.arch.attention)
+        if self.outputs:
+            hooks.append(getattr(attention, self.arch.output).register_forward_pre_hook(with_output))
         if self.arch.attn_implementation:
-            hook = self.arch.watch(getattr(module, self.arch.attention), observer)
+            hooks.append(self.arch.watch(attention, observer))
         else:
             call = call | {"kvfold_observer": observer, "kvfold_recent": self.recent}
 
@@ -193,7 +201,7 @@ class StreamedModel:
             return out[0] if isinstance(out, tuple) else out, found.pop()
 
         yield run
-        if hook is not None:
+        for hook in hooks:
             hook.remove()
         _unload(module)
 

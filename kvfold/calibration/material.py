@@ -21,7 +21,7 @@ from kvfold.calibration.layerwise_model import StreamedModel
 from kvfold.calibration.observing import OF_TOKENS, SENSITIVITIES
 from kvfold.calibration.statistics import VECTORS, Seen
 from kvfold.checkpoint.atomic import make_folder, write_tensors
-from kvfold.checkpoint.source import Source, read_layer, warn_if_too_long
+from kvfold.checkpoint.source import Source, context_len, read_layer, warn_if_too_long
 from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.errors import CheckpointError, DataError
 from kvfold.linalg.eigen import Moment
@@ -49,6 +49,9 @@ NUM_LONG, LONG = 16, 1024
 """The same where rotated keys are seen, which differ from position to position, and where tokens far behind are told apart
 from recent ones: only long text has them."""
 
+FEW = 8
+"""Sequences that are repeated to learn which heads look back."""
+
 POOL = 8
 """`select: diverse` chooses among so many times the sequences that are wanted."""
 
@@ -58,7 +61,7 @@ class Material:
     """The calibration text of one recipe, and what is made of it when a method asks.
 
     `width`: the method whose needs choose how much text is taken where nothing says so. `asked_by`: what to name where
-    text is missing.
+    text is missing. `looks_back`: text must be long enough to show which heads do.
     """
 
     calibration: Calibration
@@ -68,11 +71,12 @@ class Material:
     asked_by: str
     seed: int = 0
     recent: int = 0
+    looks_back: bool = False
     device: str = "cpu"
 
     def __post_init__(self) -> None:
         rotated = bool(self.width.needs & ROTATED) and any(layer.rotary_dim for layer in self.source.layers)
-        is_long = rotated or self.recent > 0
+        is_long = rotated or self.recent > 0 or self.looks_back
         self.num_samples = self.calibration.num_samples or (NUM_LONG if is_long else NUM_SAMPLES)
         self.seq_len = self.calibration.seq_len or min(LONG if is_long else SEQ_LEN, self.source.seq_len)
 
@@ -123,6 +127,12 @@ class Material:
     def tokens(self) -> Tensor:
         """[num_samples, seq_len] calibration tokens. Raises DataError where the recipe names no text."""
         return self._tokens
+
+    def contexts(self) -> Tensor:
+        """FEW calibration sequences, no longer than the model can read twice."""
+        tokens_BT = self.tokens()
+        longest = context_len(self.source.checkpoint.config) or 2 * tokens_BT.shape[1]
+        return tokens_BT[:FEW, : longest // 2]
 
     @functools.cached_property
     def _tokens(self) -> Tensor:

@@ -17,7 +17,8 @@ class Seen(NamedTuple):
 
     k_gradient, v_gradient: of sampled labels' log-probabilities by k and v (`layerwise_model.py`), where they are asked for.
     recent_k, recent_v: the same numbers as queries see them that stand close by, where those are told apart: k and v are then
-    what all other queries see, and so are the gradients.
+    what all other queries see, and so are the gradients. out [B, T, N*H]: what attention gives to the projection behind it,
+    where its gradient is asked for.
     """
 
     q: Tensor
@@ -32,11 +33,13 @@ class Seen(NamedTuple):
     recent_v: Tensor | None = None
     recent_k_gradient: Tensor | None = None
     recent_v_gradient: Tensor | None = None
+    out: Tensor | None = None
+    out_gradient: Tensor | None = None
 
     @property
     def differentiated(self) -> dict[str, Tensor]:
         """By what gradients are taken, with the name that each gets."""
-        parts = {"k": self.k, "v": self.v, "recent_k": self.recent_k, "recent_v": self.recent_v}
+        parts = {"k": self.k, "v": self.v, "recent_k": self.recent_k, "recent_v": self.recent_v, "out": self.out}
         return {f"{name}_gradient": part for name, part in parts.items() if part is not None}
 
     @property
@@ -60,7 +63,9 @@ class Seen(NamedTuple):
 
     def detached(self) -> Seen:
         """Without the graph that gradients need."""
-        return self._replace(q=self.q.detach(), k=self.k.detach(), v=self.v.detach(), recent_k=None, recent_v=None)
+        return self._replace(
+            q=self.q.detach(), k=self.k.detach(), v=self.v.detach(), recent_k=None, recent_v=None, out=None
+        )
 
 
 def _flat(x_BKTH: Tensor) -> Tensor:

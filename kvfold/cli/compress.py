@@ -6,6 +6,7 @@ from typing import Any
 
 from kvfold.cli.options import (
     CalibrationData,
+    Context,
     Device,
     KeepLayers,
     KeepParameters,
@@ -41,6 +42,7 @@ def command(
     preset: PresetName = None,
     runtime: Runtime = None,
     device: Device = "auto",
+    context: Context = None,
     target_kl: TargetKl = None,
     prefer: Prefer = None,
     keep_layers: KeepLayers = None,
@@ -65,6 +67,7 @@ def command(
     fields: dict[str, Any] = {"model": model, "out": out, "preset": preset, "kv_budget": kv_budget, "seed": seed}
     fields |= {
         "target_kl": target_kl,
+        "context_len": context,
         "runtime": runtime,
         "prefer": prefer,
         "min_width": min_width,

@@ -38,6 +38,15 @@ def command(
             show_default=False,
         ),
     ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            help="What does a cache of so many tokens still know? Lengths: 1024,4096. Contexts are stretches of --data; behind"
+            " each, its continuation, facts, passages and pairs are asked for.",
+            show_default=False,
+        ),
+    ] = None,
+    sequences: Annotated[int, typer.Option(help="Contexts of --context.", min=2)] = 16,
     max_tokens: Annotated[
         int | None, typer.Option(help="Use at most this many tokens of a text.", min=2, show_default=False)
     ] = None,
@@ -45,18 +54,26 @@ def command(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Measure what a folded model lost: on texts (loss, perplexity, KL, top-1 agreement), on tasks, in recall."""
+    """Measure what a folded model lost: on texts (loss, perplexity, KL, top-1 agreement), on tasks, in recall, of a long context."""
+    from kvfold.evaluation.context import measure_context
     from kvfold.evaluation.recall import measure_recall
     from kvfold.evaluation.tasks import evaluate_tasks
     from kvfold.evaluation.texts import evaluate_texts
-    from kvfold.report.tables import print_evaluation, print_json, print_recall, print_tasks, print_texts
+    from kvfold.report.tables import print_context, print_evaluation, print_json, print_recall, print_tasks, print_texts
 
-    if not (data or tasks or recall):
-        raise typer.BadParameter("say what to measure: --data, --tasks or --recall")
+    if not (data or tasks or recall or context):
+        raise typer.BadParameter("say what to measure: --data, --tasks, --recall or --context")
+    if context and not data:
+        raise typer.BadParameter("--context takes stretches of a text: give --data")
     lengths = integers(None if recall == "auto" else recall, "--recall") or []
     common: dict[str, Any] = {"against": against, "dtype": dtype, "device": device}
     values: dict[str, Any] = {}
-    if data:
+    if context and data:
+        contexts = integers(context, "--context") or []
+        known = measure_context(model, data_file=data[0], lengths=contexts, sequences=sequences, **common)
+        print_context(known)
+        values["context"] = [row.to_json() for row in known]
+    elif data:
         found = evaluate_texts(model, data_files=data, max_tokens=max_tokens, seq_len=seq_len or 0, **common)
         print_evaluation(found[0])
         values |= found[0].to_json()

@@ -23,6 +23,10 @@ OptionalModel = Annotated[
     str | None, typer.Argument(help="Model folder, model id on the hub, or a GGUF file.", show_default=False)
 ]
 KvBudget = Annotated[str | None, _option("Bytes kept / the original cache's: 0.25 or 1/4.")]
+Context = Annotated[
+    int | None,
+    _option("Tokens of a sequence over which bytes are counted.", min=1, panel="What is kept", show_default="2,048"),
+]
 CalibrationData = Annotated[
     str | None, _option("Text to calibrate on: a file, a data set, or self (the model samples it).")
 ]

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from kvfold import distributed as processes
 from kvfold.architectures.base import empty_model, source_config
 from kvfold.calibration.calibrate import Statistics
+from kvfold.calibration.forgetting import SHARES, forgetting
 from kvfold.calibration.material import TRAINING_TOKENS, Material, layer_group
 from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.folder import new_folder, refuse_out, write_files
@@ -29,9 +32,12 @@ from kvfold.compression.prediction import Prediction
 from kvfold.compression.probe import PROBE_VERSION, Probe
 from kvfold.compression.recipe import Recipe, make_recipe, material_of, suited
 from kvfold.compression.request import Groups, Request, limits_of
+from kvfold.compression.share_tokens import Curves as TokenCurves
+from kvfold.compression.share_tokens import budget_of_shapes, check_tokens, share_tokens
 from kvfold.compression.widen_mlp import SIZE, widened_size
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.methods.width.base import LayerGroup
+from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.base import runtime
 from kvfold.runtimes.transformers.load import resolve_device
@@ -93,7 +99,7 @@ def compress(
         return group if request.recent_of(group.owner) else group.of_recent
 
     probe = functools.cache(functools.partial(_probe, recipe, material, statistics, request, groups))
-    plan = _plan(recipe, request, groups, probe)
+    plan = _plan(recipe, request, groups, probe, functools.partial(_token_curves, recipe, material))
     _warn_if_far_below(recipe, plan)
     if warning := runtime(recipe.runtime).warning(plan):
         warnings.warn(warning, stacklevel=2)
@@ -121,10 +127,13 @@ def _request(recipe: Recipe, source: Source, material: Material) -> Request:
         axes=recipe.axes,
         dtype=source.dtype,
         limits=limits_of(recipe, material.num_samples * material.seq_len),
+        context_len=recipe.context_len,
     )
     sample = material.sample() if asked.axes.depth.needs_sample else None
-    request = dataclasses.replace(asked, targets=choose_layout(asked, kv_budget=recipe.kv_budget, sample=sample))
-    check_request(request, 1.0 if recipe.target_kl else recipe.kv_budget)
+    budget = budget_of_shapes(asked.axes.length, recipe.kv_budget)
+    request = dataclasses.replace(asked, targets=choose_layout(asked, kv_budget=budget, sample=sample))
+    check_tokens(request, recipe.kv_budget)
+    check_request(request, 1.0 if recipe.target_kl else budget)
     _check_runtime(recipe, request)
     if recipe.keep_parameters:
         widened_size(source.arch, source.checkpoint.config, len(source.layers), 0)
@@ -138,7 +147,13 @@ def _check_runtime(recipe: Recipe, request: Request) -> None:
         raise RecipeError(f"runtime {recipe.runtime!r}: {obstacle}")
 
 
-def _plan(recipe: Recipe, request: Request, groups: Groups, probe: Callable[[], Probe]) -> CachePlan:
+def _plan(
+    recipe: Recipe,
+    request: Request,
+    groups: Groups,
+    probe: Callable[[], Probe],
+    tokens: Callable[[CachePlan], TokenCurves],
+) -> CachePlan:
     """By bytes, or the smallest that stays under the KL that the recipe names."""
 
     @functools.cache
@@ -146,6 +161,14 @@ def _plan(recipe: Recipe, request: Request, groups: Groups, probe: Callable[[], 
         return probe().curves() if recipe.allocate == "measured" else expected_curves(request, groups)
 
     def plan(kv_budget: float | None) -> CachePlan:
+        length = request.axes.length
+        if not length.drops:
+            return shaped(kv_budget)
+        made = shaped(budget_of_shapes(length, kv_budget))
+        weighed = tokens(made) if length.weighs_heads else None
+        return share_tokens(made, length, kv_budget, weighed, SHARES)
+
+    def shaped(kv_budget: float | None) -> CachePlan:
         made = allocate(request, kv_budget=kv_budget, strategy=recipe.allocate, curves=curves)
         if recipe.allocate == "measured" or not made.predicts:
             return made
@@ -155,6 +178,25 @@ def _plan(recipe: Recipe, request: Request, groups: Groups, probe: Callable[[], 
     if recipe.target_kl is None:
         return plan(recipe.kv_budget)
     return smallest_under(recipe.target_kl, plan, lambda made: probe().kl_of(made))
+
+
+def _token_curves(recipe: Recipe, material: Material, plan: CachePlan) -> TokenCurves:
+    """What forgetting costs each stored head: in sum over the heads and layers that read it."""
+    contexts_BT, length = material.contexts(), recipe.method("length")
+    nats_LCn = forgetting(
+        material.source,
+        contexts_BT,
+        run_dir=material.run_dir,
+        device=material.device,
+        seed=recipe.seed,
+        sinks=length.sinks,
+    ).nats_LCn
+
+    def curves(owner: int, spec: CacheSpec) -> Tensor:
+        of_heads = sum(nats_LCn[layer] for layer in plan.readers(owner))
+        return of_heads.unflatten(0, (spec.num_kv_heads, -1)).sum(1)
+
+    return curves
 
 
 def _or_plain(

@@ -107,6 +107,19 @@ PRESETS = {
         "latents of keys before rotation, rebuilt on read; widths by expected nats",
         {"width": {"method": "fisher", "rope": "on_read"}, "allocate": "greedy"},
     ),
+    "streaming_llm": Preset(
+        "the first four tokens and the newest, equally many in every head (StreamingLLM, arXiv 2309.17453)",
+        {"length": {"method": "recency", "sharing": "equal"}},
+    ),
+    "duo_attention": Preset(
+        "some heads keep every token, the others the first and the newest; which, by expected nats (after DuoAttention, arXiv"
+        " 2410.10819)",
+        {"length": {"method": "recency", "sharing": "classes"}, "calibration": {"data": "self"}},
+    ),
+    "windows": Preset(
+        "every head keeps the first tokens and the newest, as many as it needs, by expected nats",
+        {"length": {"method": "recency"}, "calibration": {"data": "self"}},
+    ),
     **{f"int{bits}": _plain(bits) for bits in (8, 4, 3, 2)},
     "int4_rotated": Preset(
         "int4 with every head turned by an orthogonal matrix (after QuaRot, arXiv 2404.00456)",

@@ -21,6 +21,7 @@ from kvfold.compression.presets import find_preset
 from kvfold.compression.request import Axes
 from kvfold.errors import RecipeError
 from kvfold.plan.layer import AttentionLayer
+from kvfold.plan.plan import BUDGET_CONTEXT
 from kvfold.runtimes.base import runtime
 
 ALLOCATIONS = ("uniform", "greedy", "measured")
@@ -48,7 +49,8 @@ TYPES: dict[Any, tuple[type, ...]] = {
 class Recipe:
     """One fold. The four axes hold a method's name and its fields: {"method": "svd_a", "latent": "group"}.
 
-    model: folder or hub id; out: the folder to write; kv_budget: bytes kept / bytes of the original cache.
+    model: folder or hub id; out: the folder to write; kv_budget: bytes kept / bytes of the original cache, over the first
+        `context_len` tokens of a sequence.
     keep_parameters: widen the MLPs by what attention saves, without changing their function (for uptraining, as in the MLKV
         paper).
     target_kl: instead of kv_budget, the most that the model may lose (nats per token, measured on calibration text).
@@ -67,6 +69,7 @@ class Recipe:
     out: str
     preset: str | None = None
     kv_budget: float | None = None
+    context_len: int = BUDGET_CONTEXT
     target_kl: float | None = None
     runtime: str = "transformers"
     prefer: str | None = None
@@ -91,6 +94,10 @@ class Recipe:
             raise RecipeError(
                 f"target_kl is {self.target_kl} and kv_budget {self.kv_budget}; give one of them, above 0: either how much to"
                 " lose or how much to keep."
+            )
+        if self.context_len < 1:
+            raise RecipeError(
+                f"context_len is {self.context_len}; it is the number of tokens over which bytes are counted."
             )
         if not 0 <= self.min_width <= 1:
             raise RecipeError(f"min_width is {self.min_width}; it is a share of a layer's numbers, 0 to 1.")
@@ -191,11 +198,13 @@ def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
 
 def material_of(recipe: Recipe, source: Source, run_dir: Path, device: str = "cpu") -> Material:
     """The calibration text that a recipe asks for."""
-    asked_by = " + ".join(getattr(recipe, axis)["method"] for axis in ("depth", "width"))
+    weighs = recipe.axes.length.weighs_heads
+    axes = ("depth", "width", "length") if weighs else ("depth", "width")
+    asked_by = " + ".join(getattr(recipe, axis)["method"] for axis in axes)
     width = recipe.method("width")
     return Material(
         recipe.calibration, source, run_dir, width, asked_by,
-        seed=recipe.seed, device=device, recent=recipe.axes.told_apart,
+        seed=recipe.seed, device=device, recent=recipe.axes.told_apart, looks_back=weighs,
     )  # fmt: skip
 
 

@@ -90,6 +90,7 @@ class Request:
     axes: Axes
     dtype: str
     limits: Limits = Limits()
+    context_len: int = BUDGET_CONTEXT
 
     @property
     def itemsize(self) -> int:
@@ -166,9 +167,9 @@ class Request:
         return [shape for shape in shapes if shape.elements >= least / SLACK] or list(shapes[-1:])
 
     def cost(self, key: Key, shape: StoredShape) -> float:
-        """Bytes per token; those of recent tokens are shared out among BUDGET_CONTEXT."""
+        """Bytes per token; those of recent tokens are shared out among `context_len`."""
         whole = shape.bytes_per_token(self.itemsize)
-        return whole * self.axes.length.recent / BUDGET_CONTEXT if key[1].startswith(RECENT) else whole
+        return whole * self.axes.length.recent / self.context_len if key[1].startswith(RECENT) else whole
 
     def total(self, chosen: Mapping[Key, StoredShape]) -> float:
         """Bytes per token of all that was chosen."""
@@ -178,7 +179,7 @@ class Request:
         """What is stored per token beside all that."""
         specs = [self.spec(layer, chosen) for layer in self.owners]
         counted = sum(self.total({key: shape}) for key, shape in chosen.items() if key[1].startswith(RECENT))
-        recent = sum(spec.recent_bytes(BUDGET_CONTEXT, self.itemsize) for spec in specs) / BUDGET_CONTEXT
+        recent = sum(spec.recent_bytes(self.context_len, self.itemsize) for spec in specs) / self.context_len
         return recent - counted + POSITION_BYTES * any(spec.rope == "on_read" for spec in specs)
 
     @cached_property
@@ -248,4 +249,5 @@ class Request:
             source=tuple(source_layer(layer) for layer in self.layers),
             caches=tuple(caches),
             kv_sharing_target_layer=self.targets,
+            context_len=self.context_len,
         )

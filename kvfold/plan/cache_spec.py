@@ -7,6 +7,7 @@ import functools
 from dataclasses import dataclass
 
 from kvfold.plan.number_format import NumberFormat, StoredShape
+from kvfold.plan.token_runs import TokenRun, TokenRuns
 
 CACHE_BLOCK = 256
 """Tokens by which a cache grows. Part of the format, since allocated bytes follow from it."""
@@ -68,6 +69,7 @@ class CacheSpec:
     `k_bits`, `v_bits`: how stored numbers are quantized; None keeps them in the checkpoint's dtype.
     `stored_bias`: what makes stored keys and values has a bias that the source does not have (numbers are quantized around
     their mean).
+    `tokens`: which tokens stay, head by head; None for all that the source keeps.
     `recent`: so many of the newest tokens are read in a finer form, which is kept beside the other: heads of
     `recent_head_dim` and `v_recent_head_dim` numbers of their own, in `k_recent_bits` and `v_recent_bits`; 0 where it is the
     same numbers in those formats. A query sees a token finely if fewer than `recent` tokens lie between, whatever the steps
@@ -97,7 +99,7 @@ class CacheSpec:
     v_bits: NumberFormat | None = None
     stored_bias: bool = False
     window: int | None = None
-    sinks: int = 0
+    tokens: TokenRuns | None = None
     recent: int = 0
     recent_head_dim: int = 0
     v_recent_head_dim: int = 0
@@ -177,9 +179,16 @@ class CacheSpec:
 
     def bytes_allocated(self, context_len: int, itemsize: int) -> int:
         """Of the storage that `context_len` tokens need."""
+        if self.tokens is not None:
+            return sum(self._bytes_of_run(run, context_len, itemsize) for run in self.tokens.runs)
         tokens = self.tokens_allocated(context_len)
         stored = sum(side.bytes_allocated(tokens, itemsize) for side in self.sides)
         return stored + self.recent_bytes(context_len, itemsize)
+
+    def _bytes_of_run(self, run: TokenRun, context_len: int, itemsize: int) -> int:
+        tokens = room_for(run, context_len)
+        sides = (side._replace(num_heads=len(run.heads)) for side in self.sides)
+        return sum(side.bytes_allocated(tokens, itemsize) for side in sides)
 
     def recent_bytes(self, context_len: int, itemsize: int) -> int:
         """Of the newest tokens in their finer form."""
@@ -196,6 +205,16 @@ class CacheSpec:
     def tokens_read(self, context_len: int) -> int:
         """Tokens that one decode step attends to."""
         return context_len if self.window is None else min(context_len, self.window)
+
+    def kept(self, context_len: int) -> float:
+        """Tokens that stay of `context_len`, in the mean over heads; a sliding window of the source is not asked."""
+        return context_len if self.tokens is None else self.tokens.kept(context_len)
+
+
+def room_for(run: TokenRun, context_len: int) -> int:
+    """Tokens for which a run of heads has room after `context_len` tokens: whole blocks, and, where some are dropped, a block
+    more."""
+    return min(round_up(context_len), round_up(run.kept(context_len)) + CACHE_BLOCK)
 
 
 def round_up(tokens: int, block: int = CACHE_BLOCK) -> int:

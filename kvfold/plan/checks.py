@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from kvfold.errors import PlanError
 from kvfold.plan.cache_spec import CACHE_BLOCK, ITEMSIZE, CacheSpec, SourceLayer, divisors
 from kvfold.plan.number_format import NumberFormat
+from kvfold.plan.token_runs import RULES, TokenRuns
 
 if TYPE_CHECKING:
     from kvfold.plan.plan import CachePlan
@@ -22,6 +23,8 @@ def check_plan(plan: CachePlan) -> None:
         )
     if plan.dtype not in ITEMSIZE:
         raise PlanError(f"dtype {plan.dtype!r} is not one of {sorted(ITEMSIZE)}; convert the checkpoint first.")
+    if type(plan.context_len) is not int or plan.context_len < 1:
+        raise PlanError(f"context_len = {plan.context_len!r} is no number of tokens.")
     for index, (source, spec, target) in enumerate(
         zip(plan.source, plan.caches, plan.kv_sharing_target_layer, strict=True)
     ):
@@ -83,10 +86,8 @@ def _check_cache(index: int, source: SourceLayer, spec: CacheSpec) -> None:
         raise PlanError(
             f"layer {index}: k_offset goes with keys that are rebuilt on read (k_projection, rope: on_read)."
         )
-    if spec.sinks:
-        raise PlanError(
-            f"layer {index}: sinks = {spec.sinks!r} is reserved; this format version defines sinks = 0 only."
-        )
+    if spec.tokens is not None:
+        _check_tokens(index, spec, spec.tokens)
     for name, (_, width, format) in zip(("k_bits", "v_bits"), spec.sides, strict=True):
         if format is not None:
             _check_format(f"layer {index}: {name}", spec, width, format)
@@ -126,6 +127,35 @@ def _check_recent(index: int, spec: CacheSpec) -> None:
     for name, (_, width, format) in zip(("k_recent_bits", "v_recent_bits"), spec.recent_sides, strict=True):
         if format is not None:
             _check_format(f"layer {index}: {name}", spec, width, format)
+
+
+def _check_tokens(index: int, spec: CacheSpec, tokens: TokenRuns) -> None:
+    where = f"layer {index}: tokens"
+    if tokens.rule not in RULES:
+        raise PlanError(f"{where}: rule = {tokens.rule!r}; it is one of {RULES}.")
+    heads = sorted(head for run in tokens.runs for head in run.heads)
+    if heads != list(range(spec.num_kv_heads)) or spec.num_kv_heads != spec.num_v_heads:
+        raise PlanError(
+            f"{where}: every stored head is in one run, and keys have as many as values; found {heads} of"
+            f" {spec.num_kv_heads} and {spec.num_v_heads}."
+        )
+    if not isinstance(tokens.sinks, int) or tokens.sinks < 0:
+        raise PlanError(f"{where}: sinks = {tokens.sinks!r} is no number of tokens.")
+    for run in tokens.runs:
+        if not 0 <= run.share <= 1 or (run.share < 1 and run.least <= tokens.sinks):
+            raise PlanError(
+                f"{where}: a run keeps a share of 0 to 1 of the context, and at least one token beside its"
+                f" {tokens.sinks} sinks; found share {run.share!r}, least {run.least!r}."
+            )
+    made = {"joint": spec.joint, "shared_latent": spec.shared_latent, "hidden": spec.hidden, "recent": spec.recent}
+    made |= {"predicted_from": spec.predicted_from, "window": spec.window, "rope = on_read": spec.rope == "on_read"}
+    if found := [name for name, value in made.items() if value]:
+        raise PlanError(
+            f"{where} does not go with {', '.join(found)}: heads that keep tokens of their own are stored head by head, keys"
+            " as they are read."
+        )
+    if any(side.format is not None and side.format.block > 1 for side in spec.sides):
+        raise PlanError(f"{where} does not go with scales per channel, which tokens share.")
 
 
 def _check_predictors(plan: CachePlan, index: int, spec: CacheSpec) -> None:

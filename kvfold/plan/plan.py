@@ -14,10 +14,11 @@ from kvfold.plan.checks import check_plan
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.naming import CONFIG_KEY
 from kvfold.plan.number_format import NumberFormat, tokens_at_once
+from kvfold.plan.token_runs import TokenRun, TokenRuns
 
 FORMAT_VERSION = 1
 BUDGET_CONTEXT = 2048
-"""Tokens among which `kv_budget` shares out what a sequence takes once, such as its recent tokens in their finer form."""
+"""Tokens of the sequence over which `kv_budget` counts bytes, where the plan names no other number."""
 FORMATS = ("k_bits", "v_bits", "k_recent_bits", "v_recent_bits")
 
 
@@ -27,6 +28,8 @@ class CachePlan:
 
     `caches[i]` is what layer i stores; it is None where the layer reads the cache of the EARLIER layer
     `kv_sharing_target_layer[i]`. `dtype` is the checkpoint's, in which bytes are counted unless another one is asked for.
+    `context_len`: tokens of the sequence over which `kv_budget` counts bytes, which differ from token to token where recent
+    ones have a finer form or some are dropped.
     Raises PlanError if the parts contradict each other.
     """
 
@@ -35,6 +38,7 @@ class CachePlan:
     caches: tuple[CacheSpec | None, ...]
     kv_sharing_target_layer: tuple[int | None, ...]
     version: int = FORMAT_VERSION
+    context_len: int = BUDGET_CONTEXT
 
     def __post_init__(self) -> None:
         check_plan(self)
@@ -64,19 +68,26 @@ class CachePlan:
     @property
     def kv_budget(self) -> float:
         """Bytes kept per token / bytes per token of the original cache in its own dtype; what a sequence takes once is shared
-        out among BUDGET_CONTEXT tokens."""
-        once = self.recent_bytes() / BUDGET_CONTEXT
+        out among `context_len` tokens."""
+        once = self.recent_bytes() / self.context_len
         return (self.kv_bytes_per_token() + once) / self.source_kv_bytes_per_token()
 
     def recent_bytes(self, dtype: str | None = None) -> int:
         """Of the newest tokens of one sequence in their finer form, over all layers."""
         itemsize = self.itemsize(dtype)
-        return sum(spec.recent_bytes(BUDGET_CONTEXT, itemsize) for spec in self.owned)
+        return sum(spec.recent_bytes(self.context_len, itemsize) for spec in self.owned)
 
     def kv_bytes_per_token(self, dtype: str | None = None) -> int:
-        """Bytes stored for one more token of one sequence, over all layers (inside every window)."""
+        """Bytes stored for one more token of one sequence, over all layers (inside every window); where tokens are dropped,
+        in the mean over the first `context_len`."""
         itemsize = self.itemsize(dtype)
-        return math.ceil(sum(spec.bytes_per_token(itemsize) for spec in self.owned)) + self.position_bytes
+        stored = sum(spec.bytes_per_token(itemsize) * spec.kept(self.context_len) for spec in self.owned)
+        return math.ceil(stored / self.context_len) + self.position_bytes
+
+    @property
+    def drops_tokens(self) -> bool:
+        """Whether some heads forget tokens that the original keeps."""
+        return any(spec.tokens is not None for spec in self.owned)
 
     @property
     def position_bytes(self) -> int:
@@ -138,7 +149,8 @@ class CachePlan:
         each of its readers."""
         itemsize, read, recent = self.itemsize(dtype), 0.0, 0
         for spec in (self.cache_of(layer) for layer in range(self.num_layers)):
-            tokens, newest = spec.tokens_read(context_len), min(context_len, spec.recent)
+            tokens = min(spec.tokens_read(context_len), spec.kept(context_len))
+            newest = min(context_len, spec.recent)
             read += spec.bytes_per_token(itemsize) * tokens
             recent += spec.recent_bytes(context_len, itemsize)
             for known in (self.cache_of(below) for below in spec.predicted_from):
@@ -154,6 +166,7 @@ class CachePlan:
         return {
             "version": self.version,
             "dtype": self.dtype,
+            "context_len": self.context_len,
             "source": [dataclasses.asdict(layer) for layer in self.source],
             "caches": [spec and dataclasses.asdict(spec) for spec in self.caches],
             "kv_sharing_target_layer": list(self.kv_sharing_target_layer),
@@ -170,6 +183,7 @@ class CachePlan:
         _check_fields(data, cls, "plan")
         return cls(
             version=data["version"],
+            context_len=data.get("context_len", BUDGET_CONTEXT),
             dtype=data["dtype"],
             source=tuple(_build(SourceLayer, entry, f"source[{i}]") for i, entry in enumerate(data["source"])),
             caches=tuple(entry and _build(CacheSpec, entry, f"caches[{i}]") for i, entry in enumerate(data["caches"])),
@@ -193,12 +207,26 @@ def source_plan(source: Sequence[SourceLayer], dtype: str) -> CachePlan:
 
 
 def _build(cls: Any, data: Mapping[str, Any], where: str) -> Any:
+    if data.get("sinks") == 0:  # a field that earlier versions reserved
+        data = {name: value for name, value in data.items() if name != "sinks"}
     _check_fields(data, cls, where)
     formats = {name: data[name] for name in FORMATS if isinstance(data.get(name), Mapping)}
     for name, value in formats.items():
         _check_fields(value, NumberFormat, f"{where}.{name}")
-    tuples = {"predicted_from": tuple(data["predicted_from"])} if isinstance(data.get("predicted_from"), list) else {}
-    return cls(**{**data, **{name: NumberFormat(**value) for name, value in formats.items()}, **tuples})
+    made: dict[str, Any] = {name: NumberFormat(**value) for name, value in formats.items()}
+    if isinstance(data.get("predicted_from"), list):
+        made["predicted_from"] = tuple(data["predicted_from"])
+    if isinstance(data.get("tokens"), Mapping):
+        made["tokens"] = _build_token_runs(data["tokens"], f"{where}.tokens")
+    return cls(**{**data, **made})
+
+
+def _build_token_runs(data: Mapping[str, Any], where: str) -> TokenRuns:
+    _check_fields(data, TokenRuns, where)
+    for i, run in enumerate(data["runs"]):
+        _check_fields(run, TokenRun, f"{where}.runs[{i}]")
+    runs = tuple(TokenRun(**{**run, "heads": tuple(run["heads"])}) for run in data["runs"])
+    return TokenRuns(**{**data, "runs": runs})
 
 
 def _check_fields(data: Mapping[str, Any], cls: Any, where: str) -> None:

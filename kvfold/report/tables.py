@@ -18,15 +18,19 @@ from kvfold.checkpoint.atomic import write_text
 from kvfold.evaluation.compare import Comparison
 from kvfold.evaluation.inspection import shared_out
 from kvfold.evaluation.memory import Capacity
+from kvfold.evaluation.context import Remembered
 from kvfold.evaluation.recall import Recall
 from kvfold.evaluation.tasks import TaskScore
 from kvfold.evaluation.texts import Evaluation
-from kvfold.plan.plan import BUDGET_CONTEXT, CachePlan
+from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.plan import CachePlan
 from kvfold.report.html import budget_plot, numbers_table, render
 from kvfold.report.plots import SVG, bar, described
 from kvfold.report.table import Table
 
 STDOUT = Console(width=None if sys.stdout.isatty() else 160, quiet=processes.rank() > 0)
+LENGTHS = (1024, 4096, 32_768)
+"""Contexts for which is said what a cache takes that drops tokens."""
 LEGIBLE = 24
 """Characters below which a continuation is shown under the table instead of in it."""
 
@@ -41,7 +45,7 @@ def print_json(values: dict[str, Any]) -> None:
 def print_plan(plan: CachePlan, title: str) -> None:
     """What every layer stores, and what it adds up to."""
     table = RichTable(title=title, title_justify="left")
-    for column in ("layers", "keys", "", "values", "", "window", "bytes per token", "of the original"):
+    for column in ("layers", "keys", "", "values", "", "tokens", "bytes per token", "of the original"):
         left = column in ("layers", "keys", "values", "")
         table.add_column(column, justify="left" if left else "right", no_wrap=not column)
     for layers, line in _plan_lines(plan):
@@ -62,12 +66,20 @@ def print_plan(plan: CachePlan, title: str) -> None:
         newest = max(spec.recent for spec in plan.owned)
         STDOUT.print(
             f"The newest {newest} tokens are kept in a finer form as well: {once / 1e6:,.2f} MB per sequence, which the share"
-            f" above counts over {BUDGET_CONTEXT:,} tokens."
+            f" above counts over {plan.context_len:,} tokens."
+        )
+    if plan.drops_tokens:
+        lengths = sorted({plan.context_len, *LENGTHS})
+        shares = (f"{plan.kv_bytes(n) / plan.source_kv_bytes(n):.3g} at {n:,}" for n in lengths)
+        STDOUT.print(
+            f"heads x tokens that they keep of {plan.context_len:,}: the first {_sinks(plan)} and the newest. Allocated, of the"
+            f" original's bytes: {', '.join(shares)} tokens.",
+            highlight=False,
         )
     if most := max(len(spec.predicted_from) for spec in plan.owned):
         STDOUT.print(
             f"A layer stores what the numbers of up to {most} layers below do not say; every step reads those as well:"
-            f" {plan.kv_read_bytes(BUDGET_CONTEXT) / BUDGET_CONTEXT:,.0f} bytes per token over {BUDGET_CONTEXT:,}."
+            f" {plan.kv_read_bytes(plan.context_len) / plan.context_len:,.0f} bytes per token over {plan.context_len:,}."
         )
     if plan.position_bytes:
         fast = {spec.fast_pairs for spec in plan.owned if spec.rope == "on_read"}
@@ -77,6 +89,10 @@ def print_plan(plan: CachePlan, title: str) -> None:
             else f"Of keys the {max(fast)} fastest pairs are stored after rotation, the others before it."
         )
         STDOUT.print(f"{how} {plan.position_bytes} bytes per token are the tokens' positions.")
+
+
+def _sinks(plan: CachePlan) -> int:
+    return max(spec.tokens.sinks for spec in plan.owned if spec.tokens is not None)
 
 
 def print_processes(plan: CachePlan) -> None:
@@ -111,12 +127,13 @@ def _plan_lines(plan: CachePlan) -> list[tuple[str, list[str]]]:
         if spec is None:
             line = [f"reads layer {plan.owner(index)}", "", "", "", "", "0", "0"]
         else:
-            size, source = spec.bytes_per_token(plan.itemsize()), plan.source[index].elements_per_token
+            kept = spec.kept(plan.context_len) / plan.context_len
+            size, source = spec.bytes_per_token(plan.itemsize()) * kept, plan.source[index].elements_per_token
             drawn = [(described(side), bar(side, source // 2, plan.itemsize())) for side in spec.sides]
             line = [
                 *drawn[0],
                 *drawn[1],
-                f"{spec.window or ''}",
+                _tokens_kept(spec, plan.context_len),
                 f"{size:,g}",
                 f"{size / source / plan.itemsize():.4g}",
             ]
@@ -125,6 +142,13 @@ def _plan_lines(plan: CachePlan) -> list[tuple[str, list[str]]]:
         else:
             lines.append(([index], line))
     return [(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}", line) for run, line in lines]
+
+
+def _tokens_kept(spec: CacheSpec, context_len: int) -> str:
+    """The sliding window, or how many tokens how many heads keep."""
+    if spec.tokens is None:
+        return f"{spec.window or ''}"
+    return ", ".join(f"{len(run.heads)} x {run.kept(context_len):,}" for run in spec.tokens.runs)
 
 
 def print_evaluation(found: Evaluation) -> None:
@@ -192,6 +216,23 @@ def print_recall(rows: Sequence[Recall]) -> None:
             STDOUT.print(
                 f"The original does not recall at {length:,} tokens, so recall cannot show there what folding lost."
             )
+
+
+def print_context(rows: Sequence[Remembered]) -> None:
+    """Per length and kind of question what each cache knows."""
+    table = Table(("context", "asked for", "original", "folded", "change", "KL"), left=2)
+    for row in rows:
+        change = _with_error(100 * (row.accuracy - row.base_accuracy), 100 * row.change_stderr, sign="+")
+        shares = [f"{share:.1%}" for share in (row.base_accuracy, row.accuracy)]
+        table.add(f"{row.context_len:,}", row.kind, *shares, change, _with_error(row.kl, row.kl_stderr))
+    table.show(STDOUT)
+    for row in rows:
+        if row.kind == rows[0].kind:
+            STDOUT.print(
+                f"After {row.context_len:,} tokens the cache takes {row.cache_bytes / 1e6:,.2f} MB,"
+                f" {row.cache_bytes / row.base_cache_bytes:.4g} of the original's; {row.sequences} contexts."
+            )
+    STDOUT.print("Shares of the expected tokens that are predicted; changes in points.")
 
 
 def _with_error(value: float, error: float, *, sign: str = "") -> str:

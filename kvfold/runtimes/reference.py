@@ -130,6 +130,18 @@ def stored(
     return latents, list(values)
 
 
+def stays(spec: CacheSpec, head: int, tokens: int) -> Tensor:
+    """[T, S] bool: which of S = T tokens a stored head still has when each query comes, and its own."""
+    stay_TS = torch.ones(tokens, tokens, dtype=torch.bool)
+    if spec.tokens is not None:
+        run = next(run for run in spec.tokens.runs if head in run.heads)
+        for t in range(tokens):
+            kept = min(t + 1, max(run.least, math.ceil(run.share * (t + 1))))
+            newest = kept - spec.tokens.sinks
+            stay_TS[t, spec.tokens.sinks : max(t + 1 - newest, spec.tokens.sinks)] = False
+    return stay_TS
+
+
 def folded_attention(
     layer: AttentionLayer,
     spec: CacheSpec,
@@ -169,7 +181,7 @@ def folded_attention(
             v_SH = whole.split(H, dim=1)[kv % (K // spec.num_v_heads)]
             heads.append(_attend(layer, n, q_TH, k_SH, v_SH, seen_TS))
             continue
-        head = _attend(layer, n, q_TH, k_SH, stored_values[u], seen_TS)
+        head = _attend(layer, n, q_TH, k_SH, stored_values[u], seen_TS & stays(spec, c, len(q_TH)))
         if weights.v_b_proj is not None:
             head = head @ weights.v_b_proj[u].split(H, dim=0)[kv % (K // spec.num_v_heads)].T
         heads.append(head)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvfold.plan.cache_spec import CacheSpec
@@ -21,6 +22,29 @@ class LengthMethod(ABC):
     def recent_of(self, layer: AttentionLayer) -> int:
         """The same in one layer; 0 where a sliding window reaches no further."""
         return 0 if layer.window is not None and layer.window <= self.recent else self.recent
+
+    @property
+    def drops(self) -> bool:
+        """Whether some tokens are forgotten; how many is decided when all else is (`keep`)."""
+        return False
+
+    @property
+    def share_kept(self) -> float | None:
+        """Of the tokens, in the mean over heads; None for what a budget leaves."""
+        return None
+
+    @property
+    def weighs_heads(self) -> bool:
+        """Whether it asks what forgetting costs each head."""
+        return False
+
+    def sizes(self, context_len: int, sizes: Sequence[int]) -> list[int]:
+        """Of a method that drops tokens: how many of `context_len` a head may keep, from few to all."""
+        raise NotImplementedError("only where tokens are dropped")
+
+    def keep(self, spec: CacheSpec, tokens_C: Sequence[int], context_len: int) -> CacheSpec:
+        """The same method's cache whose stored heads keep so many tokens of `context_len`."""
+        raise NotImplementedError("only where tokens are dropped")
 
     @abstractmethod
     def apply(self, layer: AttentionLayer, spec: CacheSpec, finer: CacheSpec | None = None) -> CacheSpec:

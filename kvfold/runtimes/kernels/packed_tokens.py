@@ -11,6 +11,7 @@ from torch import Tensor
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.codecs.base import Scaled
 from kvfold.plan.number_format import NumberFormat
+from kvfold.plan.token_runs import TokenRun, TokenRuns
 from kvfold.runtimes.kernels.codec import unpack, unpack_scaled
 
 Operand = Tensor | list[Scaled]
@@ -172,6 +173,33 @@ class AgedTokens(NamedTuple):
         return AgedTokens(self.far.to(device), self.near.to(device), self.recent)
 
 
+class RunTokens(NamedTuple):
+    """One side of a cache, run by run: `parts` [B, heads of the run, S, width]. `length`: tokens that were seen. `first`: of
+    each run the column of the token behind its sinks, which stand before it; None where no column is missing."""
+
+    parts: tuple[Stored, ...]
+    first: tuple[int | None, ...]
+    length: int
+    tokens: TokenRuns
+
+    def to(self, device: torch.device) -> RunTokens:
+        return self._replace(parts=tuple(stored.to(device) for stored in self.parts))
+
+
+def by_runs(stored_BCSR: Stored, tokens: TokenRuns) -> RunTokens:
+    """All tokens of all heads, where nothing was dropped."""
+    parts = tuple(heads_of(stored_BCSR, run) for run in tokens.runs)
+    return RunTokens(parts, (None,) * len(parts), stored_BCSR.shape[2], tokens)
+
+
+def heads_of(stored_BCSR: Tensor, run: TokenRun) -> Tensor:
+    """Those of a run: a view where they are neighbours."""
+    first, count = run.heads[0], len(run.heads)
+    if run.heads == tuple(range(first, first + count)):
+        return stored_BCSR[:, first : first + count]
+    return stored_BCSR[:, list(run.heads)]
+
+
 def first_numbers(stored: Any, spec: CacheSpec) -> Any:
     """Of what a layer below has stored that which says something of a layer with this cache, in each form."""
     if isinstance(stored, AgedTokens):
@@ -237,6 +265,9 @@ def read_all(stored: Stored) -> Tensor:
 
 def with_gradient(stored: Stored, new_BCTR: Tensor) -> Stored:
     """What is stored, with the gradient of the new tokens passing straight through: bytes have none."""
+    if isinstance(stored, RunTokens):
+        pairs = zip(stored.parts, stored.tokens.runs, strict=True)
+        return stored._replace(parts=tuple(with_gradient(part, heads_of(new_BCTR, run)) for part, run in pairs))
     if isinstance(stored, AgedTokens) and torch.is_grad_enabled() and new_BCTR.requires_grad:
         far, near = by_age(new_BCTR, stored.far.shape[-1], stored.near.shape[-1])
         return stored._replace(far=with_gradient(stored.far, far), near=with_gradient(stored.near, near))

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -23,24 +22,23 @@ from kvfold.runtimes.kernels.attention import (
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose, decode_attention
 from kvfold.runtimes.kernels.packed_tokens import (
     AgedTokens,
+    RunTokens,
     Stored,
-    first_numbers,
-    newest,
     read,
     read_all,
     read_for_product,
     read_once,
-    side_by_side,
-    with_gradient,
 )
-from kvfold.runtimes.kernels.rotary import apply_rotary, rotate_fast
+from kvfold.runtimes.kernels.rotary import apply_rotary
 from kvfold.runtimes.transformers.attention_by_age import AttentionByAge
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
+from kvfold.runtimes.transformers.head_runs import AttentionByRun
+from kvfold.runtimes.transformers.new_tokens import NewTokens
 from kvfold.runtimes.transformers.on_read import Heads, KeysOnRead, all_keys, all_values, tables_on_read, value_map
 from kvfold.runtimes.transformers.projections import projections
 
 
-class FoldedAttention(AttentionByAge):
+class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun):
     """Attention of one layer under its cache spec. Takes the place of a family's attention module.
 
     A layer whose `owner` is another one reads that layer's cache: it has no way to make keys and values itself. `shapes`: of
@@ -102,7 +100,7 @@ class FoldedAttention(AttentionByAge):
         state = CURRENT_STATE.get() if kv_state is None else kv_state
         mask = with_alibi(attention_mask, alibi, self.layer.num_attention_heads)
         q = self._queries(hidden_states, position_embeddings)
-        z, y = self._keys_values(hidden_states, position_embeddings, cache, state)
+        z, y = self._keys_values(hidden_states, position_embeddings, cache, state, mask)
         tables = None
         if self._rotates_on_read:
             tables = position_embeddings
@@ -138,7 +136,8 @@ class FoldedAttention(AttentionByAge):
         keys = None
         if self.spec.rope == "on_read" or self.spec.hidden:
             keys = KeysOnRead(self, tables, evenly=evenly)
-        attend = self._attend_by_age if isinstance(z, AgedTokens) else self._attend
+        attend: Any = self._attend_by_age if isinstance(z, AgedTokens) else self._attend
+        attend = self._attend_by_run if isinstance(z, RunTokens) else attend
         return attend(q, z, y, mask, keys, wants_probs=wants_probs)
 
     def _queries(self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -157,75 +156,6 @@ class FoldedAttention(AttentionByAge):
         if self.training and self.layer.output_dropout:
             out = nn.functional.dropout(out, self.layer.output_dropout)
         return out if residual is None else residual + out
-
-    def _keys_values(
-        self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Any, state: ForwardState | None
-    ) -> tuple[Stored, Stored]:
-        """All tokens that the T queries may see: z [B, C, S, R], y [B, U, S, V]."""
-        if self.owner != self.layer_idx:
-            return self._stored_by(self.owner, state, hidden_BTD.device)
-        new_z, new_y = self._new_keys_values(hidden_BTD, rotary)
-        known = (self._stored_by(layer, state, new_z.device)[0] for layer in self.spec.predicted_from)
-        below = [first_numbers(stored, self.spec) for stored in known]
-        if below:
-            new_z = new_y = new_z - self.k_p_proj(newest(side_by_side(below), new_z.shape[2]))
-        z: Stored = new_z
-        y: Stored = new_y
-        if cache is not None and self.spec.recent and not hasattr(cache, "owned"):
-            raise ValueError(
-                "recent tokens in a finer form need kvfold's own cache: leave past_key_values out, or pass"
-                " kvfold.FoldedCache(model.kv_plan)."
-            )
-        if not hasattr(cache, "owned"):  # without kvfold's own cache numbers lose what it would lose
-            z, y = new_z, new_y = self._as_stored(new_z, new_y)
-        if cache is not None:
-            z, y = cache.update(new_z, new_y, self.layer_idx)
-            z, y = with_gradient(z, new_z), y if self.spec.shared_latent else with_gradient(y, new_y)
-            y = z if self.spec.shared_latent else y
-        if state is not None:
-            state.stored[self.layer_idx] = (z, y)
-        if below:
-            z = y = side_by_side([z, *below])
-        return z, y
-
-    def _stored_by(self, layer: int, state: ForwardState | None, device: torch.device) -> tuple[Stored, Stored]:
-        """What another layer stores of all tokens that queries may see."""
-        if state is None or layer not in state.stored:
-            raise ValueError(
-                f"layer {self.layer_idx} reads the cache of layer {layer}, which has not run in this forward; call"
-                " the whole ...ForCausalLM model, not a part of it."
-            )
-        z, y = state.stored[layer]
-        return z.to(device), y.to(device)
-
-    def _new_keys_values(self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """What the T new tokens add to the cache: z [B, C, T, E], y [B, U, T, G], which a shared latent is at once."""
-        heads = self.spec.num_kv_heads if self.k_a_proj is None else self.made_heads
-        z = self._heads(self.k_proj(hidden_BTD), heads, self.k_norm)
-        if rotary is not None and self.spec.rope == "applied":
-            z = apply_rotary(z, *rotary)
-        elif rotary is not None and self.spec.fast_pairs:
-            z = rotate_fast(z, *rotary, self.spec.fast_pairs)
-        if self.spec.shared_latent:
-            y = None
-        elif self.v_a_proj is None:
-            y = self.v_proj(hidden_BTD).unflatten(-1, (-1, self.spec.made_widths[1])).transpose(1, 2)
-        else:
-            y = self._way("v_a", self.v_proj(hidden_BTD).unflatten(-1, (self.spec.num_v_heads, -1)).transpose(1, 2))
-        if self.k_a_proj is not None:
-            z = self._way("k_a", z.unflatten(1, (self.spec.num_kv_heads, -1)).transpose(2, 3).flatten(3))
-        if self.k_u_proj is not None:
-            z = z + self._heads(self.k_u_proj(hidden_BTD), self.spec.num_kv_heads, None)
-        if y is None and self.v_proj is not None:
-            z = z + self._heads(self.v_proj(hidden_BTD), self.spec.num_kv_heads, None)
-        return z, z if y is None else y
-
-    def _as_stored(self, z_BCTE: Tensor, y_BUTG: Tensor) -> tuple[Any, Any]:
-        """What a cache would give back of new tokens."""
-        if self.spec.shared_latent:
-            z = self._aged(z_BCTE, 0)
-            return z, z
-        return self._aged(z_BCTE, 0), self._aged(y_BUTG, 1)
 
     def _attend(
         self,

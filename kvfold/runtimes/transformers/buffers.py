@@ -29,6 +29,14 @@ class Buffer(ABC):
         """Append, and show what the new tokens may see; beyond the window only its last tokens are kept."""
 
     @abstractmethod
+    def drop(self, tokens: int, early: Tensor | None, count: int) -> None:
+        """Forget so many tokens behind the first `count`, in whose place those at `early` [B, count] stay (None: they do)."""
+
+    @abstractmethod
+    def pass_by(self, new_BCTR: Tensor, capacity: int, early: Tensor | None, count: int, last: int) -> Stored:
+        """Append, and show all; of these only those at `early` and the `last` ones are kept."""
+
+    @abstractmethod
     def forget(self, tokens: int, window: int | None) -> None:
         """Drop the last tokens."""
 
@@ -94,6 +102,18 @@ class GrowingBuffer(Buffer):
         self.start = max(self.start, self.end - window + 1)
         return shown
 
+    def drop(self, tokens: int, early: Tensor | None, count: int) -> None:
+        assert self.data is not None, "nothing was stored yet"
+        kept = _early(self.tensor(), early, count)
+        self.start += tokens
+        self.data[:, :, self.start : self.start + count] = kept
+
+    def pass_by(self, new_BCTR: Tensor, capacity: int, early: Tensor | None, count: int, last: int) -> Tensor:
+        shown = new_BCTR if self.data is None else torch.cat([self.tensor(), new_BCTR], dim=2)
+        self.start = self.end = 0  # the tokens that stay are written again, from `shown`
+        self.append(torch.cat([_early(shown, early, count), shown[:, :, shown.shape[2] - last :]], dim=2), capacity)
+        return shown
+
     def forget(self, tokens: int, window: int | None) -> None:
         self.end -= tokens
         if window is not None:
@@ -156,6 +176,13 @@ class PackedBuffer(Buffer):
     def slide(self, new_BCTR: Tensor, capacity: int, window: int) -> Stored:
         return PackedTokens(self.rows.slide(self._pack(new_BCTR), capacity, window), self.format, self.dtype)
 
+    def drop(self, tokens: int, early: Tensor | None, count: int) -> None:
+        self.rows.drop(tokens, early, count)
+
+    def pass_by(self, new_BCTR: Tensor, capacity: int, early: Tensor | None, count: int, last: int) -> Stored:
+        shown = self.rows.pass_by(self._pack(new_BCTR), capacity, early, count, last)
+        return PackedTokens(shown, self.format, self.dtype)
+
     def forget(self, tokens: int, window: int | None) -> None:
         self.rows.forget(tokens, window)
 
@@ -205,6 +232,12 @@ class BlockedBuffer(Buffer):
 
     def slide(self, new_BCTR: Tensor, capacity: int, window: int) -> Stored:
         raise AssertionError("a sliding window could cut a block")
+
+    def drop(self, tokens: int, early: Tensor | None, count: int) -> None:
+        raise AssertionError("dropping tokens could cut a block")
+
+    def pass_by(self, new_BCTR: Tensor, capacity: int, early: Tensor | None, count: int, last: int) -> Stored:
+        raise AssertionError("dropping tokens could cut a block")
 
     def forget(self, tokens: int, window: int | None) -> None:
         """Tokens of a block that is cut come back as numbers."""
@@ -277,6 +310,14 @@ class RecentBuffer:
     @property
     def nbytes(self) -> int:
         return 0 if self.rows is None else self.rows.numel() * self.rows.element_size()
+
+
+def _early(shown_BCSR: Tensor, early: Tensor | None, count: int) -> Tensor:
+    """Tokens at the places `early` [B, count], or the first, as memory of their own."""
+    if early is None:
+        return shown_BCSR[:, :, :count].clone()
+    index = early[:, None, :, None].expand(-1, shown_BCSR.shape[1], -1, shown_BCSR.shape[3])
+    return shown_BCSR.gather(2, index)
 
 
 def buffer(format: NumberFormat | None) -> Buffer:

@@ -13,9 +13,10 @@ from kvfold.plan.cache_spec import CacheSpec, round_up
 from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, Stored
 from kvfold.runtimes.transformers.buffers import Buffer, GrowingBuffer, RecentBuffer, buffer
+from kvfold.runtimes.transformers.head_runs import RunsMixin
 
 
-class GrowingLayer(CacheLayerMixin):
+class GrowingLayer(RunsMixin, CacheLayerMixin):
     """What one owning layer stores. Keys and values may differ in head count and width."""
 
     is_croppable = True
@@ -31,17 +32,22 @@ class GrowingLayer(CacheLayerMixin):
         self.v: Buffer = self.k if spec.shared_latent else buffer(spec.v_bits)
         finer = spec.recent_sides[: len(self.buffers)] if spec.recent else ()
         self.recent = [RecentBuffer(side.format, side.width, spec.recent) for side in finer]
+        self.start_runs()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Stored, Stored]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, begin_B: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Any, Any]:
         """Store z [B, C, T, E] and y [B, U, T, G]; return all tokens that the T queries may see. A shared latent is
-        stored once, and returned as both."""
+        stored once, and returned as both. begin_B: the column where each sequence begins, behind padding (None: 0)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
+        if self.runs:
+            return self.update_runs(key_states, value_states, begin_B)
         if not self.spec.recent:
             return self._append(key_states, value_states)
         R, V = self.spec.head_dim, self.spec.v_head_dim
@@ -88,8 +94,9 @@ class GrowingLayer(CacheLayerMixin):
         return past + query_length, self.length - past
 
     def activate_past_recording(self) -> None:
-        """Keep tokens that left the window, or are no longer recent, until the next crop, as assisted decoding needs."""
-        self.record_past = self.is_sliding or bool(self.recent)
+        """Keep tokens that left the window, are no longer recent, or would be dropped, until the next crop: assisted
+        decoding needs them."""
+        self.record_past = self.is_sliding or bool(self.recent) or bool(self.runs)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens: -n removes n; a positive n keeps n, as transformers 5.19 still allows."""
@@ -99,6 +106,7 @@ class GrowingLayer(CacheLayerMixin):
             near.forget(n)
         for side in self.buffers:
             side.forget(n, self.spec.window)
+        self.settle_runs()
 
     def removed(self, tokens_to_remove: int) -> int:
         """How many tokens that is. Raises RuntimeError if they cannot be taken back."""
@@ -109,6 +117,7 @@ class GrowingLayer(CacheLayerMixin):
                 " would come back into sight. Call activate_past_recording() before generating."
             )
         left = max(self.length - n, 0)
+        self.check_removal(left)
         if any(max(near.count - n, 0) < min(left, self.spec.recent - 1) for near in self.recent):
             raise RuntimeError(
                 f"{n} tokens cannot be removed: those before them are no longer kept in the finer form of the newest"
@@ -121,6 +130,7 @@ class GrowingLayer(CacheLayerMixin):
             side.select(beam_idx)
         for near in self.recent:
             near.select(beam_idx)
+        self.begin_B = None if self.begin_B is None else self.begin_B[beam_idx.to(self.begin_B.device)]
 
     batch_select_indices = reorder_cache
 
@@ -129,6 +139,7 @@ class GrowingLayer(CacheLayerMixin):
             side.repeat(repeats)
         for near in self.recent:
             near.repeat(repeats)
+        self.begin_B = None if self.begin_B is None else self.begin_B.repeat_interleave(repeats)
 
     def reset(self) -> None:
         self.__init__(self.spec)  # type: ignore[misc]
@@ -145,7 +156,9 @@ class GrowingLayer(CacheLayerMixin):
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
-        """Of keys and of values, or the one of both."""
+        """Of keys and of values, or the one of both; run by run where heads keep different tokens."""
+        if self.runs:
+            return tuple(side for one in self.runs for side in one.buffers)
         return (self.k,) if self.v is self.k else (self.k, self.v)
 
     def _check(self, z: Tensor, y: Tensor) -> None:

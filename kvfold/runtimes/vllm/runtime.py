@@ -72,6 +72,8 @@ def _in_the_way(spec: CacheSpec) -> str | None:
         return f"block = {block}: tokens that are packed together, and exact until there are so many"
     if spec.joint:
         return "joint = True: latents that several layers fill"
+    if spec.tokens is not None:
+        return "tokens: heads that keep tokens of their own, where vLLM's pages hold all heads of a token"
     if spec.hidden:
         return f"hidden = {spec.hidden}: networks beside the latents"
     return None

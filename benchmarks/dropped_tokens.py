@@ -1,0 +1,74 @@
+"""What caches of several folds of one model still know of a long context: a row per fold, and paired standard errors.
+
+    python benchmarks/dropped_tokens.py MODEL FOLDED [FOLDED ...] --data FILE [--context 1024] [--sequences 16]
+        [--markdown FILE]
+
+Asks what `kvfold evaluate --context` asks. One JSON line last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvfold.checkpoint.source import load_plan
+from kvfold.evaluation.context import Remembered, answers, compared, draw_samples
+from kvfold.evaluation.texts import check_original
+from kvfold.progress import track
+from kvfold.report.table import Table
+from kvfold.runtimes.transformers.load import load
+
+
+def main() -> None:
+    """Run and report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("folded", nargs="+")
+    parser.add_argument("--data", required=True, type=Path, help="text that was not calibrated on")
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--markdown", type=Path, help="write the table here too")
+    options = parser.parse_args()
+    found = measure(options.model, options.folded, options.data, options.context, options.sequences)
+    text = table(found, options).markdown()
+    print(text)
+    if options.markdown:
+        options.markdown.write_text(text)
+    print(json.dumps({name: [row.to_json() for row in rows] for name, rows in found.items()}))
+
+
+def measure(
+    model: str, folded: Sequence[str], data: Path, context: int, sequences: int
+) -> dict[str, list[Remembered]]:
+    """Rows of every fold; the original answers once."""
+    base = load(model)
+    samples = draw_samples(base.tokenizer, data, length=context, sequences=sequences)
+    expected = [answers(base.model, sample) for sample in track(samples, "asking the original", len(samples))]
+    found = {}
+    for folder in folded:
+        check_original(folder, model)
+        loaded = load(folder)
+        told = [answers(loaded.model, sample) for sample in track(samples, f"asking {folder}", len(samples))]
+        found[Path(folder).name] = compared(samples, expected, told, load_plan(folder)[0])
+    return found
+
+
+def table(found: dict[str, list[Remembered]], options: argparse.Namespace) -> Table:
+    """KL of the continuation, what is found of what the original finds, bytes."""
+    kinds = [row.kind for row in next(iter(found.values()))]
+    columns = ("fold", "cache bytes", "KL of the continuation", *kinds[1:])
+    title = f"{Path(options.model).name}, {options.sequences} contexts of {options.context:,} tokens of {options.data.name}."
+    made = Table(columns, title=title)
+    first = next(iter(found.values()))
+    made.add("original", "1.000", "0", *(f"{row.base_accuracy:.1%}" for row in first[1:]))
+    for name, (continuation, *asked) in found.items():
+        told = [f"{row.accuracy:.1%} ({100 * (row.accuracy - row.base_accuracy):+.1f} ± {100 * row.change_stderr:.1f})" for row in asked]
+        share = continuation.cache_bytes / continuation.base_cache_bytes
+        made.add(name, f"{share:.3f}", f"{continuation.kl:.5f} ± {continuation.kl_stderr:.5f}", *told)
+    return made
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Attention of heads that keep different tokens: run by run, each over the tokens that its heads keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvfold.plan.token_runs import TokenRun, TokenRuns
+from kvfold.runtimes.kernels.attention import grouped_attention, prefill_attention
+from kvfold.runtimes.kernels.dispatch import FEW_TOKENS
+from kvfold.runtimes.kernels.packed_tokens import RunTokens, Stored, read_all
+
+QUERIES_AT_ONCE = 1024
+"""Of a prompt: what they see is a mask, and of a window only the tokens that one of them sees are read."""
+
+Attend = Callable[[Tensor, Stored, Stored, Tensor | None], Tensor]
+"""Few absorbed queries [B, n, T, R] over stored keys and values under a mask: [B, T, n, V]."""
+
+
+def query_heads(run: TokenRun, group: int) -> list[int]:
+    """Heads of queries that read a run, `group` per stored head."""
+    return [head * group + i for head in run.heads for i in range(group)]
+
+
+def begins(mask: Tensor | None) -> Tensor | None:
+    """[B, T]: the column where each query's sequence begins, the first that it sees; None without a mask, for 0."""
+    if mask is None:
+        return None
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return seen[:, 0].int().argmax(-1)
+
+
+def begin_of(mask: Tensor | None) -> Tensor | None:
+    """[B]: the same for sequences, of which each query of a step sees one."""
+    last_B1 = begins(None if mask is None else mask[..., -1:, :])
+    return None if last_B1 is None else last_B1[:, 0]
+
+
+def seen_by(
+    run: TokenRun, held: RunTokens, first: int | None, mask: Tensor | None, T: int, rows: slice, device: torch.device
+) -> Tensor | None:
+    """Which of a run's tokens each of the last T queries sees, `rows` of them, as a mask [B or 1, 1 or N, rows, S]: bool, or
+    numbers to add where `mask` is of those. None where no mask is needed. `mask`: over all columns, dropped ones too."""
+    length, tokens = held.length, held.tokens
+    due = tokens.first_newest(run, length)
+    mask = None if mask is None else mask[..., rows, :length]
+    if first is None and due <= tokens.sinks:
+        return mask
+    if mask is None and first == due and T == 1:
+        return None
+    begin_BT = torch.zeros(1, 1, dtype=torch.long, device=device) if mask is None else begins(mask)
+    assert begin_BT is not None, "there is a mask"
+    last_T = torch.arange(length - T, length, device=device)[rows]
+    column_BS = _columns(first, length, begin_BT[:, -1:], tokens.sinks)
+    seen = _recent_or_sink(run, tokens, column_BS[:, None], last_T[:, None], begin_BT[..., None])
+    if first is not None:  # sinks that have not left the newest tokens stand there as well
+        seen[..., : tokens.sinks] &= column_BS[:, None, : tokens.sinks] < first
+    return _under(mask, seen[:, None], column_BS[:, None, None], first is None)
+
+
+def _columns(first: int | None, length: int, begin_B1: Tensor, sinks: int) -> Tensor:
+    """[B, S]: which columns are stored."""
+    if first is None:
+        return torch.arange(length, device=begin_B1.device)[None]
+    early_BS = begin_B1 + torch.arange(sinks, device=begin_B1.device)
+    newest_S = torch.arange(first, length, device=begin_B1.device)
+    return torch.cat([early_BS, newest_S.expand(len(begin_B1), -1)], dim=1)
+
+
+def _recent_or_sink(run: TokenRun, tokens: TokenRuns, column_B1S: Tensor, last_T1: Tensor, begin_BT1: Tensor) -> Tensor:
+    """[B, T, S], as `TokenRuns` says; equal to `run.kept` for every query."""
+    context_BT1 = last_T1 + 1 - begin_BT1
+    kept = (run.share * context_BT1.double()).ceil().long().clamp_min(run.least)
+    newest = (torch.minimum(kept, context_BT1) - tokens.sinks).clamp_min(0)
+    early = (column_B1S >= begin_BT1) & (column_B1S < begin_BT1 + tokens.sinks)
+    return (early | (column_B1S > last_T1 - newest)) & (column_B1S <= last_T1)
+
+
+def _under(mask: Tensor | None, seen_B1TS: Tensor, column_B11S: Tensor, whole: bool) -> Tensor:
+    """Both masks as one, of the kind of `mask`."""
+    if mask is None:
+        return seen_B1TS
+    if not whole:
+        mask = mask.take_along_dim(column_B11S.clamp_max(mask.shape[-1] - 1), dim=-1)
+    return mask & seen_B1TS if mask.dtype == torch.bool else mask.masked_fill(~seen_B1TS, torch.finfo(mask.dtype).min)
+
+
+def attend_by_run(
+    q_BNTR: Tensor, z: RunTokens, y: RunTokens, mask: Tensor | None, *, few: Attend, dropout: float = 0.0, scale: float
+) -> Tensor:
+    """Absorbed queries over what each run keeps: [B, T, N, V]. `few`: attends with at most FEW_TOKENS queries."""
+    T, group = q_BNTR.shape[2], q_BNTR.shape[1] // sum(len(run.heads) for run in z.tokens.runs)
+    out: Tensor | None = None
+    for run, keys, values, first in zip(z.tokens.runs, z.parts, y.parts, z.first, strict=True):
+        heads = query_heads(run, group)
+        q = q_BNTR[:, heads]
+        own = mask[:, heads] if mask is not None and mask.shape[1] > 1 else mask
+        if T <= FEW_TOKENS:
+            seen = seen_by(run, z, first, own, T, slice(0, T), q.device)
+            part_BTnV = few(q, keys, values, seen)
+        else:
+            part_BTnV = _prompt(q, keys, values, run, z, first, own, dropout=dropout, scale=scale)
+        if out is None:
+            out = part_BTnV.new_empty(*part_BTnV.shape[:2], q_BNTR.shape[1], part_BTnV.shape[3])
+        out[:, :, heads] = part_BTnV
+    assert out is not None, "a plan has a run for every head"
+    return out
+
+
+def _prompt(
+    q_BnTR: Tensor, keys: Stored, values: Stored, run: TokenRun, held: RunTokens, first: int | None,
+    mask: Tensor | None, *, dropout: float, scale: float,
+) -> Tensor:  # fmt: skip
+    """Many queries, QUERIES_AT_ONCE at a time, by torch's fused kernel."""
+    T, k, v = q_BnTR.shape[2], read_all(keys), read_all(values)
+    sizes = {"dropout": dropout, "scale": scale}
+    if (
+        mask is None
+        and first is None
+        and held.tokens.first_newest(run, held.length) <= held.tokens.sinks
+        and k.shape[2] == T
+    ):
+        return prefill_attention(q_BnTR, k, v, None, **sizes)
+    parts = []
+    for start in range(0, T, QUERIES_AT_ONCE):
+        rows = slice(start, min(start + QUERIES_AT_ONCE, T))
+        seen = seen_by(run, held, first, mask, T, rows, q_BnTR.device)
+        assert seen is not None, "several queries see different tokens"
+        columns = _of_some(seen)
+        parts.append(
+            prefill_attention(q_BnTR[:, :, rows], k[:, :, columns], v[:, :, columns], seen[..., columns], **sizes)
+        )
+    return torch.cat(parts, dim=1)
+
+
+def _of_some(seen: Tensor) -> Tensor:
+    """The columns that at least one query sees, and the first, so that a query that sees nothing has one to be given."""
+    some = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
+    some_S = some.flatten(0, -2).any(0)
+    some_S[0] = True
+    return some_S.nonzero()[:, 0]
+
+
+def probabilities(
+    q_BNTR: Tensor,
+    z: RunTokens,
+    y: RunTokens,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """The obvious way, by two matrix products: [B, T, N, V], and probabilities [B, N, T, S] of all columns, 0 for dropped
+    ones (those of sinks that stand before the newest tokens stand where they were)."""
+    B, N, T, _ = q_BNTR.shape
+    group = N // sum(len(run.heads) for run in z.tokens.runs)
+    probs_BNTL = q_BNTR.new_zeros(B, N, T, z.length)
+    begin_B1 = torch.zeros(B, 1, dtype=torch.long, device=q_BNTR.device) if mask is None else begins(mask)[:, -1:]
+    out: Tensor | None = None
+    for run, keys, values, first in zip(z.tokens.runs, z.parts, y.parts, z.first, strict=True):
+        heads = query_heads(run, group)
+        own = mask[:, heads] if mask is not None and mask.shape[1] > 1 else mask
+        seen = seen_by(run, z, first, own, T, slice(0, T), q_BNTR.device)
+        numbers = read_all(keys), read_all(values)
+        averaged, probs = grouped_attention(
+            q_BNTR[:, heads], *numbers, seen, scale=scale, dropout=dropout, softcap=softcap
+        )
+        out = averaged.new_empty(B, T, N, averaged.shape[3]) if out is None else out
+        out[:, :, heads] = averaged
+        column_BS = _columns(first, z.length, begin_B1, z.tokens.sinks).clamp_max(z.length - 1)
+        index = column_BS[:, None, None].expand(B, len(heads), T, -1)
+        probs_BNTL[:, heads] = probs_BNTL[:, heads].scatter_add(3, index, probs)
+    assert out is not None, "a plan has a run for every head"
+    return out, probs_BNTL
