@@ -39,9 +39,7 @@ def main() -> None:
     print(json.dumps({name: [row.to_json() for row in rows] for name, rows in found.items()}))
 
 
-def measure(
-    model: str, folded: Sequence[str], data: Path, context: int, sequences: int
-) -> dict[str, list[Remembered]]:
+def measure(model: str, folded: Sequence[str], data: Path, context: int, sequences: int) -> dict[str, list[Remembered]]:
     """Rows of every fold; the original answers once."""
     base = load(model)
     samples = draw_samples(base.tokenizer, data, length=context, sequences=sequences)
@@ -64,7 +62,10 @@ def table(found: dict[str, list[Remembered]], options: argparse.Namespace) -> Ta
     first = next(iter(found.values()))
     made.add("original", "1.000", "0", *(f"{row.base_accuracy:.1%}" for row in first[1:]))
     for name, (continuation, *asked) in found.items():
-        told = [f"{row.accuracy:.1%} ({100 * (row.accuracy - row.base_accuracy):+.1f} ± {100 * row.change_stderr:.1f})" for row in asked]
+        told = [
+            f"{row.accuracy:.1%} ({100 * (row.accuracy - row.base_accuracy):+.1f} ± {100 * row.change_stderr:.1f})"
+            for row in asked
+        ]
         share = continuation.cache_bytes / continuation.base_cache_bytes
         made.add(name, f"{share:.3f}", f"{continuation.kl:.5f} ± {continuation.kl_stderr:.5f}", *told)
     return made

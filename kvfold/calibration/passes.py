@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,7 +20,6 @@ from torch import Tensor
 from kvfold import distributed as processes
 from kvfold.calibration.cross_moments import CrossMoments
 from kvfold.calibration.layerwise_model import StreamedModel, ignore
-from kvfold.calibration.observing import LayerObserver
 from kvfold.checkpoint.atomic import write_tensors
 from kvfold.plan.layer import AttentionLayer
 from kvfold.progress import say_if_long, track
@@ -30,8 +30,9 @@ SECONDS_BETWEEN_SAVES = 60.0
 DOWN_COSTS = 3.5
 """Time of a layer on the way down, per time on the way up: it runs again, then gradients, then their fit."""
 
-Observers = Callable[[AttentionLayer], LayerObserver]
-Keep = Callable[[LayerObserver], None]
+Observers = Callable[[AttentionLayer], Any]
+"""What looks at one layer: a function of what passes there (Seen)."""
+Keep = Callable[[Any], None]
 
 
 @dataclass

@@ -41,8 +41,8 @@ def command(
     context: Annotated[
         str | None,
         typer.Option(
-            help="What does a cache of so many tokens still know? Lengths: 1024,4096. Contexts are stretches of --data; behind"
-            " each, its continuation, facts, passages and pairs are asked for.",
+            help="What does a cache of so many tokens still know? Lengths: 1024,4096. Contexts are stretches of --data;"
+            " behind each, its continuation, facts, passages and pairs are asked for.",
             show_default=False,
         ),
     ] = None,
@@ -54,7 +54,7 @@ def command(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Measure what a folded model lost: on texts (loss, perplexity, KL, top-1 agreement), on tasks, in recall, of a long context."""
+    """Measure what a folded model lost: on texts (loss, perplexity, KL, top-1 agreement), on tasks, in recall, of a context."""
     from kvfold.evaluation.context import measure_context
     from kvfold.evaluation.recall import measure_recall
     from kvfold.evaluation.tasks import evaluate_tasks

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvfold import distributed as processes
@@ -182,18 +183,13 @@ def _plan(
 
 def _token_curves(recipe: Recipe, material: Material, plan: CachePlan) -> TokenCurves:
     """What forgetting costs each stored head: in sum over the heads and layers that read it."""
-    contexts_BT, length = material.contexts(), recipe.method("length")
-    nats_LCn = forgetting(
-        material.source,
-        contexts_BT,
-        run_dir=material.run_dir,
-        device=material.device,
-        seed=recipe.seed,
-        sinks=length.sinks,
-    ).nats_LCn
+    length: Any = recipe.method("length")
+    where: dict[str, Any] = {"run_dir": material.run_dir, "device": material.device}
+    found = forgetting(material.source, material.contexts(), seed=recipe.seed, sinks=length.sinks, **where)
+    nats_LCn = found.nats_LCn(length.recall)
 
     def curves(owner: int, spec: CacheSpec) -> Tensor:
-        of_heads = sum(nats_LCn[layer] for layer in plan.readers(owner))
+        of_heads = torch.stack([nats_LCn[layer] for layer in plan.readers(owner)]).sum(0)
         return of_heads.unflatten(0, (spec.num_kv_heads, -1)).sum(1)
 
     return curves

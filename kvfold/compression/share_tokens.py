@@ -64,8 +64,8 @@ def share_tokens(
     budget = _left(plan, method, kv_budget, sum(price.values()))
     if budget * SLACK < sizes[0] * sum(price.values()):
         raise BudgetError(
-            f"kv_budget {kv_budget or method.share_kept:.4g} is out of reach: every head keeps {sizes[0]} of {context:,} tokens at"
-            f" least, {sizes[0] / context:.3g} of them. Ask for more, count bytes over more tokens (--context), or lower"
+            f"kv_budget {kv_budget or method.share_kept:.4g} is out of reach: every head keeps {sizes[0]} of {context:,} tokens"
+            f" at least, {sizes[0] / context:.3g} of them. Ask for more, count bytes over more tokens (--context), or lower"
             " length.newest."
         )
     if curves is None:
@@ -108,7 +108,7 @@ def _by_cost(
             lost = np.interp(sizes, known, nats_n)
             lost[-1] = 0.0
             points[owner, head] = list(zip(sizes, lost.tolist(), strict=True))
-    return best_within(budget, points, lambda head, tokens: price[head] * tokens)  # type: ignore[index, operator, return-value, arg-type]
+    return best_within(budget, points, lambda head, tokens: price[head] * tokens)  # type: ignore[index, operator, return-value]
 
 
 def _merged(tokens_C: list[int]) -> list[int]:

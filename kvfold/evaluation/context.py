@@ -1,8 +1,7 @@
 """What a cache still knows of a long context: its continuation, facts that were said once, passages, pairs.
 
-Perplexity of windows hides what was forgotten, since few tokens of a text depend on distant ones, and where tokens are dropped
-when a prompt ends it shows nothing at all. Here a context fills the cache once, in one step; copies of that cache are then
-asked, and no question is known when the context is read.
+Perplexity of windows hides what was forgotten, since few tokens of a text depend on distant ones. Here a context fills the
+cache once, in one step; copies of that cache are then asked, and no question is known when the context is read.
 """
 
 from __future__ import annotations

@@ -13,6 +13,10 @@ CACHE_BLOCK = 256
 """Tokens by which a cache grows. Part of the format, since allocated bytes follow from it."""
 
 
+RUN_BLOCK = 32
+"""The same of heads that drop tokens, of which some keep hardly more."""
+
+
 POSITION_BYTES = 4
 """A token's position, where keys are rotated on read."""
 
@@ -214,7 +218,9 @@ class CacheSpec:
 def room_for(run: TokenRun, context_len: int) -> int:
     """Tokens for which a run of heads has room after `context_len` tokens: whole blocks, and, where some are dropped, a block
     more."""
-    return min(round_up(context_len), round_up(run.kept(context_len)) + CACHE_BLOCK)
+    if run.keeps_all:
+        return round_up(context_len)
+    return min(round_up(context_len, RUN_BLOCK), round_up(run.kept(context_len), RUN_BLOCK) + RUN_BLOCK)
 
 
 def round_up(tokens: int, block: int = CACHE_BLOCK) -> int:

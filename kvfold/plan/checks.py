@@ -147,7 +147,12 @@ def _check_tokens(index: int, spec: CacheSpec, tokens: TokenRuns) -> None:
                 f"{where}: a run keeps a share of 0 to 1 of the context, and at least one token beside its"
                 f" {tokens.sinks} sinks; found share {run.share!r}, least {run.least!r}."
             )
-    made = {"joint": spec.joint, "shared_latent": spec.shared_latent, "hidden": spec.hidden, "recent": spec.recent}
+    made: dict[str, Any] = {
+        "joint": spec.joint,
+        "shared_latent": spec.shared_latent,
+        "hidden": spec.hidden,
+        "recent": spec.recent,
+    }
     made |= {"predicted_from": spec.predicted_from, "window": spec.window, "rope = on_read": spec.rope == "on_read"}
     if found := [name for name, value in made.items() if value]:
         raise PlanError(

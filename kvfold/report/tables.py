@@ -16,9 +16,9 @@ from rich.table import Table as RichTable
 from kvfold import distributed as processes
 from kvfold.checkpoint.atomic import write_text
 from kvfold.evaluation.compare import Comparison
+from kvfold.evaluation.context import Remembered
 from kvfold.evaluation.inspection import shared_out
 from kvfold.evaluation.memory import Capacity
-from kvfold.evaluation.context import Remembered
 from kvfold.evaluation.recall import Recall
 from kvfold.evaluation.tasks import TaskScore
 from kvfold.evaluation.texts import Evaluation
@@ -72,8 +72,8 @@ def print_plan(plan: CachePlan, title: str) -> None:
         lengths = sorted({plan.context_len, *LENGTHS})
         shares = (f"{plan.kv_bytes(n) / plan.source_kv_bytes(n):.3g} at {n:,}" for n in lengths)
         STDOUT.print(
-            f"heads x tokens that they keep of {plan.context_len:,}: the first {_sinks(plan)} and the newest. Allocated, of the"
-            f" original's bytes: {', '.join(shares)} tokens.",
+            f"heads x tokens that they keep of {plan.context_len:,}: the first {_sinks(plan)} and the newest. Allocated, of"
+            f" the original's bytes: {', '.join(shares)} tokens.",
             highlight=False,
         )
     if most := max(len(spec.predicted_from) for spec in plan.owned):

@@ -15,6 +15,7 @@ from kvfold.checkpoint.source import load_plan
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.plan.number_format import NumberFormat
+from kvfold.plan.token_runs import TokenRun, TokenRuns
 from kvfold.runtimes import reference
 from kvfold.runtimes.kernels.attention import chunked_attention, grouped_attention, prefill_attention
 from kvfold.runtimes.kernels.codec import pack
@@ -104,6 +105,23 @@ def test_recent_tokens_in_a_finer_form_equal_the_oracle(shape, quantized, rope, 
     monkeypatch.setattr("kvfold.runtimes.kernels.aged_attention.QUERIES_AT_ONCE", 4)
     dtype, tolerance = (torch.float64, 1e-3) if quantized else (torch.float32, None)
     _compare_with_the_oracle(monkeypatch, shape, True, rope, implementation, dtype=dtype, tolerance=tolerance, **fields)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("quantized", [False, True], ids=["", "quantized"])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[0] == shape[2]], ids=str)
+def test_heads_that_keep_different_tokens_equal_the_oracle(shape, quantized, implementation, monkeypatch):
+    C, R, _, V, *_ = shape
+    runs = [TokenRun(heads=(0, 3), share=0.5, least=4), TokenRun(heads=(1, 2), share=0.0, least=6)]
+    runs = runs if C == 4 else [TokenRun(heads=(0,), share=0.3, least=5)]
+    fields = {"tokens": TokenRuns(runs=tuple(runs), sinks=2)}
+    if quantized:
+        fields |= {"k_bits": _format(R, 5, "exponent"), "v_bits": _format(V, 3, "exponent"), "stored_bias": True}
+    monkeypatch.setattr("kvfold.runtimes.kernels.head_runs.QUERIES_AT_ONCE", 4)
+    dtype, tolerance = (torch.float64, 1e-3) if quantized else (torch.float32, None)
+    _compare_with_the_oracle(
+        monkeypatch, shape, True, "applied", implementation, dtype=dtype, tolerance=tolerance, **fields
+    )
 
 
 def _compare_with_the_oracle(

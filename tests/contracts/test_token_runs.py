@@ -5,24 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import FULL_ATTENTION, MODELS, load, logits, step, tokens
-from transformers import DynamicCache
 
 import kvfold
 from kvfold.compression.recipe import make_recipe
-from kvfold.errors import BudgetError, PlanError, RecipeError
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.testing import assert_close
 
 FORMS = {
     "plain": ({"method": "identity"}, {"method": "identity"}),
     "int4": ({"method": "identity"}, {"method": "integer"}),
-    "latents": ({"method": "svd_a", "latent": "group", "v_latent": "group", "group_size": 1, "multiple": 4}, {"method": "identity"}),
+    "latents": (
+        {"method": "svd_a", "latent": "group", "v_latent": "group", "group_size": 1, "multiple": 4},
+        {"method": "identity"},
+    ),
 }
 WINDOWED = ("mistral_window",)
 """All layers forget by themselves."""
-CASES = [
-    pytest.param(model, form, id=f"{form}-{model}") for form in FORMS for model in MODELS if model not in WINDOWED
-]
+CASES = [pytest.param(model, form, id=f"{form}-{model}") for form in FORMS for model in MODELS if model not in WINDOWED]
 every_form = pytest.mark.parametrize(("model", "form"), CASES)
 
 
@@ -51,7 +50,7 @@ def fold(tiny_dir, tmp_path_factory):
 @every_form
 def test_cached_equals_uncached(fold, model, form, monkeypatch):
     """In float64, where codes do not depend on how a product was rounded; long prompts pass through in pieces."""
-    monkeypatch.setattr("kvfold.runtimes.transformers.head_runs.CACHE_BLOCK", 9)
+    monkeypatch.setattr("kvfold.runtimes.transformers.head_runs.RUN_BLOCK", 9)
     monkeypatch.setattr("kvfold.runtimes.kernels.head_runs.QUERIES_AT_ONCE", 11)
     folded = fold(model, form)
     network, ids = load(folded.out, dtype=torch.float64), tokens(3, 60)

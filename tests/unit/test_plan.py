@@ -1,5 +1,7 @@
 """The plan: its validation, its byte accounting, and its JSON."""
 
+import dataclasses
+import itertools
 import json
 
 import pytest
@@ -8,6 +10,7 @@ from kvfold.errors import PlanError
 from kvfold.plan.cache_spec import CacheSpec, SourceLayer
 from kvfold.plan.number_format import NumberFormat
 from kvfold.plan.plan import CachePlan, source_plan
+from kvfold.plan.token_runs import TokenRun, TokenRuns
 from kvfold.runtimes.base import servable_by
 
 SOURCE = SourceLayer(num_attention_heads=8, num_kv_heads=4, head_dim=16)
@@ -43,6 +46,35 @@ def test_bytes_of_windows():
     assert p.kv_bytes(10_000) == 80 * (512 + 256) + 80 * 10_240
     assert p.source_kv_bytes(10_000) == 256 * 299 + 256 * 10_000
     assert p.kv_read_bytes(10_000) == 80 * 300 + 80 * 10_000
+
+
+def runs(**changes):
+    return TokenRuns(runs=(TokenRun(**{"heads": (0, 1), "share": 1.0} | changes),))
+
+
+def two_heads(**changes):
+    return CacheSpec(num_kv_heads=2, head_dim=16, num_v_heads=2, v_head_dim=16, **changes)
+
+
+def test_bytes_of_heads_that_drop_tokens():
+    """One head keeps everything, one of a quarter of the tokens at least 100: rows of 2 x 16 numbers of 2 bytes."""
+    some = TokenRuns(runs=(TokenRun(heads=(1,)), TokenRun(heads=(0,), share=0.25, least=100)))
+    p = dataclasses.replace(plan(two_heads(tokens=some)), context_len=1000)
+    assert [run.kept(1001) for run in some.runs] == [1001, 251]
+    assert p.kv_bytes(1000) == 64 * (1024 + 256 + 32)
+    assert p.kv_bytes(90) == 64 * (256 + 96)
+    assert p.kv_bytes_per_token() == 64 + 16
+    assert p.kv_budget == 80 / p.source_kv_bytes_per_token()
+    assert p.kv_read_bytes(1000) == 64 * 1250
+    assert servable_by(p)["vllm"].count("tokens of their own") == 1
+    assert CachePlan.from_dict(json.loads(json.dumps(p.to_dict()))) == p
+
+
+@pytest.mark.parametrize(("share", "least"), [(0.0, 7), (0.3, 7), (0.999, 5), (1.0, 0)])
+def test_what_was_dropped_is_never_seen_again(share, least):
+    some = runs(share=share, least=least)
+    firsts = [some.first_newest(some.runs[0], length) for length in range(1, 500)]
+    assert all(0 <= after - before <= 1 for before, after in itertools.pairwise(firsts[5:]))
 
 
 def test_a_shared_cache_is_stored_once_and_read_by_each_reader():
@@ -81,7 +113,12 @@ def test_json_round_trip_and_unknown_fields():
         (lambda: plan(spec(fast_pairs=2)), "fast_pairs = 2 goes with keys that are rebuilt on read"),
         (lambda: plan(spec(rope="on_read", fast_pairs=99)), "a head has"),
         (lambda: plan(spec(rope="on_read", fast_pairs=1, readers_rotate=False)), "for all readers"),
-        (lambda: plan(spec(sinks=4)), "reserved"),
+        (lambda: plan(two_heads(tokens=runs(heads=(0,)))), "every stored head is in one run"),
+        (lambda: plan(two_heads(tokens=runs(share=0.5, least=4))), "at least one token beside its 4 sinks"),
+        (lambda: plan(two_heads(tokens=runs(share=1.5))), "share of 0 to 1"),
+        (lambda: plan(two_heads(tokens=dataclasses.replace(runs(), rule="snapkv"))), "rule = 'snapkv'"),
+        (lambda: plan(two_heads(tokens=runs(), rope="on_read")), "tokens does not go with rope = on_read"),
+        (lambda: dataclasses.replace(plan(spec()), context_len=0), "context_len = 0"),
         (lambda: plan(spec(k_bits=4)), "not a description"),
         (lambda: plan(spec(k_bits=NumberFormat(tiers=((5, 4),)))), "describes 5 numbers"),
         (lambda: NumberFormat(tiers=((8, 9),)), "not .numbers, bits."),

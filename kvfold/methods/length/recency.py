@@ -26,6 +26,7 @@ class Recency(LengthMethod):
     sinks: of the first tokens. newest: of the last ones, which every head keeps at least.
     grows: windows grow with contexts that are longer than the one for which bytes were counted; otherwise the cache of a
         head that forgets has one size.
+    recall: what finding passages again counts beside predicting ordinary text, where forgetting is weighed.
     """
 
     kept: float | None = None
@@ -33,6 +34,7 @@ class Recency(LengthMethod):
     sinks: int = 4
     newest: int = 32
     grows: bool = True
+    recall: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kept is not None and not 0 < self.kept <= 1:

@@ -158,7 +158,8 @@ def probabilities(
     B, N, T, _ = q_BNTR.shape
     group = N // sum(len(run.heads) for run in z.tokens.runs)
     probs_BNTL = q_BNTR.new_zeros(B, N, T, z.length)
-    begin_B1 = torch.zeros(B, 1, dtype=torch.long, device=q_BNTR.device) if mask is None else begins(mask)[:, -1:]
+    begin_B = begin_of(mask)
+    begin_B1 = torch.zeros(B, 1, dtype=torch.long, device=q_BNTR.device) if begin_B is None else begin_B[:, None]
     out: Tensor | None = None
     for run, keys, values, first in zip(z.tokens.runs, z.parts, y.parts, z.first, strict=True):
         heads = query_heads(run, group)

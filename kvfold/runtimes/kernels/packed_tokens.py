@@ -186,7 +186,7 @@ class RunTokens(NamedTuple):
         return self._replace(parts=tuple(stored.to(device) for stored in self.parts))
 
 
-def by_runs(stored_BCSR: Stored, tokens: TokenRuns) -> RunTokens:
+def by_runs(stored_BCSR: Tensor, tokens: TokenRuns) -> RunTokens:
     """All tokens of all heads, where nothing was dropped."""
     parts = tuple(heads_of(stored_BCSR, run) for run in tokens.runs)
     return RunTokens(parts, (None,) * len(parts), stored_BCSR.shape[2], tokens)

@@ -163,8 +163,8 @@ class GrowingBuffer(Buffer):
 class PackedBuffer(Buffer):
     """Tokens that are packed when they come."""
 
-    def __init__(self, format: NumberFormat) -> None:
-        self.format, self.rows = format, GrowingBuffer()
+    def __init__(self, format: NumberFormat, unit: int = CACHE_BLOCK) -> None:
+        self.format, self.rows = format, GrowingBuffer(unit)
         self.dtype = torch.float32
 
     def append(self, new_BCTR: Tensor, capacity: int) -> None:
@@ -320,8 +320,8 @@ def _early(shown_BCSR: Tensor, early: Tensor | None, count: int) -> Tensor:
     return shown_BCSR.gather(2, index)
 
 
-def buffer(format: NumberFormat | None) -> Buffer:
-    """An empty storage for numbers of this format."""
+def buffer(format: NumberFormat | None, unit: int = CACHE_BLOCK) -> Buffer:
+    """An empty storage for numbers of this format. unit: tokens by which it grows."""
     if format is None:
-        return GrowingBuffer()
-    return PackedBuffer(format) if format.block == 1 else BlockedBuffer(format)
+        return GrowingBuffer(unit)
+    return PackedBuffer(format, unit) if format.block == 1 else BlockedBuffer(format)

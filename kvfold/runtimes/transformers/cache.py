@@ -28,11 +28,11 @@ class GrowingLayer(RunsMixin, CacheLayerMixin):
         self.is_sliding = spec.window is not None
         self.record_past = False
         self.length = 0
+        self.start_runs()
         self.k: Buffer = buffer(spec.k_bits)
         self.v: Buffer = self.k if spec.shared_latent else buffer(spec.v_bits)
         finer = spec.recent_sides[: len(self.buffers)] if spec.recent else ()
         self.recent = [RecentBuffer(side.format, side.width, spec.recent) for side in finer]
-        self.start_runs()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -55,7 +55,7 @@ class GrowingLayer(RunsMixin, CacheLayerMixin):
         near = [side.append(states[..., -side.width :], self.record_past) for side, states in new]
         far = self._append(key_states[..., :R], value_states[..., :V])
         k, *v = (AgedTokens(old, new, self.spec.recent) for old, new in zip(far, near, strict=False))
-        return k, v[0] if v else k  # type: ignore[return-value]
+        return k, v[0] if v else k
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Stored, Stored]:
         self.length += key_states.shape[2]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvfold.plan.cache_spec import CACHE_BLOCK, CacheSpec, room_for
+from kvfold.plan.cache_spec import CACHE_BLOCK, RUN_BLOCK, CacheSpec, room_for
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.token_runs import TokenRun, TokenRuns
 from kvfold.runtimes.kernels.attention import cpu_attention
@@ -24,8 +24,9 @@ class HeadRun:
 
     def __init__(self, run: TokenRun, tokens: TokenRuns, spec: CacheSpec) -> None:
         self.run, self.tokens = run, tokens
-        self.k: Buffer = buffer(spec.k_bits)
-        self.v: Buffer = buffer(spec.v_bits)
+        unit = CACHE_BLOCK if run.keeps_all else RUN_BLOCK
+        self.k: Buffer = buffer(spec.k_bits, unit)
+        self.v: Buffer = buffer(spec.v_bits, unit)
         self.first: int | None = None
 
     @property
@@ -41,7 +42,7 @@ class HeadRun:
         room = room_for(self.run, length)
         if keep_all:
             self._append(new, room)
-        elif T > CACHE_BLOCK and self.due(length, begin_B) > (self.first or self.tokens.sinks):
+        elif T > RUN_BLOCK and self.due(length, begin_B) > (self.first or self.tokens.sinks):
             return self._pass_by(new, length, begin_B, room)
         else:
             self.drop(self.due(length - T + 1, begin_B), length - T, begin_B)

@@ -59,8 +59,8 @@ class NewTokens(nn.Module):
         below = [first_numbers(stored, self.spec) for stored in known]
         if below:
             new_z = new_y = new_z - self.k_p_proj(newest(side_by_side(below), new_z.shape[2]))
-        z: Stored = new_z
-        y: Stored = new_y
+        z: Any = new_z
+        y: Any = new_y
         if cache is not None and self.spec.recent and not hasattr(cache, "owned"):
             raise ValueError(
                 "recent tokens in a finer form need kvfold's own cache: leave past_key_values out, or pass"

@@ -1,0 +1,147 @@
+"""What forgetting costs a head, against its definition; and who gets the tokens that a budget leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from tiny import make_tiny, save_tiny
+
+import kvfold
+from kvfold.architectures.base import architecture
+from kvfold.calibration.forgetting import SHARES, costs, forgetting, with_repetition
+from kvfold.checkpoint.source import open_source
+from kvfold.compression.recipe import make_recipe
+from kvfold.compression.share_tokens import MOST_RUNS, share_tokens
+from kvfold.errors import BudgetError, DataError, PlanError, RecipeError
+from kvfold.methods.length.recency import Recency
+from kvfold.plan.plan import CachePlan, source_layer, source_plan
+from kvfold.runtimes import reference
+from kvfold.testing import assert_close
+
+SINKS = 3
+
+
+def kept(share, context, t):
+    """The tokens that query t still has, of a context that is followed by itself."""
+    newest = max(int(share * context) - SINKS, 0) if share < 1 else context
+    end = min(t + 1, context)
+    return [s for s in range(t + 1) if s < SINKS or s >= context or s >= end - newest]
+
+
+@pytest.mark.parametrize("model", ["llama_mha", "bloom_alibi", "gemma2_softcap", "llama_sink"])
+def test_costs_are_those_of_the_definition(model):
+    network = make_tiny(model)
+    arch = architecture(network.config.model_type)
+    layer = dataclasses.replace(arch.describe(network)[0], window=None)
+    N, K, H, S = layer.num_attention_heads, layer.num_kv_heads, layer.head_dim, 48
+    torch.manual_seed(0)
+    q, g = torch.randn(2, N, 2 * S, H, dtype=torch.float64)
+    k, v = torch.randn(2, K, 2 * S, H, dtype=torch.float64)
+    found = costs(layer, q, k, v, g, SINKS)
+    expected = torch.zeros(2, K, len(SHARES), dtype=torch.float64)
+    for half, queries in enumerate((range(S // 2, S), range(S, 2 * S))):
+        for i, share in enumerate(SHARES):
+            for t in queries:
+                felt = torch.zeros(K, dtype=torch.float64)
+                for n in range(N):
+                    c = n * K // N
+                    outs = [out_of(layer, n, q[n, t], k[c], v[c], seen) for seen in (kept(share, S, t), range(t + 1))]
+                    felt[c] += g[n, t] @ (outs[0] - outs[1])
+                expected[half, :, i] += felt.square() / 2 / len(queries)
+    assert_close(found, expected, tolerance=1e-6)
+    assert not found[..., -1].any() and found[..., 0].all()
+
+
+def out_of(layer, head, q_H, k_TH, v_TH, seen):
+    """One query's output over some tokens, by the oracle."""
+    mask = torch.zeros(1, len(k_TH), dtype=torch.bool)
+    mask[0, list(seen)] = True
+    return reference._attend(layer, head, q_H[None], k_TH, v_TH, mask)[0]
+
+
+def test_curves_are_kept_and_fall(tmp_path):
+    source = open_source(save_tiny(make_tiny("llama_sink"), tmp_path / "model"))
+    tokens = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(0))
+    found = forgetting(source, tokens, run_dir=tmp_path / "run", device="cpu", sinks=2)
+    again = forgetting(source, tokens, run_dir=tmp_path / "run", device="cpu", sinks=2)
+    assert torch.equal(found.nats_LCn(4.0), again.nats_LCn(4.0))
+    nats_LCn = found.nats_LCn(4.0)
+    assert nats_LCn.shape == (3, 3, len(SHARES))
+    assert (nats_LCn.diff(dim=-1) <= 0).all() and not nats_LCn[..., -1].any() and nats_LCn.any()
+    assert torch.equal(nats_LCn, found.ordinary_LCn + 4 * found.repeated_LCn)
+
+
+def plan_of(context=1024):
+    """Three layers of four heads."""
+    layers = architecture("llama").describe(make_tiny("llama_mha", num_attention_heads=4, num_key_value_heads=4))
+    plan = source_plan([source_layer(layer) for layer in layers], "float32")
+    method = Recency(sharing="measured")
+    caches = tuple(method.apply(layer, spec) for layer, spec in zip(layers, plan.caches, strict=True))
+    return dataclasses.replace(plan, caches=caches, context_len=context)
+
+
+def tokens_of(plan: CachePlan):
+    return torch.tensor(
+        [
+            [next(run.kept(plan.context_len) for run in spec.tokens.runs if head in run.heads) for head in range(4)]
+            for spec in plan.owned
+        ]
+    )
+
+
+def test_tokens_go_to_heads_that_need_them():
+    nats = torch.full((3, 4, len(SHARES)), 1e-6, dtype=torch.float64)
+    nats[1, 2] = torch.tensor([2.0, 1.9, 1.8, 1.7, 1.5, 1.2, 0.8, 0.5, 0.2, 0.0])
+    nats[2, 0] = nats[1, 2] / 2
+    nats[..., -1] = 0
+    made = share_tokens(plan_of(), Recency(), 0.25, lambda owner, spec: nats[owner], SHARES)
+    kept = tokens_of(made)
+    assert kept[1, 2] == 1024 and kept[2, 0] > 512 and kept.sum() <= 0.25 * 12 * 1024
+    assert kept.min() == 36 and made.kv_budget <= 0.2501
+    assert all(len(spec.tokens.runs) <= MOST_RUNS for spec in made.owned)
+
+
+def test_equal_shares_ask_for_no_curves():
+    kept = tokens_of(share_tokens(plan_of(), Recency(sharing="equal", kept=0.5), None, None, SHARES))
+    assert (kept == 512).all()
+
+
+def test_a_budget_that_every_head_exceeds_is_refused():
+    with pytest.raises(BudgetError, match="every head keeps 36 of 1,024 tokens at least, 0.0352"):
+        share_tokens(plan_of(), Recency(), 0.03, lambda owner, spec: torch.zeros(4, len(SHARES)), SHARES)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "said"),
+    [
+        ({"length": {"method": "recency"}}, RecipeError, "say how many tokens stay"),
+        ({"length": {"method": "recency", "kept": 1.5}}, RecipeError, "length.kept is 1.5"),
+        ({"length": {"method": "recency", "sharing": "fair"}}, RecipeError, "one of equal, classes, measured"),
+        (
+            {"preset": "windows", "kv_budget": 0.5, "calibration": {"data": None}},
+            DataError,
+            "length? needs|needs calib",
+        ),
+        (
+            {"length": {"method": "recency", "kept": 0.5}, "kv_budget": 0.5, "width": {"method": "mla"}},
+            PlanError,
+            "shared_latent",
+        ),
+        ({"preset": "svd_a", "kv_budget": 0.5, "length": {"method": "recency"}}, RecipeError, "length.kept=0.5"),
+        ({"preset": "windows", "kv_budget": 0.5, "context_len": 0}, RecipeError, "context_len is 0"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_takes_long(tmp_path, fields, error, said):
+    model = save_tiny(make_tiny("llama_mha"), tmp_path / "model")
+    with pytest.raises(error, match=said):
+        kvfold.compress(make_recipe({"model": str(model), "out": str(tmp_path / "out")} | fields), device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_context_is_repeated_passage_by_passage():
+    contexts = torch.arange(160).view(2, 80)
+    both = with_repetition(contexts)
+    assert torch.equal(both[:, :80], contexts) and torch.equal(both[:, 80:].sort(dim=1).values, contexts)
+    assert (both[:, 80:].diff(dim=1) == 1).sum() >= 2 * (79 - 2)
