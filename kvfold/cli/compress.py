@@ -65,14 +65,8 @@ def command(
     from kvfold.report.tables import print_json, print_plan
 
     fields: dict[str, Any] = {"model": model, "out": out, "preset": preset, "kv_budget": kv_budget, "seed": seed}
-    fields |= {
-        "target_kl": target_kl,
-        "context_len": context,
-        "runtime": runtime,
-        "prefer": prefer,
-        "min_width": min_width,
-        "keep_layers": integers(keep_layers),
-    }
+    fields |= {"context_len": context, "target_kl": target_kl, "runtime": runtime, "prefer": prefer}
+    fields |= {"min_width": min_width, "keep_layers": integers(keep_layers)}
     calibration = {"data": data, "num_samples": num_samples, "seq_len": seq_len, "select": select}
     tree = load_recipe(recipe) if recipe else {}
     if preset:  # a preset is a point on all axes: it replaces those of the recipe

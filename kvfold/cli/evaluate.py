@@ -54,38 +54,54 @@ def command(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Measure what a folded model lost: on texts (loss, perplexity, KL, top-1 agreement), on tasks, in recall, of a context."""
-    from kvfold.evaluation.context import measure_context
-    from kvfold.evaluation.recall import measure_recall
+    """Measure what a folded model lost: on texts (loss, perplexity, KL, top-1 agreement), tasks, in recall, of a context."""
     from kvfold.evaluation.tasks import evaluate_tasks
-    from kvfold.evaluation.texts import evaluate_texts
-    from kvfold.report.tables import print_context, print_evaluation, print_json, print_recall, print_tasks, print_texts
+    from kvfold.report.tables import print_json, print_tasks
 
-    if not (data or tasks or recall or context):
-        raise typer.BadParameter("say what to measure: --data, --tasks, --recall or --context")
-    if context and not data:
-        raise typer.BadParameter("--context takes stretches of a text: give --data")
-    lengths = integers(None if recall == "auto" else recall, "--recall") or []
+    if not (data or tasks or recall) or (context and not data):
+        raise typer.BadParameter("say what to measure: --data (with --context: of a long one), --tasks or --recall")
     common: dict[str, Any] = {"against": against, "dtype": dtype, "device": device}
     values: dict[str, Any] = {}
     if context and data:
-        contexts = integers(context, "--context") or []
-        known = measure_context(model, data_file=data[0], lengths=contexts, sequences=sequences, **common)
-        print_context(known)
-        values["context"] = [row.to_json() for row in known]
+        values |= _of_context(model, data[0], integers(context, "--context") or [], sequences, common)
     elif data:
-        found = evaluate_texts(model, data_files=data, max_tokens=max_tokens, seq_len=seq_len or 0, **common)
-        print_evaluation(found[0])
-        values |= found[0].to_json()
-        if data[1:]:
-            print_texts([path.name for path in data], found)
-            values["further"] = [{"data": str(p)} | one.to_json() for p, one in zip(data[1:], found[1:], strict=True)]
+        values |= _of_texts(model, data, common | {"max_tokens": max_tokens, "seq_len": seq_len or 0})
     if recall:
-        rows = measure_recall(model, lengths=lengths, filler=data[0] if data else None, **common)
-        print_recall(rows)
-        values["recall"] = [row.to_json() for row in rows]
+        values |= _of_recall(model, recall, data, common)
     if tasks:  # last, since it takes longest
         scores = evaluate_tasks(model, tasks=tasks, limit=limit, num_fewshot=num_fewshot, **common)
         print_tasks(scores)
         values["tasks"] = [score.to_json() for score in scores]
     print_json(values)
+
+
+def _of_texts(model: str, data: list[Path], options: dict[str, Any]) -> dict[str, Any]:
+    from kvfold.evaluation.texts import evaluate_texts
+    from kvfold.report.tables import print_evaluation, print_texts
+
+    found = evaluate_texts(model, data_files=data, **options)
+    print_evaluation(found[0])
+    values: dict[str, Any] = found[0].to_json()
+    if data[1:]:
+        print_texts([path.name for path in data], found)
+        values["further"] = [{"data": str(p)} | one.to_json() for p, one in zip(data[1:], found[1:], strict=True)]
+    return values
+
+
+def _of_context(model: str, data: Path, lengths: list[int], sequences: int, common: dict[str, Any]) -> dict[str, Any]:
+    from kvfold.evaluation.context import measure_context
+    from kvfold.report.tables import print_context
+
+    rows = measure_context(model, data_file=data, lengths=lengths, sequences=sequences, **common)
+    print_context(rows)
+    return {"context": [row.to_json() for row in rows]}
+
+
+def _of_recall(model: str, recall: str, data: list[Path] | None, common: dict[str, Any]) -> dict[str, Any]:
+    from kvfold.evaluation.recall import measure_recall
+    from kvfold.report.tables import print_recall
+
+    lengths = integers(None if recall == "auto" else recall, "--recall") or []
+    rows = measure_recall(model, lengths=lengths, filler=data[0] if data else None, **common)
+    print_recall(rows)
+    return {"recall": [row.to_json() for row in rows]}

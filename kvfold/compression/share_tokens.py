@@ -63,10 +63,10 @@ def share_tokens(
     sizes = method.sizes(context, [context * step // STEPS for step in range(1, STEPS)])
     budget = _left(plan, method, kv_budget, sum(price.values()))
     if budget * SLACK < sizes[0] * sum(price.values()):
+        asked, least = kv_budget or method.share_kept, sizes[0] / context
         raise BudgetError(
-            f"kv_budget {kv_budget or method.share_kept:.4g} is out of reach: every head keeps {sizes[0]} of {context:,} tokens"
-            f" at least, {sizes[0] / context:.3g} of them. Ask for more, count bytes over more tokens (--context), or lower"
-            " length.newest."
+            f"kv_budget {asked:.4g} is out of reach: every head keeps {sizes[0]} of {context:,} tokens at least,"
+            f" {least:.3g} of them. Ask for more, count bytes over more tokens (--context), or lower length.newest."
         )
     if curves is None:
         kept = dict.fromkeys(heads, min(int(budget / sum(price.values())), context))

@@ -65,4 +65,4 @@ def test_bad_input():
     with pytest.raises(DataError, match=r"has [\d,]+ tokens; 1000 contexts of 1,024 need"):
         draw_samples(tokenizer, TEXT, length=1024, sequences=1000)
     found = CliRunner().invoke(app, ["evaluate", str(MODEL), "--against", str(MODEL), "--context", "1024"])
-    assert found.exit_code == 2 and "give --data" in found.output
+    assert found.exit_code == 2 and "--data" in found.output
