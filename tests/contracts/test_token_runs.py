@@ -107,3 +107,52 @@ def test_the_mean_over_heads_is_what_was_asked_for(fold, sharing):
     assert sizes == {24} if sharing == "equal" else min(sizes) == 5 and max(sizes) == CONTEXT
     if sharing == "classes":
         assert len(sizes) <= 3  # one head gets what is left
+
+
+@pytest.mark.filterwarnings("ignore:kv_budget")
+@every_form
+def test_generation_with_a_cache_equals_generation_without(fold, model, form):
+    """Greedy, beams that reorder rows, drafts that are taken back; of padded rows, past several drops."""
+    network, ids = load(fold(model, form).out, dtype=torch.float64), tokens(2, 30)
+    mask = torch.ones_like(ids)
+    mask[0, :11], ids[0, :11] = 0, 0
+    options = {"attention_mask": mask, "max_new_tokens": 25, "do_sample": False}
+    for beams in (1, 3):
+        with_cache = network.generate(ids, num_beams=beams, **options)
+        assert torch.equal(with_cache, network.generate(ids, num_beams=beams, use_cache=False, **options)), beams
+    one = tokens(1, 20).repeat(1, 2)
+    alone = network.generate(one, max_new_tokens=25, do_sample=False)
+    assert torch.equal(network.generate(one, max_new_tokens=25, do_sample=False, prompt_lookup_num_tokens=3), alone)
+
+
+@pytest.mark.parametrize("model", ["llama_mha", "bloom_alibi", "gemma2_softcap"])
+def test_gradients_and_probabilities(fold, model):
+    """Training sees the same tokens; probabilities of what is dropped are 0."""
+    network, ids = load(fold(model).out, attn_implementation="eager"), tokens(2, 50)
+    network.train()
+    network(ids, labels=ids).loss.backward()
+    gradients = [p.grad for name, p in network.named_parameters() if "k_proj" in name or "query_key_value" in name]
+    assert gradients and all(g is not None and g.isfinite().all() and g.any() for g in gradients)
+    network.eval()
+    with torch.no_grad():
+        whole = network(ids, output_attentions=True, use_cache=False).attentions
+        cache = network(ids[:, :49], use_cache=True).past_key_values
+        last = network(ids[:, 49:], past_key_values=cache, output_attentions=True).attentions
+    for layer, (probs, cached) in enumerate(zip(whole, last, strict=True)):
+        assert_close(probs.sum(-1), torch.ones_like(probs[..., 0]))
+        if (kept := fold(model).plan.caches[layer].tokens) is not None:  # no window of the source's
+            assert_close(cached[:, :, 0], probs[:, :, -1], name=f"layer {layer}")
+            group = probs.shape[1] // sum(len(run.heads) for run in kept.runs)
+            for run in kept.runs:
+                assert not probs[:, run.heads[0] * group, -1, 2 : kept.first_newest(run, 50)].any()
+
+
+def test_a_crop_that_needs_what_is_gone_is_refused(fold):
+    folded = fold("llama_mha")
+    network, cache, ids = load(folded.out), FoldedCache(folded.plan), tokens(1, 60)
+    with torch.no_grad():
+        for start, end in ((0, 50), (50, 51), (51, 52)):
+            network(ids[:, start:end], past_key_values=cache)
+    with pytest.raises(RuntimeError, match=r"have forgotten what would come back into sight. Call activate_past"):
+        cache.crop(-20)
+    assert cache.get_seq_length() == 52
