@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/demo_model/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: docs wheel results-real results-real-kivi results-measured results-lab results-real-auto results-real-ablation results-real-tasks results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-real-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long real-models clean
+.PHONY: docs wheel results-real results-real-kivi results-measured results-lab results-real-auto results-real-ablation results-real-tasks results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-real-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long results-dropped real-models clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -277,6 +277,17 @@ results-real-tasks: runs/auto-quarter runs/auto-eighth runs/int4-rotated
 	$(BIN)/python benchmarks/task_scores.py $(REAL) $^ --tasks $(TASKS) --limit 500 --markdown results/real-tasks.md
 results-real-recall: runs/auto-eighth
 	$(MAKE) results-recall MODEL=$(REAL) FOLDED=runs/auto-eighth LENGTHS=1024,4096
+
+# What caches that drop tokens still know of 1,024, beside others: make results-dropped VALID=... CALIBRATION=..., in 45 minutes
+DROPPED := $(addprefix runs/dropped/,windows-quarter windows-eighth windows-quarter-int4 duo_attention-quarter streaming_llm-quarter int4 auto-sixteenth)
+runs/dropped/%: | $(VENV)/installed
+	$(BIN)/kvfold compress $(REAL) --preset $(firstword $(subst -, ,$*)) --context $(if $(findstring auto,$*),2048,1024) \
+	  $(if $(findstring int4,$*),$(if $(findstring windows,$*),--set bits.method=integer --set length.kept=0.25),\
+	  --kv-budget $(if $(findstring quarter,$*),1/4,$(if $(findstring eighth,$*),1/8,1/16))) \
+	  --data $(CALIBRATION) --out $@ --run-dir runs/dropped-run
+results-dropped: $(DROPPED)
+	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 1024 --sequences 16 \
+	  --markdown results/dropped-tokens-smollm2-135m.md
 
 # What a step takes beside the original, of folds of results-real-auto and results-real-frontier, on a quiet machine
 SPEEDS := $(addprefix runs/real-auto/auto-,0.25 0.125 0.0625) runs/real-frontier/int4_rotated-kv_budget=null-0.5

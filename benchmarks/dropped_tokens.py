@@ -56,7 +56,7 @@ def measure(model: str, folded: Sequence[str], data: Path, context: int, sequenc
 def table(found: dict[str, list[Remembered]], options: argparse.Namespace) -> Table:
     """KL of the continuation, what is found of what the original finds, bytes."""
     kinds = [row.kind for row in next(iter(found.values()))]
-    columns = ("fold", "cache bytes", "KL of the continuation", *kinds[1:])
+    columns = ("fold", "of the bytes", "KL of the continuation", *kinds[1:])
     title = f"{Path(options.model).name}, {options.sequences} contexts of {options.context:,} tokens of {options.data.name}."
     made = Table(columns, title=title)
     first = next(iter(found.values()))
@@ -66,8 +66,7 @@ def table(found: dict[str, list[Remembered]], options: argparse.Namespace) -> Ta
             f"{row.accuracy:.1%} ({100 * (row.accuracy - row.base_accuracy):+.1f} ± {100 * row.change_stderr:.1f})"
             for row in asked
         ]
-        share = continuation.cache_bytes / continuation.base_cache_bytes
-        made.add(name, f"{share:.3f}", f"{continuation.kl:.5f} ± {continuation.kl_stderr:.5f}", *told)
+        made.add(name, f"{continuation.kv_share:.3f}", f"{continuation.kl:.5f} ± {continuation.kl_stderr:.5f}", *told)
     return made
 
 

@@ -62,7 +62,8 @@ class Sample:
 class Remembered:
     """Means over the questions of one kind. `accuracy`: share of the expected tokens that are predicted as the likeliest;
     `base_accuracy`: the original's. `kl`: KL(original || folded) in nats per token. Standard errors are over contexts, of
-    the change in accuracy paired."""
+    the change in accuracy paired. `cache_bytes`: of the caches that were asked, in the dtype in which the models ran;
+    `kv_share`: allocated, of the original's, in the checkpoint's dtype."""
 
     kind: str
     context_len: int
@@ -74,6 +75,7 @@ class Remembered:
     kl_stderr: float
     cache_bytes: int
     base_cache_bytes: int
+    kv_share: float
 
     def to_json(self) -> dict[str, Any]:
         """The fields that scripts rely on."""
@@ -185,14 +187,14 @@ def compared(
     samples: Sequence[Sample], expected: Sequence[Answers], found: Sequence[Answers], plan: CachePlan
 ) -> list[Remembered]:
     """A row per kind."""
-    rows = []
+    rows, length = [], len(samples[0].context)
     for kind in KINDS:
         measured = torch.stack([_of_kind(kind, *three) for three in zip(samples, expected, found, strict=True)])
         accuracy, base_accuracy, kl = measured.mean(0).tolist()
         rows.append(
             Remembered(
                 kind=kind,
-                context_len=len(samples[0].context),
+                context_len=length,
                 sequences=len(samples),
                 accuracy=accuracy,
                 base_accuracy=base_accuracy,
@@ -201,6 +203,7 @@ def compared(
                 kl_stderr=stderr(measured[:, 2]),
                 cache_bytes=found[0].cache_bytes,
                 base_cache_bytes=expected[0].cache_bytes,
+                kv_share=plan.kv_bytes(length) / plan.source_kv_bytes(length),
             )
         )
     return rows

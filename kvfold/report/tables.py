@@ -229,8 +229,9 @@ def print_context(rows: Sequence[Remembered]) -> None:
     for row in rows:
         if row.kind == rows[0].kind:
             STDOUT.print(
-                f"After {row.context_len:,} tokens the cache takes {row.cache_bytes / 1e6:,.2f} MB,"
-                f" {row.cache_bytes / row.base_cache_bytes:.4g} of the original's; {row.sequences} contexts."
+                f"{row.sequences} contexts of {row.context_len:,} tokens, after which the cache took"
+                f" {row.cache_bytes / 1e6:,.2f} MB (the original's: {row.base_cache_bytes / 1e6:,.2f} MB);"
+                f" {row.kv_share:.4g} of the original's in the checkpoint's dtype."
             )
     STDOUT.print("Shares of the expected tokens that are predicted; changes in points.")
 
