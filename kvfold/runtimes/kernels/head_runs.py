@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from kvfold.plan.token_runs import TokenRun, TokenRuns
 from kvfold.runtimes.kernels.attention import grouped_attention, prefill_attention
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS
-from kvfold.runtimes.kernels.packed_tokens import RunTokens, Stored, read_all
+from kvfold.runtimes.kernels.packed_tokens import RunTokens, Stored, index_of, read_all
 
 QUERIES_AT_ONCE = 1024
 """Of a prompt: what they see is a mask, and of a window only the tokens that one of them sees are read."""
@@ -19,9 +20,9 @@ Attend = Callable[[Tensor, Stored, Stored, Tensor | None], Tensor]
 """Few absorbed queries [B, n, T, R] over stored keys and values under a mask: [B, T, n, V]."""
 
 
-def query_heads(run: TokenRun, group: int) -> list[int]:
-    """Heads of queries that read a run, `group` per stored head."""
-    return [head * group + i for head in run.heads for i in range(group)]
+def query_heads(run: TokenRun, group: int, device: torch.device) -> Any:
+    """What picks the heads of queries that read a run, `group` per stored head."""
+    return index_of(tuple(head * group + i for head in run.heads for i in range(group)), device)
 
 
 def begins(mask: Tensor | None) -> Tensor | None:
@@ -94,7 +95,7 @@ def attend_by_run(
     T, group = q_BNTR.shape[2], q_BNTR.shape[1] // sum(len(run.heads) for run in z.tokens.runs)
     out: Tensor | None = None
     for run, keys, values, first in zip(z.tokens.runs, z.parts, y.parts, z.first, strict=True):
-        heads = query_heads(run, group)
+        heads = query_heads(run, group, q_BNTR.device)
         q = q_BNTR[:, heads]
         own = mask[:, heads] if mask is not None and mask.shape[1] > 1 else mask
         if T <= FEW_TOKENS:
@@ -162,7 +163,7 @@ def probabilities(
     begin_B1 = torch.zeros(B, 1, dtype=torch.long, device=q_BNTR.device) if begin_B is None else begin_B[:, None]
     out: Tensor | None = None
     for run, keys, values, first in zip(z.tokens.runs, z.parts, y.parts, z.first, strict=True):
-        heads = query_heads(run, group)
+        heads = query_heads(run, group, q_BNTR.device)
         own = mask[:, heads] if mask is not None and mask.shape[1] > 1 else mask
         seen = seen_by(run, z, first, own, T, slice(0, T), q_BNTR.device)
         numbers = read_all(keys), read_all(values)
@@ -172,7 +173,7 @@ def probabilities(
         out = averaged.new_empty(B, T, N, averaged.shape[3]) if out is None else out
         out[:, :, heads] = averaged
         column_BS = _columns(first, z.length, begin_B1, z.tokens.sinks).clamp_max(z.length - 1)
-        index = column_BS[:, None, None].expand(B, len(heads), T, -1)
+        index = column_BS[:, None, None].expand(B, probs.shape[1], T, -1)
         probs_BNTL[:, heads] = probs_BNTL[:, heads].scatter_add(3, index, probs)
     assert out is not None, "a plan has a run for every head"
     return out, probs_BNTL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -192,12 +193,18 @@ def by_runs(stored_BCSR: Tensor, tokens: TokenRuns) -> RunTokens:
     return RunTokens(parts, (None,) * len(parts), stored_BCSR.shape[2], tokens)
 
 
+@functools.lru_cache(maxsize=4096)
+def index_of(heads: tuple[int, ...], device: torch.device) -> Any:
+    """What picks these heads of a tensor: a slice where they are neighbours, else their numbers, sent to a device once."""
+    first, count = heads[0], len(heads)
+    if heads == tuple(range(first, first + count)):
+        return slice(first, first + count)
+    return torch.tensor(heads, device=device)
+
+
 def heads_of(stored_BCSR: Tensor, run: TokenRun) -> Tensor:
     """Those of a run: a view where they are neighbours."""
-    first, count = run.heads[0], len(run.heads)
-    if run.heads == tuple(range(first, first + count)):
-        return stored_BCSR[:, first : first + count]
-    return stored_BCSR[:, list(run.heads)]
+    return stored_BCSR[:, index_of(run.heads, stored_BCSR.device)]
 
 
 def first_numbers(stored: Any, spec: CacheSpec) -> Any:
