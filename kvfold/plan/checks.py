@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from kvfold.errors import PlanError
 from kvfold.plan.cache_spec import CACHE_BLOCK, ITEMSIZE, CacheSpec, SourceLayer, divisors
 from kvfold.plan.number_format import NumberFormat
-from kvfold.plan.token_runs import RULES, TokenRuns
+from kvfold.plan.token_runs import PROMPTS, RULES, TokenRuns
 
 if TYPE_CHECKING:
     from kvfold.plan.plan import CachePlan
@@ -133,6 +133,8 @@ def _check_tokens(index: int, spec: CacheSpec, tokens: TokenRuns) -> None:
     where = f"layer {index}: tokens"
     if tokens.rule not in RULES:
         raise PlanError(f"{where}: rule = {tokens.rule!r}; it is one of {RULES}.")
+    if tokens.prompt not in PROMPTS:
+        raise PlanError(f"{where}: prompt = {tokens.prompt!r}; it is one of {PROMPTS}.")
     heads = sorted(head for run in tokens.runs for head in run.heads)
     if heads != list(range(spec.num_kv_heads)) or spec.num_kv_heads != spec.num_v_heads:
         raise PlanError(

@@ -126,9 +126,13 @@ class CachePlan:
 
     @property
     def depends_on_steps(self) -> bool:
-        """Whether the result depends on the steps in which tokens came: some caches show the last tokens exactly."""
-        return self.joint or any(
-            side.format is not None and side.format.block > 1 for spec in self.owned for side in spec.sides
+        """Whether the result depends on the steps in which tokens came: some caches show the tokens of a step, or the last
+        ones, as they do not show others."""
+        whole = any(spec.tokens is not None and spec.tokens.prompt == "whole" for spec in self.owned)
+        return (
+            self.joint
+            or whole
+            or any(side.format is not None and side.format.block > 1 for spec in self.owned for side in spec.sides)
         )
 
     def kv_workspace_bytes(self, *, batch_size: int = 1, dtype: str | None = None, device: str = "cpu") -> int:

@@ -9,6 +9,13 @@ RULES = ("recency",)
 """How the tokens of a run are chosen. recency: the first ones of a sequence, and the newest."""
 
 
+PROMPTS = ("masked", "whole")
+"""What the queries of a prompt see of its tokens."""
+
+FEW_TOKENS = 16
+"""A step of at most so many tokens (speculative decoding, short chunks) is decoding, a longer one a prompt."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenRun:
     """Stored heads that keep equally many tokens: of a context of L tokens min(L, max(least, ceil(share * L))).
@@ -36,11 +43,14 @@ class TokenRuns:
 
     Of the tokens up to its own, L in number, a query sees the first `sinks` and the newest, as many in sum as its run keeps
     of L. That depends on nothing but positions, so that a prompt in one step, in pieces or token by token gives the same.
+    `prompt: whole`: a step of more than FEW_TOKENS queries sees all of its own tokens, and what was kept before it; tokens
+    are dropped when it ends. A prompt in one step is then read as the original reads it, in pieces it is not.
     """
 
     runs: tuple[TokenRun, ...]
     rule: str = "recency"
     sinks: int = 4
+    prompt: str = "masked"
 
     def first_newest(self, run: TokenRun, context_len: int) -> int:
         """Of a context of so many tokens the position of the first that stays, not counting the sinks; no smaller than their

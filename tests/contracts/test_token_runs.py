@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny import FULL_ATTENTION, MODELS, load, logits, step, tokens
@@ -156,3 +158,28 @@ def test_a_crop_that_needs_what_is_gone_is_refused(fold):
     with pytest.raises(RuntimeError, match=r"have forgotten what would come back into sight. Call activate_past"):
         cache.crop(-20)
     assert cache.get_seq_length() == 52
+
+
+@pytest.mark.filterwarnings("ignore:kv_budget")
+@pytest.mark.parametrize("model", [*FULL_ATTENTION, "bloom_alibi", "gemma2_softcap"])
+def test_a_prompt_that_is_read_whole(fold, tiny_dir, model):
+    """The prompt's logits are the original's; what stays of it is what a masked plan keeps, and decoding goes on as there."""
+    folded, masked, original = fold(model, prompt="whole"), fold(model), load(tiny_dir / model)
+    assert folded.plan.depends_on_steps and not masked.plan.depends_on_steps
+    network, ids = load(folded.out), tokens(2, 60)
+    cache, stock = FoldedCache(folded.plan), FoldedCache(masked.plan)
+    with torch.no_grad():
+        assert_close(network(ids[:, :50], past_key_values=cache).logits, original(ids[:, :50]).logits)
+        whole = original(ids[:, :50], use_cache=True).past_key_values
+    for index, layer in enumerate(whole.layers):
+        if folded.plan.caches[index].window is None:
+            stock.layers[index].update(layer.keys, layer.values)
+    for index, spec in enumerate(folded.plan.caches):
+        for one, other in zip(cache.layers[index].runs, stock.layers[index].runs, strict=True):
+            assert one.first == other.first
+            assert_close(one.k.view(), other.k.view()) if spec.tokens else None
+    assert cache.nbytes_allocated == folded.plan.kv_bytes(50, batch_size=2)
+    with torch.no_grad():  # short steps are decoding
+        together = network(ids[:, 50:60], past_key_values=copy.deepcopy(cache)).logits
+        alone = [network(ids[:, i : i + 1], past_key_values=cache).logits for i in range(50, 60)]
+    assert_close(torch.cat(alone, 1), together)

@@ -10,7 +10,7 @@ from kvfold.errors import RecipeError
 from kvfold.methods.length.base import LengthMethod
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
-from kvfold.plan.token_runs import TokenRun, TokenRuns
+from kvfold.plan.token_runs import PROMPTS, TokenRun, TokenRuns
 
 SHARING = ("equal", "classes", "measured")
 
@@ -26,6 +26,8 @@ class Recency(LengthMethod):
     sinks: of the first tokens. newest: of the last ones, which every head keeps at least.
     grows: windows grow with contexts that are longer than the one for which bytes were counted; otherwise the cache of a
         head that forgets has one size.
+    prompt: `masked`: tokens are dropped while a prompt is read, so that it may come in pieces; `whole`: when it was read,
+        which loses less of prompts that come in one step.
     recall: what finding passages again counts beside predicting ordinary text, where forgetting is weighed.
     """
 
@@ -35,12 +37,15 @@ class Recency(LengthMethod):
     newest: int = 32
     grows: bool = True
     recall: float = 1.0
+    prompt: str = "masked"
 
     def __post_init__(self) -> None:
         if self.kept is not None and not 0 < self.kept <= 1:
             raise RecipeError(f"length.kept is {self.kept}; it is a share of the tokens, above 0 and at most 1.")
         if self.sharing not in SHARING:
             raise RecipeError(f"length.sharing is {self.sharing!r}; it is one of {', '.join(SHARING)}.")
+        if self.prompt not in PROMPTS:
+            raise RecipeError(f"length.prompt is {self.prompt!r}; it is one of {', '.join(PROMPTS)}.")
         if self.sinks < 0 or self.newest < 1:
             raise RecipeError(
                 f"length.sinks is {self.sinks} and length.newest {self.newest}; every head keeps at least one token."
@@ -72,7 +77,7 @@ class Recency(LengthMethod):
         if layer.window is not None:  # which forgets by itself
             return spec
         run = TokenRun(heads=tuple(range(spec.num_kv_heads)), share=self.kept or 1.0, least=self.least)
-        return dataclasses.replace(spec, tokens=TokenRuns(runs=(run,), sinks=self.sinks))
+        return dataclasses.replace(spec, tokens=TokenRuns(runs=(run,), sinks=self.sinks, prompt=self.prompt))
 
     def keep(self, spec: CacheSpec, tokens_C: Sequence[int], context_len: int) -> CacheSpec:
         runs = []
@@ -80,4 +85,4 @@ class Recency(LengthMethod):
             heads = tuple(head for head, tokens in enumerate(tokens_C) if tokens == kept)
             share = 1.0 if kept >= context_len else (kept - 0.5) / context_len if self.grows else 0.0
             runs.append(TokenRun(heads=heads, share=share, least=min(kept, context_len)))
-        return dataclasses.replace(spec, tokens=TokenRuns(runs=tuple(runs), sinks=self.sinks))
+        return dataclasses.replace(spec, tokens=TokenRuns(runs=tuple(runs), sinks=self.sinks, prompt=self.prompt))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvfold.plan.number_format import ELSEWHERE, NumberFormat
+from kvfold.plan.token_runs import FEW_TOKENS
 from kvfold.runtimes.kernels import codec, cpu, cpu_decode, gpu
 from kvfold.runtimes.kernels.attention import (
     cpu_attention,
@@ -22,9 +23,6 @@ from kvfold.runtimes.kernels.attention import (
 )
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, SideBySide, Stored, read_all, recorded
 from kvfold.runtimes.kernels.rotary import apply_rotary
-
-FEW_TOKENS = 16
-"""A step of at most so many tokens (speculative decoding, short chunks) is bound by the cache's bytes, like one of one."""
 
 
 class Way(Enum):

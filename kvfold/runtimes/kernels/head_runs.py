@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.plan.token_runs import TokenRun, TokenRuns
+from kvfold.plan.token_runs import FEW_TOKENS, TokenRun, TokenRuns
 from kvfold.runtimes.kernels.attention import grouped_attention, prefill_attention
-from kvfold.runtimes.kernels.dispatch import FEW_TOKENS
 from kvfold.runtimes.kernels.packed_tokens import RunTokens, Stored, index_of, read_all
 
 QUERIES_AT_ONCE = 1024
@@ -47,7 +46,7 @@ def seen_by(
     length, tokens = held.length, held.tokens
     due = tokens.first_newest(run, length)
     mask = None if mask is None else mask[..., rows, :length]
-    if first is None and due <= tokens.sinks:
+    if sees_all(run, held, first, T):
         return mask
     if mask is None and first == due and T == 1:
         return None
@@ -55,10 +54,24 @@ def seen_by(
     assert begin_BT is not None, "there is a mask"
     last_T = torch.arange(length - T, length, device=device)[rows]
     column_BS = _columns(first, length, begin_BT[:, -1:], tokens.sinks)
-    seen = _recent_or_sink(run, tokens, column_BS[:, None], last_T[:, None], begin_BT[..., None])
+    if reads_whole(tokens, T):
+        seen = column_BS[:, None] <= last_T[:, None]
+    else:
+        seen = _recent_or_sink(run, tokens, column_BS[:, None], last_T[:, None], begin_BT[..., None])
     if first is not None:  # sinks that have not left the newest tokens stand there as well
         seen[..., : tokens.sinks] &= column_BS[:, None, : tokens.sinks] < first
     return _under(mask, seen[:, None], column_BS[:, None, None], first is None)
+
+
+def reads_whole(tokens: TokenRuns, T: int) -> bool:
+    """Whether T queries see all tokens of their step."""
+    return tokens.prompt == "whole" and T > FEW_TOKENS
+
+
+def sees_all(run: TokenRun, held: RunTokens, first: int | None, T: int) -> bool:
+    """Whether none of the last T queries misses anything."""
+    dropped = held.tokens.first_newest(run, held.length) > held.tokens.sinks
+    return first is None and (not dropped or reads_whole(held.tokens, T))
 
 
 def _columns(first: int | None, length: int, begin_B1: Tensor, sinks: int) -> Tensor:
@@ -117,13 +130,8 @@ def _prompt(
     """Many queries, QUERIES_AT_ONCE at a time, by torch's fused kernel."""
     T, k, v = q_BnTR.shape[2], read_all(keys), read_all(values)
     sizes = {"dropout": dropout, "scale": scale}
-    if (
-        mask is None
-        and first is None
-        and held.tokens.first_newest(run, held.length) <= held.tokens.sinks
-        and k.shape[2] == T
-    ):
-        return prefill_attention(q_BnTR, k, v, None, **sizes)
+    if sees_all(run, held, first, T):
+        return prefill_attention(q_BnTR, k, v, mask, **sizes)
     parts = []
     for start in range(0, T, QUERIES_AT_ONCE):
         rows = slice(start, min(start + QUERIES_AT_ONCE, T))

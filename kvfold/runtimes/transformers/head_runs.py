@@ -40,13 +40,11 @@ class HeadRun:
         them. A long prompt passes through without ever being stored whole."""
         T, new = z_BcTR.shape[2], (z_BcTR, y_BcTV)
         room = room_for(self.run, length)
-        if keep_all:
-            self._append(new, room)
-        elif T > RUN_BLOCK and self.due(length, begin_B) > (self.first or self.tokens.sinks):
-            return self._pass_by(new, length, begin_B, room)
-        else:
+        if not keep_all:
             self.drop(self.due(length - T + 1, begin_B), length - T, begin_B)
-            self._append(new, room)
+            if T > RUN_BLOCK and self.due(length, begin_B) > (self.first or self.tokens.sinks):
+                return self._pass_by(new, length, begin_B, room)
+        self._append(new, room)
         return (self.k.view(), self.v.view()), self.first
 
     def due(self, length: int, begin_B: Tensor | None) -> int:
