@@ -59,7 +59,7 @@ def command(
     from kvfold.report.tables import print_json, print_tasks
 
     if not (data or tasks or recall) or (context and not data):
-        raise typer.BadParameter("say what to measure: --data (with --context: of a long one), --tasks or --recall")
+        raise typer.BadParameter("say what to measure: --data, --tasks or --recall (--context goes with --data)")
     common: dict[str, Any] = {"against": against, "dtype": dtype, "device": device}
     values: dict[str, Any] = {}
     if context and data:

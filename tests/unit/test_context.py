@@ -29,7 +29,7 @@ def test_everything_kept_knows_what_the_original_knows(tmp_path):
     rows = measure_context(folded.out, against=MODEL, data_file=TEXT, lengths=[512], sequences=2)
     assert [row.kind for row in rows] == list(KINDS)
     for row in rows:
-        assert row.kl < 1e-9 and row.accuracy == row.base_accuracy
+        assert row.kl < 1e-6 and row.accuracy == row.base_accuracy
         assert row.cache_bytes == row.base_cache_bytes
 
 
