@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/demo_model/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: docs wheel results-real results-real-kivi results-measured results-lab results-real-auto results-real-ablation results-real-tasks results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-real-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long results-dropped real-models clean
+.PHONY: docs wheel results-real results-real-kivi results-measured results-lab results-real-auto results-real-ablation results-real-tasks results-real-tasks-three results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-real-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long results-dropped real-models clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -275,6 +275,9 @@ runs/int4-rotated: | $(VENV)/installed
 	$(BIN)/kvfold compress $(REAL) --preset int4_rotated --out $@ --run-dir runs/real-run
 results-real-tasks: runs/auto-quarter runs/auto-eighth runs/int4-rotated
 	$(BIN)/python benchmarks/task_scores.py $(REAL) $^ --tasks $(TASKS) --limit 500 --markdown results/real-tasks.md
+# Of three tasks, in half an hour on a core: make results-real-tasks-three THREE="lambada_openai.jsonl arc_easy.jsonl piqa.jsonl"
+results-real-tasks-three: runs/auto-eighth
+	$(BIN)/python benchmarks/task_scores.py $(REAL) $^ --tasks $(THREE) --limit 250 --markdown results/real-tasks-three.md
 results-real-recall: runs/auto-eighth
 	$(MAKE) results-recall MODEL=$(REAL) FOLDED=runs/auto-eighth LENGTHS=1024,4096
 

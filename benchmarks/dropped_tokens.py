@@ -13,10 +13,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvfold.checkpoint.source import load_plan
-from kvfold.evaluation.context import Remembered, answers, compared, draw_samples
+from kvfold.evaluation.context import Remembered, ask, compared, draw_samples
 from kvfold.evaluation.texts import check_original
-from kvfold.progress import track
 from kvfold.report.table import Table
 from kvfold.runtimes.transformers.load import load
 
@@ -43,13 +41,12 @@ def measure(model: str, folded: Sequence[str], data: Path, context: int, sequenc
     """Rows of every fold; the original answers once."""
     base = load(model)
     samples = draw_samples(base.tokenizer, data, length=context, sequences=sequences)
-    expected = [answers(base.model, sample) for sample in track(samples, "asking the original", len(samples))]
+    expected = ask(base, samples)
     found = {}
     for folder in folded:
         check_original(folder, model)
         loaded = load(folder)
-        told = [answers(loaded.model, sample) for sample in track(samples, f"asking {folder}", len(samples))]
-        found[Path(folder).name] = compared(samples, expected, told, load_plan(folder)[0])
+        found[Path(folder).name] = compared(samples, expected, ask(loaded, samples), loaded.plan)
     return found
 
 

@@ -137,6 +137,13 @@ def step(network, ids, mask, positions, cache, start, end):
         ).logits
 
 
+def in_steps(network, ids, mask, positions, cache, cuts):
+    """Logits of all tokens, which come in steps that end at `cuts`."""
+    starts = [0, *cuts[:-1]]
+    parts = [step(network, ids, mask, positions, cache, *cut) for cut in zip(starts, cuts, strict=True)]
+    return torch.cat(parts, 1)
+
+
 def copy_heads(model: tf.PreTrainedModel, scales: list[float]) -> tf.PreTrainedModel:
     """Every key/value head becomes a scaled copy of the first: keys and values of a layer have rank head_dim."""
     for attention in architecture(model.config.model_type).modules(model):

@@ -105,7 +105,7 @@ def calibrate(
     assert not (downward and cross.labels), "gradients are seen from the last layer down, pairs from the first up"
     require_space(folder, _bytes(model, needs, cross, tokens_BT, downward * ITEMSIZE[dtype]))
     draws_BT = torch.rand(tokens_BT.shape, generator=torch.Generator().manual_seed(seed))
-    passes = Passes(model, _own(tokens_BT), folder, cross, getattr(torch, dtype))
+    passes = Passes(model, own_sequences(tokens_BT), folder, cross, getattr(torch, dtype))
 
     def observer(layer: AttentionLayer) -> LayerObserver:
         return LayerObserver(needs, cross, device, layer, getattr(torch, dtype))
@@ -116,7 +116,7 @@ def calibrate(
             write_tensors(_layer_file(folder, seen.layer.index), seen.moments(total), {})
 
     if downward:
-        passes.down(observer, keep, _own(draws_BT))
+        passes.down(observer, keep, own_sequences(draws_BT))
     else:
         passes.up(observer, keep)
     if not processes.rank():
@@ -126,7 +126,7 @@ def calibrate(
     return Statistics(folder, total)
 
 
-def _own(tokens_BT: Tensor) -> Tensor:
+def own_sequences(tokens_BT: Tensor) -> Tensor:
     """The sequences that this process looks at. Raises DataError where there is none for some."""
     if len(tokens_BT) < processes.world_size():
         raise DataError(

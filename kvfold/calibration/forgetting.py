@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kvfold import distributed as processes
+from kvfold.calibration.calibrate import own_sequences
 from kvfold.calibration.cross_moments import CrossMoments
 from kvfold.calibration.layerwise_model import StreamedModel
 from kvfold.calibration.passes import Passes
@@ -64,12 +65,12 @@ class _Curves:
         assert seen.out_gradient is not None, "gradients are seen on the way down"
         gradient = seen.out_gradient.unflatten(2, (self.layer.num_attention_heads, -1)).transpose(1, 2)
         for q, k, v, g in zip(seen.q, seen.k, seen.v, gradient, strict=True):
-            self.sum_2Cn += costs(self.layer, q, k, v, g, self.sinks).cpu()
+            self.sum_2Cn = self.sum_2Cn.to(q.device) + costs(self.layer, q, k, v, g, self.sinks)
             self.rows += 1
 
     def gather(self) -> None:
-        rows = processes.summed(torch.tensor(float(self.rows)))
-        self.sum_2Cn = processes.summed(self.sum_2Cn) / rows
+        rows = processes.summed(torch.tensor(float(self.rows), device=self.sum_2Cn.device))
+        self.sum_2Cn = (processes.summed(self.sum_2Cn) / rows).cpu()
 
 
 def forgetting(
@@ -106,8 +107,7 @@ def with_repetition(contexts_BT: Tensor, seed: int = 0) -> Tensor:
 def _measured(source: Source, tokens_BT: Tensor, folder: Path, device: str, seed: int, sinks: int) -> Tensor:
     model = StreamedModel(source.checkpoint, source.arch, device, outputs=True)
     dtype = getattr(torch, source_dtype(source.checkpoint, source.arch, model.layers[0]))
-    own = slice(processes.rank(), None, processes.world_size())
-    passes = Passes(model, tokens_BT[own], folder, CrossMoments(frozenset(), frozenset()), dtype)
+    passes = Passes(model, own_sequences(tokens_BT), folder, CrossMoments(frozenset(), frozenset()), dtype)
     draws_BT = torch.rand(tokens_BT.shape, generator=torch.Generator().manual_seed(seed))
     curves: dict[int, Tensor] = {}
 
@@ -115,7 +115,7 @@ def _measured(source: Source, tokens_BT: Tensor, folder: Path, device: str, seed
         seen.gather()
         curves[seen.layer.index] = seen.sum_2Cn
 
-    passes.down(lambda layer: _Curves(layer, sinks), keep, draws_BT[own])
+    passes.down(lambda layer: _Curves(layer, sinks), keep, own_sequences(draws_BT))
     passes.forget()
     nats_L2Cn = torch.stack([curves[layer] for layer in sorted(curves)])
     return nats_L2Cn.flip(-1).cummax(-1).values.flip(-1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from kvfold import distributed as processes
 from kvfold.architectures.base import empty_model, source_config
 from kvfold.calibration.calibrate import Statistics
-from kvfold.calibration.forgetting import SHARES, forgetting
+from kvfold.calibration.forgetting import SHARES
 from kvfold.calibration.material import TRAINING_TOKENS, Material, layer_group
 from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.folder import new_folder, refuse_out, write_files
@@ -89,6 +89,8 @@ def compress(
     width, targets = request.axes.width, request.targets
     statistics = material.statistics(width.needs, width.needs_cross, targets, width.joint)
     vectors = material.sample(width.needs_vectors, TRAINING_TOKENS) if width.needs_vectors else None
+    length: Any = request.axes.length
+    forgotten_LCn = material.forgetting(length.sinks).nats_LCn(length.recall) if length.weighs_heads else None
     clock.lap("calibrate")
     if processes.rank():
         processes.wait_for_all()
@@ -100,7 +102,7 @@ def compress(
         return group if request.recent_of(group.owner) else group.of_recent
 
     probe = functools.cache(functools.partial(_probe, recipe, material, statistics, request, groups))
-    plan = _plan(recipe, request, groups, probe, functools.partial(_token_curves, recipe, material))
+    plan = _plan(recipe, request, groups, probe, forgotten_LCn)
     _warn_if_far_below(recipe, plan)
     if warning := runtime(recipe.runtime).warning(plan):
         warnings.warn(warning, stacklevel=2)
@@ -153,7 +155,7 @@ def _plan(
     request: Request,
     groups: Groups,
     probe: Callable[[], Probe],
-    tokens: Callable[[CachePlan], TokenCurves],
+    forgotten_LCn: Tensor | None,
 ) -> CachePlan:
     """By bytes, or the smallest that stays under the KL that the recipe names."""
 
@@ -166,7 +168,7 @@ def _plan(
         if not length.drops:
             return shaped(kv_budget)
         made = shaped(budget_of_shapes(length, kv_budget))
-        weighed = tokens(made) if length.weighs_heads else None
+        weighed = None if forgotten_LCn is None else _token_curves(made, forgotten_LCn)
         return share_tokens(made, length, kv_budget, weighed, SHARES)
 
     def shaped(kv_budget: float | None) -> CachePlan:
@@ -181,12 +183,8 @@ def _plan(
     return smallest_under(recipe.target_kl, plan, lambda made: probe().kl_of(made))
 
 
-def _token_curves(recipe: Recipe, material: Material, plan: CachePlan) -> TokenCurves:
+def _token_curves(plan: CachePlan, nats_LCn: Tensor) -> TokenCurves:
     """What forgetting costs each stored head: in sum over the heads and layers that read it."""
-    length: Any = recipe.method("length")
-    where: dict[str, Any] = {"run_dir": material.run_dir, "device": material.device}
-    found = forgetting(material.source, material.contexts(), seed=recipe.seed, sinks=length.sinks, **where)
-    nats_LCn = found.nats_LCn(length.recall)
 
     def curves(owner: int, spec: CacheSpec) -> Tensor:
         of_heads = torch.stack([nats_LCn[layer] for layer in plan.readers(owner)]).sum(0)

@@ -22,10 +22,12 @@ from kvfold.calibration import text as data
 from kvfold.checkpoint.source import warn_if_too_long
 from kvfold.errors import DataError, RecipeError
 from kvfold.evaluation.recall import fill_cache
+from kvfold.evaluation.speed import allocated
 from kvfold.evaluation.standard_errors import defined, stderr
 from kvfold.evaluation.texts import load_pair
 from kvfold.plan.plan import CachePlan
 from kvfold.progress import track
+from kvfold.runtimes.transformers.load import Loaded
 
 KINDS = ("continuation", "needles", "copies", "pairs")
 CONTINUATION = 64
@@ -100,8 +102,7 @@ def measure_context(
     for length in lengths:
         warn_if_too_long(length, base.model.config.to_dict())
         samples = draw_samples(base.tokenizer, data_file, length=length, sequences=sequences, seed=seed)
-        expected = [answers(base.model, sample) for sample in track(samples, "asking the original", len(samples))]
-        found = [answers(model.model, sample) for sample in track(samples, "asking the folded model", len(samples))]
+        expected, found = ask(base, samples), ask(model, samples)
         rows += compared(samples, expected, found, model.plan)
     return rows
 
@@ -164,6 +165,11 @@ class Answers:
     cache_bytes: int
 
 
+def ask(loaded: Loaded, samples: Sequence[Sample]) -> list[Answers]:
+    """What one model says after every context."""
+    return [answers(loaded.model, sample) for sample in track(samples, f"asking {loaded.path.name}", len(samples))]
+
+
 @torch.no_grad()
 def answers(model: Any, sample: Sample) -> Answers:
     """What a model says after the context; every question is asked of a copy of its cache."""
@@ -173,14 +179,7 @@ def answers(model: Any, sample: Sample) -> Answers:
         tokens = torch.tensor([question.tokens[:-1]], device=model.device)
         out = model(tokens, past_key_values=copy.deepcopy(cache), use_cache=True, logits_to_keep=question.expected)
         logs.append(out.logits[0].float().log_softmax(-1).cpu())
-    return Answers(logs, cache_bytes(cache))
-
-
-def cache_bytes(cache: Any) -> int:
-    """Of the storage of a folded cache or a stock one."""
-    if hasattr(cache, "nbytes_allocated"):
-        return cache.nbytes_allocated
-    return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+    return Answers(logs, allocated(cache))
 
 
 def compared(

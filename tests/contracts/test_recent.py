@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import FULL_ATTENTION, MODELS, load, tokens
+from tiny import FULL_ATTENTION, MODELS, in_steps, load, step, tokens
 from transformers import DynamicCache
 
 import kvfold
@@ -62,12 +62,6 @@ CASES = [
 every_form = pytest.mark.parametrize(("model", "form"), CASES)
 
 
-def step(network, ids, mask, positions, cache, start, end):
-    options = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end], "past_key_values": cache}
-    with torch.no_grad():
-        return network(ids[:, start:end], **options).logits
-
-
 @pytest.mark.filterwarnings("ignore:kv_budget")
 @every_form
 def test_cached_equals_uncached(fold, model, form):
@@ -81,11 +75,8 @@ def test_cached_equals_uncached(fold, model, form):
         expected = network(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     seen = mask.bool()
     for cuts in ([*range(1, 31)], [17, *range(18, 31)], [8, 20, 30], [30]):
-        cache, start, out = FoldedCache(folded.plan), 0, []
-        for end in cuts:
-            out.append(step(network, ids, mask, positions, cache, start, end))
-            start = end
-        assert_close(torch.cat(out, 1)[seen], expected[seen], tolerance=1e-3, name=f"cuts {cuts[:3]}")
+        found = in_steps(network, ids, mask, positions, FoldedCache(folded.plan), cuts)
+        assert_close(found[seen], expected[seen], tolerance=1e-3, name=f"cuts {cuts[:3]}")
     if model in FULL_ATTENTION:
         cache = FoldedCache(folded.plan)
         step(network, ids, mask, positions, cache, 0, 20)

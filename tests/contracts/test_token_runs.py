@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny import FULL_ATTENTION, MODELS, load, logits, step, tokens
+from tiny import FULL_ATTENTION, MODELS, in_steps, load, logits, step, tokens
 
 import kvfold
 from kvfold.compression.recipe import make_recipe
@@ -63,11 +63,8 @@ def test_cached_equals_uncached(fold, model, form, monkeypatch):
         expected = network(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     seen = mask.bool()
     for cuts in ([*range(1, 61)], [37, *range(38, 61)], [8, 20, 45, 60], [60]):
-        cache, start, out = FoldedCache(folded.plan), 0, []
-        for end in cuts:
-            out.append(step(network, ids, mask, positions, cache, start, end))
-            start = end
-        assert_close(torch.cat(out, 1)[seen], expected[seen], tolerance=1e-3, name=f"cuts {cuts[:3]}")
+        found = in_steps(network, ids, mask, positions, FoldedCache(folded.plan), cuts)
+        assert_close(found[seen], expected[seen], tolerance=1e-3, name=f"cuts {cuts[:3]}")
     for row, begin in ((0, 23), (1, 0)):
         with torch.no_grad():
             alone = network(ids[row : row + 1, begin:]).logits

@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import FULL_ATTENTION, MODELS, copy_heads, in_attention, load, logits, make_tiny, save_tiny, step, tokens
+from tiny import (
+    FULL_ATTENTION,
+    MODELS,
+    copy_heads,
+    in_attention,
+    in_steps,
+    load,
+    logits,
+    make_tiny,
+    save_tiny,
+    step,
+    tokens,
+)
 
 import kvfold
 from kvfold import registry
@@ -201,12 +213,9 @@ def test_cached_equals_uncached(fold, model, method, fields):
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     expected = logits(network, ids, attention_mask=mask, position_ids=positions)
     for cuts in ([*range(1, 31)], [17, *range(18, 31)], [8, 20, 30], [30]):
-        cache, start, out = FoldedCache(folded.plan), 0, []
-        for end in cuts:
-            out.append(step(network, ids, mask, positions, cache, start, end))
-            start = end
+        found = in_steps(network, ids, mask, positions, FoldedCache(folded.plan), cuts)
         seen = mask.bool()
-        assert_close(torch.cat(out, 1)[seen], expected[seen], name=f"cuts {cuts[:3]}")
+        assert_close(found[seen], expected[seen], name=f"cuts {cuts[:3]}")
     if model not in FULL_ATTENTION:  # a window that was passed cannot be rolled back
         return
     cache = FoldedCache(folded.plan)

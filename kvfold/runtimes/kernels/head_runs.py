@@ -102,22 +102,35 @@ def _under(mask: Tensor | None, seen_B1TS: Tensor, column_B11S: Tensor, whole: b
 
 
 def attend_by_run(
-    q_BNTR: Tensor, z: RunTokens, y: RunTokens, mask: Tensor | None, *, few: Attend, dropout: float = 0.0, scale: float
+    q_BNTR: Tensor, z: RunTokens, y: RunTokens, mask: Tensor | None, *, few: Attend, scale: float
 ) -> Tensor:
     """Absorbed queries over what each run keeps: [B, T, N, V]. `few`: attends with at most FEW_TOKENS queries."""
-    T, group = q_BNTR.shape[2], q_BNTR.shape[1] // sum(len(run.heads) for run in z.tokens.runs)
+    T = q_BNTR.shape[2]
+
+    def attend(
+        heads: Any, q: Tensor, keys: Stored, values: Stored, run: TokenRun, first: int | None, own: Tensor | None
+    ) -> Tensor:
+        if T > FEW_TOKENS:
+            return _prompt(q, keys, values, run, z, first, own, scale)
+        return few(q, keys, values, seen_by(run, z, first, own, T, slice(0, T), q.device))
+
+    return _over_runs(q_BNTR, z, y, mask, attend)
+
+
+def _over_runs(
+    q_BNTR: Tensor, z: RunTokens, y: RunTokens, mask: Tensor | None, attend: Callable[..., Tensor]
+) -> Tensor:
+    """[B, T, N, V], put together of what `attend` gives for each run: of what picks its query heads, its queries, keys and
+    values, the run itself, the first of its newest columns, and its heads' part of the mask."""
+    group = q_BNTR.shape[1] // sum(len(run.heads) for run in z.tokens.runs)
     out: Tensor | None = None
     for run, keys, values, first in zip(z.tokens.runs, z.parts, y.parts, z.first, strict=True):
         heads = query_heads(run, group, q_BNTR.device)
-        q = q_BNTR[:, heads]
         own = mask[:, heads] if mask is not None and mask.shape[1] > 1 else mask
-        if T <= FEW_TOKENS:
-            seen = seen_by(run, z, first, own, T, slice(0, T), q.device)
-            part_BTnV = few(q, keys, values, seen)
-        else:
-            part_BTnV = _prompt(q, keys, values, run, z, first, own, dropout=dropout, scale=scale)
+        part_BTnV = attend(heads, q_BNTR[:, heads], keys, values, run, first, own)
         if out is None:
-            out = part_BTnV.new_empty(*part_BTnV.shape[:2], q_BNTR.shape[1], part_BTnV.shape[3])
+            B, T, _, V = part_BTnV.shape
+            out = part_BTnV.new_empty(B, T, q_BNTR.shape[1], V)
         out[:, :, heads] = part_BTnV
     assert out is not None, "a plan has a run for every head"
     return out
@@ -125,13 +138,12 @@ def attend_by_run(
 
 def _prompt(
     q_BnTR: Tensor, keys: Stored, values: Stored, run: TokenRun, held: RunTokens, first: int | None,
-    mask: Tensor | None, *, dropout: float, scale: float,
+    mask: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
     """Many queries, QUERIES_AT_ONCE at a time, by torch's fused kernel."""
     T, k, v = q_BnTR.shape[2], read_all(keys), read_all(values)
-    sizes = {"dropout": dropout, "scale": scale}
     if sees_all(run, held, first, T):
-        return prefill_attention(q_BnTR, k, v, mask, **sizes)
+        return prefill_attention(q_BnTR, k, v, mask, scale=scale)
     parts = []
     for start in range(0, T, QUERIES_AT_ONCE):
         rows = slice(start, min(start + QUERIES_AT_ONCE, T))
@@ -139,7 +151,7 @@ def _prompt(
         assert seen is not None, "several queries see different tokens"
         columns = _of_some(seen)
         parts.append(
-            prefill_attention(q_BnTR[:, :, rows], k[:, :, columns], v[:, :, columns], seen[..., columns], **sizes)
+            prefill_attention(q_BnTR[:, :, rows], k[:, :, columns], v[:, :, columns], seen[..., columns], scale=scale)
         )
     return torch.cat(parts, dim=1)
 
@@ -165,23 +177,18 @@ def probabilities(
     """The obvious way, by two matrix products: [B, T, N, V], and probabilities [B, N, T, S] of all columns, 0 for dropped
     ones (those of sinks that stand before the newest tokens stand where they were)."""
     B, N, T, _ = q_BNTR.shape
-    group = N // sum(len(run.heads) for run in z.tokens.runs)
     probs_BNTL = q_BNTR.new_zeros(B, N, T, z.length)
     begin_B = begin_of(mask)
     begin_B1 = torch.zeros(B, 1, dtype=torch.long, device=q_BNTR.device) if begin_B is None else begin_B[:, None]
-    out: Tensor | None = None
-    for run, keys, values, first in zip(z.tokens.runs, z.parts, y.parts, z.first, strict=True):
-        heads = query_heads(run, group, q_BNTR.device)
-        own = mask[:, heads] if mask is not None and mask.shape[1] > 1 else mask
-        seen = seen_by(run, z, first, own, T, slice(0, T), q_BNTR.device)
-        numbers = read_all(keys), read_all(values)
-        averaged, probs = grouped_attention(
-            q_BNTR[:, heads], *numbers, seen, scale=scale, dropout=dropout, softcap=softcap
-        )
-        out = averaged.new_empty(B, T, N, averaged.shape[3]) if out is None else out
-        out[:, :, heads] = averaged
+
+    def attend(
+        heads: Any, q: Tensor, keys: Stored, values: Stored, run: TokenRun, first: int | None, own: Tensor | None
+    ) -> Tensor:
+        seen, numbers = seen_by(run, z, first, own, T, slice(0, T), q.device), (read_all(keys), read_all(values))
+        averaged, probs = grouped_attention(q, *numbers, seen, scale=scale, dropout=dropout, softcap=softcap)
         column_BS = _columns(first, z.length, begin_B1, z.tokens.sinks).clamp_max(z.length - 1)
-        index = column_BS[:, None, None].expand(B, probs.shape[1], T, -1)
+        index = column_BS[:, None, None].expand(B, q.shape[1], T, -1)
         probs_BNTL[:, heads] = probs_BNTL[:, heads].scatter_add(3, index, probs)
-    assert out is not None, "a plan has a run for every head"
-    return out, probs_BNTL
+        return averaged
+
+    return _over_runs(q_BNTR, z, y, mask, attend), probs_BNTL
