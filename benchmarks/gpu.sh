@@ -18,7 +18,7 @@ if [ -n "${DATA:-}" ]; then
 fi
 
 out=${1:-results/gpu}
-layers=${LAYERS:-8}
+layers=${LAYERS:-4}
 mkdir -p "$out"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -26,7 +26,11 @@ trap 'rm -rf "$scratch"' EXIT
 { nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || echo "no GPU"
   $python -c "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"; } | tee "$out/hardware.txt"
 
-$python -m pytest -q tests/gpu tests/contracts/test_runtime.py tests/unit/test_quantize.py tests/unit/test_triton_kernels.py 2>&1 | tee "$out/tests.txt" | tail -3
+workers=$($python -c "import xdist; print('-n 12')" 2> /dev/null || true)
+# shellcheck disable=SC2086 # an option and its value, or nothing
+$python -m pytest -q $workers tests/gpu tests/contracts/test_runtime.py tests/unit/test_quantize.py tests/unit/test_triton_kernels.py 2>&1 \
+  | tee "$out/tests.txt" | tail -3
+$python benchmarks/packed_kernels.py --markdown "$out/packed-kernels.md"
 
 $python -m kvfold compare kvfold/demo_model/books-6l --preset gqa --preset svd_w --preset svd_a:width.latent=group \
   --preset svd_a --preset int4:kv_budget=null --preset auto --kv-budget 1/2 --kv-budget 1/6 --num-samples 64 --seq-len 256 --out "$scratch/compare" | tail -1 > "$out/compare.json"
@@ -49,9 +53,11 @@ bench mlkv-pythia-160m --shape pythia-160m --layers 12 --dtype float16 --memory 
 bench bloomz-7b1-2048 --shape bloomz-7b1 --context 2048 --kv-heads 16 --kv-heads 8 --kv-heads 4
 
 # Grouped-query attention at long contexts: keys rebuilt on read, read as they lie, and plain bits.
-for context in 8192 32768; do
-  BATCH=4 bench "llama3-8b-$context" --shape llama3-8b --context "$context" --steps 8 --prefills 0 --preset auto:kv_budget=0.125 \
-    --preset auto:kv_budget=0.125,prefer=speed --preset int4:kv_budget=null
+for batch in 4 32; do
+  for context in 8192 32768; do
+    [ "$batch-$context" = 32-32768 ] || BATCH=$batch bench "llama3-8b-$batch-$context" --shape llama3-8b --context "$context" --steps 8 --prefills 0 \
+      --preset auto:kv_budget=0.125 --preset auto:kv_budget=0.125,prefer=speed --preset int4:kv_budget=null
+  done
 done
 # The same in vLLM, where it is installed: packed pages are copied out by torch so far.
 if $python -c "import vllm" 2> /dev/null; then

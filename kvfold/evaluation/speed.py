@@ -125,6 +125,7 @@ def bench(
     elif device.startswith("cuda"):
         works = gpu.works_for(torch.empty(0, device=device, dtype=getattr(torch, dtype)))
         settings["kernel_of_packed"] = "triton" if works else "torch"
+        torch.backends.cuda.enable_cudnn_sdp(False)  # the original plans anew at every step with it (attention.py)
     settings |= {"memory": memory} if memory else {}
     settings |= shape.facts() if shape else {}
     return _race(contestants, settings, device, prefills)

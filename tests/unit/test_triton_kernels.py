@@ -13,9 +13,12 @@ from kvfold.runtimes.kernels.codec import pack, unpack
 
 pytest.importorskip("triton")  # for Linux only
 
+from kvfold.runtimes.kernels import aged_attention, aged_kernels, gpu_decode
+from kvfold.runtimes.kernels import triton_codes as codes
 from kvfold.runtimes.kernels import triton_kernels as kernels
-from kvfold.runtimes.kernels.attention import grouped_attention, packed_attention
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens
+from kvfold.runtimes.kernels.attention import gpu_attention, grouped_attention
+from kvfold.runtimes.kernels.packed_tokens import AgedTokens, PackedTokens, SideBySide
+from kvfold.runtimes.kernels.rotary import apply_rotary
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -56,7 +59,7 @@ def test_packing_is_that_of_torch(name):
     x = torch.randn(2, 2, 20, format.width, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     x = x * 10.0 ** torch.randint(-4, 4, (2, 2, 20, 1), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     x[0, 0, :3] = torch.stack([torch.zeros_like(x[0, 0, 0]), x[0, 0, 1] * 0 + 1e-7, x[0, 0, 2] * 0 - 3e4])
-    found, wanted = kernels.pack(x, format), pack(x, format)
+    found, wanted = codes.pack(x, format), pack(x, format)
     same = (found == wanted).all(-1)
     assert same.float().mean() > 0.97 and same[0, 0, :3].all()
     lost = [(unpack(rows, format, torch.float64) - x.double()).square().sum(-1)[~same] for rows in (found, wanted)]
@@ -71,22 +74,61 @@ def test_attention_of_a_step(heads, softcap):
     seen = torch.ones(2, 1, 3, 140, dtype=torch.bool, device=DEVICE).tril(137)
     seen[0, ..., :50] = False
     for mask in (None, seen, torch.zeros(seen.shape, device=DEVICE).masked_fill(~seen, torch.finfo(torch.float32).min)):
-        found = packed_attention(q, z, y, mask, scale=0.1, softcap=softcap)
+        found = gpu_attention(q, z, y, mask, scale=0.1, softcap=softcap)
         exact = mask if mask is None or mask.dtype == torch.bool else mask.double()
         wanted, _ = grouped_attention(q.double(), keys, values, exact, scale=0.1, softcap=softcap)
         assert distance(found, wanted) < 1e-5
 
 
 def test_sums_over_many_tokens_are_split():
-    x, elements = packed(FORMS["4_bits"], 1, 2 * kernels.TOKENS_PER_SPLIT + 5, torch.float32, seed=0)
+    x, elements = packed(FORMS["4_bits"], 1, 2 * kernels.SPLIT + 5, torch.float32, seed=0)
     weights = torch.randn(2, 1, 1, x.shape[2], device=DEVICE).softmax(-1)
     assert distance(kernels.weighted(weights, x, torch.float32), weights.double() @ elements) < 1e-5
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_unpacking_is_that_of_torch(name):
+    """All numbers of a head, and the first so many; into memory that others share."""
+    format = FORMS[name]
+    x, elements = packed(format, 2, 70, torch.float32, seed=0)
+    for width in {format.width, format.width // 2 + 1}:
+        out = torch.full((2, 2, 70, format.width + 3), torch.nan, device=DEVICE)
+        codes.unpack(x.rows, format, out[..., 2 : 2 + width])
+        assert distance(out[..., 2 : 2 + width], elements[..., :width]) < 1e-6
+        assert out[..., :2].isnan().all() and out[..., 2 + width :].isnan().all()
+
+
+@pytest.mark.parametrize(("rotated", "rows"), [(16, 1), (24, 2)])
+def test_rotation_is_that_of_torch(rotated, rows):
+    x = torch.randn(2, 3, 45, 2 * 24 + 5, device=DEVICE)[..., 1:49]
+    cos, sin = torch.randn(2, rows, 50, rotated, device=DEVICE)[:, :, 5:]
+    heads = x.unflatten(3, (2, 24)).transpose(2, 3).flatten(1, 2)
+    assert distance(codes.rotate(x, cos, sin, 24), apply_rotary(heads, cos, sin).double()) < 1e-6
+
+
+@pytest.mark.parametrize("recent", [9, 200])
+def test_attention_over_two_forms(recent, monkeypatch):
+    """Far and near ones of two layers side by side, met by queries each of which sees other tokens in each form."""
+    monkeypatch.setattr(aged_kernels, "kernels_for", lambda q: gpu_decode)
+    forms, (S, T) = (FORMS["tiers"], FORMS["4_bits"]), (140, 3)
+    sides = [SideBySide([packed(form, 1, S, torch.float32, seed=i)[0] for i in (0, 1)]) for form in forms]
+    sides[0].parts[1].width = 100  # of a layer below some numbers only
+    z = AgedTokens(*sides, recent)
+    q = tuple(torch.randn(2, 4, T, side.shape[3], device=DEVICE) for side in sides)
+    seen = torch.ones(2, 1, T, S, dtype=torch.bool, device=DEVICE).tril(S - T)
+    seen[0, ..., :50] = False
+    width = z.far.shape[3] + 5
+    for mask in (None, seen):
+        found = aged_kernels.attend(q, z, z, mask, width, scale=0.05, softcap=4.0)
+        parts = aged_attention.Aged(*(side.read for side in sides), S, S, recent)
+        wanted, _ = aged_attention.aged_attention_by_masks(q, parts, parts, mask, width, scale=0.05, softcap=4.0)
+        assert distance(found, wanted) < 1e-5
 
 
 BROKEN = {
     "scores": (lambda q, keys: q.new_zeros(2, 6, 1, 1100).float(), "off by"),
     "weighted": (lambda weights, values, dtype: torch.full((2, 6, 1, values.shape[3]), torch.nan), "off by nan"),
-    "pack": (lambda x, format: 1 / 0, "ZeroDivisionError"),
+    "softmax_": (lambda scores, bias, **sizes: scores.zero_(), "off by 1"),
 }
 
 
@@ -105,27 +147,32 @@ def test_the_kernels_are_tried_before_they_serve(name, monkeypatch, caplog):
 
 COMPILE = """
 import torch, triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from kvfold.runtimes.kernels import triton_kernels as kernels
+from kvfold.runtimes.kernels import triton_codes as codes, triton_kernels as kernels
 
-TYPES = {"q": "*bf16", "weights": "*fp32", "rows": "*u8", "out": "*fp32"}
-for scales, bits in (("exponent", 3), ("exponent", 8), ("float8", 8)):
-    tier = {"bits": bits, "float8": scales == "float8"}
-    if scales == "exponent":
-        constants = {"BITS": bits, "TRIED": 4, "BLOCK": 1024}
-        types = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernels._pack.arg_names}
-        source = triton.compiler.ASTSource(fn=kernels._pack, signature=types | {"x": "*bf16"}, constexprs=constants)
-        assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
-    for kernel, own in (
-        (kernels._scores, {"ADD": True, "TOKENS": kernels.SCORED_TOKENS}),
-        (kernels._weighted, {"SPLIT": kernels.TOKENS_PER_SPLIT, "TOKENS": kernels.WEIGHED_TOKENS}),
-    ):
-        constants = kernels._constants(tier, torch.bfloat16, 32) | own
-        options = {"num_warps": constants.pop("num_warps")}
-        types = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernel.arg_names}
-        source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        assert "mma" in made.asm["ptx"] and made.asm["cubin"]
+TYPES = {"q": "*bf16", "weights": "*fp32", "rows": "*u8", "table": "*i32", "tried": "*i32", "out": "*fp32", "x": "*bf16"}
+TYPES |= {"scores": "*fp32", "bias": "*fp32", "log_sums": "*fp32", "scale": "fp32", "cap": "fp32"}
+
+
+def machine_code(kernel, constants, warps=4):
+    types = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernel.arg_names}
+    source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    assert made.asm["cubin"]
+    return made.asm["ptx"]
+
+
+sizes = {"FIELDS": codes.FIELDS}
+machine_code(codes._pack, sizes | {"BLOCK": 1024})
+for capped in (False, True):
+    machine_code(kernels._softmax, {"CAPPED": capped, "BIASED": capped, "AT_ONCE": kernels.AT_ONCE})
+for bits, float8 in ((1, False), (4, False), (6, False), (8, False), (8, True)):
+    common = sizes | {"BITS": bits, "FLOAT8": float8}
+    machine_code(codes._unpack, common | {"TOKENS": codes.UNPACKED_TOKENS, "NUMBERS": codes.NUMBERS})
+    common |= {"BITS": bits & 13, "HALF": True, "PRODUCT": tl.bfloat16, "PRECISION": "ieee", "QUERIES": 32, "ADD": True}
+    for kernel, (tokens, numbers) in ((kernels._scores, kernels.SCORED), (kernels._weighted, kernels.WEIGHED)):
+        assert "mma" in machine_code(kernel, common | {"TOKENS": tokens, "NUMBERS": numbers}, kernels.WARPS)
 """
 
 
@@ -139,4 +186,4 @@ def test_the_kernels_compile_for_a_gpu(tmp_path):
 
 def test_a_cpu_is_not_asked():
     x, _ = packed(FORMS["4_bits"], 1, 20, torch.float32, seed=0)
-    assert not gpu.serves(torch.randn(2, 1, 1, 64), x, x)
+    assert not gpu_decode.serves(torch.randn(2, 1, 1, 64), x, x)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvfold.runtimes.kernels import cpu_decode
+from kvfold.runtimes.kernels import cpu_decode, gpu_decode
 from kvfold.runtimes.kernels.attention import additive
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, part
 
 
+def kernels_for(q: Tensor) -> ModuleType:
+    """Those of its device."""
+    return gpu_decode if q.is_cuda else cpu_decode
+
+
 def serves(q: tuple[Tensor, Tensor], z: AgedTokens, y: AgedTokens) -> bool:
-    """Whether the CPU's kernel takes both forms, for few queries that meet stored keys or keys that it rebuilds."""
-    return cpu_decode.serves(q[0], z.far, y.far) and cpu_decode.serves(q[1], z.near, y.near)
+    """Whether the device's kernels take both forms, for few queries that meet stored keys or keys that a CPU rebuilds."""
+    kernels = kernels_for(q[0])
+    return kernels.serves(q[0], z.far, y.far) and kernels.serves(q[1], z.near, y.near)
 
 
 def attend(
@@ -40,6 +47,8 @@ def attend(
             0,
             _part(q[0], z.far, y.far, mask, 0, S - recent, S, (recent, cpu_decode.ALL_OLDER), rebuild=ways[0], **sizes),
         )
+    if kernels_for(q[0]) is gpu_decode:
+        return gpu_decode.values_of(parts, width, q[0].dtype)
     return cpu_decode.values_of(parts, width, q[0].dtype, map)
 
 
@@ -63,18 +72,14 @@ def _part(
         if rebuild is not None:
             rebuild = rebuild.of_tokens(start + first, end + first)
     bias = None if mask is None else additive(mask, T, tokens, start, end, q_BNTR)
-    spans = [[0, end - start, tokens - T - start]] * len(q_BNTR)
-    sequences = torch.tensor(spans, dtype=torch.int64, device=q_BNTR.device)  # whatever torch's defaults are
-    return cpu_decode.decode_part(
-        q_BNTR,
-        keys,
-        values,
-        None if bias is None else bias.float(),
-        sequences_B3=sequences,
-        ages=ages,
-        rebuild=rebuild,
-        **sizes,
-    )
+    bias, position = None if bias is None else bias.float(), tokens - T - start
+    if kernels_for(q_BNTR) is gpu_decode:
+        return gpu_decode.decode_part(q_BNTR, keys, values, bias, position=position, ages=ages, **sizes)
+    spans = [[0, end - start, position]] * len(q_BNTR)
+    sizes["sequences_B3"] = torch.tensor(
+        spans, dtype=torch.int64, device=q_BNTR.device
+    )  # whatever torch's defaults are
+    return cpu_decode.decode_part(q_BNTR, keys, values, bias, ages=ages, rebuild=rebuild, **sizes)
 
 
 def _cut(keys: Any, values: Any, start: int, end: int) -> tuple[Any, Any]:

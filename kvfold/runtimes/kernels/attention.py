@@ -6,15 +6,18 @@ nothing is ever expanded to N heads. Queries q [B, N, T, R] are already absorbed
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvfold.plan.number_format import tokens_at_once
-from kvfold.runtimes.kernels import cpu_decode
-from kvfold.runtimes.kernels.packed_tokens import Operand, PackedTokens, Stored
+from kvfold.runtimes.kernels import cpu_decode, gpu_decode
+from kvfold.runtimes.kernels.packed_tokens import Operand, Stored
 
 LARGEST_CODE = 128
 
@@ -54,8 +57,16 @@ def one_query_attention(q_BN1R: Tensor, z_BCSR: Tensor, y_BCSR: Tensor, mask: Te
     packed = q_BN1R.view(B, C, N // C, R)
     if mask is not None and mask.shape[1] == N > 1:  # one mask per query head
         mask = mask.expand(B, -1, -1, -1).view(B, C, N // C, -1)
-    out = F.scaled_dot_product_attention(packed, z_BCSR, y_BCSR, attn_mask=mask, scale=scale)
+    with _without_cudnn(q_BN1R):
+        out = F.scaled_dot_product_attention(packed, z_BCSR, y_BCSR, attn_mask=mask, scale=scale)
     return out.reshape(B, N, 1, R).transpose(1, 2)
+
+
+def _without_cudnn(q: Tensor) -> AbstractContextManager[None]:
+    """cuDNN plans anew for every length of a cache: 50 ms of each step on an H200 with torch 2.11, 0.1 ms without it."""
+    if not q.is_cuda:
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def cpu_attention(
@@ -96,21 +107,14 @@ def products_attention(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Ten
     return out.view(B, N, 1, V).transpose(1, 2)
 
 
-def packed_attention(
-    q_BNTR: Tensor, z_BCSR: Stored, y_BUSV: Stored, mask: Tensor | None, *, scale: float, softcap: float | None = None
+def gpu_attention(
+    q_BNTR: Tensor, z: Stored, y: Stored, mask: Tensor | None, *, scale: float, softcap: float | None = None
 ) -> Tensor:
-    """Few query tokens over packed numbers that `gpu.serves`: the scores exist, the numbers never do."""
-    from kvfold.runtimes.kernels import triton_kernels as kernels
-
-    assert isinstance(z_BCSR, PackedTokens) and isinstance(y_BUSV, PackedTokens), "gpu.serves() was asked"
-    scores_BNTS = kernels.scores(q_BNTR, z_BCSR) * scale
-    if softcap is not None:
-        scores_BNTS = softcap * torch.tanh(scores_BNTS / softcap)
-    T, S = scores_BNTS.shape[2:]
-    part = additive(mask, T, S, 0, S, q_BNTR)
-    weights_BNTS = (scores_BNTS if part is None else scores_BNTS + part).softmax(-1)
-    out_BNTV = kernels.weighted(weights_BNTS, y_BUSV, q_BNTR.dtype)
-    return out_BNTV.to(q_BNTR.dtype).transpose(1, 2)
+    """Few query tokens over packed numbers that `gpu_decode.serves`: the scores exist, the numbers never do."""
+    T, S = q_BNTR.shape[2], z.shape[2]
+    bias = additive(mask, T, S, 0, S, q_BNTR)
+    added = None if bias is None else bias.float()
+    return gpu_decode.decode(q_BNTR, z, y, added, scale=scale, softcap=softcap)
 
 
 def chunked_attention(

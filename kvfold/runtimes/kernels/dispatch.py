@@ -11,14 +11,14 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from kvfold.plan.number_format import ELSEWHERE, NumberFormat
+from kvfold.plan.number_format import NumberFormat
 from kvfold.plan.token_runs import FEW_TOKENS
-from kvfold.runtimes.kernels import codec, cpu, cpu_decode, gpu
+from kvfold.runtimes.kernels import codec, cpu, cpu_decode, gpu, gpu_decode
 from kvfold.runtimes.kernels.attention import (
     cpu_attention,
+    gpu_attention,
     grouped_attention,
     one_query_attention,
-    packed_attention,
     products_attention,
 )
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, SideBySide, Stored, read_all, recorded
@@ -64,7 +64,7 @@ def choose(
     if packed and not exact and (few or T < S):  # decoding, or a prompt that continues a cache
         if by_cpu:
             return Way.CPU
-        if not on_read and not several and few and _scores(q_BNTH, S) <= ELSEWHERE and gpu.serves(q_BNTH, z, y):
+        if not on_read and few and gpu_decode.serves(q_BNTH, z, y):
             return Way.TRITON
         return Way.PIECES
     if eager:
@@ -92,10 +92,6 @@ def _over_numbers(q: Tensor, z: Stored, y: Stored) -> Way:
     return Way.PRODUCTS if copies else Way.GROUPED
 
 
-def _scores(q_BNTH: Tensor, tokens: int) -> int:
-    return q_BNTH[..., 0].numel() * tokens
-
-
 def decode_attention(
     q_BNTR: Tensor,
     z_BCSR: Stored,
@@ -111,7 +107,7 @@ def decode_attention(
     if way is Way.CPU:
         return cpu_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale, softcap=softcap)
     if way is Way.TRITON:
-        return packed_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale, softcap=softcap)
+        return gpu_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale, softcap=softcap)
     z, y = read_all(z_BCSR), read_all(y_BUSV)
     if way is Way.ONE_QUERY:
         return one_query_attention(q_BNTR, z, y, mask, scale=scale)
@@ -130,9 +126,9 @@ def pack(x_BCTR: Tensor, format: NumberFormat) -> Tensor:
         if cpu.packs(x):
             return cpu.pack(x, format)
         if gpu.works_for(x):
-            from kvfold.runtimes.kernels import triton_kernels
+            from kvfold.runtimes.kernels import triton_codes
 
-            return triton_kernels.pack(x, format)
+            return triton_codes.pack(x, format)
     return codec.pack(x, format)
 
 
@@ -141,19 +137,27 @@ def unpack(
 ) -> Tensor:
     """As `codec.unpack`, by the device's kernel where there is one; into `out` where that is given. width: the first so many
     numbers."""
-    if cpu.unpacks(rows_BCSX, format, dtype):
-        if out is None:
-            shape = (*rows_BCSX.shape[:3], width or format.width)
-            out = torch.empty(shape, dtype=dtype, device=rows_BCSX.device)
+    by_cpu = cpu.unpacks(rows_BCSX, format, dtype)
+    if not by_cpu and not gpu.unpacks(rows_BCSX, format, dtype):
+        numbers = codec.unpack(rows_BCSX, format, dtype)[..., :width]
+        return numbers if out is None else out.copy_(numbers)
+    if out is None:
+        out = torch.empty(*rows_BCSX.shape[:3], width or format.width, dtype=dtype, device=rows_BCSX.device)
+    if by_cpu:
         return cpu.unpack(rows_BCSX, format, out)
-    numbers = codec.unpack(rows_BCSX, format, dtype)[..., :width]
-    return numbers if out is None else out.copy_(numbers)
+    from kvfold.runtimes.kernels import triton_codes
+
+    return triton_codes.unpack(rows_BCSX, format, out)
 
 
 def rotated_heads(x_BCSF: Tensor, head_dim: int, cos_BSr: Tensor, sin_BSr: Tensor) -> Tensor:
     """The heads [B, K, S, H] that groups of heads side by side consist of, rotated by tables [B or 1, S, r]."""
     if cpu.rotates(x_BCSF, cos_BSr, sin_BSr):
         return cpu.rotate(x_BCSF, cos_BSr, sin_BSr, head_dim)
+    if gpu.rotates(x_BCSF, cos_BSr, sin_BSr):
+        from kvfold.runtimes.kernels import triton_codes
+
+        return triton_codes.rotate(x_BCSF, cos_BSr, sin_BSr, head_dim)
     return apply_rotary(x_BCSF.unflatten(3, (-1, head_dim)).transpose(2, 3).flatten(1, 2), cos_BSr, sin_BSr)
 
 

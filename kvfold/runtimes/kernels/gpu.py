@@ -1,4 +1,4 @@
-"""Decode attention over packed numbers on a GPU: by Triton's kernels (triton_kernels.py) where they agree with torch."""
+"""Whether Triton's kernels for packed numbers (triton_codes.py, triton_kernels.py) can be used where tensors are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels.codec import pack, unpack
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, Stored, recorded
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, recorded
+from kvfold.runtimes.kernels.rotary import apply_rotary
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRIALS = (NumberFormat(tiers=((24, 8), (40, 5), (33, 3))), NumberFormat(tiers=((65, 8),), scales="float8"))
@@ -23,17 +25,23 @@ TOLERANCE = 2e-2
 """Of products, relative to the largest."""
 
 
-def serves(q: Tensor, z: Stored, y: Stored) -> bool:
-    """Whether the kernels take these tensors, and nobody wants gradients or a graph of it."""
-    if not (isinstance(z, PackedTokens) and isinstance(y, PackedTokens)) or recorded(q, z.rows, y.rows):
-        return False
-    known = all(x.format.codec.fused and x.rows.stride(-1) == 1 and x.device == q.device for x in (z, y))
-    return known and not (torch.is_grad_enabled() and q.requires_grad) and works_for(q)
-
-
 def works_for(x: Tensor) -> bool:
     """Whether the kernels can be used with numbers of this dtype where they are."""
     return x.device.type == "cuda" and x.dtype in DTYPES and works(x.device, x.dtype)
+
+
+def unpacks(rows_BCSX: Tensor, format: NumberFormat, dtype: torch.dtype) -> bool:
+    """Whether the kernels turn these rows into numbers."""
+    if rows_BCSX.device.type != "cuda" or rows_BCSX.stride(-1) != 1 or recorded(rows_BCSX) or dtype not in DTYPES:
+        return False
+    return format.codec.fused and format.block == 1 and works(rows_BCSX.device, dtype)
+
+
+def rotates(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether the kernel turns these numbers, and nobody wants gradients or a graph of it."""
+    if recorded(x, cos, sin) or (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    return x.stride(-1) == 1 and cos.device == sin.device == x.device and works_for(x)
 
 
 @functools.cache
@@ -62,7 +70,8 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _errors(format: NumberFormat, queries: int, device: torch.device, dtype: torch.dtype) -> list[float]:
-    """Of both products on a small case, relative to the largest number; and how much more packing loses."""
+    """Of all that kernels make on a small case, relative to the largest number; and how much more packing loses."""
+    from kvfold.runtimes.kernels import triton_codes as codes
     from kvfold.runtimes.kernels import triton_kernels as kernels
 
     options: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "device": "cpu", "dtype": torch.float32}
@@ -72,10 +81,26 @@ def _errors(format: NumberFormat, queries: int, device: torch.device, dtype: tor
     elements, q = stored.repeat_interleave(queries, dim=1), q.to(device, dtype)
     wanted = q.float() @ elements.transpose(2, 3)
     weights = wanted.softmax(-1)
-    pairs = [(kernels.scores(q, packed), wanted), (kernels.weighted(weights, packed, dtype), weights @ elements)]
+    probabilities = wanted.clone()
+    kernels.softmax_(probabilities, None, scale=1.0, softcap=None, position=x.shape[2], ages=(0, 2 * x.shape[2]))
+    pairs = [
+        (kernels.scores(q, packed), wanted),
+        (probabilities, weights),
+        (kernels.weighted(weights, packed, dtype), weights @ elements),
+        (codes.unpack(packed.rows, format, torch.empty_like(stored)), stored),
+        _rotated(codes.rotate, device),
+    ]
     errors = [float((found - sought).abs().max() / sought.abs().max()) for found, sought in pairs]
     if format.scales == "exponent":
         some = x[:, :, :9].to(device)
-        again = unpack(kernels.pack(some, format), format, torch.float32)
+        again = unpack(codes.pack(some, format), format, torch.float32)
         errors.append(float((again - some).square().sum() / (stored[:, :, :9] - some).square().sum()) - 1)
     return errors
+
+
+def _rotated(rotate: Callable[..., Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of two heads of six numbers, of which four turn."""
+    options: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "device": "cpu", "dtype": torch.float32}
+    x, cos, sin = (torch.randn(shape, **options).to(device) for shape in ((2, 1, 5, 12), (1, 5, 4), (1, 5, 4)))
+    heads = x.unflatten(3, (2, 6)).transpose(2, 3).flatten(1, 2)
+    return rotate(x, cos, sin, 6), apply_rotary(heads, cos, sin)

@@ -260,7 +260,11 @@ def part(stored: Stored, start: int, end: int) -> Stored:
 
 def read_for_product(stored: Stored, start: int, end: int) -> Operand:
     """The same for a product with queries or probabilities, which can take scales afterwards."""
-    if isinstance(stored, PackedTokens) and stored.format.codec.keeps_scales_apart:
+    from kvfold.runtimes.kernels import gpu  # which imports this module
+
+    if not isinstance(stored, PackedTokens) or not stored.format.codec.keeps_scales_apart:
+        return read(stored, start, end)
+    if not gpu.unpacks(stored.rows, stored.format, stored.dtype):  # which makes numbers in one launch
         return stored.read_scaled(start, end)
     return read(stored, start, end)
 
