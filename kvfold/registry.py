@@ -23,6 +23,7 @@ MODULES = {
     "codecs": "kvfold.plan.codecs.{}",
     "architectures": "kvfold.architectures.{}",
     "runtimes": "kvfold.runtimes.{}.runtime",
+    "scorers": "kvfold.runtimes.scorers.{}",
 }
 """Where the member NAME of a group lives."""
 

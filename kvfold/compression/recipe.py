@@ -28,9 +28,6 @@ ALLOCATIONS = ("uniform", "greedy", "measured")
 PREFERENCES = {"size": "on_read", "speed": "applied"}
 """What to prefer -> how keys are stored; without it banded where a method has both, of what layers below store the leading
 numbers."""
-LEAST_BANDED = 1 / 12
-"""Share of the bytes below which keys are stored before rotation in all pairs where nothing says how: the time that storing
-some after it saves costs too much there (docs/log.md)."""
 WHAT = ("depth", "width", "bits")
 """Axes that say what a cache is made of; naming a method of one leaves the default preset aside."""
 TYPES: dict[Any, tuple[type, ...]] = {
@@ -190,8 +187,6 @@ def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
             tree[axis] = {"method": "identity"} | tree[axis]
     if tree.get("prefer") is not None:
         _prefer(tree)
-    if tree.get("width", {}).get("method") == "mla" and (tree.get("kv_budget") or 1.0) < LEAST_BANDED:
-        tree["width"] = {"rope": "on_read"} | tree["width"]
     tree["calibration"] = _build(Calibration, tree.get("calibration", {}), "calibration field")
     return _build(Recipe, tree, "recipe field")
 
@@ -231,7 +226,7 @@ def suited(recipe: Recipe, layers: Sequence[AttentionLayer]) -> Recipe:
             "keys that are rotated in part have no finer form after rotation: recent tokens stay as all others."
         )
         recipe = dataclasses.replace(recipe, length={"method": "identity"})
-    other = recipe.method("width").instead(layers)
+    other = recipe.method("width").instead(layers, recipe.kv_budget or 1.0)
     return recipe if other is None else dataclasses.replace(recipe, width=other)
 
 

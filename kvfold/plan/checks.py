@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kvfold import registry
 from kvfold.errors import PlanError
 from kvfold.plan.cache_spec import CACHE_BLOCK, ITEMSIZE, CacheSpec, SourceLayer, divisors
 from kvfold.plan.number_format import NumberFormat
-from kvfold.plan.token_runs import PROMPTS, RULES, TokenRuns
+from kvfold.plan.token_runs import PROMPTS, RECENCY, TokenRuns
 
 if TYPE_CHECKING:
     from kvfold.plan.plan import CachePlan
@@ -131,8 +132,13 @@ def _check_recent(index: int, spec: CacheSpec) -> None:
 
 def _check_tokens(index: int, spec: CacheSpec, tokens: TokenRuns) -> None:
     where = f"layer {index}: tokens"
-    if tokens.rule not in RULES:
-        raise PlanError(f"{where}: rule = {tokens.rule!r}; it is one of {RULES}.")
+    if tokens.rule not in (rules := [RECENCY, *registry.names("scorers")]):
+        raise PlanError(registry.unknown("rule of tokens", tokens.rule, rules))
+    if tokens.scored and (tokens.prompt != "whole" or tokens.newest < 1):
+        raise PlanError(
+            f"{where}: {tokens.rule} chooses when a prompt was read, and the newest stay; found prompt = {tokens.prompt!r}"
+            f" and newest = {tokens.newest}."
+        )
     if tokens.prompt not in PROMPTS:
         raise PlanError(f"{where}: prompt = {tokens.prompt!r}; it is one of {PROMPTS}.")
     heads = sorted(head for run in tokens.runs for head in run.heads)
@@ -144,10 +150,11 @@ def _check_tokens(index: int, spec: CacheSpec, tokens: TokenRuns) -> None:
     if not isinstance(tokens.sinks, int) or tokens.sinks < 0:
         raise PlanError(f"{where}: sinks = {tokens.sinks!r} is no number of tokens.")
     for run in tokens.runs:
-        if not 0 <= run.share <= 1 or (run.share < 1 and run.least <= tokens.sinks):
+        beside = tokens.sinks + max(tokens.newest - 1, 0)
+        if not 0 <= run.share <= 1 or (run.share < 1 and run.least <= beside):
             raise PlanError(
                 f"{where}: a run keeps a share of 0 to 1 of the context, and at least one token beside its"
-                f" {tokens.sinks} sinks; found share {run.share!r}, least {run.least!r}."
+                f" {tokens.sinks} sinks, or its newest; found share {run.share!r}, least {run.least!r}."
             )
     made: dict[str, Any] = {
         "joint": spec.joint,

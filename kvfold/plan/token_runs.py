@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-RULES = ("recency",)
-"""How the tokens of a run are chosen. recency: the first ones of a sequence, and the newest."""
-
-
+RECENCY = "recency"
+"""The rule by which the first tokens of a sequence stay, and the newest. All others are scorers, by name: besides those the
+tokens of a prompt that they say are worth most."""
 PROMPTS = ("masked", "whole")
 """What the queries of a prompt see of its tokens."""
 
@@ -45,17 +44,32 @@ class TokenRuns:
     of L. That depends on nothing but positions, so that a prompt in one step, in pieces or token by token gives the same.
     `prompt: whole`: a step of more than FEW_TOKENS queries sees all of its own tokens, and what was kept before it; tokens
     are dropped when it ends. A prompt in one step is then read as the original reads it, in pieces it is not.
+    Where a scorer is the `rule`, the tokens that a prompt leaves are its first `sinks`, its `newest`, and of those between
+    them the best, as many as its run keeps, be it all; they stay while the newest ones pass by, until a prompt comes again.
+    Prompts are `whole` then. A sequence of no more than `sinks` + `newest` tokens is one of which nothing was chosen, unless
+    it is padded to the length of others.
     """
 
     runs: tuple[TokenRun, ...]
-    rule: str = "recency"
+    rule: str = RECENCY
     sinks: int = 4
+    newest: int = 0
     prompt: str = "masked"
 
-    def first_newest(self, run: TokenRun, context_len: int) -> int:
-        """Of a context of so many tokens the position of the first that stays, not counting the sinks; no smaller than their
-        number. It never falls as the context grows, so that what was dropped is never missed."""
-        return context_len - max(run.kept(context_len) - self.sinks, 0)
+    @property
+    def scored(self) -> bool:
+        """Whether a scorer chooses."""
+        return self.rule != RECENCY
+
+    def first_newest(self, run: TokenRun, context_len: int, early: int | None = None) -> int:
+        """Of a context of so many tokens the position of the first that stays, not counting `early` ones (without it the
+        sinks); no smaller than their number. It never falls as the context grows, so that what was dropped is never
+        missed."""
+        return context_len - max(run.kept(context_len) - (self.sinks if early is None else early), 0)
+
+    def chosen(self, run: TokenRun, context_len: int) -> int:
+        """Of a prompt of so many tokens how many stay beside its newest, sinks included."""
+        return max(run.kept(context_len) - self.newest, 0)
 
     def kept(self, context_len: int) -> float:
         """Tokens that stay, in the mean over heads."""

@@ -89,9 +89,6 @@ def test_unreadable_recipes(tmp_path):
 def test_a_preference_is_how_keys_are_stored():
     assert make_recipe(BASE | {"preset": "auto"}).width == {"method": "mla"}
     assert make_recipe(BASE | {"preset": "auto", "kv_budget": "1/8"}).width == {"method": "mla"}
-    assert make_recipe(BASE | {"preset": "auto", "kv_budget": "1/16"}).width == {"method": "mla", "rope": "on_read"}
-    banded = {"preset": "auto", "kv_budget": "1/16", "width": {"method": "mla", "rope": "banded"}}
-    assert make_recipe(BASE | banded).width["rope"] == "banded"
     small = {"method": "mla", "rope": "on_read", "leading": 0, "recent_leading": 0}
     assert make_recipe(BASE | {"preset": "auto", "prefer": "size"}).width == small
     own = {"preset": "auto", "prefer": "size", "width": {"method": "mla", "leading": 32}}
@@ -105,13 +102,38 @@ def test_a_preference_is_how_keys_are_stored():
     assert make_recipe(BASE | {"preset": "auto", "keep_layers": [0, 1]}).keep_layers == (0, 1)
 
 
-def test_layers_of_large_multi_head_models_keep_keys_and_values_apart():
-    recipe = make_recipe(BASE | {"preset": "auto"})
-    shape = Shape(name="llama2-7b", layers=1)
-    layers = shape.arch.describe(empty_model(shape.arch, shape.config()))
-    assert suited(recipe, layers).width == {"method": "fisher", "rope": "banded"}
-    grouped = [dataclasses.replace(layers[0], num_kv_heads=8)]
-    assert suited(recipe, grouped) == recipe
+def layers_of(shape, kv_heads=None):
+    """The first layer of a shape, with other key/value heads."""
+    shape = Shape(name=shape, layers=1)
+    layer = shape.arch.describe(empty_model(shape.arch, shape.config()))[0]
+    return [layer if kv_heads is None else dataclasses.replace(layer, num_kv_heads=kv_heads)]
+
+
+def test_the_default_suits_a_model():
+    """Groups of heads where every query head has its own, one latent of keys and values where they are shared."""
+    default = make_recipe(BASE | {"preset": "auto", "kv_budget": "1/8"})
+    group = {"method": "fisher", "rope": "banded", "latent": "group", "v_latent": "group"}
+    assert suited(default, layers_of("llama2-7b")).width == group | {"group_size": 4}
+    assert suited(default, layers_of("pythia-160m")).width == group | {"group_size": 4}
+    odd = [dataclasses.replace(layer, num_attention_heads=15) for layer in layers_of("llama2-7b", 15)]
+    assert suited(default, odd).width["group_size"] == 3
+    assert suited(default, layers_of("llama2-7b", 8)) == default
+    few = [dataclasses.replace(layer, num_attention_heads=4) for layer in layers_of("pythia-160m", 4)]
+    assert suited(default, few) == default
+
+
+@pytest.mark.parametrize("kv_heads", [8, 16])
+def test_a_method_that_is_named_stays_if_it_can(kv_heads):
+    """Too many numbers of a layer have no common latent; few bytes are kept before rotation where nobody says how."""
+    named = make_recipe(BASE | {"preset": "auto", "kv_budget": "1/16", "width": {"method": "mla", "below": 0}})
+    layers = [dataclasses.replace(layers_of("llama2-7b", kv_heads)[0], num_attention_heads=kv_heads)]
+    wide = kv_heads == 16
+    expected = {"method": "fisher", "rope": "banded"} if wide else {"method": "mla", "below": 0, "rope": "on_read"}
+    assert suited(named, layers).width == expected
+    banded = make_recipe(BASE | {"kv_budget": "1/16", "width": {"method": "mla", "rope": "banded"}})
+    assert suited(banded, layers).width == (expected if wide else {"method": "mla", "rope": "banded"})
+    small = make_recipe(BASE | {"preset": "auto", "prefer": "size"})
+    assert suited(small, layers).width["rope"] == "on_read"
 
 
 def test_budgets():

@@ -77,7 +77,7 @@ class Recency(LengthMethod):
         if layer.window is not None:  # which forgets by itself
             return spec
         run = TokenRun(heads=tuple(range(spec.num_kv_heads)), share=self.kept or 1.0, least=self.least)
-        return dataclasses.replace(spec, tokens=TokenRuns(runs=(run,), sinks=self.sinks, prompt=self.prompt))
+        return dataclasses.replace(spec, tokens=self._tokens(run))
 
     def keep(self, spec: CacheSpec, tokens_C: Sequence[int], context_len: int) -> CacheSpec:
         runs = []
@@ -85,4 +85,7 @@ class Recency(LengthMethod):
             heads = tuple(head for head, tokens in enumerate(tokens_C) if tokens == kept)
             share = 1.0 if kept >= context_len else (kept - 0.5) / context_len if self.grows else 0.0
             runs.append(TokenRun(heads=heads, share=share, least=min(kept, context_len)))
-        return dataclasses.replace(spec, tokens=TokenRuns(runs=tuple(runs), sinks=self.sinks, prompt=self.prompt))
+        return dataclasses.replace(spec, tokens=self._tokens(*runs))
+
+    def _tokens(self, *runs: TokenRun) -> TokenRuns:
+        return TokenRuns(runs=runs, sinks=self.sinks, prompt=self.prompt)

@@ -142,9 +142,9 @@ class WidthMethod(ABC):
         how."""
         return 1.0
 
-    def instead(self, layers: Sequence[AttentionLayer]) -> dict[str, Any] | None:
-        """The method, with its fields as in recipes, that takes the place of this one for such layers; None where it suits
-        them."""
+    def instead(self, layers: Sequence[AttentionLayer], kv_budget: float) -> dict[str, Any] | None:
+        """The method, with its fields as in recipes, that takes the place of this one for such layers and so many of the
+        bytes; None where it suits them."""
         return None
 
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -23,6 +24,12 @@ from kvfold.plan.tensors import meets_keys
 
 BOTH, BANDED = "keys_and_values", "banded_keys_and_values"
 ROPES = ("on_read", "banded")
+LEAST_BANDED = 1 / 12
+"""Share of the bytes below which keys are stored before rotation in all pairs where nothing says how: the time that storing
+some after it saves costs too much there (docs/log.md)."""
+GROUP = 4
+"""Heads whose keys share a latent, and whose values do, where every query head has its own: in Llama-2-7B's shape a step is
+faster than the original's so, and takes twice its time with one latent for all (docs/log.md)."""
 WIDEST = 2048
 """Numbers of keys and values of a layer up to which they share a latent. Beyond, which is multi-head attention of large
 models, solving for it would take hours: eight times what keys and values take apart."""
@@ -33,9 +40,11 @@ class Mla(PredictedWidth):
     """Keys before rotation and values of a layer are linear maps of the same hidden state, so that one latent of both says
     more per number than two. Errors count in nats, as in `fisher`; keys are rebuilt on read.
 
-    Layers of more than WIDEST numbers are left to `fisher`.
+    Layers of more than WIDEST numbers are left to `fisher`; so are, where no field says otherwise, those whose query heads
+    have a key head each: queries of all heads would meet the whole of one latent.
 
     rope: `on_read` stores what comes of keys before rotation; `banded` after it where angles change fast, as in `fisher`.
+        Without it banded from LEAST_BANDED of the bytes on.
     below: layers stand in runs of so many and one more, and each stores only what the numbers of those below it in its run do
         not say (`compression/prediction.py`); 0 for none.
     leading, recent_leading: the first so many numbers of each of those layers say it, which hold most of what there is; of
@@ -48,7 +57,7 @@ class Mla(PredictedWidth):
     ordered: ClassVar[bool] = True
     two_forms: ClassVar[bool] = True
 
-    rope: str = "banded"
+    rope: str | None = None
     below: int = 3
     leading: int | None = None  # type: ignore[assignment]
     recent_leading: int = 256
@@ -56,7 +65,7 @@ class Mla(PredictedWidth):
     multiple: int = 8
 
     def __post_init__(self) -> None:
-        if self.rope not in ROPES:
+        if self.rope is not None and self.rope not in ROPES:
             raise RecipeError(f"width.rope = {self.rope!r}; choose 'on_read' or 'banded'.")
         if self.multiple < 1 or min(self.kv_heads, self.below, self.leading or 0, self.recent_leading) < 0:
             raise RecipeError(
@@ -71,15 +80,31 @@ class Mla(PredictedWidth):
     @property
     def part(self) -> str:
         """The statistic of keys and values."""
-        return BANDED if self.rope == "banded" else BOTH
+        return BANDED if self._banded else BOTH
 
     @property
     def parts(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.part,)
 
-    def instead(self, layers: Sequence[AttentionLayer]) -> dict[str, Any] | None:
-        widest = max(2 * layer.num_kv_heads * layer.head_dim for layer in layers)
-        return None if widest <= WIDEST else {"method": "fisher", "rope": self.rope}
+    @property
+    def _banded(self) -> bool:
+        return self.rope != "on_read"
+
+    def instead(self, layers: Sequence[AttentionLayer], kv_budget: float) -> dict[str, Any] | None:
+        own = {name: value for name, value in vars(self).items() if value != getattr(type(self), name)}
+        if not own and all(layer.num_attention_heads == layer.num_kv_heads > GROUP for layer in layers):
+            return {
+                "method": "fisher",
+                "rope": "banded",
+                "latent": "group",
+                "v_latent": "group",
+                "group_size": _group(layers),
+            }
+        if max(2 * layer.num_kv_heads * layer.head_dim for layer in layers) > WIDEST:
+            return {"method": "fisher", "rope": "banded" if self._banded else "on_read"}
+        if self.rope is None and kv_budget < LEAST_BANDED:
+            return {"method": "mla", **own, "rope": "on_read"}
+        return None
 
     def key_shapes(self, layer: AttentionLayer, layers: int = 1) -> list[StoredShape]:
         if layers > 1:
@@ -112,7 +137,7 @@ class Mla(PredictedWidth):
         return dataclasses.replace(
             plain_spec(layer, keys, keys._replace(format=None)),
             rope="on_read" if rotates else "none",
-            fast_pairs=layer.fast_pairs if self.rope == "banded" else 0,
+            fast_pairs=layer.fast_pairs if self._banded else 0,
             shared_latent=True,
             k_projection=True,
             v_projection=True,
@@ -147,6 +172,12 @@ class Mla(PredictedWidth):
         moments = group.moments(0)
         covariance_FF = moments[WEIGHTED + self.part].covariance_FF
         return Term(covariance_FF, covariance_FF, BlockDiagonal(moments[METRIC + self.part].second_FF))
+
+
+def _group(layers: Sequence[AttentionLayer]) -> int:
+    """The most heads, up to GROUP, by which those of all layers can be shared out."""
+    heads = math.gcd(*(layer.num_kv_heads for layer in layers))
+    return max(size for size in range(1, GROUP + 1) if heads % size == 0)
 
 
 def _joined(layer: AttentionLayer, folded: FoldedWeights, spec: CacheSpec, centre_1R: Tensor) -> FoldedWeights:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvfold.plan.token_runs import FEW_TOKENS, TokenRun, TokenRuns
 from kvfold.runtimes.kernels.attention import grouped_attention, prefill_attention
-from kvfold.runtimes.kernels.packed_tokens import RunTokens, Stored, index_of, read_all
+from kvfold.runtimes.kernels.packed_tokens import RunPlace, RunTokens, Stored, index_of, read_all
 
 QUERIES_AT_ONCE = 1024
 """Of a prompt: what they see is a mask, and of a window only the tokens that one of them sees are read."""
@@ -25,11 +25,13 @@ def query_heads(run: TokenRun, group: int, device: torch.device) -> Any:
 
 
 def begins(mask: Tensor | None) -> Tensor | None:
-    """[B, T]: the column where each query's sequence begins, the first that it sees; None without a mask, for 0."""
+    """[B, T]: the column where each query's sequence begins, the first that it sees, or their number where it sees none; None
+    without a mask, for 0."""
     if mask is None:
         return None
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return seen[:, 0].int().argmax(-1)
+    first_BT = seen[:, 0].int().argmax(-1)
+    return torch.where(seen[:, 0].any(-1), first_BT, seen.shape[-1])
 
 
 def begin_of(mask: Tensor | None) -> Tensor | None:
@@ -39,28 +41,27 @@ def begin_of(mask: Tensor | None) -> Tensor | None:
 
 
 def seen_by(
-    run: TokenRun, held: RunTokens, first: int | None, mask: Tensor | None, T: int, rows: slice, device: torch.device
+    run: TokenRun, held: RunTokens, place: RunPlace, mask: Tensor | None, T: int, rows: slice, device: torch.device
 ) -> Tensor | None:
     """Which of a run's tokens each of the last T queries sees, `rows` of them, as a mask [B or 1, 1 or N, rows, S]: bool, or
     numbers to add where `mask` is of those. None where no mask is needed. `mask`: over all columns, dropped ones too."""
     length, tokens = held.length, held.tokens
-    due = tokens.first_newest(run, length)
     mask = None if mask is None else mask[..., rows, :length]
-    if sees_all(run, held, first, T):
+    if sees_all(run, held, place, T):
         return mask
-    if mask is None and first == due and T == 1:
+    if mask is None and place.first == tokens.first_newest(run, length, place.early) and T == 1:
         return None
     begin_BT = torch.zeros(1, 1, dtype=torch.long, device=device) if mask is None else begins(mask)
     assert begin_BT is not None, "there is a mask"
     last_T = torch.arange(length - T, length, device=device)[rows]
-    column_BS = _columns(first, length, begin_BT[:, -1:], tokens.sinks)
+    column_BS = columns(place, length, begin_BT[:, -1:])
     if reads_whole(tokens, T):
-        seen = column_BS[:, None] <= last_T[:, None]
+        before_BS = stays_before(run, tokens, place, column_BS, begin_BT[:, -1:], length - T)
+        new_BS = is_new(place, column_BS, begin_BT[:, -1:], length - T)
+        seen = (before_BS | new_BS)[:, None] & (column_BS[:, None] <= last_T[:, None])
     else:
-        seen = _recent_or_sink(run, tokens, column_BS[:, None], last_T[:, None], begin_BT[..., None])
-    if first is not None:  # sinks that have not left the newest tokens stand there as well
-        seen[..., : tokens.sinks] &= column_BS[:, None, : tokens.sinks] < first
-    return _under(mask, seen[:, None], column_BS[:, None, None], first is None)
+        seen = _recent_or_early(run, tokens, place, column_BS[:, None], last_T[:, None], begin_BT[..., None])
+    return _under(mask, seen[:, None], column_BS[:, None, None], place.first is None)
 
 
 def reads_whole(tokens: TokenRuns, T: int) -> bool:
@@ -68,28 +69,65 @@ def reads_whole(tokens: TokenRuns, T: int) -> bool:
     return tokens.prompt == "whole" and T > FEW_TOKENS
 
 
-def sees_all(run: TokenRun, held: RunTokens, first: int | None, T: int) -> bool:
+def sees_all(run: TokenRun, held: RunTokens, place: RunPlace, T: int) -> bool:
     """Whether none of the last T queries misses anything."""
     dropped = held.tokens.first_newest(run, held.length) > held.tokens.sinks
-    return first is None and (not dropped or reads_whole(held.tokens, T))
+    return place.first is None and (not dropped or reads_whole(held.tokens, T))
 
 
-def _columns(first: int | None, length: int, begin_B1: Tensor, sinks: int) -> Tensor:
-    """[B, S]: which columns are stored."""
-    if first is None:
+def columns(place: RunPlace, length: int, begin_B1: Tensor) -> Tensor:
+    """[B, S]: which columns are stored. Where tokens were chosen their columns are forgotten: those that count have their
+    sequence's first, which every query sees, others one that none does."""
+    if place.first is None:
         return torch.arange(length, device=begin_B1.device)[None]
-    early_BS = begin_B1 + torch.arange(sinks, device=begin_B1.device)
-    newest_S = torch.arange(first, length, device=begin_B1.device)
-    return torch.cat([early_BS, newest_S.expand(len(begin_B1), -1)], dim=1)
+    early_E = torch.arange(place.early, device=begin_B1.device)
+    if place.early_B is None:
+        early_BE = begin_B1 + early_E
+    else:
+        early_BE = torch.where(early_E >= place.early - place.early_B[:, None], begin_B1, length)
+    newest_S = torch.arange(place.first, length, device=begin_B1.device)
+    return torch.cat([early_BE, newest_S.expand(len(early_BE), -1)], dim=1)
 
 
-def _recent_or_sink(run: TokenRun, tokens: TokenRuns, column_B1S: Tensor, last_T1: Tensor, begin_BT1: Tensor) -> Tensor:
+def kept_of(run: TokenRun, context: Tensor) -> Tensor:
+    """As `run.kept`, of contexts of so many tokens each."""
+    kept = (run.share * context.double()).ceil().long().clamp_min(run.least)
+    return torch.minimum(kept, context)
+
+
+def is_new(place: RunPlace, column_BS: Tensor, begin_B1: Tensor, start: int) -> Tensor:
+    """[B, S]: which tokens are of columns from `start` on, and no padding."""
+    at_S = torch.arange(column_BS.shape[1], device=column_BS.device)
+    of_newest = at_S >= (0 if place.first is None else place.early)  # where early ones may stand as well
+    return of_newest & (column_BS >= start) & (column_BS >= begin_B1)
+
+
+def stays_before(
+    run: TokenRun, tokens: TokenRuns, place: RunPlace, column_BS: Tensor, begin_B1: Tensor, start: int
+) -> Tensor:
+    """[B, S]: what of the columns before `start` a query there sees."""
+    last_11 = torch.full((1, 1), start, device=column_BS.device)
+    seen = _recent_or_early(run, tokens, place, column_BS[:, None], last_11, begin_B1[..., None])
+    return seen[:, 0] & (column_BS < start)
+
+
+def _recent_or_early(
+    run: TokenRun, tokens: TokenRuns, place: RunPlace, column_B1S: Tensor, last_T1: Tensor, begin_BT1: Tensor
+) -> Tensor:
     """[B, T, S], as `TokenRuns` says; equal to `run.kept` for every query."""
-    context_BT1 = last_T1 + 1 - begin_BT1
-    kept = (run.share * context_BT1.double()).ceil().long().clamp_min(run.least)
-    newest = (torch.minimum(kept, context_BT1) - tokens.sinks).clamp_min(0)
-    early = (column_B1S >= begin_BT1) & (column_B1S < begin_BT1 + tokens.sinks)
-    return (early | (column_B1S > last_T1 - newest)) & (column_B1S <= last_T1)
+    kept_BT1 = kept_of(run, last_T1 + 1 - begin_BT1)
+    if place.early_B is None:
+        before: Any = tokens.sinks
+        early = (column_B1S >= begin_BT1) & (column_B1S < begin_BT1 + tokens.sinks)
+    else:
+        before = place.early_B[:, None, None]
+        at_S = torch.arange(column_B1S.shape[2], device=column_B1S.device)
+        early = (at_S >= place.early - before) & (at_S < place.early)
+    newest_BT1 = (kept_BT1 - before).clamp_min(0)
+    seen = (early | (column_B1S > last_T1 - newest_BT1)) & (column_B1S <= last_T1)
+    if place.first is not None:  # sinks that have not left the newest tokens stand there as well
+        seen[..., : place.early] &= column_B1S[..., : place.early] < place.first
+    return seen
 
 
 def _under(mask: Tensor | None, seen_B1TS: Tensor, column_B11S: Tensor, whole: bool) -> Tensor:
@@ -108,11 +146,11 @@ def attend_by_run(
     T = q_BNTR.shape[2]
 
     def attend(
-        heads: Any, q: Tensor, keys: Stored, values: Stored, run: TokenRun, first: int | None, own: Tensor | None
+        heads: Any, q: Tensor, keys: Stored, values: Stored, run: TokenRun, place: RunPlace, own: Tensor | None
     ) -> Tensor:
         if T > FEW_TOKENS:
-            return _prompt(q, keys, values, run, z, first, own, scale)
-        return few(q, keys, values, seen_by(run, z, first, own, T, slice(0, T), q.device))
+            return _prompt(q, keys, values, run, z, place, own, scale)
+        return few(q, keys, values, seen_by(run, z, place, own, T, slice(0, T), q.device))
 
     return _over_runs(q_BNTR, z, y, mask, attend)
 
@@ -121,13 +159,13 @@ def _over_runs(
     q_BNTR: Tensor, z: RunTokens, y: RunTokens, mask: Tensor | None, attend: Callable[..., Tensor]
 ) -> Tensor:
     """[B, T, N, V], put together of what `attend` gives for each run: of what picks its query heads, its queries, keys and
-    values, the run itself, the first of its newest columns, and its heads' part of the mask."""
+    values, the run itself, where its tokens stand, and its heads' part of the mask."""
     group = q_BNTR.shape[1] // sum(len(run.heads) for run in z.tokens.runs)
     out: Tensor | None = None
-    for run, keys, values, first in zip(z.tokens.runs, z.parts, y.parts, z.first, strict=True):
+    for run, keys, values, place in zip(z.tokens.runs, z.parts, y.parts, z.places, strict=True):
         heads = query_heads(run, group, q_BNTR.device)
         own = mask[:, heads] if mask is not None and mask.shape[1] > 1 else mask
-        part_BTnV = attend(heads, q_BNTR[:, heads], keys, values, run, first, own)
+        part_BTnV = attend(heads, q_BNTR[:, heads], keys, values, run, place, own)
         if out is None:
             B, T, _, V = part_BTnV.shape
             out = part_BTnV.new_empty(B, T, q_BNTR.shape[1], V)
@@ -137,22 +175,20 @@ def _over_runs(
 
 
 def _prompt(
-    q_BnTR: Tensor, keys: Stored, values: Stored, run: TokenRun, held: RunTokens, first: int | None,
+    q_BnTR: Tensor, keys: Stored, values: Stored, run: TokenRun, held: RunTokens, place: RunPlace,
     mask: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
     """Many queries, QUERIES_AT_ONCE at a time, by torch's fused kernel."""
     T, k, v = q_BnTR.shape[2], read_all(keys), read_all(values)
-    if sees_all(run, held, first, T):
+    if sees_all(run, held, place, T):
         return prefill_attention(q_BnTR, k, v, mask, scale=scale)
     parts = []
     for start in range(0, T, QUERIES_AT_ONCE):
         rows = slice(start, min(start + QUERIES_AT_ONCE, T))
-        seen = seen_by(run, held, first, mask, T, rows, q_BnTR.device)
+        seen = seen_by(run, held, place, mask, T, rows, q_BnTR.device)
         assert seen is not None, "several queries see different tokens"
-        columns = _of_some(seen)
-        parts.append(
-            prefill_attention(q_BnTR[:, :, rows], k[:, :, columns], v[:, :, columns], seen[..., columns], scale=scale)
-        )
+        some = _of_some(seen)
+        parts.append(prefill_attention(q_BnTR[:, :, rows], k[:, :, some], v[:, :, some], seen[..., some], scale=scale))
     return torch.cat(parts, dim=1)
 
 
@@ -182,11 +218,11 @@ def probabilities(
     begin_B1 = torch.zeros(B, 1, dtype=torch.long, device=q_BNTR.device) if begin_B is None else begin_B[:, None]
 
     def attend(
-        heads: Any, q: Tensor, keys: Stored, values: Stored, run: TokenRun, first: int | None, own: Tensor | None
+        heads: Any, q: Tensor, keys: Stored, values: Stored, run: TokenRun, place: RunPlace, own: Tensor | None
     ) -> Tensor:
-        seen, numbers = seen_by(run, z, first, own, T, slice(0, T), q.device), (read_all(keys), read_all(values))
+        seen, numbers = seen_by(run, z, place, own, T, slice(0, T), q.device), (read_all(keys), read_all(values))
         averaged, probs = grouped_attention(q, *numbers, seen, scale=scale, dropout=dropout, softcap=softcap)
-        column_BS = _columns(first, z.length, begin_B1, z.tokens.sinks).clamp_max(z.length - 1)
+        column_BS = columns(place, z.length, begin_B1).clamp_max(z.length - 1)
         index = column_BS[:, None, None].expand(B, q.shape[1], T, -1)
         probs_BNTL[:, heads] = probs_BNTL[:, heads].scatter_add(3, index, probs)
         return averaged

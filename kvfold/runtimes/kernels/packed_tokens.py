@@ -174,12 +174,21 @@ class AgedTokens(NamedTuple):
         return AgedTokens(self.far.to(device), self.near.to(device), self.recent)
 
 
+class RunPlace(NamedTuple):
+    """Where the tokens of a run stand. first: the column of the one behind the `early` ones, which stand before it; None
+    where no column is missing. early_B: of each sequence ([1]: of all) how many of the early ones count, the last ones,
+    where these were chosen; None where they are the first of their sequences."""
+
+    first: int | None
+    early: int
+    early_B: Tensor | None = None
+
+
 class RunTokens(NamedTuple):
-    """One side of a cache, run by run: `parts` [B, heads of the run, S, width]. `length`: tokens that were seen. `first`: of
-    each run the column of the token behind its sinks, which stand before it; None where no column is missing."""
+    """One side of a cache, run by run: `parts` [B, heads of the run, S, width]. `length`: tokens that were seen."""
 
     parts: tuple[Stored, ...]
-    first: tuple[int | None, ...]
+    places: tuple[RunPlace, ...]
     length: int
     tokens: TokenRuns
 
@@ -190,7 +199,7 @@ class RunTokens(NamedTuple):
 def by_runs(stored_BCSR: Tensor, tokens: TokenRuns) -> RunTokens:
     """All tokens of all heads, where nothing was dropped."""
     parts = tuple(heads_of(stored_BCSR, run) for run in tokens.runs)
-    return RunTokens(parts, (None,) * len(parts), stored_BCSR.shape[2], tokens)
+    return RunTokens(parts, (RunPlace(None, tokens.sinks),) * len(parts), stored_BCSR.shape[2], tokens)
 
 
 @functools.lru_cache(maxsize=4096)

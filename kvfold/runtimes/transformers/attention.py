@@ -111,6 +111,8 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun):
         evenly = state is not None and state.positions_BS is not None and state.once("evenly", state.turns_evenly)
         wants_probs = bool(kwargs.get("output_attentions"))
         out_BTNH, probs = self._read(q, z, y, mask, tables, wants_probs=wants_probs, evenly=evenly)
+        if isinstance(z, RunTokens) and z.tokens.scored and hasattr(cache, "owned") and self.owner == self.layer_idx:
+            self._choose(q, z, y, mask, cache.layers[self.layer_idx])
         return self._output(out_BTNH, residual), probs
 
     @property

@@ -37,6 +37,14 @@ class Buffer(ABC):
         """Append, and show all; of these only those at `early` and the `last` ones are kept."""
 
     @abstractmethod
+    def beside(self, new_BCTR: Tensor) -> Stored:
+        """The live tokens and new ones, without storing these."""
+
+    @abstractmethod
+    def keep(self, shown: Stored, index_BCn: Tensor, capacity: int) -> None:
+        """Of what `beside` has shown store these tokens, of each head its own, and nothing else."""
+
+    @abstractmethod
     def forget(self, tokens: int, window: int | None) -> None:
         """Drop the last tokens."""
 
@@ -109,10 +117,18 @@ class GrowingBuffer(Buffer):
         self.data[:, :, self.start : self.start + count] = kept
 
     def pass_by(self, new_BCTR: Tensor, capacity: int, early: Tensor | None, count: int, last: int) -> Tensor:
-        shown = new_BCTR if self.data is None else torch.cat([self.tensor(), new_BCTR], dim=2)
+        shown = self.beside(new_BCTR)
         self.start = self.end = 0  # the tokens that stay are written again, from `shown`
         self.append(torch.cat([_early(shown, early, count), shown[:, :, shown.shape[2] - last :]], dim=2), capacity)
         return shown
+
+    def beside(self, new_BCTR: Tensor) -> Tensor:
+        return new_BCTR if self.data is None else torch.cat([self.tensor(), new_BCTR], dim=2)
+
+    def keep(self, shown: Tensor, index_BCn: Tensor, capacity: int) -> None:  # type: ignore[override]
+        kept = shown.gather(2, index_BCn[..., None].expand(-1, -1, -1, shown.shape[3]))
+        self.start = self.end = 0
+        self.append(kept, capacity)
 
     def forget(self, tokens: int, window: int | None) -> None:
         self.end -= tokens
@@ -183,6 +199,12 @@ class PackedBuffer(Buffer):
         shown = self.rows.pass_by(self._pack(new_BCTR), capacity, early, count, last)
         return PackedTokens(shown, self.format, self.dtype)
 
+    def beside(self, new_BCTR: Tensor) -> Stored:
+        return PackedTokens(self.rows.beside(self._pack(new_BCTR)), self.format, self.dtype)
+
+    def keep(self, shown: PackedTokens, index_BCn: Tensor, capacity: int) -> None:  # type: ignore[override]
+        self.rows.keep(shown.rows, index_BCn, capacity)
+
     def forget(self, tokens: int, window: int | None) -> None:
         self.rows.forget(tokens, window)
 
@@ -239,6 +261,12 @@ class BlockedBuffer(Buffer):
     def pass_by(self, new_BCTR: Tensor, capacity: int, early: Tensor | None, count: int, last: int) -> Stored:
         raise AssertionError("dropping tokens could cut a block")
 
+    def beside(self, new_BCTR: Tensor) -> Stored:
+        raise AssertionError("dropping tokens could cut a block")
+
+    def keep(self, shown: Stored, index_BCn: Tensor, capacity: int) -> None:
+        raise AssertionError("dropping tokens could cut a block")
+
     def forget(self, tokens: int, window: int | None) -> None:
         """Tokens of a block that is cut come back as numbers."""
         left = self.blocks.end * self.format.block + self.count - tokens
@@ -273,43 +301,6 @@ class BlockedBuffer(Buffer):
 
     def _no_rows(self, like: Tensor) -> Tensor:
         return torch.empty(*like.shape[:2], 0, self.format.block_bytes, dtype=torch.uint8, device=like.device)
-
-
-class RecentBuffer:
-    """The newest tokens in their finer form, no more than `tokens`: few enough to be written anew at every step."""
-
-    def __init__(self, format: NumberFormat | None, width: int, tokens: int) -> None:
-        self.format, self.width, self.tokens = format, width, tokens
-        self.rows: Tensor | None = None
-        self.dtype = torch.float32
-
-    def append(self, new_BCTE: Tensor, keep_all: bool = False) -> Stored:
-        """Show what is kept and the new tokens; keep the newest of them, or, until `forget`, all."""
-        self.dtype = new_BCTE.dtype
-        new = new_BCTE if self.format is None else pack(new_BCTE, self.format)
-        shown = new if self.rows is None else torch.cat([self.rows, new], dim=2)
-        self.rows = (shown if keep_all else shown[:, :, -self.tokens :]).clone(memory_format=torch.contiguous_format)
-        return shown if self.format is None else PackedTokens(shown, self.format, self.dtype)
-
-    def forget(self, tokens: int) -> None:
-        """Drop the last tokens."""
-        if self.rows is not None:
-            self.rows = self.rows[:, :, : max(self.rows.shape[2] - tokens, 0)][:, :, -self.tokens :].clone()
-
-    @property
-    def count(self) -> int:
-        """Tokens that are kept."""
-        return 0 if self.rows is None else self.rows.shape[2]
-
-    def select(self, rows: Tensor) -> None:
-        self.rows = None if self.rows is None else self.rows.index_select(0, rows.to(self.rows.device))
-
-    def repeat(self, repeats: int) -> None:
-        self.rows = None if self.rows is None else self.rows.repeat_interleave(repeats, dim=0)
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.rows is None else self.rows.numel() * self.rows.element_size()
 
 
 def _early(shown_BCSR: Tensor, early: Tensor | None, count: int) -> Tensor:

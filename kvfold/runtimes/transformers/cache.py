@@ -12,8 +12,9 @@ from kvfold.errors import PlanError
 from kvfold.plan.cache_spec import CacheSpec, round_up
 from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, Stored
-from kvfold.runtimes.transformers.buffers import Buffer, GrowingBuffer, RecentBuffer, buffer
+from kvfold.runtimes.transformers.buffers import Buffer, GrowingBuffer, buffer
 from kvfold.runtimes.transformers.head_runs import RunsMixin
+from kvfold.runtimes.transformers.recent_buffer import RecentBuffer
 
 
 class GrowingLayer(RunsMixin, CacheLayerMixin):
@@ -96,6 +97,11 @@ class GrowingLayer(RunsMixin, CacheLayerMixin):
     def activate_past_recording(self) -> None:
         """Keep tokens that left the window, are no longer recent, or would be dropped, until the next crop: assisted
         decoding needs them."""
+        if self.spec.tokens is not None and self.spec.tokens.scored:
+            raise RuntimeError(
+                "drafts cannot be taken back where a scorer chooses the tokens of a prompt that stay; generate without"
+                " assisted decoding."
+            )
         self.record_past = self.is_sliding or bool(self.recent) or bool(self.runs)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -130,6 +136,8 @@ class GrowingLayer(RunsMixin, CacheLayerMixin):
             side.select(beam_idx)
         for near in self.recent:
             near.select(beam_idx)
+        for one in self.runs:
+            one.select(beam_idx)
         self.begin_B = None if self.begin_B is None else self.begin_B[beam_idx.to(self.begin_B.device)]
 
     batch_select_indices = reorder_cache
@@ -139,6 +147,8 @@ class GrowingLayer(RunsMixin, CacheLayerMixin):
             side.repeat(repeats)
         for near in self.recent:
             near.repeat(repeats)
+        for one in self.runs:
+            one.repeat(repeats)
         self.begin_B = None if self.begin_B is None else self.begin_B.repeat_interleave(repeats)
 
     def reset(self) -> None:

@@ -8,26 +8,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvfold import registry
 from kvfold.plan.cache_spec import CACHE_BLOCK, RUN_BLOCK, CacheSpec, room_for
 from kvfold.plan.layer import AttentionLayer
-from kvfold.plan.token_runs import TokenRun, TokenRuns
+from kvfold.plan.token_runs import FEW_TOKENS, TokenRun, TokenRuns
 from kvfold.runtimes.kernels.attention import cpu_attention
 from kvfold.runtimes.kernels.dispatch import Way, choose
-from kvfold.runtimes.kernels.head_runs import attend_by_run, probabilities
-from kvfold.runtimes.kernels.packed_tokens import RunTokens, Stored, heads_of
+from kvfold.runtimes.kernels.head_runs import (
+    attend_by_run,
+    begin_of,
+    columns,
+    is_new,
+    kept_of,
+    probabilities,
+    query_heads,
+    seen_by,
+    stays_before,
+)
+from kvfold.runtimes.kernels.packed_tokens import RunPlace, RunTokens, Stored, heads_of, read_all
+from kvfold.runtimes.scorers.base import Prompt, Scorer
 from kvfold.runtimes.transformers.buffers import Buffer, buffer
 
 
 class HeadRun:
-    """What the heads of one run keep: the first tokens of every sequence, and the newest. `first`: the column of the token
-    behind those first ones; None as long as nothing was dropped."""
+    """What the heads of one run keep: early tokens of every sequence (the first, or chosen ones), and the newest. `place`
+    says where they stand; `pending` is what a prompt of `new` tokens is seen to consist of, until some of it stay."""
 
     def __init__(self, run: TokenRun, tokens: TokenRuns, spec: CacheSpec) -> None:
         self.run, self.tokens = run, tokens
         unit = CACHE_BLOCK if run.keeps_all else RUN_BLOCK
         self.k: Buffer = buffer(spec.k_bits, unit)
         self.v: Buffer = buffer(spec.v_bits, unit)
-        self.first: int | None = None
+        self.place = RunPlace(None, tokens.sinks)
+        self.pending: tuple[Stored, Stored] | None = None
+        self.new = 0
 
     @property
     def buffers(self) -> tuple[Buffer, Buffer]:
@@ -35,31 +49,84 @@ class HeadRun:
 
     def add(
         self, z_BcTR: Tensor, y_BcTV: Tensor, length: int, begin_B: Tensor | None, *, keep_all: bool
-    ) -> tuple[tuple[Stored, Stored], int | None]:
-        """Store T new tokens, the last of `length`; show all that one of their queries may see, and which is the first of
-        them. A long prompt passes through without ever being stored whole."""
+    ) -> tuple[tuple[Stored, Stored], RunPlace]:
+        """Store T new tokens, the last of `length`; show all that one of their queries may see, and where they stand. A long
+        prompt passes through without ever being stored whole."""
         T, new = z_BcTR.shape[2], (z_BcTR, y_BcTV)
         room = room_for(self.run, length)
         if not keep_all:
             self.drop(self.due(length - T + 1, begin_B), length - T, begin_B)
-            if T > RUN_BLOCK and self.due(length, begin_B) > (self.first or self.tokens.sinks):
+            if T > FEW_TOKENS and self._chooses(length, begin_B):
+                self.pending, self.new = (self.k.beside(z_BcTR), self.v.beside(y_BcTV)), T
+                return self.pending, self.place
+            if T > RUN_BLOCK and self.due(length, begin_B) > (self.place.first or self.tokens.sinks):
                 return self._pass_by(new, length, begin_B, room)
         self._append(new, room)
-        return (self.k.view(), self.v.view()), self.first
+        return (self.k.view(), self.v.view()), self.place
+
+    def _chooses(self, length: int, begin_B: Tensor | None) -> bool:
+        """Whether a prompt that ends here leaves tokens that a scorer chose; all, while there is room."""
+        context = length if begin_B is None else length - int(begin_B.min())
+        return self.tokens.scored and not self.run.keeps_all and context > self.tokens.sinks + self.tokens.newest
+
+    @property
+    def drops(self) -> bool:
+        """Whether not all of what a prompt is seen to consist of can stay."""
+        return self.pending is not None and self.pending[0].shape[2] > self.run.kept(self.pending[0].shape[2])
 
     def due(self, length: int, begin_B: Tensor | None) -> int:
         """The first of the newest columns that some sequence still sees after `length` columns."""
-        begin = 0 if begin_B is None else min(int(begin_B.min()), length)
-        return begin + self.tokens.first_newest(self.run, length - begin)
+        if self.place.early_B is None:
+            begin = 0 if begin_B is None else min(int(begin_B.min()), length)
+            return begin + self.tokens.first_newest(self.run, length - begin)
+        context_B = length - _begin(begin_B, self.place.early_B)
+        newest_B = (kept_of(self.run, context_B) - self.place.early_B).clamp_min(0)
+        return length - int(newest_B.max())
+
+    def choose(self, worth_BCS: Tensor, length: int, begin_B: Tensor | None) -> None:
+        """Keep of a prompt that was read its first tokens, its newest, and those in between that are worth most."""
+        assert self.pending is not None, "a prompt was read"
+        newest = min(self.tokens.newest, length)
+        free_BS, sink_BS = self._candidates(length, _begin(begin_B, worth_BCS)[:, None], newest)
+        chosen_B = (kept_of(self.run, length - _begin(begin_B, worth_BCS)) - newest).clamp_min(0)
+        chosen_B = torch.minimum(chosen_B, free_BS.sum(1))
+        worth_BCS = worth_BCS.float().nan_to_num().masked_fill(sink_BS[:, None], torch.inf)
+        worth_BCS = worth_BCS.masked_fill(~free_BS[:, None], -torch.inf)
+        early, shown = int(chosen_B.max()), worth_BCS.shape[2]
+        last_n = torch.arange(shown - newest, shown, device=worth_BCS.device)
+        best_BCE = worth_BCS.topk(early).indices
+        rank_E = torch.arange(early, device=best_BCE.device)
+        unused_BCE = (rank_E >= chosen_B[:, None])[
+            :, None
+        ]  # of shorter sequences; they come first, others as they came
+        best_BCE = best_BCE.gather(2, best_BCE.masked_fill(unused_BCE, -1).argsort(stable=True))
+        index_BCn = torch.cat([best_BCE, last_n.expand(*worth_BCS.shape[:2], -1)], dim=2)
+        for side, stored in zip(self.buffers, self.pending, strict=True):
+            side.keep(stored, index_BCn, room_for(self.run, length))
+        self.place, self.pending = RunPlace(length - newest, early, chosen_B), None
+
+    def _candidates(self, length: int, begin_B1: Tensor, newest: int) -> tuple[Tensor, Tensor]:
+        """[B or 1, S]: which of the shown tokens could stay besides the newest, and which stay as the first."""
+        column_BS = columns(self.place, length, begin_B1)
+        at_S = torch.arange(column_BS.shape[1], device=column_BS.device)
+        start = length - self.new
+        before_BS = stays_before(self.run, self.tokens, self.place, column_BS, begin_B1, start)
+        new_BS = is_new(self.place, column_BS, begin_B1, start)
+        free_BS = (before_BS | new_BS) & (at_S < len(at_S) - newest)
+        if self.place.early_B is None:
+            return free_BS, free_BS & (column_BS < begin_B1 + self.tokens.sinks)
+        of_early_BS = at_S < self.place.early - self.place.early_B[:, None] + self.tokens.sinks
+        of_newest_BS = column_BS < begin_B1 + self.tokens.sinks
+        return free_BS, free_BS & torch.where(at_S < self.place.early, of_early_BS, of_newest_BS)
 
     def drop(self, first: int, held: int, begin_B: Tensor | None) -> None:
-        """Forget the columns before `first` but for sinks; `held`: columns so far."""
-        gone = first - (self.tokens.sinks if self.first is None else self.first)
+        """Forget the columns before `first` but for early ones; `held`: columns so far."""
+        gone = first - (self.tokens.sinks if self.place.first is None else self.place.first)
         if gone > 0:
             early = self._early(held, begin_B)
             for side in self.buffers:
-                side.drop(gone, early, self.tokens.sinks)
-            self.first = first
+                side.drop(gone, early, self.place.early)
+            self.place = self.place._replace(first=first)
 
     def _append(self, new: tuple[Tensor, Tensor], room: int) -> None:
         for side, states in zip(self.buffers, new, strict=True):
@@ -67,23 +134,40 @@ class HeadRun:
 
     def _pass_by(
         self, new: tuple[Tensor, Tensor], length: int, begin_B: Tensor | None, room: int
-    ) -> tuple[tuple[Stored, Stored], int | None]:
-        shown_from, due = self.first, self.due(length, begin_B)
+    ) -> tuple[tuple[Stored, Stored], RunPlace]:
+        shown_at, due = self.place, self.due(length, begin_B)
         early, sinks = self._early(length, begin_B), self.tokens.sinks
         pairs = zip(self.buffers, new, strict=True)
         k, v = (side.pass_by(states, room, early, sinks, length - due) for side, states in pairs)
-        self.first = due
-        return (k, v), shown_from
+        self.place = self.place._replace(first=due)
+        return (k, v), shown_at
 
     def _early(self, held: int, begin_B: Tensor | None) -> Tensor | None:
         """[B, sinks]: where each sequence's first tokens lie among those that are shown; None for the very first."""
-        if begin_B is None:
+        if begin_B is None or self.place.early_B is not None:
             return None
         early = torch.arange(self.tokens.sinks, device=begin_B.device)
         column_BS = (begin_B[:, None] + early).clamp_max(held - 1)
-        if self.first is None:
+        if self.place.first is None:
             return column_BS
-        return torch.where(column_BS < self.first, early, column_BS - self.first + self.tokens.sinks)
+        return torch.where(column_BS < self.place.first, early, column_BS - self.place.first + self.tokens.sinks)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep what is known of these rows of the batch; storage chooses its own."""
+        early_B = self.place.early_B
+        if early_B is not None and len(early_B) > 1:
+            self.place = self.place._replace(early_B=early_B[rows.to(early_B.device)])
+
+    def repeat(self, repeats: int) -> None:
+        """The same of every row so many times."""
+        early_B = self.place.early_B
+        if early_B is not None and len(early_B) > 1:
+            self.place = self.place._replace(early_B=early_B.repeat_interleave(repeats))
+
+
+def _begin(begin_B: Tensor | None, like: Tensor) -> Tensor:
+    """[B] or [1]."""
+    return torch.zeros(1, dtype=torch.long, device=like.device) if begin_B is None else begin_B
 
 
 class RunsMixin:
@@ -109,15 +193,15 @@ class RunsMixin:
             )
             for one in self.runs
         ]
-        first = tuple(at for _, at in shown)
+        places = tuple(at for _, at in shown)
         sides = zip(*(sides for sides, _ in shown), strict=True)
-        k, v = (RunTokens(parts, first, self.length, self.spec.tokens) for parts in sides)
+        k, v = (RunTokens(parts, places, self.length, self.spec.tokens) for parts in sides)
         return k, v
 
     def check_removal(self, left: int) -> None:
         """Raise RuntimeError where the last of `left` tokens would see what is gone."""
         for one in self.runs:
-            if one.first is not None and one.due(left, self.begin_B) < one.first:
+            if one.place.first is not None and one.due(left, self.begin_B) < one.place.first:
                 raise RuntimeError(
                     f"tokens cannot be removed down to {left}: heads {list(one.run.heads)} have forgotten what would come"
                     " back into sight. Call activate_past_recording() before generating."
@@ -137,6 +221,8 @@ class AttentionByRun(nn.Module):
     scaling: float
     _absorb: Callable[[Tensor], Tensor]
     _lead_values_back: Callable[[Tensor], Tensor]
+    o_proj: Any
+    v_b_proj: Any
     _eager: Callable[[], bool]
     _over_stored: Callable[..., Any]
 
@@ -151,6 +237,11 @@ class AttentionByRun(nn.Module):
         wants_probs: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The same as `_attend`, where heads keep different tokens."""
+        if wants_probs and any(place.early_B is not None for place in z.places):
+            raise ValueError(
+                "attentions cannot be shown: which tokens of the prompt stayed is not kept, but them; ask for those of a"
+                " forward without a cache."
+            )
         dropout = self.layer.attention_dropout if self.training else 0.0
         absorbed, probs = self._absorb(q), None
         if self._eager() or wants_probs or dropout > 0:
@@ -165,3 +256,51 @@ class AttentionByRun(nn.Module):
         if way is Way.CPU:
             return cpu_attention(q, z, y, mask, scale=self.scaling)
         return self._over_stored(way, q, z, y, mask, None, 0.0)[0]
+
+    @torch.no_grad()
+    def _choose(self, q: Tensor, z: RunTokens, y: RunTokens, mask: Tensor | None, cache: Any) -> None:
+        """What of a prompt that was just read stays, run by run."""
+        rule: Scorer = registry.load("scorers", z.tokens.rule)()
+        begin_B = begin_of(mask)
+        runs = zip(cache.runs, z.parts, y.parts, z.places, strict=True)
+        for one, keys, values, place in (run for run in runs if run[0].pending is not None):
+            worth_BCS = q.new_zeros(q.shape[0], *keys.shape[1:3])
+            if one.drops or begin_B is not None:
+                worth_BCS = rule.score(self._prompt(one.run, q, keys, values, z, place, mask))
+            one.choose(worth_BCS, z.length, begin_B)
+
+    def _prompt(
+        self,
+        run: TokenRun,
+        q: Tensor,
+        keys: Stored,
+        values: Stored,
+        held: RunTokens,
+        place: RunPlace,
+        mask: Tensor | None,
+    ) -> Prompt:
+        N, T = q.shape[1:3]
+        heads = query_heads(run, N // self.spec.num_kv_heads, q.device)
+        own = mask[:, heads] if mask is not None and mask.shape[1] > 1 else mask
+        begin_B = _begin(begin_of(mask), q)
+
+        def seen(rows: slice) -> Tensor:
+            found = seen_by(run, held, place, own, T, rows, q.device)
+            if found is not None:
+                return found
+            last_T = torch.arange(held.length - T, held.length, device=q.device)[rows]
+            return (torch.arange(held.length, device=q.device) <= last_T[:, None])[None, None]
+
+        return Prompt(
+            layer=self.layer, queries_BNTH=q, absorb=self._absorb, heads=heads, keys_BCSR=read_all(keys),
+            values_BCSV=read_all(values), seen=seen, first_B=(begin_B - (held.length - T)).clamp_min(0),
+            output=self._output_of_values,
+        )  # fmt: skip
+
+    def _output_of_values(self) -> Tensor:
+        """[D, N, V]: how averages of what is stored of values come into the residual stream."""
+        weight_DNV = self.o_proj.weight.unflatten(1, (self.layer.num_attention_heads, -1))
+        if self.v_b_proj is None:
+            return weight_DNV
+        back_KHV = self.v_b_proj.weight.reshape(self.layer.num_kv_heads, self.layer.head_dim, -1)
+        return torch.einsum("dkgh,khv->dkgv", weight_DNV.unflatten(1, (len(back_KHV), -1)), back_KHV).flatten(1, 2)

@@ -1,0 +1,125 @@
+"""The contract of a scorer, and what it sees of a prompt."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfold.plan.layer import AttentionLayer
+from kvfold.runtimes.kernels.attention import exact, scores_of, softmax, weighted
+from kvfold.runtimes.kernels.rotary import apply_rotary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What the heads of one run hold when a prompt was read, and its queries.
+
+    queries_BNTH: of all heads of the layer, rotated, of the step's T tokens, which are the last of the S held ones. absorb:
+        leads such queries to stored keys. heads: picks those n query heads that read the run.
+    keys_BCSR, values_BCSV: as stored, C heads of them.
+    seen: (rows) -> what these queries see of the S tokens, as a mask [B or 1, n or 1, rows, S]: bool, or numbers to add.
+    first_B: [B] or [1], the first of the T queries that is no padding.
+    output: gives [D, N, V], how averages of stored values of every head come into the residual stream.
+    """
+
+    layer: AttentionLayer
+    queries_BNTH: Tensor
+    absorb: Callable[[Tensor], Tensor]
+    heads: Any
+    keys_BCSR: Tensor
+    values_BCSV: Tensor
+    seen: Callable[[slice], Tensor]
+    first_B: Tensor
+    output: Callable[[], Tensor]
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return self.queries_BNTH.shape[2]
+
+    @functools.cached_property
+    def seen_at_the_end(self) -> Tensor:
+        """[B or 1, n or 1, 1, S]: of the last query, and of all that will come."""
+        return self.seen(slice(self.steps - 1, self.steps))
+
+    @functools.cached_property
+    def shown_BS(self) -> Tensor:
+        """[B, S] bool: which tokens are no padding."""
+        seen = self.seen_at_the_end
+        shown = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
+        return shown[:, 0, 0].expand(len(self.keys_BCSR), -1)
+
+    def probabilities(self, rows: slice) -> Tensor:
+        """[B, n, rows, S] of the prompt's own queries; 0 of padding."""
+        probs = self.attention(self.queries_BNTH[:, :, rows], self.seen(rows))
+        at = torch.arange(self.steps, device=probs.device)[rows]
+        return probs * (at >= self.first_B[:, None])[:, None, :, None]
+
+    def attention(self, queries_BNQH: Tensor, seen: Tensor) -> Tensor:
+        """[B, n, Q, S] of queries of all heads."""
+        q_BnQR = self.absorb(queries_BNQH.to(self.queries_BNTH.dtype))[:, self.heads]
+        scores = scores_of(q_BnQR * self.layer.scaling, self.keys_BCSR)
+        if self.layer.softcap is not None:
+            scores = self.layer.softcap * torch.tanh(scores / self.layer.softcap)
+        return softmax(scores, seen)
+
+    def ahead(self, at_BQ: Tensor, beyond_BQ: Tensor) -> Tensor:
+        """[B, N, Q, H]: the queries at places of the step, as if they stood so many tokens behind its last one."""
+        index = at_BQ[:, None, :, None].expand(*self.queries_BNTH.shape[:2], -1, self.queries_BNTH.shape[3])
+        return self.turned(self.queries_BNTH.gather(2, index), self.steps - 1 - at_BQ + beyond_BQ)
+
+    def turned(self, q_BNQH: Tensor, by_BQ: Tensor) -> Tensor:
+        """Queries as they would be so many tokens later."""
+        r = self.layer.rotary_dim
+        if not r:
+            return q_BNQH
+        speeds = torch.tensor(self.layer.rotary_speeds, dtype=torch.float32, device=q_BNQH.device)
+        angles_BQr = (by_BQ[..., None].float() * speeds).repeat(1, 1, 2)
+        return apply_rotary(q_BNQH.to(exact(q_BNQH)), angles_BQr.cos(), angles_BQr.sin()).to(q_BNQH.dtype)
+
+    def spread(self, count: int) -> Tensor:
+        """[B, Q]: `count` places of the step, evenly, behind padding; some of them several times in a short one."""
+        even_Q = (torch.arange(count, device=self.first_B.device) + 0.5) / count
+        first_B1 = self.first_B[:, None].expand(len(self.queries_BNTH), 1)
+        return (first_B1 + ((self.steps - first_B1) * even_Q).long()).clamp_max(self.steps - 1)
+
+    def effects(self, probs_BnQS: Tensor) -> Tensor:
+        """[B, n, Q, S]: the square of how far a query's head moves in the residual stream when one token is dropped,
+        p / (1 - p) W (v - o); exact for one token."""
+        values, dtype = self.values_BCSV.to(probs_BnQS.dtype), probs_BnQS.dtype
+        out_BnQV = weighted(probs_BnQS, values, dtype)
+        metric_nVV = self._metric.to(dtype)
+        values_BnSV = values.repeat_interleave(out_BnQV.shape[1] // values.shape[1], dim=1)
+        led_BnSV = values_BnSV @ metric_nVV
+        own_BnS = (led_BnSV * values_BnSV).sum(-1)
+        out_BnQ = (out_BnQV @ metric_nVV * out_BnQV).sum(-1)
+        far_BnQS = own_BnS[:, :, None] - 2 * out_BnQV @ led_BnSV.transpose(2, 3) + out_BnQ[..., None]
+        return (probs_BnQS / (1 - probs_BnQS).clamp_min(1e-6)).square() * far_BnQS.clamp_min(0)
+
+    @functools.cached_property
+    def _metric(self) -> Tensor:
+        """[n, V, V]."""
+        led_nDV = self.output().transpose(0, 1)[self.heads].float()
+        return led_nDV.transpose(1, 2) @ led_nDV
+
+    def by_stored_head(self, x_BnS: Tensor) -> Tensor:
+        """[B, C, S]: summed over the query heads that read one stored head."""
+        return x_BnS.unflatten(1, (self.keys_BCSR.shape[1], -1)).sum(2)
+
+
+class Scorer(ABC):
+    """Says which tokens of a prompt its heads keep, when it was read and before anything is asked."""
+
+    @abstractmethod
+    def score(self, prompt: Prompt) -> Tensor:
+        """[B, C, S]: of every stored head, what the tokens are worth; the highest stay. What it says of padding, of the first
+        tokens and of the newest does not matter."""
+
+
+CONTRACT = Scorer

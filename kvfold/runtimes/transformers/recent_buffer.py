@@ -1,0 +1,47 @@
+"""Storage of the newest tokens in their finer form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvfold.plan.number_format import NumberFormat
+from kvfold.runtimes.kernels.dispatch import pack
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, Stored
+
+
+class RecentBuffer:
+    """The newest tokens in their finer form, no more than `tokens`: few enough to be written anew at every step."""
+
+    def __init__(self, format: NumberFormat | None, width: int, tokens: int) -> None:
+        self.format, self.width, self.tokens = format, width, tokens
+        self.rows: Tensor | None = None
+        self.dtype = torch.float32
+
+    def append(self, new_BCTE: Tensor, keep_all: bool = False) -> Stored:
+        """Show what is kept and the new tokens; keep the newest of them, or, until `forget`, all."""
+        self.dtype = new_BCTE.dtype
+        new = new_BCTE if self.format is None else pack(new_BCTE, self.format)
+        shown = new if self.rows is None else torch.cat([self.rows, new], dim=2)
+        self.rows = (shown if keep_all else shown[:, :, -self.tokens :]).clone(memory_format=torch.contiguous_format)
+        return shown if self.format is None else PackedTokens(shown, self.format, self.dtype)
+
+    def forget(self, tokens: int) -> None:
+        """Drop the last tokens."""
+        if self.rows is not None:
+            self.rows = self.rows[:, :, : max(self.rows.shape[2] - tokens, 0)][:, :, -self.tokens :].clone()
+
+    @property
+    def count(self) -> int:
+        """Tokens that are kept."""
+        return 0 if self.rows is None else self.rows.shape[2]
+
+    def select(self, rows: Tensor) -> None:
+        self.rows = None if self.rows is None else self.rows.index_select(0, rows.to(self.rows.device))
+
+    def repeat(self, repeats: int) -> None:
+        self.rows = None if self.rows is None else self.rows.repeat_interleave(repeats, dim=0)
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.rows is None else self.rows.numel() * self.rows.element_size()

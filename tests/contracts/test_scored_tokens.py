@@ -1,0 +1,245 @@
+"""Tokens of a prompt that a scorer chooses: what is read afterwards is what was kept, byte for byte, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from tiny import load, logits, tokens
+
+import kvfold
+from kvfold import registry
+from kvfold.compression.recipe import make_recipe
+from kvfold.errors import PlanError, RecipeError
+from kvfold.plan.token_runs import TokenRun, TokenRuns
+from kvfold.runtimes.transformers.cache import FoldedCache
+from kvfold.runtimes.transformers.head_runs import HeadRun
+from kvfold.testing import assert_close
+
+RULES = registry.names("scorers")
+FORMS = {
+    "plain": ({"method": "identity"}, {"method": "identity"}),
+    "int4": ({"method": "identity"}, {"method": "integer"}),
+    "latents": (
+        {"method": "svd_a", "latent": "group", "v_latent": "group", "group_size": 1, "multiple": 4},
+        {"method": "identity"},
+    ),
+}
+LENGTH = {"method": "scored", "kept": 0.6, "sinks": 2, "newest": 3}
+CONTEXT = 40
+
+
+@pytest.fixture(scope="module")
+def fold(tiny_dir, tmp_path_factory):
+    root, done = tmp_path_factory.mktemp("scored"), {}
+
+    def run(model, form="plain", **length):
+        key = model, form, *length.items()
+        if key not in done:
+            width, bits = FORMS[form]
+            fields = {"model": str(tiny_dir / model), "out": str(root / f"{len(done)}"), "width": width, "bits": bits}
+            fields |= {"kv_budget": 0.45 if form == "latents" else None, "context_len": CONTEXT}
+            fields |= {"length": LENGTH | length, "calibration": {"data": "self", "num_samples": 4, "seq_len": 32}}
+            done[key] = kvfold.compress(make_recipe(fields), run_dir=root / "run", device="cpu")
+        return done[key]
+
+    return run
+
+
+class Known:
+    """Worth that is known beforehand, by stored head and column."""
+
+    worth_KS = torch.rand(8, 100, generator=torch.Generator().manual_seed(0))
+
+
+def read(network, plan, ids, mask, cuts):
+    """Logits of all tokens, which come in steps that end at `cuts`."""
+    cache, parts, start = FoldedCache(plan), [], 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        for end in cuts:
+            sizes = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
+            parts.append(network(ids[:, start:end], past_key_values=cache, use_cache=True, **sizes).logits)
+            start = end
+    return torch.cat(parts, dim=1), cache
+
+
+def stays(runs, heads, length, begin, cuts, worth_KS):
+    """[heads, length, length]: what queries see of columns, worked out token by token and head by head."""
+    seen = torch.zeros(heads, length, length, dtype=torch.bool)
+    for run in runs.runs:
+        for head in run.heads:
+            chosen, start = None, 0
+            for end in cuts:
+                held = visible(runs, run, chosen, start + 1, begin) - {start}
+                long = end - start > 16
+                for t in range(max(start, begin), end):
+                    now = (
+                        held | set(range(max(start, begin), t + 1))
+                        if long
+                        else visible(runs, run, chosen, t + 1, begin)
+                    )
+                    seen[head, t, list(now)] = True
+                if long:
+                    held |= set(range(max(start, begin), end))
+                    free = sorted(c for c in held if c < end - runs.newest)
+                    first = {c for c in free if c < begin + runs.sinks}
+                    order = sorted(free, key=lambda c: (c not in first, -float(worth_KS[head, c])))
+                    chosen = set(order[: max(run.kept(end - begin) - runs.newest, 0)])
+                start = end
+    return seen
+
+
+def visible(runs, run, chosen, length, begin):
+    """Of what is kept of a sequence of which `length` columns were seen, those that its last query sees."""
+    early = set(range(begin, begin + runs.sinks)) if chosen is None else chosen
+    newest = max(run.kept(length - begin) - (runs.sinks if chosen is None else len(chosen)), 0)
+    return {c for c in early if c < length} | set(range(max(length - newest, begin), length))
+
+
+@pytest.mark.parametrize("model", ["llama_mha", "llama_yarn", "neox_partial", "opt_learned"])
+@pytest.mark.parametrize("cuts", [(40, *range(41, 61)), (20, 45, 50, 60), (8, 30, 31, 60), (60,)], ids=str)
+def test_only_what_stays_is_seen(tiny_dir, tmp_path, model, cuts, monkeypatch):
+    """Beside the same model with a cache of everything, of which masks hide what was dropped: per head, with padding."""
+    recipe = {"model": str(tiny_dir / model), "out": str(tmp_path / "out"), "width": {"method": "identity"}}
+    folded = kvfold.compress(make_recipe(recipe), device="cpu")
+    network, ids, begins = load(folded.out, dtype=torch.float64), tokens(3, 60), (23, 0, 2)
+    K = folded.plan.owned[0].num_kv_heads
+    few = TokenRun(heads=(0, K - 1), share=0.3, least=5)
+    runs = TokenRuns(
+        runs=(few, TokenRun(heads=tuple(range(1, K - 1)), share=0.55, least=6)),
+        rule="knorm",
+        sinks=2,
+        newest=3,
+        prompt="whole",
+    )
+    group = network.config.num_attention_heads // K
+    mask = torch.stack([torch.arange(60) >= begin for begin in begins]).long()
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    seen = torch.stack([stays(runs, K, 60, begin, cuts, Known.worth_KS) for begin in begins]).repeat_interleave(
+        group, dim=1
+    )
+    hidden = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, torch.finfo(torch.float64).min)
+    with torch.no_grad():
+        expected = network(ids, attention_mask=hidden, position_ids=positions, use_cache=False).logits
+    plan = dataclasses.replace(
+        folded.plan, caches=tuple(dataclasses.replace(spec, tokens=runs) for spec in folded.plan.caches), context_len=60
+    )
+    for module in network.modules():
+        if hasattr(module, "spec"):
+            module.spec = plan.caches[module.layer_idx]
+    monkeypatch.setattr(HeadRun, "choose", with_known_worth(HeadRun.choose))
+    found, cache = read(network, plan, ids, mask, cuts)
+    assert_close(found[mask.bool()], expected[mask.bool()], tolerance=1e-9)
+    assert cache.nbytes_allocated == 2 * plan.kv_bytes(60, batch_size=3)  # which are of float32
+
+
+def with_known_worth(choose):
+    """Columns are told from the stored keys by nothing, so they are written down as they are chosen."""
+
+    def chosen(self, worth_BCS, length, begin_B):
+        B = len(worth_BCS)
+        begin_B1 = torch.zeros(B, 1, dtype=torch.long) if begin_B is None else begin_B[:, None]
+        held = getattr(self, "held", None)  # columns of early rows, [B, C, E]
+        C, S = worth_BCS.shape[1:]
+        if self.place.first is None:
+            column = torch.arange(S).expand(B, C, S)
+        else:
+            sinks = (begin_B1 + torch.arange(self.place.early))[:, None].expand(B, C, -1)
+            newest = torch.arange(self.place.first, length).expand(B, C, -1)
+            column = torch.cat([sinks if held is None else held, newest], dim=2)
+        assert column.shape == worth_BCS.shape
+        heads = torch.tensor(self.run.heads)
+        worth = Known.worth_KS[heads[None, :, None].expand_as(column), column.clamp_max(99)].double()
+        free, sink = self._candidates(length, begin_B1, self.tokens.newest)
+        choose(self, worth, length, begin_B)
+        order = worth.masked_fill(sink[:, None], torch.inf).masked_fill(~free[:, None], -torch.inf)
+        best = order.topk(self.place.early).indices
+        unused = (torch.arange(self.place.early) >= self.place.early_B[:, None])[:, None]
+        best = best.gather(2, best.masked_fill(unused, -1).argsort(stable=True))
+        self.held = column.gather(2, best)
+
+    return chosen
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("form", ["plain", "int4", "latents"])
+@pytest.mark.filterwarnings("ignore:kv_budget")
+def test_a_padded_batch_is_its_sequences(fold, rule, form):
+    """And a repeated one; decoding goes on behind what was chosen."""
+    for model in ("llama_mha", "qwen2_bias_tied", "bloom_alibi"):
+        folded = fold(model, form, rule=rule)
+        network, ids = load(folded.out, dtype=torch.float64), tokens(3, 60)
+        mask = torch.ones_like(ids)
+        mask[0, :23] = mask[2, :2] = 0
+        for cuts in ([50, *range(51, 61)], [20, 45, 48, 60]):
+            found, cache = read(network, folded.plan, ids, mask, cuts)
+            factor = 1 if form == "int4" else 2  # bytes of a plan are of float32
+            assert cache.nbytes_allocated == factor * folded.plan.kv_bytes(60, batch_size=3)
+            for row, begin in ((0, 23), (1, 0)):
+                own = [end - begin for end in cuts if end > begin]
+                if len(own) == len(cuts):
+                    alone, _ = read(network, folded.plan, ids[row : row + 1, begin:], mask[row : row + 1, begin:], own)
+                    assert_close(
+                        found[row : row + 1, begin:], alone, tolerance=1e-6, name=f"{model} row {row} {cuts[:2]}"
+                    )
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_dropping_changes_what_is_said(fold, rule):
+    folded, ids = fold("llama_mha", rule=rule, kept=0.5), tokens(1, 60)
+    found, _ = read(load(folded.out), folded.plan, ids, torch.ones_like(ids), [50, 60])
+    whole = logits(load(folded.out), ids)  # a prompt in one step
+    assert torch.allclose(found[:, :50], whole[:, :50], atol=1e-4) and not torch.allclose(
+        found[:, 50:], whole[:, 50:], atol=1e-2
+    )
+
+
+def test_generation(fold):
+    """Greedy and with beams, of padded rows; drafts are refused."""
+    network, ids = load(fold("llama_mha").out), tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :11], ids[0, :11] = 0, 0
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    whole = network.generate(ids, **options)
+    alone = network.generate(ids[:1, 11:], max_new_tokens=12, do_sample=False)
+    assert torch.equal(whole[0, 40:], alone[0, 29:])
+    assert network.generate(ids, num_beams=3, **options).shape == (2, 52)
+    with pytest.raises(RuntimeError, match="drafts cannot be taken back"):
+        network.generate(ids[1:], max_new_tokens=5, do_sample=False, prompt_lookup_num_tokens=3)
+
+
+def test_a_copy_of_a_cache_goes_on_alone(fold):
+    """As questions are asked of one."""
+    folded, ids = fold("llama_mha", "int4"), tokens(1, 60)
+    network, cache = load(folded.out), FoldedCache(folded.plan)
+    with torch.no_grad():
+        network(ids[:, :50], past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        twin.batch_repeat_interleave(3)
+        found = network(ids[:, 50:].expand(3, -1), past_key_values=twin).logits
+        expected = network(ids[:, 50:], past_key_values=cache).logits
+    assert_close(found, expected.expand(3, -1, -1), tolerance=1e-5)
+
+
+def test_what_is_refused(fold):
+    with pytest.raises(RecipeError, match="there is no scorer 'snapvk'. Did you mean 'snapkv'"):
+        make_recipe({"model": "-", "out": "-", "length": {"method": "scored", "rule": "snapvk"}})
+    with pytest.raises(RecipeError, match="scored when it was read"):
+        make_recipe({"model": "-", "out": "-", "length": {"method": "scored", "prompt": "masked"}})
+    plan = fold("llama_mha").plan
+    spec = plan.owned[0]
+    for change, found in (
+        ({"prompt": "masked"}, "chooses when a prompt was read"),
+        ({"rule": "snap"}, "Did you mean 'snapkv'"),
+    ):
+        broken = dataclasses.replace(spec, tokens=dataclasses.replace(spec.tokens, **change))
+        with pytest.raises(PlanError, match=found):
+            dataclasses.replace(plan, caches=(broken, *plan.caches[1:]))
+    network, ids = load(fold("llama_mha").out, attn_implementation="eager"), tokens(1, 50)
+    with torch.no_grad():
+        cache = network(ids[:, :49], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="attentions cannot be shown"):
+            network(ids[:, 49:], past_key_values=cache, output_attentions=True)
