@@ -38,6 +38,11 @@ MLKV_PAPER = {
 """The nine configurations of arXiv 2406.09297, named by their number of key/value heads in 12 layers of 12."""
 
 
+def _scored(rule: str, says: str) -> Preset:
+    """As published: equally many tokens in every head."""
+    return Preset(says, {"length": {"method": "scored", "rule": rule, "sharing": "equal"}})
+
+
 def _plain(bits: int) -> Preset:
     about = f"the cache as it is in {bits} bits, one scale per token and head"
     return Preset(
@@ -120,6 +125,21 @@ PRESETS = {
         "every head keeps the first tokens and the newest, as many as it needs, by expected nats",
         {"length": {"method": "recency"}, "calibration": {"data": "self"}},
     ),
+    "observed": Preset(
+        "every head keeps of a prompt what its own queries, asked again behind it, would miss most; how many by expected nats",
+        {"length": {"method": "scored", "rule": "observed"}, "calibration": {"data": "self"}},
+    ),
+    "snapkv": _scored(
+        "snapkv", "what the last 64 queries of a prompt attend to, and its neighbours (SnapKV, arXiv 2404.14469)"
+    ),
+    "h2o": _scored("h2o", "what got the most attention from all queries of a prompt (H2O, arXiv 2306.14048)"),
+    "tova": _scored("tova", "what the last query of a prompt attends to (TOVA, arXiv 2401.06104)"),
+    "expected_attention": _scored(
+        "expected_attention",
+        "what queries as the prompt's would attend to behind it (Expected Attention, arXiv 2510.00636)",
+    ),
+    "keydiff": _scored("keydiff", "tokens of a prompt whose keys differ from the others (KeyDiff, arXiv 2504.15364)"),
+    "knorm": _scored("knorm", "tokens of a prompt whose keys are short (arXiv 2406.11430)"),
     **{f"int{bits}": _plain(bits) for bits in (8, 4, 3, 2)},
     "int4_rotated": Preset(
         "int4 with every head turned by an orthogonal matrix (after QuaRot, arXiv 2404.00456)",
