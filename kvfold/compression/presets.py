@@ -126,7 +126,7 @@ PRESETS = {
         {"length": {"method": "recency"}, "calibration": {"data": "self"}},
     ),
     "observed": Preset(
-        "every head keeps of a prompt what its own queries, asked again behind it, would miss most; how many by expected nats",
+        "every head keeps of a prompt what its own queries, asked behind it, would miss most; how many by expected nats",
         {"length": {"method": "scored", "rule": "observed"}, "calibration": {"data": "self"}},
     ),
     "snapkv": _scored(

@@ -227,8 +227,6 @@ def test_a_copy_of_a_cache_goes_on_alone(fold):
 def test_what_is_refused(fold):
     with pytest.raises(RecipeError, match="there is no scorer 'snapvk'. Did you mean 'snapkv'"):
         make_recipe({"model": "-", "out": "-", "length": {"method": "scored", "rule": "snapvk"}})
-    with pytest.raises(RecipeError, match="scored when it was read"):
-        make_recipe({"model": "-", "out": "-", "length": {"method": "scored", "prompt": "masked"}})
     plan = fold("llama_mha").plan
     spec = plan.owned[0]
     for change, found in (

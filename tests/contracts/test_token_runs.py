@@ -173,7 +173,7 @@ def test_a_prompt_that_is_read_whole(fold, tiny_dir, model):
             stock.layers[index].update(layer.keys, layer.values)
     for index, spec in enumerate(folded.plan.caches):
         for one, other in zip(cache.layers[index].runs, stock.layers[index].runs, strict=True):
-            assert one.first == other.first
+            assert one.place == other.place
             assert_close(one.k.view(), other.k.view()) if spec.tokens else None
     assert cache.nbytes_allocated == folded.plan.kv_bytes(50, batch_size=2)
     with torch.no_grad():  # short steps are decoding

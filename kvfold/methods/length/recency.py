@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvfold.errors import RecipeError
-from kvfold.methods.length.base import LengthMethod
-from kvfold.plan.cache_spec import CacheSpec
-from kvfold.plan.layer import AttentionLayer
+from kvfold.methods.length._tokens_per_head import TokensPerHead
 from kvfold.plan.token_runs import PROMPTS, TokenRun, TokenRuns
-
-SHARING = ("equal", "classes", "measured")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recency(LengthMethod):
+class Recency(TokensPerHead):
     """Sinks and a window (StreamingLLM, arXiv 2309.17453), of a size for each head: some heads look far back and others never
     do, which is a property of the model and not of the text.
 
@@ -31,61 +25,12 @@ class Recency(LengthMethod):
     recall: what finding passages again counts beside predicting ordinary text, where forgetting is weighed.
     """
 
-    kept: float | None = None
-    sharing: str = "measured"
-    sinks: int = 4
-    newest: int = 32
-    grows: bool = True
-    recall: float = 1.0
     prompt: str = "masked"
 
     def __post_init__(self) -> None:
-        if self.kept is not None and not 0 < self.kept <= 1:
-            raise RecipeError(f"length.kept is {self.kept}; it is a share of the tokens, above 0 and at most 1.")
-        if self.sharing not in SHARING:
-            raise RecipeError(f"length.sharing is {self.sharing!r}; it is one of {', '.join(SHARING)}.")
+        super().__post_init__()
         if self.prompt not in PROMPTS:
             raise RecipeError(f"length.prompt is {self.prompt!r}; it is one of {', '.join(PROMPTS)}.")
-        if self.sinks < 0 or self.newest < 1:
-            raise RecipeError(
-                f"length.sinks is {self.sinks} and length.newest {self.newest}; every head keeps at least one token."
-            )
-
-    @property
-    def drops(self) -> bool:
-        return True
-
-    @property
-    def share_kept(self) -> float | None:
-        return self.kept
-
-    @property
-    def weighs_heads(self) -> bool:
-        return self.sharing != "equal"
-
-    @property
-    def least(self) -> int:
-        """Tokens that every head keeps."""
-        return self.sinks + self.newest
-
-    def sizes(self, context_len: int, sizes: Sequence[int]) -> list[int]:
-        least = min(self.least, context_len)
-        kept = [] if self.sharing == "classes" else [size for size in sizes if least < size < context_len]
-        return [least, *kept, context_len] if least < context_len else [context_len]
-
-    def apply(self, layer: AttentionLayer, spec: CacheSpec, finer: CacheSpec | None = None) -> CacheSpec:
-        if layer.window is not None:  # which forgets by itself
-            return spec
-        run = TokenRun(heads=tuple(range(spec.num_kv_heads)), share=self.kept or 1.0, least=self.least)
-        return dataclasses.replace(spec, tokens=self._tokens(run))
-
-    def keep(self, spec: CacheSpec, tokens_C: Sequence[int], context_len: int) -> CacheSpec:
-        runs = []
-        for kept in sorted(set(tokens_C)):
-            heads = tuple(head for head, tokens in enumerate(tokens_C) if tokens == kept)
-            share = 1.0 if kept >= context_len else (kept - 0.5) / context_len if self.grows else 0.0
-            runs.append(TokenRun(heads=heads, share=share, least=min(kept, context_len)))
-        return dataclasses.replace(spec, tokens=self._tokens(*runs))
 
     def _tokens(self, *runs: TokenRun) -> TokenRuns:
         return TokenRuns(runs=runs, sinks=self.sinks, prompt=self.prompt)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from kvfold import registry
 from kvfold.errors import RecipeError
-from kvfold.methods.length.recency import Recency
+from kvfold.methods.length._tokens_per_head import TokensPerHead
 from kvfold.plan.token_runs import TokenRun, TokenRuns
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored(Recency):
+class Scored(TokensPerHead):
     """Chosen when a prompt was read, before anything is asked; a prompt that comes in pieces is chosen from at each of them.
 
     rule: who says it, a file of runtimes/scorers/. `observed` is ours; `snapkv`, `h2o`, `tova`, `expected_attention`,
@@ -20,14 +20,11 @@ class Scored(Recency):
     """
 
     rule: str = "observed"
-    prompt: str = "whole"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rule not in (known := registry.names("scorers")):
             raise RecipeError(registry.unknown("scorer", self.rule, known))
-        if self.prompt != "whole":
-            raise RecipeError(f"length.prompt is {self.prompt!r}; a prompt is scored when it was read: whole.")
 
     def _tokens(self, *runs: TokenRun) -> TokenRuns:
-        return TokenRuns(runs=runs, rule=self.rule, sinks=self.sinks, newest=self.newest, prompt=self.prompt)
+        return TokenRuns(runs=runs, rule=self.rule, sinks=self.sinks, newest=self.newest, prompt="whole")

@@ -1,0 +1,78 @@
+"""Methods by which every head keeps as many tokens as it needs, or as all others, and drops the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvfold.errors import RecipeError
+from kvfold.methods.length.base import LengthMethod
+from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.layer import AttentionLayer
+from kvfold.plan.token_runs import TokenRun, TokenRuns
+
+SHARING = ("equal", "classes", "measured")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensPerHead(LengthMethod):
+    """How many, and what every head keeps at least. `recency` says what the fields mean."""
+
+    kept: float | None = None
+    sharing: str = "measured"
+    sinks: int = 4
+    newest: int = 32
+    grows: bool = True
+    recall: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kept is not None and not 0 < self.kept <= 1:
+            raise RecipeError(f"length.kept is {self.kept}; it is a share of the tokens, above 0 and at most 1.")
+        if self.sharing not in SHARING:
+            raise RecipeError(f"length.sharing is {self.sharing!r}; it is one of {', '.join(SHARING)}.")
+        if self.sinks < 0 or self.newest < 1:
+            raise RecipeError(
+                f"length.sinks is {self.sinks} and length.newest {self.newest}; every head keeps at least one token."
+            )
+
+    @property
+    def drops(self) -> bool:
+        return True
+
+    @property
+    def share_kept(self) -> float | None:
+        return self.kept
+
+    @property
+    def weighs_heads(self) -> bool:
+        return self.sharing != "equal"
+
+    @property
+    def least(self) -> int:
+        """Tokens that every head keeps."""
+        return self.sinks + self.newest
+
+    def sizes(self, context_len: int, sizes: Sequence[int]) -> list[int]:
+        least = min(self.least, context_len)
+        kept = [] if self.sharing == "classes" else [size for size in sizes if least < size < context_len]
+        return [least, *kept, context_len] if least < context_len else [context_len]
+
+    def apply(self, layer: AttentionLayer, spec: CacheSpec, finer: CacheSpec | None = None) -> CacheSpec:
+        if layer.window is not None:  # which forgets by itself
+            return spec
+        run = TokenRun(heads=tuple(range(spec.num_kv_heads)), share=self.kept or 1.0, least=self.least)
+        return dataclasses.replace(spec, tokens=self._tokens(run))
+
+    def keep(self, spec: CacheSpec, tokens_C: Sequence[int], context_len: int) -> CacheSpec:
+        runs = []
+        for kept in sorted(set(tokens_C)):
+            heads = tuple(head for head, tokens in enumerate(tokens_C) if tokens == kept)
+            share = 1.0 if kept >= context_len else (kept - 0.5) / context_len if self.grows else 0.0
+            runs.append(TokenRun(heads=heads, share=share, least=min(kept, context_len)))
+        return dataclasses.replace(spec, tokens=self._tokens(*runs))
+
+    @abstractmethod
+    def _tokens(self, *runs: TokenRun) -> TokenRuns:
+        """As the plan has it."""
