@@ -5,19 +5,26 @@ and its passages once more, in another order, so that each has to be found again
 every distance up to the whole context. Of queries of either half, d_q is what the output of a head changes by when of the
 context only the first tokens and the newest n stay, and g_q the gradient of sampled labels by that output: half the mean of
 (g_q . d_q)^2 is what forgetting costs, to second order (linalg/sensitivity.py), comparable between all heads of all layers.
+
+Where a scorer chooses what of a prompt stays, the context is that prompt, and the repetition what is asked behind it; of
+ordinary text, the first half of the context is the prompt, and the second half what follows it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
 from kvfold import distributed as processes
+from kvfold import registry
 from kvfold.calibration.calibrate import own_sequences
 from kvfold.calibration.cross_moments import CrossMoments
 from kvfold.calibration.layerwise_model import StreamedModel
@@ -25,9 +32,10 @@ from kvfold.calibration.passes import Passes
 from kvfold.calibration.statistics import Seen
 from kvfold.checkpoint.atomic import make_folder, write_tensors
 from kvfold.checkpoint.fingerprint import fingerprint
-from kvfold.checkpoint.source import Source, source_dtype
+from kvfold.checkpoint.source import Source, read_layer, source_dtype
 from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.reference import alibi_slope
+from kvfold.runtimes.scorers.base import Prompt
 
 FORGETTING_VERSION = 3
 """To be raised when curves are computed differently, so that old ones on disk are not taken for new ones."""
@@ -53,11 +61,19 @@ class Forgetting:
         return self.ordinary_LCn + recall * self.repeated_LCn
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A scorer, by name, chooses what of a prompt stays, besides the first tokens and so many of the newest."""
+
+    rule: str
+    newest: int
+
+
 class _Curves:
     """Gathers the curves of one layer."""
 
-    def __init__(self, layer: AttentionLayer, sinks: int) -> None:
-        self.layer, self.sinks = layer, sinks
+    def __init__(self, layer: AttentionLayer, sinks: int, choice: Choice | None, output_DNH: Tensor | None) -> None:
+        self.layer, self.sinks, self.choice, self.output_DNH = layer, sinks, choice, output_DNH
         self.sum_2Cn = torch.zeros(2, layer.num_kv_heads, len(SHARES), dtype=torch.float64)
         self.rows = 0
 
@@ -65,7 +81,8 @@ class _Curves:
         assert seen.out_gradient is not None, "gradients are seen on the way down"
         gradient = seen.out_gradient.unflatten(2, (self.layer.num_attention_heads, -1)).transpose(1, 2)
         for q, k, v, g in zip(seen.q, seen.k, seen.v, gradient, strict=True):
-            self.sum_2Cn = self.sum_2Cn.to(q.device) + costs(self.layer, q, k, v, g, self.sinks)
+            found = costs(self.layer, q, k, v, g, self.sinks, self.choice, self.output_DNH)
+            self.sum_2Cn = self.sum_2Cn.to(q.device) + found
             self.rows += 1
 
     def gather(self) -> None:
@@ -74,17 +91,24 @@ class _Curves:
 
 
 def forgetting(
-    source: Source, contexts_BT: Tensor, *, run_dir: Path, device: str, seed: int = 0, sinks: int = 4
+    source: Source,
+    contexts_BT: Tensor,
+    *,
+    run_dir: Path,
+    device: str,
+    seed: int = 0,
+    sinks: int = 4,
+    choice: Choice | None = None,
 ) -> Forgetting:
-    """Curves of all layers from the contexts and their repetitions; kept in `run_dir`. One layer is in memory at a time."""
-    key = fingerprint(
-        version=FORGETTING_VERSION, model=source.checkpoint.fingerprint(), tokens=contexts_BT, seed=seed, sinks=sinks
-    )
+    """Curves of all layers from the contexts and their repetitions; kept in `run_dir`. One layer is in memory at a time.
+    choice: how tokens are chosen; without it the newest stay."""
+    made: dict[str, Any] = {"seed": seed, "sinks": sinks} | (dataclasses.asdict(choice) if choice else {})
+    key = fingerprint(version=FORGETTING_VERSION, model=source.checkpoint.fingerprint(), tokens=contexts_BT, **made)
     folder = run_dir / f"forgetting-{key[:12]}"
     file = folder / "curves.safetensors"
     if not file.exists():
         make_folder(folder)
-        nats_L2Cn = _measured(source, with_repetition(contexts_BT, seed), folder, device, seed, sinks)
+        nats_L2Cn = _measured(source, with_repetition(contexts_BT, seed), folder, device, seed, sinks, choice)
         if not processes.rank():
             kinds = {"ordinary": nats_L2Cn[:, 0].contiguous(), "repeated": nats_L2Cn[:, 1].contiguous()}
             write_tensors(file, kinds, {})
@@ -104,7 +128,9 @@ def with_repetition(contexts_BT: Tensor, seed: int = 0) -> Tensor:
     return torch.cat([contexts_BT, torch.stack(repeated)], dim=1)
 
 
-def _measured(source: Source, tokens_BT: Tensor, folder: Path, device: str, seed: int, sinks: int) -> Tensor:
+def _measured(
+    source: Source, tokens_BT: Tensor, folder: Path, device: str, seed: int, sinks: int, choice: Choice | None
+) -> Tensor:
     model = StreamedModel(source.checkpoint, source.arch, device, outputs=True)
     dtype = getattr(torch, source_dtype(source.checkpoint, source.arch, model.layers[0]))
     passes = Passes(model, own_sequences(tokens_BT), folder, CrossMoments(frozenset(), frozenset()), dtype)
@@ -115,49 +141,96 @@ def _measured(source: Source, tokens_BT: Tensor, folder: Path, device: str, seed
         seen.gather()
         curves[seen.layer.index] = seen.sum_2Cn
 
-    passes.down(lambda layer: _Curves(layer, sinks), keep, own_sequences(draws_BT))
+    def curves_of(layer: AttentionLayer) -> _Curves:
+        if choice is None:
+            return _Curves(layer, sinks, None, None)
+        output_DF = read_layer(source.checkpoint, source.arch, layer).o_proj.to(device, torch.float32)
+        return _Curves(layer, sinks, choice, output_DF.unflatten(1, (layer.num_attention_heads, -1)))
+
+    passes.down(curves_of, keep, own_sequences(draws_BT))
     passes.forget()
     nats_L2Cn = torch.stack([curves[layer] for layer in sorted(curves)])
     return nats_L2Cn.flip(-1).cummax(-1).values.flip(-1)
 
 
 def costs(
-    layer: AttentionLayer, q_NTH: Tensor, k_KTH: Tensor, v_KTH: Tensor, gradient_NTH: Tensor, sinks: int
+    layer: AttentionLayer,
+    q_NTH: Tensor,
+    k_KTH: Tensor,
+    v_KTH: Tensor,
+    gradient_NTH: Tensor,
+    sinks: int,
+    choice: Choice | None = None,
+    output_DNH: Tensor | None = None,
 ) -> Tensor:
     """[2, K, n] of one sequence, of which the second half repeats the first: of queries of the first half, and of the second.
-    n counts SHARES."""
+    n counts SHARES. output_DNH: of a choice, how values come into the residual stream."""
     S, K = k_KTH.shape[1] // 2, layer.num_kv_heads
     found = []
     for start, end in ((S // 2, S), (S, 2 * S)):
         at_M = torch.arange(start, end, max((end - start) // QUERIES, 1), device=q_NTH.device)
-        change_nNMH = _changes(layer, q_NTH[:, at_M], k_KTH, v_KTH, at_M, sinks)
+        states = (q_NTH[:, :end], k_KTH[:, :end], v_KTH[:, :end])
+        if choice is None:
+            needed, context = _since(S, at_M, end)[None], S
+        else:
+            assert output_DNH is not None, "a choice may ask for it"
+            q, k, v = (x[:, :start] for x in states)
+            needed, context = _ranked(layer, q, k, v, choice, sinks, output_DNH), start
+            needed = F.pad(needed, (0, end - start))[:, None]
+        change_nNMH = _changes(layer, states[0][:, at_M], *states[1:], at_M, needed, context, sinks)
         felt_nNM = (change_nNMH * gradient_NTH[:, at_M]).sum(-1, dtype=torch.float64)
         felt_nKM = felt_nNM.unflatten(1, (K, -1)).sum(2)  # the queries of a head miss the same tokens
         found.append(felt_nKM.square().mean(-1).T / 2)
     return torch.stack(found)
 
 
-def _changes(layer: AttentionLayer, q_NMH: Tensor, k_KTH: Tensor, v_KTH: Tensor, at_M: Tensor, sinks: int) -> Tensor:
-    """[n, N, M, H]: how the outputs of queries change where of the context its first tokens and its newest stay."""
+def _changes(
+    layer: AttentionLayer, q_NMH: Tensor, k_KTH: Tensor, v_KTH: Tensor, at_M: Tensor, needed: Tensor, context: int, sinks: int
+) -> Tensor:  # fmt: skip
+    """[n, N, M, H]: how the outputs of queries change where of the context its first tokens stay, and others up to the share.
+    needed: [K or 1, M or 1, T], how many of these stay where a token does; 0 for those that always do."""
     H, T = q_NMH.shape[2], k_KTH.shape[1]
     weights_NMT = _weights(layer, q_NMH, k_KTH, at_M)
     values_KTh = torch.cat([v_KTH, torch.ones_like(v_KTH[..., :1])], dim=2)
-    kept_MT = _kept(T // 2, at_M)
-    needed_MT = torch.where(torch.arange(T, device=at_M.device) < sinks, 0, kept_MT)
-    parts, seen = [], torch.zeros_like(needed_MT, dtype=torch.bool)
+    needed = torch.where(torch.arange(T, device=at_M.device) < sinks, 0, needed)
+    group = 1 if len(needed) == 1 else len(q_NMH) // len(needed)
+    parts, seen = [], torch.zeros_like(needed, dtype=torch.bool)
     for share in SHARES:
-        more = (needed_MT <= max(share * (T // 2) - sinks, 0) if share < 1 else torch.ones_like(seen)) & ~seen
-        parts.append(_sum_over(weights_NMT * more, values_KTh))
+        more = (needed <= max(share * context - sinks, 0) if share < 1 else torch.ones_like(seen)) & ~seen
+        parts.append(_sum_over(weights_NMT * more.repeat_interleave(group, dim=0), values_KTh))
         seen |= more
     summed_nNMh = torch.stack(parts).cumsum(0)
     out_nNMH = summed_nNMh[..., :H] / summed_nNMh[..., H:]
     return out_nNMH - out_nNMH[-1:]
 
 
-def _kept(context: int, at_M: Tensor) -> Tensor:
+def _ranked(
+    layer: AttentionLayer, q_NTH: Tensor, k_KTH: Tensor, v_KTH: Tensor, choice: Choice, sinks: int, output_DNH: Tensor
+) -> Tensor:
+    """[K, T]: as the how-maniest token of a prompt each head keeps it: the newest come first, then what is worth most."""
+    T = q_NTH.shape[1]
+
+    def seen(rows: slice) -> Tensor:
+        at_T = torch.arange(T, device=q_NTH.device)
+        mask_TT = torch.zeros(T, T).to(q_NTH)[rows].masked_fill(at_T > at_T[rows, None], torch.finfo(q_NTH.dtype).min)
+        return mask_TT[None, None] if not layer.alibi else (mask_TT + _alibi(layer, at_T)[:, None])[None]
+
+    prompt = Prompt(
+        layer=layer, queries_BNTH=q_NTH[None], absorb=lambda q: q, heads=slice(None), keys_BCSR=k_KTH[None],
+        values_BCSV=v_KTH[None], seen=seen, first_B=torch.zeros(1, dtype=torch.long, device=q_NTH.device),
+        output=lambda: output_DNH,
+    )  # fmt: skip
+    newest, back_T = min(choice.newest, T), T - torch.arange(T, device=q_NTH.device)
+    worth_KT = registry.load("scorers", choice.rule)().score(prompt)[0].float().clone()
+    worth_KT[:, :sinks] = worth_KT[:, T - newest :] = -torch.inf
+    rank_KT = worth_KT.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return torch.where(back_T <= newest, back_T, rank_KT + newest + 1)
+
+
+def _since(context: int, at_M: Tensor, tokens: int) -> Tensor:
     """[M, T]: as the how-maniest newest token a query has each of the tokens. While the context is repeated, those of the
     repetition stay, and others count back from its end."""
-    token_T = torch.arange(2 * context, device=at_M.device)
+    token_T = torch.arange(tokens, device=at_M.device)
     end_M1 = at_M[:, None].clamp_max(context - 1)
     return torch.where(token_T >= context, 0, end_M1 + 1 - token_T).clamp_min(0)
 
@@ -170,10 +243,16 @@ def _weights(layer: AttentionLayer, q_NMH: Tensor, k_KTH: Tensor, at_M: Tensor) 
     if layer.softcap is not None:
         scores_NMT = layer.softcap * torch.tanh(scores_NMT / layer.softcap)
     if layer.alibi:
-        slopes_N = torch.tensor([alibi_slope(n, N) for n in range(N)]).to(q_NMH)
-        scores_NMT = scores_NMT + slopes_N[:, None, None] * torch.arange(T).to(q_NMH)
+        scores_NMT = scores_NMT + _alibi(layer, torch.arange(T, device=at_M.device)).to(q_NMH)[:, None]
     scores_NMT = scores_NMT.masked_fill(torch.arange(T, device=at_M.device) > at_M[:, None], -math.inf)
     return (scores_NMT - scores_NMT.amax(-1, keepdim=True)).exp()
+
+
+def _alibi(layer: AttentionLayer, token_T: Tensor) -> Tensor:
+    """[N, T], to add to scores."""
+    heads = layer.num_attention_heads
+    slopes_N = torch.tensor([alibi_slope(n, heads) for n in range(heads)], device=token_T.device)
+    return slopes_N[:, None] * token_T
 
 
 def _sum_over(weights_NMT: Tensor, values_KTh: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from kvfold import distributed as processes
 from kvfold.calibration import text as data
 from kvfold.calibration.calibrate import Statistics, calibrate
 from kvfold.calibration.calibration import Calibration
-from kvfold.calibration.forgetting import Forgetting, forgetting
+from kvfold.calibration.forgetting import Choice, Forgetting, forgetting
 from kvfold.calibration.layerwise_model import StreamedModel
 from kvfold.calibration.observing import OF_TOKENS, SENSITIVITIES
 from kvfold.calibration.statistics import VECTORS, Seen
@@ -129,13 +129,15 @@ class Material:
         """[num_samples, seq_len] calibration tokens. Raises DataError where the recipe names no text."""
         return self._tokens
 
-    def forgetting(self, sinks: int) -> Forgetting:
+    def forgetting(self, sinks: int, choice: Choice | None = None) -> Forgetting:
         """What forgetting costs every head, measured now or reused, on FEW calibration sequences that are no longer than the
         model can read twice. All processes take part."""
         tokens_BT = self.tokens()
         longest = context_len(self.source.checkpoint.config) or 2 * tokens_BT.shape[1]
         where: dict[str, Any] = {"run_dir": self.run_dir, "device": self.device}
-        return forgetting(self.source, tokens_BT[:FEW, : longest // 2], seed=self.seed, sinks=sinks, **where)
+        return forgetting(
+            self.source, tokens_BT[:FEW, : longest // 2], seed=self.seed, sinks=sinks, choice=choice, **where
+        )
 
     @functools.cached_property
     def _tokens(self) -> Tensor:

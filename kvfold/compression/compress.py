@@ -18,7 +18,7 @@ from torch import Tensor
 from kvfold import distributed as processes
 from kvfold.architectures.base import empty_model, source_config
 from kvfold.calibration.calibrate import Statistics
-from kvfold.calibration.forgetting import SHARES
+from kvfold.calibration.forgetting import SHARES, Choice
 from kvfold.calibration.material import TRAINING_TOKENS, Material, layer_group
 from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.folder import new_folder, refuse_out, write_files
@@ -90,7 +90,7 @@ def compress(
     statistics = material.statistics(width.needs, width.needs_cross, targets, width.joint)
     vectors = material.sample(width.needs_vectors, TRAINING_TOKENS) if width.needs_vectors else None
     length: Any = request.axes.length
-    forgotten_LCn = material.forgetting(length.sinks).nats_LCn(length.recall) if length.weighs_heads else None
+    forgotten_LCn = _forgotten(material, length) if length.weighs_heads else None
     clock.lap("calibrate")
     if processes.rank():
         processes.wait_for_all()
@@ -181,6 +181,12 @@ def _plan(
     if recipe.target_kl is None:
         return plan(recipe.kv_budget)
     return smallest_under(recipe.target_kl, plan, lambda made: probe().kl_of(made))
+
+
+def _forgotten(material: Material, length: Any) -> Tensor:
+    """[L, K, n]: what forgetting costs every head, as a method that drops tokens weighs it."""
+    choice = Choice(length.scorer, length.newest) if length.scorer else None
+    return material.forgetting(length.sinks, choice).nats_LCn(length.recall)
 
 
 def _token_curves(plan: CachePlan, nats_LCn: Tensor) -> TokenCurves:

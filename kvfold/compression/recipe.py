@@ -226,7 +226,8 @@ def suited(recipe: Recipe, layers: Sequence[AttentionLayer]) -> Recipe:
             "keys that are rotated in part have no finer form after rotation: recent tokens stay as all others."
         )
         recipe = dataclasses.replace(recipe, length={"method": "identity"})
-    other = recipe.method("width").instead(layers, recipe.kv_budget or 1.0)
+    named = recipe.preset is None or find_preset(recipe.preset).fragment.get("width") != recipe.width
+    other = recipe.method("width").instead(layers, recipe.kv_budget or 1.0, named=named)
     return recipe if other is None else dataclasses.replace(recipe, width=other)
 
 

@@ -10,7 +10,7 @@ from tiny import make_tiny, save_tiny
 
 import kvfold
 from kvfold.architectures.base import architecture
-from kvfold.calibration.forgetting import SHARES, costs, forgetting, with_repetition
+from kvfold.calibration.forgetting import SHARES, Choice, costs, forgetting, with_repetition
 from kvfold.checkpoint.source import open_source
 from kvfold.compression.recipe import make_recipe
 from kvfold.compression.share_tokens import MOST_RUNS, share_tokens
@@ -52,6 +52,34 @@ def test_costs_are_those_of_the_definition(model):
                 expected[half, :, i] += felt.square() / 2 / len(queries)
     assert_close(found, expected, tolerance=1e-6)
     assert not found[..., -1].any() and found[..., 0].all()
+
+
+@pytest.mark.parametrize("model", ["llama_mha", "bloom_alibi", "llama_sink"])
+def test_costs_of_a_choice_are_those_of_the_definition(model):
+    """What is chosen when a prompt ends is what all later queries have of it."""
+    network = make_tiny(model)
+    arch = architecture(network.config.model_type)
+    layer = dataclasses.replace(arch.describe(network)[0], window=None)
+    N, K, H, S, newest = layer.num_attention_heads, layer.num_kv_heads, layer.head_dim, 48, 5
+    torch.manual_seed(0)
+    q, g = torch.randn(2, N, 2 * S, H, dtype=torch.float64)
+    k, v = torch.randn(2, K, 2 * S, H, dtype=torch.float64)
+    found = costs(layer, q, k, v, g, SINKS, Choice("knorm", newest), torch.randn(24, N, H, dtype=torch.float64))
+    expected = torch.zeros(2, K, len(SHARES), dtype=torch.float64)
+    for part, (prompt, end) in enumerate(((S // 2, S), (S, 2 * S))):
+        for c in range(K):
+            late, length = prompt - newest, k[c].float().norm(dim=-1)
+            order = [*reversed(range(late, prompt)), *sorted(range(SINKS, late), key=lambda t: length[t])]
+            for i, share in enumerate(SHARES):
+                stays = order[: max(int(share * prompt) - SINKS, 0)] if share < 1 else order
+                for t in range(prompt, end):
+                    seen = [*range(SINKS), *stays, *range(prompt, t + 1)]
+                    felt = torch.zeros((), dtype=torch.float64)
+                    for n in (n for n in range(N) if n * K // N == c):
+                        outs = [out_of(layer, n, q[n, t], k[c], v[c], some) for some in (seen, range(t + 1))]
+                        felt += g[n, t] @ (outs[0] - outs[1])
+                    expected[part, c, i] += felt.square() / 2 / (end - prompt)
+    assert_close(found, expected, tolerance=1e-6)
 
 
 def out_of(layer, head, q_H, k_TH, v_TH, seen):

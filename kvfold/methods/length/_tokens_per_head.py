@@ -50,6 +50,11 @@ class TokensPerHead(LengthMethod):
         return self.sharing != "equal"
 
     @property
+    def scorer(self) -> str | None:
+        """Which chooses besides the first tokens and the newest; None where only these stay."""
+        return None
+
+    @property
     def least(self) -> int:
         """Tokens that every head keeps."""
         return self.sinks + self.newest

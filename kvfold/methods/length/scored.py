@@ -26,5 +26,9 @@ class Scored(TokensPerHead):
         if self.rule not in (known := registry.names("scorers")):
             raise RecipeError(registry.unknown("scorer", self.rule, known))
 
+    @property
+    def scorer(self) -> str:
+        return self.rule
+
     def _tokens(self, *runs: TokenRun) -> TokenRuns:
         return TokenRuns(runs=runs, rule=self.rule, sinks=self.sinks, newest=self.newest, prompt="whole")

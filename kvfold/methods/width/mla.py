@@ -40,7 +40,7 @@ class Mla(PredictedWidth):
     """Keys before rotation and values of a layer are linear maps of the same hidden state, so that one latent of both says
     more per number than two. Errors count in nats, as in `fisher`; keys are rebuilt on read.
 
-    Layers of more than WIDEST numbers are left to `fisher`; so are, where no field says otherwise, those whose query heads
+    Layers of more than WIDEST numbers are left to `fisher`; so are, where nobody asked for `mla`, those whose query heads
     have a key head each: queries of all heads would meet the whole of one latent.
 
     rope: `on_read` stores what comes of keys before rotation; `banded` after it where angles change fast, as in `fisher`.
@@ -90,19 +90,14 @@ class Mla(PredictedWidth):
     def _banded(self) -> bool:
         return self.rope != "on_read"
 
-    def instead(self, layers: Sequence[AttentionLayer], kv_budget: float) -> dict[str, Any] | None:
-        own = {name: value for name, value in vars(self).items() if value != getattr(type(self), name)}
-        if not own and all(layer.num_attention_heads == layer.num_kv_heads > GROUP for layer in layers):
-            return {
-                "method": "fisher",
-                "rope": "banded",
-                "latent": "group",
-                "v_latent": "group",
-                "group_size": _group(layers),
-            }
+    def instead(self, layers: Sequence[AttentionLayer], kv_budget: float, *, named: bool) -> dict[str, Any] | None:
+        if not named and all(layer.num_attention_heads == layer.num_kv_heads > GROUP for layer in layers):
+            groups = {"latent": "group", "v_latent": "group", "group_size": _group(layers)}
+            return {"method": "fisher", "rope": "banded"} | groups
         if max(2 * layer.num_kv_heads * layer.head_dim for layer in layers) > WIDEST:
             return {"method": "fisher", "rope": "banded" if self._banded else "on_read"}
         if self.rope is None and kv_budget < LEAST_BANDED:
+            own = {name: value for name, value in vars(self).items() if value != getattr(type(self), name)}
             return {"method": "mla", **own, "rope": "on_read"}
         return None
 
