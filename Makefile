@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/demo_model/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: docs wheel results-real results-real-kivi results-measured results-lab results-real-auto results-real-ablation results-real-tasks results-real-tasks-three results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-real-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long results-dropped real-models clean
+.PHONY: docs wheel results-real results-real-kivi results-measured results-lab results-real-auto results-real-ablation results-real-tasks results-real-tasks-three results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-real-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long results-dropped results-scored real-models clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -291,6 +291,17 @@ runs/dropped/%: | $(VENV)/installed
 results-dropped: $(DROPPED)
 	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 1024 --sequences 16 \
 	  --markdown results/dropped-tokens-smollm2-135m.md
+
+# The same of caches that keep what a scorer chooses, ours and published ones: make results-scored VALID=... CALIBRATION=..., in an hour
+RULES := snapkv h2o expected_attention tova keydiff knorm
+SCORED := $(addprefix runs/scored/,observed windows $(RULES) $(RULES:%=shares-%))
+runs/scored/%: | $(VENV)/installed
+	$(BIN)/kvfold compress $(REAL) --preset $(if $(findstring shares,$*),observed,$*) --context 1024 --kv-budget 1/4 \
+	  $(if $(findstring shares,$*),--set length.rule=$(subst shares-,,$*)) $(if $(findstring windows,$*),--set length.prompt=whole) \
+	  --data $(CALIBRATION) --out $@ --run-dir runs/dropped-run
+results-scored: $(SCORED)
+	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 1024 --sequences 16 \
+	  --markdown results/scored-tokens-smollm2-135m.md
 
 # What a step takes beside the original, of folds of results-real-auto and results-real-frontier, on a quiet machine
 SPEEDS := $(addprefix runs/real-auto/auto-,0.25 0.125 0.0625) runs/real-frontier/int4_rotated-kv_budget=null-0.5

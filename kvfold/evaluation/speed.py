@@ -277,6 +277,8 @@ def fill(cache: Any, plan: CachePlan, batch: int, context: int, dtype: torch.dty
         z = torch.randn(batch, spec.num_kv_heads, context, width, dtype=dtype, device=device)
         y = torch.randn(batch, spec.num_v_heads, context, v_width, dtype=dtype, device=device)
         cache.update(z, y, index)
+        if isinstance(cache, FoldedCache):
+            cache.layers[index].settle_runs()
     if plan.position_bytes:
         cache.see(torch.arange(context, device=device)[None], batch)
 

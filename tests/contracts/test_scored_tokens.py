@@ -241,3 +241,16 @@ def test_what_is_refused(fold):
         cache = network(ids[:, :49], use_cache=True).past_key_values
         with pytest.raises(ValueError, match="attentions cannot be shown"):
             network(ids[:, 49:], past_key_values=cache, output_attentions=True)
+
+
+def test_a_prompt_that_nobody_scored_leaves_its_newest(fold):
+    """Such as random numbers by which speed is measured."""
+    plan = fold("llama_mha", sharing="equal").plan
+    cache, run = FoldedCache(plan), plan.owned[0].tokens.runs[0]
+    states = torch.arange(50.0).view(1, 1, 50, 1).expand(1, 8, 50, 8)
+    for index in range(3):
+        cache.update(states, states, index)
+        cache.layers[index].settle_runs()
+    kept = cache.layers[0].runs[0].k.view()[0, 0, :, 0]
+    assert kept.tolist() == [0, 1, *range(50 - run.kept(50) + 2, 50)]
+    assert cache.nbytes_allocated == plan.kv_bytes(50)

@@ -53,6 +53,7 @@ class HeadRun:
         """Store T new tokens, the last of `length`; show all that one of their queries may see, and where they stand. A long
         prompt passes through without ever being stored whole."""
         T, new = z_BcTR.shape[2], (z_BcTR, y_BcTV)
+        self.settle(length - T, begin_B)
         room = room_for(self.run, length)
         if not keep_all:
             self.drop(self.due(length - T + 1, begin_B), length - T, begin_B)
@@ -104,6 +105,12 @@ class HeadRun:
         for side, stored in zip(self.buffers, self.pending, strict=True):
             side.keep(stored, index_BCn, room_for(self.run, length))
         self.place, self.pending = RunPlace(length - newest, early, chosen_B), None
+
+    def settle(self, length: int, begin_B: Tensor | None) -> None:
+        """Where nobody said what a prompt's tokens are worth (random numbers of a benchmark, say), the newest are."""
+        if self.pending is not None:
+            B, C, S, _ = self.pending[0].shape
+            self.choose(torch.arange(S, device=self.pending[0].device).expand(B, C, S), length, begin_B)
 
     def _candidates(self, length: int, begin_B1: Tensor, newest: int) -> tuple[Tensor, Tensor]:
         """[B or 1, S]: which of the shown tokens could stay besides the newest, and which stay as the first."""
@@ -210,6 +217,7 @@ class RunsMixin:
     def settle_runs(self) -> None:
         """Forget what the next token does not see."""
         for one in self.runs:
+            one.settle(self.length, self.begin_B)
             one.drop(one.due(self.length, self.begin_B), self.length, self.begin_B)
 
 

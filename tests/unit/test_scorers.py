@@ -1,0 +1,147 @@
+"""What scorers say of a prompt's tokens, against their definitions."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from tiny import make_tiny
+
+from kvfold import registry
+from kvfold.architectures.base import architecture
+from kvfold.runtimes.kernels.rotary import apply_rotary
+from kvfold.runtimes.scorers import expected_attention, h2o, observed, snapkv
+from kvfold.runtimes.scorers.base import Prompt
+from kvfold.testing import assert_close
+
+T, D = 40, 24
+
+
+@pytest.fixture(params=["llama_sink", "neox_partial"])
+def prompt(request):
+    """A prompt of two sequences, the first behind 7 tokens of padding, and its queries and keys before rotation."""
+    torch.manual_seed(0)
+    network = make_tiny(request.param)
+    layer = architecture(network.config.model_type).describe(network)[0]
+    N, K, H = layer.num_attention_heads, layer.num_kv_heads, layer.head_dim
+    q, k, v = (torch.randn(2, heads, T, H, dtype=torch.float64) for heads in (N, K, K))
+    first_B = torch.tensor([7, 0])
+    at_T = torch.arange(T)
+    seen = (at_T <= at_T[:, None]) & (at_T >= first_B[:, None, None])
+    output = torch.randn(D, N, H, dtype=torch.float64)
+    made = Prompt(
+        layer=layer, queries_BNTH=rotated(layer, q, at_T), absorb=lambda x: x, heads=slice(None),
+        keys_BCSR=rotated(layer, k, at_T), values_BCSV=v, seen=lambda rows: seen[:, None, rows], first_B=first_B,
+        output=lambda: output,
+    )  # fmt: skip
+    return made, q
+
+
+def rotated(layer, x, at_T):
+    angles = (at_T.double()[:, None] * torch.tensor(layer.rotary_speeds, dtype=torch.float64)).repeat(1, 2)
+    return apply_rotary(x, angles.cos()[None], angles.sin()[None])
+
+
+def score(name, prompt):
+    return registry.load("scorers", name)().score(prompt)
+
+
+def attention(prompt, b, n, q_H, tokens):
+    """Probabilities over some tokens, and the output in the residual stream."""
+    group = prompt.queries_BNTH.shape[1] // prompt.keys_BCSR.shape[1]
+    keys, values = (x[b, n // group][tokens] for x in (prompt.keys_BCSR, prompt.values_BCSV))
+    probs = (keys @ q_H * prompt.layer.scaling).softmax(0)
+    return probs, prompt.output()[:, n] @ (probs @ values)
+
+
+def real(prompt, b):
+    return list(range(int(prompt.first_B[b]), T))
+
+
+def test_an_effect_is_what_the_loss_of_a_token_does(prompt):
+    prompt, _ = prompt
+    probs = prompt.probabilities(slice(T - 1, T))
+    found = prompt.effects(probs)[:, :, 0]
+    for b in range(2):
+        tokens = real(prompt, b)
+        for n in range(found.shape[1]):
+            q_H = prompt.queries_BNTH[b, n, -1]
+            whole = attention(prompt, b, n, q_H, tokens)[1]
+            for s in tokens[::5]:
+                less = attention(prompt, b, n, q_H, [t for t in tokens if t != s])[1]
+                assert_close(found[b, n, s], (less - whole).square().sum(), tolerance=1e-4)
+
+
+def test_observed(prompt):
+    """Queries before rotation, turned to where they are asked again."""
+    prompt, before = prompt
+    found, (b, n) = score("observed", prompt), (0, 1)
+    group = before.shape[1] // found.shape[1]
+    expected = torch.zeros(T, dtype=torch.float64)
+    tokens = real(prompt, b)
+    for j in range(observed.QUERIES):
+        at = 7 + int((T - 7) * (j + 0.5) / observed.QUERIES)
+        beyond = T - 1 + j * observed.STRIDE % observed.AHEAD + 1
+        for head in range(n * group, (n + 1) * group):
+            q_H = rotated(prompt.layer, before[b, head, at][None, None, None], torch.tensor([beyond]))[0, 0, 0]
+            probs, whole = attention(prompt, b, head, q_H, tokens)
+            for i, s in enumerate(tokens):
+                value = prompt.output()[:, head] @ prompt.values_BCSV[b, n, s]
+                expected[s] += (probs[i] / (1 - probs[i])).square() * (whole - value).square().sum()
+    assert_close(found[b, n, 7:], expected[7:] / observed.QUERIES, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "tova"])
+def test_attention_that_tokens_get(prompt, name, monkeypatch):
+    monkeypatch.setattr(snapkv, "WINDOW", 11)
+    monkeypatch.setattr(h2o, "AT_ONCE", 9)
+    prompt, _ = prompt
+    found = score(name, prompt)
+    N, K = prompt.queries_BNTH.shape[1], found.shape[1]
+    for b in range(2):
+        got = torch.zeros(N, T, dtype=torch.float64)
+        first = {"snapkv": T - 11, "h2o": int(prompt.first_B[b]), "tova": T - 1}[name]
+        for t in range(first, T):
+            tokens = list(range(int(prompt.first_B[b]), t + 1))
+            for n in range(N):
+                got[n, tokens] += attention(prompt, b, n, prompt.queries_BNTH[b, n, t], tokens)[0]
+        expected = got.mean(0).expand(K, -1) if name == "tova" else got.unflatten(0, (K, -1)).sum(1)
+        if name == "snapkv":
+            around = torch.nn.functional.pad(expected, (2, 2)) / 11
+            expected = torch.stack([around[:, i : i + T] for i in range(5)]).mean(0)
+        assert_close(found[b][:, int(prompt.first_B[b]) :], expected[:, int(prompt.first_B[b]) :], tolerance=1e-5)
+
+
+def test_keys_alone(prompt):
+    prompt, _ = prompt
+    lengths, likeness = score("knorm", prompt), score("keydiff", prompt)
+    keys = prompt.keys_BCSR[0, 0, 7:]
+    assert_close(lengths[0, 0, 7:], -keys.square().sum(-1).sqrt(), tolerance=1e-5)
+    mean = (keys / keys.norm(dim=-1, keepdim=True)).mean(0)
+    assert_close(likeness[0, 0, 7:], -(keys @ mean) / keys.norm(dim=-1) / mean.norm(), tolerance=1e-5)
+
+
+def test_expected_attention_is_that_of_normal_queries(prompt, monkeypatch):
+    """E[exp(q . k)] of queries that are drawn with the prompt's mean and covariance, each turned as the mean of rotations."""
+    monkeypatch.setattr(expected_attention, "AHEAD", 3)
+    monkeypatch.setattr(expected_attention, "QUERIES", 64)
+    prompt, before = prompt
+    layer = dataclasses.replace(prompt.layer, scaling=0.2)
+    prompt = dataclasses.replace(prompt, layer=layer)
+    found, b = score("expected_attention", prompt), 1
+    H, group = layer.head_dim, before.shape[1] // found.shape[1]
+    at = [int(T * (j + 0.5) / 64) for j in range(64)]
+    turn = torch.stack(
+        [
+            rotated(layer, torch.eye(H, dtype=torch.float64)[None, :, None], torch.tensor([T + i]))[0, :, 0]
+            for i in range(3)
+        ]
+    ).mean(0)
+    expected = torch.zeros(T, dtype=torch.float64)
+    for head in range(group):
+        q = before[b, head, at] @ turn
+        mean, spread = q.mean(0), (q - q.mean(0)).T @ (q - q.mean(0)) / len(q)
+        keys = prompt.keys_BCSR[b, 0] * layer.scaling
+        expected += (keys @ mean + ((keys @ spread) * keys).sum(-1) / 2).softmax(0)
+    assert_close(found[b, 0], expected * prompt.values_BCSV[b, 0].norm(dim=-1), tolerance=1e-4)
