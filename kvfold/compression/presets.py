@@ -132,6 +132,10 @@ PRESETS = {
     "snapkv": _scored(
         "snapkv", "what the last 64 queries of a prompt attend to, and its neighbours (SnapKV, arXiv 2404.14469)"
     ),
+    "pyramidkv": Preset(
+        "as snapkv, with fewer tokens from layer to layer (PyramidKV, arXiv 2406.02069)",
+        {"length": {"method": "scored", "rule": "snapkv", "sharing": "pyramid"}},
+    ),
     "h2o": _scored("h2o", "what got the most attention from all queries of a prompt (H2O, arXiv 2306.14048)"),
     "tova": _scored("tova", "what the last query of a prompt attends to (TOVA, arXiv 2401.06104)"),
     "expected_attention": _scored(

@@ -69,7 +69,9 @@ def share_tokens(
             f" {least:.3g} of them. Ask for more, count bytes over more tokens (--context), or lower length.newest."
         )
     if curves is None:
-        kept = dict.fromkeys(heads, min(int(budget / sum(price.values())), context))
+        spread = method.spread(budget / sum(price.values()), len(dropping), context)
+        of_layer = dict(zip(dropping, spread, strict=True))
+        kept = {(owner, head): of_layer[owner] for owner, head in heads}
     else:
         kept = _by_cost(dropping, price, sizes, budget, curves, np.array(shares) * context)
     caches = list(plan.caches)

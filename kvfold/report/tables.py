@@ -72,7 +72,7 @@ def print_plan(plan: CachePlan, title: str) -> None:
         lengths = sorted({plan.context_len, *LENGTHS})
         shares = (f"{plan.kv_bytes(n) / plan.source_kv_bytes(n):.3g} at {n:,}" for n in lengths)
         STDOUT.print(
-            f"heads x tokens that they keep of {plan.context_len:,}: the first {_sinks(plan)} and the newest. Allocated, of"
+            f"heads x tokens that they keep of {plan.context_len:,}: {_kept_tokens(plan)}. Allocated, of"
             f" the original's bytes: {', '.join(shares)} tokens.",
             highlight=False,
         )
@@ -91,8 +91,14 @@ def print_plan(plan: CachePlan, title: str) -> None:
         STDOUT.print(f"{how} {plan.position_bytes} bytes per token are the tokens' positions.")
 
 
-def _sinks(plan: CachePlan) -> int:
-    return max(spec.tokens.sinks for spec in plan.owned if spec.tokens is not None)
+def _kept_tokens(plan: CachePlan) -> str:
+    """Which, in words."""
+    dropping = [spec.tokens for spec in plan.owned if spec.tokens is not None]
+    first = f"the first {max(tokens.sinks for tokens in dropping)}"
+    scored = next((tokens for tokens in dropping if tokens.scored), None)
+    if scored is None:
+        return f"{first} and the newest"
+    return f"{first}, the newest {scored.newest}, and what {scored.rule} chooses of a prompt"
 
 
 def print_processes(plan: CachePlan) -> None:

@@ -173,3 +173,15 @@ def test_a_context_is_repeated_passage_by_passage():
     both = with_repetition(contexts)
     assert torch.equal(both[:, :80], contexts) and torch.equal(both[:, 80:].sort(dim=1).values, contexts)
     assert (both[:, 80:].diff(dim=1) == 1).sum() >= 2 * (79 - 2)
+
+
+@pytest.mark.parametrize(
+    ("mean", "first", "last"), [(256.0, 476, 36), (600.0, 1024, 176), (40.0, 44, 36), (1024.0, 1024, 1024)]
+)
+def test_a_pyramid_keeps_the_mean(mean, first, last):
+    """Linear from the first layer to the last, between what every head keeps and the whole context."""
+    method = Recency(sharing="pyramid")
+    kept = method.spread(mean, 30, 1024)
+    assert (kept[0], kept[-1]) == (first, last) and not method.weighs_heads
+    assert sum(kept) <= 30 * mean < sum(kept) + 30
+    assert kept == sorted(kept, reverse=True)

@@ -13,7 +13,9 @@ from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.token_runs import TokenRun, TokenRuns
 
-SHARING = ("equal", "classes", "measured")
+SHARING = ("equal", "pyramid", "classes", "measured")
+STEEPNESS = 20
+"""Of a pyramid: how many times less than the mean its last layer keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class TokensPerHead(LengthMethod):
 
     @property
     def weighs_heads(self) -> bool:
-        return self.sharing != "equal"
+        return self.sharing in ("classes", "measured")
 
     @property
     def scorer(self) -> str | None:
@@ -58,6 +60,13 @@ class TokensPerHead(LengthMethod):
     def least(self) -> int:
         """Tokens that every head keeps."""
         return self.sinks + self.newest
+
+    def spread(self, mean: float, layers: int, context_len: int) -> list[int]:
+        if self.sharing != "pyramid" or layers == 1:
+            return super().spread(mean, layers, context_len)
+        last = max(mean / STEEPNESS, min(self.least, mean), 2 * mean - context_len)
+        step = 2 * (mean - last) / (layers - 1)
+        return [int(2 * mean - last - layer * step) for layer in range(layers)]
 
     def sizes(self, context_len: int, sizes: Sequence[int]) -> list[int]:
         least = min(self.least, context_len)

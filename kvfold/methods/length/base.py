@@ -42,6 +42,11 @@ class LengthMethod(ABC):
         """Of a method that drops tokens: how many of `context_len` a head may keep, from few to all."""
         raise NotImplementedError("only where tokens are dropped")
 
+    def spread(self, mean: float, layers: int, context_len: int) -> list[int]:
+        """Of a method that asks for no costs: how many of `context_len` tokens the heads of each layer keep, in the mean
+        `mean`."""
+        return [min(int(mean), context_len)] * layers
+
     def keep(self, spec: CacheSpec, tokens_C: Sequence[int], context_len: int) -> CacheSpec:
         """The same method's cache whose stored heads keep so many tokens of `context_len`."""
         raise NotImplementedError("only where tokens are dropped")

@@ -15,8 +15,9 @@ class Recency(TokensPerHead):
     do, which is a property of the model and not of the text.
 
     kept: share of the tokens that stay, in the mean over heads; null: what a budget leaves of them.
-    sharing: `equal` keeps as many in every head; `measured` gives them to the heads that forgetting costs most, in nats;
-        `classes` lets those keep everything and all others only what is recent (DuoAttention, arXiv 2410.10819).
+    sharing: `equal` keeps as many in every head; `pyramid` fewer from layer to layer (PyramidKV, arXiv 2406.02069);
+        `measured` gives them to the heads that forgetting costs most, in nats; `classes` lets those keep
+        everything and all others only what is recent (DuoAttention, arXiv 2410.10819).
     sinks: of the first tokens. newest: of the last ones, which every head keeps at least.
     grows: windows grow with contexts that are longer than the one for which bytes were counted; otherwise the cache of a
         head that forgets has one size.
