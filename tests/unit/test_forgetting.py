@@ -146,7 +146,7 @@ def test_a_budget_that_every_head_exceeds_is_refused():
     [
         ({"length": {"method": "recency"}}, RecipeError, "say how many tokens stay"),
         ({"length": {"method": "recency", "kept": 1.5}}, RecipeError, "length.kept is 1.5"),
-        ({"length": {"method": "recency", "sharing": "fair"}}, RecipeError, "one of equal, classes, measured"),
+        ({"length": {"method": "recency", "sharing": "fair"}}, RecipeError, "one of equal, pyramid, classes, measured"),
         (
             {"preset": "windows", "kv_budget": 0.5, "calibration": {"data": None}},
             DataError,
