@@ -41,12 +41,14 @@ def measure(model: str, folded: Sequence[str], data: Path, context: int, sequenc
     """Rows of every fold; the original answers once."""
     base = load(model)
     samples = draw_samples(base.tokenizer, data, length=context, sequences=sequences)
-    expected = ask(base, samples)
+    expected = ask(base.model, samples, "the original")
     found = {}
     for folder in folded:
         check_original(folder, model)
         loaded = load(folder)
-        found[Path(folder).name] = compared(samples, expected, ask(loaded, samples), loaded.plan)
+        found[Path(folder).name] = compared(
+            samples, expected, ask(loaded.model, samples, Path(folder).name), loaded.plan
+        )
     return found
 
 

@@ -26,6 +26,15 @@ def command(
     seq_len: SeqLen = None,
     max_tokens: Annotated[int, typer.Option(help="Evaluate on at most this many tokens.", min=2)] = 8192,
     prompt: Annotated[str, typer.Option(help="Text that all models continue.")] = "The",
+    context: Annotated[
+        int,
+        typer.Option(
+            help="Ask as well what a cache still knows of so many tokens of the first --eval-data, as evaluate --context;"
+            " bytes are counted over as many.",
+            min=0,
+        ),
+    ] = 0,
+    sequences: Annotated[int, typer.Option(help="Contexts of --context.", min=2)] = 16,
     seed: Annotated[int, typer.Option(help="Seed of calibration and evaluation.")] = 0,
     device: Device = "auto",
 ) -> None:
@@ -43,6 +52,8 @@ def command(
         eval_files=eval_data or (),
         max_tokens=max_tokens,
         prompt=prompt,
+        context=context,
+        sequences=sequences,
         seed=seed,
         device=device,
     )

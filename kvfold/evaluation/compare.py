@@ -20,7 +20,8 @@ from kvfold.checkpoint.source import Source, open_source
 from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.compression.compress import compress
 from kvfold.compression.recipe import Recipe, make_recipe, material_of, preset_recipe, suited
-from kvfold.errors import BudgetError
+from kvfold.errors import BudgetError, RecipeError
+from kvfold.evaluation.context import Remembered, Sample, ask, compared, draw_samples
 from kvfold.evaluation.generate import continue_prompt
 from kvfold.evaluation.texts import Evaluation, Predictions, evaluate_models
 from kvfold.linalg.eigen import discarded_energy
@@ -36,7 +37,7 @@ EVALUATION_SEED_OFFSET = 1_000_003
 @dataclass(frozen=True)
 class Row:
     """One preset at one budget (None: it takes none). `evaluation` is None where nothing of the method is that small.
-    `further`: other texts. `plan`: as in config.json."""
+    `further`: other texts. `remembered`: what a cache still knows of a context. `plan`: as in config.json."""
 
     preset: str
     asked_budget: float | None
@@ -46,6 +47,7 @@ class Row:
     note: str = ""
     further: tuple[Evaluation, ...] = ()
     plan: dict[str, Any] | None = None
+    remembered: tuple[Remembered, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def compare(
     eval_files: Sequence[str | Path] = (),
     max_tokens: int = 8192,
     prompt: str = "The",
+    context: int = 0,
+    sequences: int = 16,
     seed: int = 0,
     device: str = "auto",
 ) -> Comparison:
@@ -83,10 +87,16 @@ def compare(
     On the CPU models run in float32, on a GPU in the checkpoint's dtype. A preset is `NAME` or
     `NAME:AXIS.FIELD=VALUE,...`. Without `eval_files` models are evaluated on text that the original samples (with another
     seed than its calibration). Folded models are written under `out` and kept; so is `comparison.json`.
+
+    context: ask, too, what a cache still knows of so many tokens of the first text, `sequences` times; bytes are counted over
+    as many. Raises RecipeError without a text.
     """
+    if context and not eval_files:
+        raise RecipeError(f"--context {context} asks what a cache knows of a text; give it with --eval-data.")
     out, device = Path(out), resolve_device(device)
     source = open_source(model)
     fields = {"model": str(model), "calibration": calibration, "seed": seed}
+    fields |= {"context_len": context} if context else {}
     first = suited(make_recipe(fields | {"out": str(out / "unused")}), source.layers)
     material = material_of(first, source, out / "run", device)
     cases = _cases(fields, presets, budgets, out)
@@ -94,7 +104,10 @@ def compare(
     seq_len = first.calibration.seq_len or source.seq_len
     files: list[str | Path | None] = [*eval_files] or [None]
     texts = [_windows(source, file, seq_len, max_tokens, seed, out / "run", device) for file in files]
-    bench = _Bench(source, texts, prompt, device, out)
+    tokenizer = load_tokenizer(source.checkpoint.path)
+    sizes = {"length": context, "sequences": sequences, "seed": seed}
+    samples = draw_samples(tokenizer, eval_files[0], **sizes) if context else []
+    bench = _Bench(source, texts, prompt, device, out, samples)
     rows = [bench.run(*case) for case in cases]
     text = Path(str(first.calibration.data)).name
     names = [Path(file).name for file in eval_files] or ["text sampled by the model"]
@@ -121,12 +134,14 @@ class _Bench:
     prompt: str
     device: str
     out: Path
+    samples: list[Sample]
 
     def __post_init__(self) -> None:
         path = self.source.checkpoint.path
         self.dtype = default_dtype(self.source.dtype, self.device)
         self.base = Predictions(load_weights(path, self.dtype, self.device))
         self.tokenizer = load_tokenizer(path)
+        self.expected = ask(self.base.model, self.samples, "the original")
 
     def run(self, preset: str, budget: float | None, recipe: Recipe) -> Row:
         try:
@@ -138,8 +153,12 @@ class _Bench:
         model = load_weights(folded.out, self.dtype, self.device)
         evaluation, *further = (evaluate_models(model, self.base, text, folded.plan) for text in self.texts)
         kv_bytes, text = folded.plan.kv_bytes(CONTEXT), self.continue_prompt(model)
+        remembered: tuple[Remembered, ...] = ()
+        if self.samples:
+            found = ask(model, self.samples, folded.out.name)
+            remembered = tuple(compared(self.samples, self.expected, found, folded.plan))
         plan = folded.plan.to_dict()
-        return Row(preset, budget, evaluation, kv_bytes, text, further=tuple(further), plan=plan)
+        return Row(preset, budget, evaluation, kv_bytes, text, further=tuple(further), plan=plan, remembered=remembered)
 
     def continue_prompt(self, model: Any) -> str:
         return continue_prompt(model, self.tokenizer, self.prompt, NEW_TOKENS, do_sample=False)[0]

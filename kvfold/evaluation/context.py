@@ -27,7 +27,6 @@ from kvfold.evaluation.standard_errors import defined, stderr
 from kvfold.evaluation.texts import load_pair
 from kvfold.plan.plan import CachePlan
 from kvfold.progress import track
-from kvfold.runtimes.transformers.load import Loaded
 
 KINDS = ("continuation", "needles", "copies", "pairs")
 CONTINUATION = 64
@@ -102,7 +101,7 @@ def measure_context(
     for length in lengths:
         warn_if_too_long(length, base.model.config.to_dict())
         samples = draw_samples(base.tokenizer, data_file, length=length, sequences=sequences, seed=seed)
-        expected, found = ask(base, samples), ask(model, samples)
+        expected, found = (ask(one.model, samples, one.path.name) for one in (base, model))
         rows += compared(samples, expected, found, model.plan)
     return rows
 
@@ -165,9 +164,9 @@ class Answers:
     cache_bytes: int
 
 
-def ask(loaded: Loaded, samples: Sequence[Sample]) -> list[Answers]:
-    """What one model says after every context."""
-    return [answers(loaded.model, sample) for sample in track(samples, f"asking {loaded.path.name}", len(samples))]
+def ask(model: Any, samples: Sequence[Sample], name: str) -> list[Answers]:
+    """What one model says after every context. name: of the progress bar."""
+    return [answers(model, sample) for sample in track(samples, f"asking {name}", len(samples))]
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvfold.evaluation.compare import Comparison, Row
+from kvfold.evaluation.context import KINDS, Remembered
 from kvfold.evaluation.texts import Evaluation
 from kvfold.plan.plan import CachePlan
 from kvfold.report.plots import frontier_plot, plan_plot, svg
@@ -75,6 +76,7 @@ def render(comparison: Comparison) -> str:
 def numbers_table(comparison: Comparison) -> Table:
     """The table of numbers, with a line that says on what it was measured; the same for terminal, page and README."""
     columns = [*COLUMNS, *(f"{what} on {name}" for name in comparison.also_on for what in ("loss change", "KL"))]
+    columns += next((_asked(row) for row in comparison.rows if row.remembered), [])
     title = f"`{comparison.model}`, calibrated on {comparison.calibration}, evaluated on {comparison.evaluated_on}"
     return Table(columns, [_cells(row, columns) for row in comparison.rows], title=title)
 
@@ -92,7 +94,21 @@ def _cells(row: Row, columns: list[str]) -> list[str]:
         f"{e.kl:.5f}",
         f"{e.top1_agreement:.1%}",
         *(cell for other in row.further for cell in (_change(other), f"{other.kl:.5f}")),
+        *(_remembered(one) for one in row.remembered),
     ]
+
+
+def _asked(row: Row) -> list[str]:
+    """Columns of what a cache still knows of a context."""
+    length = f"after {row.remembered[0].context_len:,} tokens"
+    others = (f"{one.kind} {length} (original {one.base_accuracy:.1%})" for one in row.remembered[1:])
+    return [f"KL {length}", *others]
+
+
+def _remembered(one: Remembered) -> str:
+    if one.kind == KINDS[0]:
+        return f"{one.kl:.5f} ± {one.kl_stderr:.5f}"
+    return f"{one.accuracy:.1%} ({100 * (one.accuracy - one.base_accuracy):+.1f} ± {100 * one.change_stderr:.1f})"
 
 
 def _change(e: Evaluation) -> str:

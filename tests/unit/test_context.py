@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,25 @@ def test_bad_input():
         draw_samples(tokenizer, TEXT, length=1024, sequences=1000)
     found = CliRunner().invoke(app, ["evaluate", str(MODEL), "--against", str(MODEL), "--context", "1024"])
     assert found.exit_code == 2 and "--data" in found.output
+
+
+@pytest.mark.filterwarnings("ignore:sequences of 512")
+def test_presets_are_compared_by_what_they_remember(tmp_path):
+    """Beside their loss on windows, which does not see what was dropped; at equal bytes, over that context."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT.read_text())
+    command = [
+        "compare", str(MODEL), "--preset", "streaming_llm", "--preset", "knorm", "--kv-budget", "1/4", "--context", "512",
+        "--sequences", "2", "--eval-data", str(text), "--data", "self", "--num-samples", "4", "--seq-len", "64",
+        "--max-tokens", "128", "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
+    assert [row["preset"] for row in rows] == ["streaming_llm", "knorm"]
+    for row in rows:
+        assert [one["kind"] for one in row["remembered"]] == list(KINDS)
+        assert row["plan"]["context_len"] == 512 and 0.2 < row["remembered"][0]["kv_share"] < 0.4
+    assert "needles after 512 tokens (original" in (tmp_path / "out" / "table.md").read_text()
+    command[command.index("--eval-data") : command.index("--data")] = []
+    assert "give it with --eval-data" in str(CliRunner().invoke(app, command).exception)
