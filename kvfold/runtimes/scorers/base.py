@@ -99,8 +99,12 @@ class Prompt:
         led_BnSV = values_BnSV @ metric_nVV
         own_BnS = (led_BnSV * values_BnSV).sum(-1)
         out_BnQ = (out_BnQV @ metric_nVV * out_BnQV).sum(-1)
-        far_BnQS = own_BnS[:, :, None] - 2 * out_BnQV @ led_BnSV.transpose(2, 3) + out_BnQ[..., None]
-        return (probs_BnQS / (1 - probs_BnQS).clamp_min(1e-6)).square() * far_BnQS.clamp_min(0)
+        far_BnQS = out_BnQV @ (-2 * led_BnSV).transpose(
+            2, 3
+        )  # in place from here on: new memory takes longer than the rest
+        far_BnQS.add_(own_BnS[:, :, None]).add_(out_BnQ[..., None]).clamp_min_(0)
+        odds_BnQS = (1 - probs_BnQS).clamp_min_(1e-6).reciprocal_().mul_(probs_BnQS)
+        return far_BnQS.mul_(odds_BnQS.square_())
 
     @functools.cached_property
     def _metric(self) -> Tensor:
