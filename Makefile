@@ -294,9 +294,10 @@ results-dropped: $(DROPPED)
 
 # The same of caches that keep what a scorer chooses, ours and published ones: make results-scored VALID=... CALIBRATION=..., in an hour
 RULES := snapkv h2o expected_attention tova keydiff knorm
-SCORED := $(addprefix runs/scored/,observed windows $(RULES) $(RULES:%=shares-%))
+SCORED := $(addprefix runs/scored/,observed observed-int4 windows $(RULES) $(RULES:%=shares-%))
 runs/scored/%: | $(VENV)/installed
-	$(BIN)/kvfold compress $(REAL) --preset $(if $(findstring shares,$*),observed,$*) --context 1024 --kv-budget 1/4 \
+	$(BIN)/kvfold compress $(REAL) --preset $(if $(findstring shares,$*),observed,$(firstword $(subst -, ,$*))) --context 1024 \
+	  $(if $(findstring int4,$*),--set bits.method=integer --set width.method=orthogonal --set length.kept=0.25,--kv-budget 1/4) \
 	  $(if $(findstring shares,$*),--set length.rule=$(subst shares-,,$*)) $(if $(findstring windows,$*),--set length.prompt=whole) \
 	  --data $(CALIBRATION) --out $@ --run-dir runs/dropped-run
 results-scored: $(SCORED)
