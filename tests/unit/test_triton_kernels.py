@@ -13,10 +13,10 @@ from kvfold.runtimes.kernels.codec import pack, unpack
 
 pytest.importorskip("triton")  # for Linux only
 
-from kvfold.runtimes.kernels import aged_attention, aged_kernels, gpu_decode
+from kvfold.runtimes.kernels import aged_attention, aged_kernels, attention, gpu_decode
 from kvfold.runtimes.kernels import triton_codes as codes
 from kvfold.runtimes.kernels import triton_kernels as kernels
-from kvfold.runtimes.kernels.attention import gpu_attention, grouped_attention
+from kvfold.runtimes.kernels.attention import grouped_attention, kernel_attention
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, PackedTokens, SideBySide
 from kvfold.runtimes.kernels.rotary import apply_rotary
 
@@ -67,14 +67,15 @@ def test_packing_is_that_of_torch(name):
 
 
 @pytest.mark.parametrize(("heads", "softcap"), [((2, 2, 2), None), ((8, 2, 1), 5.0), ((9, 1, 3), None)])
-def test_attention_of_a_step(heads, softcap):
+def test_attention_of_a_step(heads, softcap, monkeypatch):
+    monkeypatch.setattr(attention, "kernels_for", lambda q: gpu_decode)
     N, C, U = heads
     (z, keys), (y, values) = (packed(FORMS["tiers"], n, 140, torch.float32, seed=n) for n in (C, U))
     q = torch.randn(2, N, 3, FORMS["tiers"].width, device=DEVICE)
     seen = torch.ones(2, 1, 3, 140, dtype=torch.bool, device=DEVICE).tril(137)
     seen[0, ..., :50] = False
     for mask in (None, seen, torch.zeros(seen.shape, device=DEVICE).masked_fill(~seen, torch.finfo(torch.float32).min)):
-        found = gpu_attention(q, z, y, mask, scale=0.1, softcap=softcap)
+        found = kernel_attention(q, z, y, mask, scale=0.1, softcap=softcap)
         exact = mask if mask is None or mask.dtype == torch.bool else mask.double()
         wanted, _ = grouped_attention(q.double(), keys, values, exact, scale=0.1, softcap=softcap)
         assert distance(found, wanted) < 1e-5
@@ -126,9 +127,14 @@ def test_attention_over_two_forms(recent, monkeypatch):
 
 
 BROKEN = {
-    "scores": (lambda q, keys: q.new_zeros(2, 6, 1, 1100).float(), "off by"),
-    "weighted": (lambda weights, values, dtype: torch.full((2, 6, 1, values.shape[3]), torch.nan), "off by nan"),
-    "softmax_": (lambda scores, bias, **sizes: scores.zero_(), "off by 1"),
+    "scores": (kernels, lambda q, keys: q.new_zeros(2, 6, 1, 1100).float(), "off by"),
+    "weighted": (
+        kernels,
+        lambda weights, values, dtype: torch.full((2, 6, 1, values.shape[3]), torch.nan),
+        "off by nan",
+    ),
+    "softmax_": (kernels, lambda scores, bias, **sizes: scores.zero_(), "off by 1"),
+    "pack": (codes, lambda x, format: 1 / 0, "ZeroDivisionError"),
 }
 
 
@@ -138,10 +144,10 @@ def test_the_kernels_are_tried_before_they_serve(name, monkeypatch, caplog):
     monkeypatch.setattr(gpu, "QUERIES", (2,))
     monkeypatch.setattr(gpu, "TRIALS", gpu.TRIALS[:1])
     if name is not None:
-        monkeypatch.setattr(kernels, name, BROKEN[name][0])
+        monkeypatch.setattr(BROKEN[name][0], name, BROKEN[name][1])
     gpu.works.cache_clear()
     assert gpu.works(torch.device(DEVICE), torch.bfloat16) == (name is None), caplog.text
-    assert name is None or BROKEN[name][1] in caplog.text
+    assert name is None or BROKEN[name][2] in caplog.text
     gpu.works.cache_clear()
 
 

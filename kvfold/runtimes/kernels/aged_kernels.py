@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from kvfold.runtimes.kernels import cpu_decode, gpu_decode
-from kvfold.runtimes.kernels.attention import additive
+from kvfold.runtimes.kernels import cpu_decode
+from kvfold.runtimes.kernels.attention import additive, kernels_for
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, part
-
-
-def kernels_for(q: Tensor) -> ModuleType:
-    """Those of its device."""
-    return gpu_decode if q.is_cuda else cpu_decode
 
 
 def serves(q: tuple[Tensor, Tensor], z: AgedTokens, y: AgedTokens) -> bool:
@@ -47,9 +40,8 @@ def attend(
             0,
             _part(q[0], z.far, y.far, mask, 0, S - recent, S, (recent, cpu_decode.ALL_OLDER), rebuild=ways[0], **sizes),
         )
-    if kernels_for(q[0]) is gpu_decode:
-        return gpu_decode.values_of(parts, width, q[0].dtype)
-    return cpu_decode.values_of(parts, width, q[0].dtype, map)
+    values: Tensor = kernels_for(q[0]).values_of(parts, width, q[0].dtype, map)
+    return values
 
 
 def _part(
@@ -72,14 +64,12 @@ def _part(
         if rebuild is not None:
             rebuild = rebuild.of_tokens(start + first, end + first)
     bias = None if mask is None else additive(mask, T, tokens, start, end, q_BNTR)
-    bias, position = None if bias is None else bias.float(), tokens - T - start
-    if kernels_for(q_BNTR) is gpu_decode:
-        return gpu_decode.decode_part(q_BNTR, keys, values, bias, position=position, ages=ages, **sizes)
-    spans = [[0, end - start, position]] * len(q_BNTR)
-    sizes["sequences_B3"] = torch.tensor(
-        spans, dtype=torch.int64, device=q_BNTR.device
-    )  # whatever torch's defaults are
-    return cpu_decode.decode_part(q_BNTR, keys, values, bias, ages=ages, rebuild=rebuild, **sizes)
+    added, position = None if bias is None else bias.float(), tokens - T - start
+    decode_part = kernels_for(q_BNTR).decode_part
+    averages: cpu_decode.Averages = decode_part(
+        q_BNTR, keys, values, added, position=position, ages=ages, rebuild=rebuild, **sizes
+    )
+    return averages
 
 
 def _cut(keys: Any, values: Any, start: int, end: int) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,12 @@ def _without_cudnn(q: Tensor) -> AbstractContextManager[None]:
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
-def cpu_attention(
+def kernels_for(q: Tensor) -> ModuleType:
+    """Those of its device, `cpu_decode` or `gpu_decode`, which are called alike."""
+    return gpu_decode if q.is_cuda else cpu_decode
+
+
+def kernel_attention(
     q_BNTR: Tensor,
     z: Stored,
     y: Stored,
@@ -80,12 +86,13 @@ def cpu_attention(
     rebuild: cpu_decode.Rebuild | None = None,
     map: cpu_decode.ValueMap | None = None,
 ) -> Tensor:
-    """Few query tokens over numbers or packed ones that `cpu_decode.serves`; `rebuild` says how keys are made of them on
-    read, `map` how values are made of averages."""
+    """Few query tokens over numbers or packed ones that the device's kernels serve, which never exist as numbers; `rebuild`
+    says how keys are made of them on read, `map` how values are made of averages (both on a CPU)."""
     T, S = q_BNTR.shape[2], z.shape[2]
     bias = additive(mask, T, S, 0, S, q_BNTR)
     added = None if bias is None else bias.float()
-    return cpu_decode.decode(q_BNTR, z, y, added, scale=scale, softcap=softcap, rebuild=rebuild, map=map)
+    decode = kernels_for(q_BNTR).decode
+    return decode(q_BNTR, z, y, added, scale=scale, softcap=softcap, rebuild=rebuild, map=map)
 
 
 def products_attention(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor | None, *, scale: float) -> Tensor:
@@ -105,16 +112,6 @@ def products_attention(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Ten
         for u in range(U):
             torch.mm(probs[b, u], y_BUSV[b, u], out=out[b, u])
     return out.view(B, N, 1, V).transpose(1, 2)
-
-
-def gpu_attention(
-    q_BNTR: Tensor, z: Stored, y: Stored, mask: Tensor | None, *, scale: float, softcap: float | None = None
-) -> Tensor:
-    """Few query tokens over packed numbers that `gpu_decode.serves`: the scores exist, the numbers never do."""
-    T, S = q_BNTR.shape[2], z.shape[2]
-    bias = additive(mask, T, S, 0, S, q_BNTR)
-    added = None if bias is None else bias.float()
-    return gpu_decode.decode(q_BNTR, z, y, added, scale=scale, softcap=softcap)
 
 
 def chunked_attention(

@@ -246,14 +246,15 @@ def decode_part(
     scale: float,
     softcap: float | None = None,
     sequences_B3: Tensor | None = None,
+    position: int | None = None,
     ages: tuple[int, int] = ANY_AGE,
     rebuild: Rebuild | None = None,
 ) -> Averages:
     """Of queries over stored tokens.
 
     sequences_B3: of each, the first token, the one behind the last, and where the first query stands: without it all tokens,
-    and queries at their end. A query sees tokens of ages from ages[0] to below ages[1]. rebuild: how keys are made of what is
-    stored; without it queries meet stored keys. Values that are the same object as keys are read once.
+    and queries at `position`, or at their end. A query sees tokens of ages from ages[0] to below ages[1]. rebuild: how keys
+    are made of what is stored; without it queries meet stored keys. Values that are the same object as keys are read once.
     Packed tokens become numbers of q's dtype, block by block, in the processor's own cache.
     Sums are float32; probabilities are rounded to the dtype before they weigh values, as in torch.
     """
@@ -265,7 +266,8 @@ def decode_part(
     log_sums = torch.empty(B, N, T, **exact)
     if sequences_B3 is None:
         S = keys.shape[2]
-        sequences_B3 = torch.tensor([[0, S, S - T]] * B, dtype=torch.int64, device=q_BNTR.device)
+        at = S - T if position is None else position
+        sequences_B3 = torch.tensor([[0, S, at]] * B, dtype=torch.int64, device=q_BNTR.device)
     rows = None if bias is None else _bias_rows(bias, B, N, T)
     facts = _Queries(
         queries.data_ptr(), None if rows is None else rows.data_ptr(), sequences_B3.data_ptr(),

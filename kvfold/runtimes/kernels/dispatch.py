@@ -15,9 +15,8 @@ from kvfold.plan.number_format import NumberFormat
 from kvfold.plan.token_runs import FEW_TOKENS
 from kvfold.runtimes.kernels import codec, cpu, cpu_decode, gpu, gpu_decode
 from kvfold.runtimes.kernels.attention import (
-    cpu_attention,
-    gpu_attention,
     grouped_attention,
+    kernel_attention,
     one_query_attention,
     products_attention,
 )
@@ -104,10 +103,8 @@ def decode_attention(
 ) -> Tensor:
     """Few absorbed query tokens over stored numbers, by one of the first five ways: [B, T, N, V]."""
     way = way or _over_numbers(q_BNTR, z_BCSR, y_BUSV)
-    if way is Way.CPU:
-        return cpu_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale, softcap=softcap)
-    if way is Way.TRITON:
-        return gpu_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale, softcap=softcap)
+    if way in (Way.CPU, Way.TRITON):
+        return kernel_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale, softcap=softcap)
     z, y = read_all(z_BCSR), read_all(y_BUSV)
     if way is Way.ONE_QUERY:
         return one_query_attention(q_BNTR, z, y, mask, scale=scale)

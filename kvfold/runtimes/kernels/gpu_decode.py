@@ -30,8 +30,9 @@ def _is_known(x: Any, q: Tensor) -> bool:
     return packed and x.rows.stride(-1) == 1 and x.device == q.device and x.dtype == q.dtype
 
 
-def decode(q_BNTR: Tensor, keys: Any, values: Any, bias: Tensor | None, **sizes: Any) -> Tensor:
+def decode(q_BNTR: Tensor, keys: Any, values: Any, bias: Tensor | None, *, map: None = None, **sizes: Any) -> Tensor:
     """[B, T, N, V] over all tokens, the queries being at their end."""
+    assert map is None, "nobody asks a GPU's kernels for it"
     return decode_part(q_BNTR, keys, values, bias, **sizes).averages.to(q_BNTR.dtype).transpose(1, 2)
 
 
@@ -45,19 +46,21 @@ def decode_part(
     softcap: float | None = None,
     position: int | None = None,
     ages: tuple[int, int] = ANY_AGE,
+    rebuild: None = None,
 ) -> Averages:
-    """As `cpu_decode.decode_part`, without keys that are rebuilt. position: where the first query stands beside these tokens;
-    without it at their end."""
+    """As `cpu_decode.decode_part`, which alone rebuilds keys."""
     from kvfold.runtimes.kernels import triton_kernels as kernels
 
+    assert rebuild is None, "nobody asks a GPU's kernels for it"
     scores_BNTS = kernels.scores(q_BNTR, keys)
     at = keys.shape[2] - q_BNTR.shape[2] if position is None else position
     log_sums = kernels.softmax_(scores_BNTS, bias, scale=scale, softcap=softcap, position=at, ages=ages)
     return Averages(kernels.weighted(scores_BNTS, values, q_BNTR.dtype), log_sums)
 
 
-def values_of(parts: Sequence[Averages], width: int, dtype: torch.dtype) -> Tensor:
-    """As `cpu_decode.values_of`, without a map: [B, T, N, width]."""
+def values_of(parts: Sequence[Averages], width: int, dtype: torch.dtype, map: None = None) -> Tensor:
+    """As `cpu_decode.values_of`, which alone has maps: [B, T, N, width]."""
+    assert map is None, "nobody asks a GPU's kernels for it"
     shares = torch.stack([part.log_sums for part in parts], dim=-1).softmax(-1).unbind(-1)
     total: Any = 0
     for (averages, _, last), share in zip(parts, shares, strict=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,19 +26,9 @@ NUMBERS, UNPACKED_TOKENS = 64, 64
 ROTATED_TOKENS = 32
 FIELDS = 7
 CHANGING = [
-    *("tokens", "tiles", "queries", "column", "split", "splits"),
-    *(
-        "batch_stride",
-        "head_stride",
-        "row_stride",
-        "out_batch",
-        "out_head",
-        "out_row",
-        "part_stride",
-        "q_width",
-        "out_width",
-    ),
-]
+    "tokens", "tiles", "queries", "column", "split", "batch_stride", "head_stride", "row_stride", "out_batch", "out_head",
+    "out_row", "part_stride", "q_width", "out_width",
+]  # fmt: skip
 """What differs from step to step or layer to layer: kernels are not to be compiled again for it."""
 
 
@@ -246,26 +237,29 @@ def tiles_of(
     """The tiles, of `size` numbers, that the first `width` numbers of a head consist of, as `tile` reads them: (bits, those
     of so many bits), where codes that are cut into planes come once for each."""
     found: dict[int, list[tuple[int, ...]]] = {}
-    byte, first = format.row_bytes - format.code_bytes, 0
-    for tier, (numbers, bits) in enumerate(format.tiers):
-        at, shift, wanted = byte, bits, min(numbers, width - first)
+    for at, first, numbers, tier, bits in _places(format):
+        shift, wanted = bits, min(numbers, width - first)
         for part in planes(bits) if planes_apart else [bits]:
             shift -= part
             tiles = [(at, first, numbers, tier, shift, begin, wanted) for begin in range(0, wanted, size)]
             found.setdefault(part, []).extend(tiles)
             at += packed_bytes(numbers, part)
-        byte, first = byte + packed_bytes(numbers, bits), first + numbers
     return [(bits, torch.tensor(tiles, dtype=torch.int32, device=device)) for bits, tiles in found.items() if tiles]
 
 
 @functools.lru_cache(maxsize=4096)
 def _tiers(format: NumberFormat, device: torch.device) -> Tensor:
     """Whole tiers, with their bits in place of a plane's lowest."""
-    found, byte, first = [], format.row_bytes - format.code_bytes, 0
+    tiers = [(*place, 0, place[2]) for place in _places(format)]
+    return torch.tensor(tiers, dtype=torch.int32, device=device)
+
+
+def _places(format: NumberFormat) -> Iterator[tuple[int, int, int, int, int]]:
+    """Of every tier: the first byte of its codes, its first number and how many, its place, and bits."""
+    byte, first = format.row_bytes - format.code_bytes, 0
     for tier, (numbers, bits) in enumerate(format.tiers):
-        found.append((byte, first, numbers, tier, bits, 0, numbers))
+        yield byte, first, numbers, tier, bits
         byte, first = byte + packed_bytes(numbers, bits), first + numbers
-    return torch.tensor(found, dtype=torch.int32, device=device)
 
 
 @functools.lru_cache(maxsize=64)

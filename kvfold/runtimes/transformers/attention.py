@@ -14,8 +14,8 @@ from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.tensors import Shape, tensor_shapes
 from kvfold.runtimes.kernels.attention import (
     chunked_attention,
-    cpu_attention,
     grouped_attention,
+    kernel_attention,
     prefill_attention,
     with_alibi,
 )
@@ -187,7 +187,7 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun):
         if way is Way.CPU:
             back = value_map(self, q.dtype)
             sizes: dict[str, Any] = {"scale": self.scaling, "softcap": self.layer.softcap}
-            out = cpu_attention(q if absorbed is None else absorbed, z, y, mask, rebuild=rebuild, map=back, **sizes)
+            out = kernel_attention(q if absorbed is None else absorbed, z, y, mask, rebuild=rebuild, map=back, **sizes)
             return out if back else self._lead_values_back(out), None
         if self.spec.hidden:  # a network's values are rebuilt before they are averaged
             assert keys is not None, "networks are applied on read"

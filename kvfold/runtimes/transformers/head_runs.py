@@ -12,7 +12,7 @@ from kvfold import registry
 from kvfold.plan.cache_spec import CACHE_BLOCK, RUN_BLOCK, CacheSpec, room_for
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.token_runs import FEW_TOKENS, TokenRun, TokenRuns
-from kvfold.runtimes.kernels.attention import cpu_attention
+from kvfold.runtimes.kernels.attention import kernel_attention
 from kvfold.runtimes.kernels.dispatch import Way, choose
 from kvfold.runtimes.kernels.head_runs import (
     attend_by_run,
@@ -262,7 +262,7 @@ class AttentionByRun(nn.Module):
     def _few(self, q: Tensor, z: Stored, y: Stored, mask: Tensor | None) -> Tensor:
         way = choose(q, z, y, head_dim=self.layer.head_dim)
         if way is Way.CPU:
-            return cpu_attention(q, z, y, mask, scale=self.scaling)
+            return kernel_attention(q, z, y, mask, scale=self.scaling)
         return self._over_stored(way, q, z, y, mask, None, 0.0)[0]
 
     @torch.no_grad()
