@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/demo_model/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: docs wheel results-real results-real-kivi results-measured results-lab results-real-auto results-real-ablation results-real-tasks results-real-tasks-three results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-real-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long results-dropped results-scored real-models clean
+.PHONY: docs wheel results-real results-real-kivi results-measured results-lab results-real-auto results-real-ablation results-real-tasks results-real-tasks-three results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-real-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long results-dropped results-scored results-scored-int4 results-multi-head real-models clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -90,6 +90,14 @@ results-lab: $(VENV)/installed
 	  --data $(CALIBRATION) --num-samples 128 --seq-len 256 --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 8192 \
 	  --out runs/lab-$(notdir $(MODEL))
 	cp runs/lab-$(notdir $(MODEL))/table.md results/lab-$(notdir $(MODEL)).md
+
+# Of a model whose query heads have their own key heads: the default, groups of heads, and one latent of keys and values per layer:
+# make results-multi-head MODEL=... VALID=... SHIFTED=... CALIBRATION=...
+results-multi-head: $(VENV)/installed
+	$(BIN)/kvfold compare $(MODEL) --preset auto --preset auto:width.rope=banded --preset auto:prefer=size $(addprefix --kv-budget ,1/4 1/8 1/16 1/32) \
+	  --data $(CALIBRATION) --num-samples 128 --seq-len 256 --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 8192 \
+	  --out runs/multi-head-$(notdir $(MODEL))
+	cp runs/multi-head-$(notdir $(MODEL))/table.md results/multi-head-$(notdir $(MODEL)).md
 
 # The default, without recent tokens, and with latents of keys and values apart: make results-mla MODEL=... VALID=... SHIFTED=... CALIBRATION=...
 results-mla: $(VENV)/installed
@@ -294,15 +302,18 @@ results-dropped: $(DROPPED)
 
 # The same of caches that keep what a scorer chooses, ours and published ones: make results-scored VALID=... CALIBRATION=..., in an hour
 RULES := snapkv h2o expected_attention tova keydiff knorm
-SCORED := $(addprefix runs/scored/,observed observed-int4 windows $(RULES) $(RULES:%=shares-%))
+SCORED := $(addprefix runs/scored/,observed-quarter observed-eighth observed-quarter-int4 windows-quarter $(RULES:%=%-quarter))
+TURNED := runs/scored/observed-quarter-int4-turned
 runs/scored/%: | $(VENV)/installed
-	$(BIN)/kvfold compress $(REAL) --preset $(if $(findstring shares,$*),observed,$(firstword $(subst -, ,$*))) --context 1024 \
-	  $(if $(findstring int4,$*),--set bits.method=integer --set width.method=orthogonal --set length.kept=0.25,--kv-budget 1/4) \
-	  $(if $(findstring shares,$*),--set length.rule=$(subst shares-,,$*)) $(if $(findstring windows,$*),--set length.prompt=whole) \
-	  --data $(CALIBRATION) --out $@ --run-dir runs/dropped-run
+	$(BIN)/kvfold compress $(REAL) --preset $(firstword $(subst -, ,$*)) --context 1024 --data $(CALIBRATION) --out $@ --run-dir runs/dropped-run \
+	  $(if $(findstring int4,$*),--set bits.method=integer --set length.kept=0.25,--kv-budget $(if $(findstring eighth,$*),1/8,1/4)) \
+	  $(if $(findstring turned,$*),--set width.method=orthogonal) $(if $(findstring windows,$*),--set length.prompt=whole)
 results-scored: $(SCORED)
 	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 1024 --sequences 16 \
 	  --markdown results/scored-tokens-smollm2-135m.md
+results-scored-int4: $(TURNED)
+	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 1024 --sequences 8 \
+	  --markdown results/scored-int4-smollm2-135m.md
 
 # What a step takes beside the original, of folds of results-real-auto and results-real-frontier, on a quiet machine
 SPEEDS := $(addprefix runs/real-auto/auto-,0.25 0.125 0.0625) runs/real-frontier/int4_rotated-kv_budget=null-0.5

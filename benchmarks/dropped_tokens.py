@@ -15,6 +15,7 @@ from pathlib import Path
 
 from kvfold.evaluation.context import Remembered, ask, compared, draw_samples
 from kvfold.evaluation.texts import check_original
+from kvfold.report.html import remembered
 from kvfold.report.table import Table
 from kvfold.runtimes.transformers.load import load
 
@@ -60,12 +61,8 @@ def table(found: dict[str, list[Remembered]], options: argparse.Namespace) -> Ta
     made = Table(columns, title=title)
     first = next(iter(found.values()))
     made.add("original", "1.000", "0", *(f"{row.base_accuracy:.1%}" for row in first[1:]))
-    for name, (continuation, *asked) in found.items():
-        told = [
-            f"{row.accuracy:.1%} ({100 * (row.accuracy - row.base_accuracy):+.1f} ± {100 * row.change_stderr:.1f})"
-            for row in asked
-        ]
-        made.add(name, f"{continuation.kv_share:.3f}", f"{continuation.kl:.5f} ± {continuation.kl_stderr:.5f}", *told)
+    for name, rows in found.items():
+        made.add(name, f"{rows[0].kv_share:.3f}", *map(remembered, rows))
     return made
 
 

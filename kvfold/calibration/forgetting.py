@@ -13,7 +13,9 @@ ordinary text, the first half of the context is the prompt, and the second half 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,9 @@ PASSAGE = 32
 QUERIES = 128
 """Of each repetition: every so-manieth."""
 
+Output = Callable[[], Tensor]
+"""Gives [D, N, H]: how values of every head come into the residual stream."""
+
 
 @dataclass(frozen=True)
 class Forgetting:
@@ -72,8 +77,8 @@ class Choice:
 class _Curves:
     """Gathers the curves of one layer."""
 
-    def __init__(self, layer: AttentionLayer, sinks: int, choice: Choice | None, output_DNH: Tensor | None) -> None:
-        self.layer, self.sinks, self.choice, self.output_DNH = layer, sinks, choice, output_DNH
+    def __init__(self, layer: AttentionLayer, sinks: int, choice: Choice | None, output: Output) -> None:
+        self.layer, self.sinks, self.choice, self.output = layer, sinks, choice, output
         self.sum_2Cn = torch.zeros(2, layer.num_kv_heads, len(SHARES), dtype=torch.float64)
         self.rows = 0
 
@@ -81,7 +86,7 @@ class _Curves:
         assert seen.out_gradient is not None, "gradients are seen on the way down"
         gradient = seen.out_gradient.unflatten(2, (self.layer.num_attention_heads, -1)).transpose(1, 2)
         for q, k, v, g in zip(seen.q, seen.k, seen.v, gradient, strict=True):
-            found = costs(self.layer, q, k, v, g, self.sinks, self.choice, self.output_DNH)
+            found = costs(self.layer, q, k, v, g, self.sinks, self.choice, self.output)
             self.sum_2Cn = self.sum_2Cn.to(q.device) + found
             self.rows += 1
 
@@ -142,10 +147,12 @@ def _measured(
         curves[seen.layer.index] = seen.sum_2Cn
 
     def curves_of(layer: AttentionLayer) -> _Curves:
-        if choice is None:
-            return _Curves(layer, sinks, None, None)
-        output_DF = read_layer(source.checkpoint, source.arch, layer).o_proj.to(device, torch.float32)
-        return _Curves(layer, sinks, choice, output_DF.unflatten(1, (layer.num_attention_heads, -1)))
+        @functools.cache
+        def output_DNH() -> Tensor:
+            o_proj = read_layer(source.checkpoint, source.arch, layer).o_proj.to(device, torch.float32)
+            return o_proj.unflatten(1, (layer.num_attention_heads, -1))
+
+        return _Curves(layer, sinks, choice, output_DNH)
 
     passes.down(curves_of, keep, own_sequences(draws_BT))
     passes.forget()
@@ -161,10 +168,10 @@ def costs(
     gradient_NTH: Tensor,
     sinks: int,
     choice: Choice | None = None,
-    output_DNH: Tensor | None = None,
+    output: Output | None = None,
 ) -> Tensor:
     """[2, K, n] of one sequence, of which the second half repeats the first: of queries of the first half, and of the second.
-    n counts SHARES. output_DNH: of a choice, how values come into the residual stream."""
+    n counts SHARES. output: where there is a choice, gives how values come into the residual stream."""
     S, K = k_KTH.shape[1] // 2, layer.num_kv_heads
     found = []
     for start, end in ((S // 2, S), (S, 2 * S)):
@@ -173,9 +180,9 @@ def costs(
         if choice is None:
             needed, context = _since(S, at_M, end)[None], S
         else:
-            assert output_DNH is not None, "a choice may ask for it"
+            assert output is not None, "a choice may ask for it"
             q, k, v = (x[:, :start] for x in states)
-            needed, context = _ranked(layer, q, k, v, choice, sinks, output_DNH), start
+            needed, context = _ranked(layer, q, k, v, choice, sinks, output), start
             needed = F.pad(needed, (0, end - start))[:, None]
         change_nNMH = _changes(layer, states[0][:, at_M], *states[1:], at_M, needed, context, sinks)
         felt_nNM = (change_nNMH * gradient_NTH[:, at_M]).sum(-1, dtype=torch.float64)
@@ -205,7 +212,7 @@ def _changes(
 
 
 def _ranked(
-    layer: AttentionLayer, q_NTH: Tensor, k_KTH: Tensor, v_KTH: Tensor, choice: Choice, sinks: int, output_DNH: Tensor
+    layer: AttentionLayer, q_NTH: Tensor, k_KTH: Tensor, v_KTH: Tensor, choice: Choice, sinks: int, output: Output
 ) -> Tensor:
     """[K, T]: as the how-maniest token of a prompt each head keeps it: the newest come first, then what is worth most."""
     T = q_NTH.shape[1]
@@ -216,9 +223,8 @@ def _ranked(
         return mask_TT[None, None] if not layer.alibi else (mask_TT + _alibi(layer, at_T)[:, None])[None]
 
     prompt = Prompt(
-        layer=layer, queries_BNTH=q_NTH[None], absorb=lambda q: q, heads=slice(None), keys_BCSR=k_KTH[None],
-        values_BCSV=v_KTH[None], seen=seen, first_B=torch.zeros(1, dtype=torch.long, device=q_NTH.device),
-        output=lambda: output_DNH,
+        layer=layer, queries_BnTH=q_NTH[None], absorb=lambda q: q, keys_BCSR=k_KTH[None], values_BCSV=v_KTH[None],
+        seen=seen, first_B=torch.zeros(1, dtype=torch.long, device=q_NTH.device), output=output,
     )  # fmt: skip
     newest, back_T = min(choice.newest, T), T - torch.arange(T, device=q_NTH.device)
     worth_KT = registry.load("scorers", choice.rule)().score(prompt)[0].float().clone()

@@ -21,7 +21,7 @@ from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.compression.compress import compress
 from kvfold.compression.recipe import Recipe, make_recipe, material_of, preset_recipe, suited
 from kvfold.errors import BudgetError, RecipeError
-from kvfold.evaluation.context import Remembered, Sample, ask, compared, draw_samples
+from kvfold.evaluation.context import Remembered, ask, compared, draw_samples
 from kvfold.evaluation.generate import continue_prompt
 from kvfold.evaluation.texts import Evaluation, Predictions, evaluate_models
 from kvfold.linalg.eigen import discarded_energy
@@ -104,10 +104,8 @@ def compare(
     seq_len = first.calibration.seq_len or source.seq_len
     files: list[str | Path | None] = [*eval_files] or [None]
     texts = [_windows(source, file, seq_len, max_tokens, seed, out / "run", device) for file in files]
-    tokenizer = load_tokenizer(source.checkpoint.path)
-    sizes = {"length": context, "sequences": sequences, "seed": seed}
-    samples = draw_samples(tokenizer, eval_files[0], **sizes) if context else []
-    bench = _Bench(source, texts, prompt, device, out, samples)
+    contexts = {"file": eval_files[0], "length": context, "sequences": sequences, "seed": seed} if context else None
+    bench = _Bench(source, texts, prompt, device, out, contexts)
     rows = [bench.run(*case) for case in cases]
     text = Path(str(first.calibration.data)).name
     names = [Path(file).name for file in eval_files] or ["text sampled by the model"]
@@ -134,13 +132,14 @@ class _Bench:
     prompt: str
     device: str
     out: Path
-    samples: list[Sample]
+    contexts: dict[str, Any] | None
 
     def __post_init__(self) -> None:
         path = self.source.checkpoint.path
         self.dtype = default_dtype(self.source.dtype, self.device)
         self.base = Predictions(load_weights(path, self.dtype, self.device))
         self.tokenizer = load_tokenizer(path)
+        self.samples = draw_samples(self.tokenizer, **self.contexts) if self.contexts else []
         self.expected = ask(self.base.model, self.samples, "the original")
 
     def run(self, preset: str, budget: float | None, recipe: Recipe) -> Row:

@@ -67,10 +67,6 @@ class TokenRuns:
         missed."""
         return context_len - max(run.kept(context_len) - (self.sinks if early is None else early), 0)
 
-    def chosen(self, run: TokenRun, context_len: int) -> int:
-        """Of a prompt of so many tokens how many stay beside its newest, sinks included."""
-        return max(run.kept(context_len) - self.newest, 0)
-
     def kept(self, context_len: int) -> float:
         """Tokens that stay, in the mean over heads."""
         heads = sum(len(run.heads) for run in self.runs)

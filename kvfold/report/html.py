@@ -94,7 +94,7 @@ def _cells(row: Row, columns: list[str]) -> list[str]:
         f"{e.kl:.5f}",
         f"{e.top1_agreement:.1%}",
         *(cell for other in row.further for cell in (_change(other), f"{other.kl:.5f}")),
-        *(_remembered(one) for one in row.remembered),
+        *(remembered(one) for one in row.remembered),
     ]
 
 
@@ -105,7 +105,8 @@ def _asked(row: Row) -> list[str]:
     return [f"KL {length}", *others]
 
 
-def _remembered(one: Remembered) -> str:
+def remembered(one: Remembered) -> str:
+    """What a cache still knows, beside the original, with errors."""
     if one.kind == KINDS[0]:
         return f"{one.kl:.5f} ± {one.kl_stderr:.5f}"
     return f"{one.accuracy:.1%} ({100 * (one.accuracy - one.base_accuracy):+.1f} ± {100 * one.change_stderr:.1f})"

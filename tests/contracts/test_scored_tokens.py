@@ -7,7 +7,8 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import load, logits, tokens
+from dropped import folds
+from tiny import in_steps, load, logits, tokens
 
 import kvfold
 from kvfold import registry
@@ -19,33 +20,12 @@ from kvfold.runtimes.transformers.head_runs import HeadRun
 from kvfold.testing import assert_close
 
 RULES = registry.names("scorers")
-FORMS = {
-    "plain": ({"method": "identity"}, {"method": "identity"}),
-    "int4": ({"method": "identity"}, {"method": "integer"}),
-    "latents": (
-        {"method": "svd_a", "latent": "group", "v_latent": "group", "group_size": 1, "multiple": 4},
-        {"method": "identity"},
-    ),
-}
 LENGTH = {"method": "scored", "kept": 0.6, "sinks": 2, "newest": 3}
-CONTEXT = 40
 
 
 @pytest.fixture(scope="module")
 def fold(tiny_dir, tmp_path_factory):
-    root, done = tmp_path_factory.mktemp("scored"), {}
-
-    def run(model, form="plain", **length):
-        key = model, form, *length.items()
-        if key not in done:
-            width, bits = FORMS[form]
-            fields = {"model": str(tiny_dir / model), "out": str(root / f"{len(done)}"), "width": width, "bits": bits}
-            fields |= {"kv_budget": 0.45 if form == "latents" else None, "context_len": CONTEXT}
-            fields |= {"length": LENGTH | length, "calibration": {"data": "self", "num_samples": 4, "seq_len": 32}}
-            done[key] = kvfold.compress(make_recipe(fields), run_dir=root / "run", device="cpu")
-        return done[key]
-
-    return run
+    return folds(tiny_dir, tmp_path_factory.mktemp("scored"), LENGTH)
 
 
 class Known:
@@ -55,15 +35,9 @@ class Known:
 
 
 def read(network, plan, ids, mask, cuts):
-    """Logits of all tokens, which come in steps that end at `cuts`."""
-    cache, parts, start = FoldedCache(plan), [], 0
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    with torch.no_grad():
-        for end in cuts:
-            sizes = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
-            parts.append(network(ids[:, start:end], past_key_values=cache, use_cache=True, **sizes).logits)
-            start = end
-    return torch.cat(parts, dim=1), cache
+    """Logits of all tokens, which come in steps that end at `cuts`, and the cache."""
+    cache, positions = FoldedCache(plan), (mask.cumsum(1) - 1).clamp_min(0)
+    return in_steps(network, ids, mask, positions, cache, cuts), cache
 
 
 def stays(runs, heads, length, begin, cuts, worth_KS):

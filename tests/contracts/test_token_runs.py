@@ -6,21 +6,12 @@ import copy
 
 import pytest
 import torch
+from dropped import CONTEXT, FORMS, folds
 from tiny import FULL_ATTENTION, MODELS, in_steps, load, logits, step, tokens
 
-import kvfold
-from kvfold.compression.recipe import make_recipe
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.testing import assert_close
 
-FORMS = {
-    "plain": ({"method": "identity"}, {"method": "identity"}),
-    "int4": ({"method": "identity"}, {"method": "integer"}),
-    "latents": (
-        {"method": "svd_a", "latent": "group", "v_latent": "group", "group_size": 1, "multiple": 4},
-        {"method": "identity"},
-    ),
-}
 WINDOWED = ("mistral_window",)
 """All layers forget by themselves."""
 CASES = [pytest.param(model, form, id=f"{form}-{model}") for form in FORMS for model in MODELS if model not in WINDOWED]
@@ -28,24 +19,11 @@ every_form = pytest.mark.parametrize(("model", "form"), CASES)
 
 
 LENGTH = {"method": "recency", "kept": 0.6, "sinks": 2, "newest": 3}
-CONTEXT = 40
 
 
 @pytest.fixture(scope="module")
 def fold(tiny_dir, tmp_path_factory):
-    root, done = tmp_path_factory.mktemp("runs"), {}
-
-    def run(model, form="plain", **length):
-        key = model, form, *length.items()
-        if key not in done:
-            width, bits = FORMS[form]
-            fields = {"model": str(tiny_dir / model), "out": str(root / f"{len(done)}"), "width": width, "bits": bits}
-            fields |= {"kv_budget": 0.45 if form == "latents" else None, "context_len": CONTEXT}
-            fields |= {"length": LENGTH | length, "calibration": {"data": "self", "num_samples": 4, "seq_len": 32}}
-            done[key] = kvfold.compress(make_recipe(fields), run_dir=root / "run", device="cpu")
-        return done[key]
-
-    return run
+    return folds(tiny_dir, tmp_path_factory.mktemp("runs"), LENGTH)
 
 
 @pytest.mark.filterwarnings("ignore:kv_budget")

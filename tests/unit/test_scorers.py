@@ -31,7 +31,7 @@ def prompt(request):
     seen = (at_T <= at_T[:, None]) & (at_T >= first_B[:, None, None])
     output = torch.randn(D, N, H, dtype=torch.float64)
     made = Prompt(
-        layer=layer, queries_BNTH=rotated(layer, q, at_T), absorb=lambda x: x, heads=slice(None),
+        layer=layer, queries_BnTH=rotated(layer, q, at_T), absorb=lambda x: x,
         keys_BCSR=rotated(layer, k, at_T), values_BCSV=v, seen=lambda rows: seen[:, None, rows], first_B=first_B,
         output=lambda: output,
     )  # fmt: skip
@@ -49,7 +49,7 @@ def score(name, prompt):
 
 def attention(prompt, b, n, q_H, tokens):
     """Probabilities over some tokens, and the output in the residual stream."""
-    group = prompt.queries_BNTH.shape[1] // prompt.keys_BCSR.shape[1]
+    group = prompt.queries_BnTH.shape[1] // prompt.keys_BCSR.shape[1]
     keys, values = (x[b, n // group][tokens] for x in (prompt.keys_BCSR, prompt.values_BCSV))
     probs = (keys @ q_H * prompt.layer.scaling).softmax(0)
     return probs, prompt.output()[:, n] @ (probs @ values)
@@ -66,7 +66,7 @@ def test_an_effect_is_what_the_loss_of_a_token_does(prompt):
     for b in range(2):
         tokens = real(prompt, b)
         for n in range(found.shape[1]):
-            q_H = prompt.queries_BNTH[b, n, -1]
+            q_H = prompt.queries_BnTH[b, n, -1]
             whole = attention(prompt, b, n, q_H, tokens)[1]
             for s in tokens[::5]:
                 less = attention(prompt, b, n, q_H, [t for t in tokens if t != s])[1]
@@ -98,14 +98,14 @@ def test_attention_that_tokens_get(prompt, name, monkeypatch):
     monkeypatch.setattr(h2o, "AT_ONCE", 9)
     prompt, _ = prompt
     found = score(name, prompt)
-    N, K = prompt.queries_BNTH.shape[1], found.shape[1]
+    N, K = prompt.queries_BnTH.shape[1], found.shape[1]
     for b in range(2):
         got = torch.zeros(N, T, dtype=torch.float64)
         first = {"snapkv": T - 11, "h2o": int(prompt.first_B[b]), "tova": T - 1}[name]
         for t in range(first, T):
             tokens = list(range(int(prompt.first_B[b]), t + 1))
             for n in range(N):
-                got[n, tokens] += attention(prompt, b, n, prompt.queries_BNTH[b, n, t], tokens)[0]
+                got[n, tokens] += attention(prompt, b, n, prompt.queries_BnTH[b, n, t], tokens)[0]
         expected = got.mean(0).expand(K, -1) if name == "tova" else got.unflatten(0, (K, -1)).sum(1)
         if name == "snapkv":
             around = torch.nn.functional.pad(expected, (2, 2)) / 11

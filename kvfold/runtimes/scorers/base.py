@@ -6,13 +6,12 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvfold.plan.layer import AttentionLayer
-from kvfold.runtimes.kernels.attention import exact, scores_of, softmax, weighted
+from kvfold.runtimes.kernels.attention import scores_of, softmax, weighted
 from kvfold.runtimes.kernels.rotary import apply_rotary
 
 
@@ -20,18 +19,17 @@ from kvfold.runtimes.kernels.rotary import apply_rotary
 class Prompt:
     """What the heads of one run hold when a prompt was read, and its queries.
 
-    queries_BNTH: of all heads of the layer, rotated, of the step's T tokens, which are the last of the S held ones. absorb:
-        leads such queries to stored keys. heads: picks those n query heads that read the run.
+    queries_BnTH: of the n query heads that read them, rotated, of the step's T tokens, which are the last of the S held ones.
+        absorb: leads such queries to stored keys.
     keys_BCSR, values_BCSV: as stored, C heads of them.
     seen: (rows) -> what these queries see of the S tokens, as a mask [B or 1, n or 1, rows, S]: bool, or numbers to add.
     first_B: [B] or [1], the first of the T queries that is no padding.
-    output: gives [D, N, V], how averages of stored values of every head come into the residual stream.
+    output: gives [D, n, V], how averages of stored values come into the residual stream.
     """
 
     layer: AttentionLayer
-    queries_BNTH: Tensor
+    queries_BnTH: Tensor
     absorb: Callable[[Tensor], Tensor]
-    heads: Any
     keys_BCSR: Tensor
     values_BCSV: Tensor
     seen: Callable[[slice], Tensor]
@@ -41,7 +39,7 @@ class Prompt:
     @property
     def steps(self) -> int:
         """T."""
-        return self.queries_BNTH.shape[2]
+        return self.queries_BnTH.shape[2]
 
     @functools.cached_property
     def seen_at_the_end(self) -> Tensor:
@@ -57,36 +55,35 @@ class Prompt:
 
     def probabilities(self, rows: slice) -> Tensor:
         """[B, n, rows, S] of the prompt's own queries; 0 of padding."""
-        probs = self.attention(self.queries_BNTH[:, :, rows], self.seen(rows))
+        probs = self.attention(self.queries_BnTH[:, :, rows], self.seen(rows))
         at = torch.arange(self.steps, device=probs.device)[rows]
         return probs * (at >= self.first_B[:, None])[:, None, :, None]
 
-    def attention(self, queries_BNQH: Tensor, seen: Tensor) -> Tensor:
-        """[B, n, Q, S] of queries of all heads."""
-        q_BnQR = self.absorb(queries_BNQH.to(self.queries_BNTH.dtype))[:, self.heads]
-        scores = scores_of(q_BnQR * self.layer.scaling, self.keys_BCSR)
+    def attention(self, queries_BnQH: Tensor, seen: Tensor) -> Tensor:
+        """[B, n, Q, S]."""
+        scores = scores_of(self.absorb(queries_BnQH) * self.layer.scaling, self.keys_BCSR)
         if self.layer.softcap is not None:
             scores = self.layer.softcap * torch.tanh(scores / self.layer.softcap)
         return softmax(scores, seen)
 
     def ahead(self, at_BQ: Tensor, beyond_BQ: Tensor) -> Tensor:
-        """[B, N, Q, H]: the queries at places of the step, as if they stood so many tokens behind its last one."""
-        index = at_BQ[:, None, :, None].expand(*self.queries_BNTH.shape[:2], -1, self.queries_BNTH.shape[3])
-        return self.turned(self.queries_BNTH.gather(2, index), self.steps - 1 - at_BQ + beyond_BQ)
+        """[B, n, Q, H]: the queries at places of the step, as if they stood so many tokens behind its last one."""
+        B, n, _, H = self.queries_BnTH.shape
+        index = at_BQ[:, None, :, None].expand(B, n, -1, H)
+        cos, sin = self.turns(self.steps - 1 - at_BQ + beyond_BQ)
+        return apply_rotary(self.queries_BnTH.gather(2, index), cos, sin)
 
-    def turned(self, q_BNQH: Tensor, by_BQ: Tensor) -> Tensor:
-        """Queries as they would be so many tokens later."""
-        r = self.layer.rotary_dim
-        if not r:
-            return q_BNQH
-        speeds = torch.tensor(self.layer.rotary_speeds, dtype=torch.float32, device=q_BNQH.device)
-        angles_BQr = (by_BQ[..., None].float() * speeds).repeat(1, 1, 2)
-        return apply_rotary(q_BNQH.to(exact(q_BNQH)), angles_BQr.cos(), angles_BQr.sin()).to(q_BNQH.dtype)
+    def turns(self, by: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [..., r] of what turns a query as if it stood so many tokens later; nothing, without rotation."""
+        speeds = torch.tensor(self.layer.rotary_speeds, dtype=torch.float32, device=by.device)
+        angles = (by[..., None] * speeds)[..., : self.layer.rotary_dim // 2]
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos(), angles.sin()
 
     def spread(self, count: int) -> Tensor:
         """[B, Q]: `count` places of the step, evenly, behind padding; some of them several times in a short one."""
         even_Q = (torch.arange(count, device=self.first_B.device) + 0.5) / count
-        first_B1 = self.first_B[:, None].expand(len(self.queries_BNTH), 1)
+        first_B1 = self.first_B[:, None].expand(len(self.queries_BnTH), 1)
         return (first_B1 + ((self.steps - first_B1) * even_Q).long()).clamp_max(self.steps - 1)
 
     def effects(self, probs_BnQS: Tensor) -> Tensor:
@@ -99,9 +96,8 @@ class Prompt:
         led_BnSV = values_BnSV @ metric_nVV
         own_BnS = (led_BnSV * values_BnSV).sum(-1)
         out_BnQ = (out_BnQV @ metric_nVV * out_BnQV).sum(-1)
-        far_BnQS = out_BnQV @ (-2 * led_BnSV).transpose(
-            2, 3
-        )  # in place from here on: new memory takes longer than the rest
+        # in place from here on: new memory takes longer than what is done with it
+        far_BnQS = out_BnQV @ (-2 * led_BnSV).transpose(2, 3)
         far_BnQS.add_(own_BnS[:, :, None]).add_(out_BnQ[..., None]).clamp_min_(0)
         odds_BnQS = (1 - probs_BnQS).clamp_min_(1e-6).reciprocal_().mul_(probs_BnQS)
         return far_BnQS.mul_(odds_BnQS.square_())
@@ -109,7 +105,7 @@ class Prompt:
     @functools.cached_property
     def _metric(self) -> Tensor:
         """[n, V, V]."""
-        led_nDV = self.output().transpose(0, 1)[self.heads].float()
+        led_nDV = self.output().transpose(0, 1).float()
         return led_nDV.transpose(1, 2) @ led_nDV
 
     def by_stored_head(self, x_BnS: Tensor) -> Tensor:

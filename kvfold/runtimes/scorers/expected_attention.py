@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvfold.runtimes.kernels.attention import exact
+from kvfold.runtimes.kernels.rotary import apply_rotary
 from kvfold.runtimes.scorers.base import Prompt, Scorer
 
 AHEAD = 512
@@ -18,7 +19,7 @@ class ExpectedAttention(Scorer):
     in the mean over the next ones; attention times the length of the value is what a token is worth."""
 
     def score(self, prompt: Prompt) -> Tensor:
-        q_BnQR = prompt.absorb(self._ahead(prompt))[:, prompt.heads].to(exact(prompt.keys_BCSR))
+        q_BnQR = prompt.absorb(self._ahead(prompt)).to(exact(prompt.keys_BCSR))
         keys = prompt.keys_BCSR.to(q_BnQR.dtype)
         keys_BnSR = keys.repeat_interleave(q_BnQR.shape[1] // keys.shape[1], dim=1) * prompt.layer.scaling
         mean_Bn1R = q_BnQR.mean(2, keepdim=True)
@@ -30,11 +31,6 @@ class ExpectedAttention(Scorer):
     def _ahead(self, prompt: Prompt) -> Tensor:
         """The prompt's queries at its end, each as the mean over the next positions turns it."""
         at_BQ = prompt.spread(QUERIES)
-        q_BNQH = prompt.ahead(at_BQ, torch.ones_like(at_BQ)).to(exact(prompt.queries_BNTH))
-        r, half = prompt.layer.rotary_dim, prompt.layer.rotary_dim // 2
-        if not r:
-            return q_BNQH
-        speeds = torch.tensor(prompt.layer.rotary_speeds, device=q_BNQH.device, dtype=q_BNQH.dtype)
-        angles = torch.arange(AHEAD, device=q_BNQH.device, dtype=q_BNQH.dtype)[:, None] * speeds
-        c, s, (a, b) = angles.cos().mean(0), angles.sin().mean(0), q_BNQH[..., :r].split(half, dim=-1)
-        return torch.cat([a * c - b * s, b * c + a * s, q_BNQH[..., r:]], dim=-1)
+        q_BnQH = prompt.ahead(at_BQ, torch.ones_like(at_BQ))
+        cos, sin = (table.mean(0)[None, None] for table in prompt.turns(torch.arange(AHEAD, device=at_BQ.device)))
+        return apply_rotary(q_BnQH, cos, sin)

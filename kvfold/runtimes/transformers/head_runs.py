@@ -16,7 +16,6 @@ from kvfold.runtimes.kernels.attention import kernel_attention
 from kvfold.runtimes.kernels.dispatch import Way, choose
 from kvfold.runtimes.kernels.head_runs import (
     attend_by_run,
-    begin_of,
     columns,
     is_new,
     kept_of,
@@ -77,10 +76,10 @@ class HeadRun:
 
     def due(self, length: int, begin_B: Tensor | None) -> int:
         """The first of the newest columns that some sequence still sees after `length` columns."""
-        if self.place.early_B is None:
+        if self.place.early_B is None or begin_B is None:
             begin = 0 if begin_B is None else min(int(begin_B.min()), length)
-            return begin + self.tokens.first_newest(self.run, length - begin)
-        context_B = length - _begin(begin_B, self.place.early_B)
+            return begin + self.tokens.first_newest(self.run, length - begin, self.place.early)
+        context_B = length - begin_B
         newest_B = (kept_of(self.run, context_B) - self.place.early_B).clamp_min(0)
         return length - int(newest_B.max())
 
@@ -97,9 +96,8 @@ class HeadRun:
         last_n = torch.arange(shown - newest, shown, device=worth_BCS.device)
         best_BCE = worth_BCS.topk(early).indices
         rank_E = torch.arange(early, device=best_BCE.device)
-        unused_BCE = (rank_E >= chosen_B[:, None])[
-            :, None
-        ]  # of shorter sequences; they come first, others as they came
+        # those that do not count, of shorter sequences, come first, and others as they came
+        unused_BCE = (rank_E >= chosen_B[:, None])[:, None]
         best_BCE = best_BCE.gather(2, best_BCE.masked_fill(unused_BCE, -1).argsort(stable=True))
         index_BCn = torch.cat([best_BCE, last_n.expand(*worth_BCS.shape[:2], -1)], dim=2)
         for side, stored in zip(self.buffers, self.pending, strict=True):
@@ -230,6 +228,7 @@ class AttentionByRun(nn.Module):
     _absorb: Callable[[Tensor], Tensor]
     _lead_values_back: Callable[[Tensor], Tensor]
     o_proj: Any
+    k_b_proj: Any
     v_b_proj: Any
     _eager: Callable[[], bool]
     _over_stored: Callable[..., Any]
@@ -269,28 +268,21 @@ class AttentionByRun(nn.Module):
     def _choose(self, q: Tensor, z: RunTokens, y: RunTokens, mask: Tensor | None, cache: Any) -> None:
         """What of a prompt that was just read stays, run by run."""
         rule: Scorer = registry.load("scorers", z.tokens.rule)()
-        begin_B = begin_of(mask)
+        begin_B = cache.begin_B
         runs = zip(cache.runs, z.parts, y.parts, z.places, strict=True)
         for one, keys, values, place in (run for run in runs if run[0].pending is not None):
             worth_BCS = q.new_zeros(q.shape[0], *keys.shape[1:3])
             if one.drops or begin_B is not None:
-                worth_BCS = rule.score(self._prompt(one.run, q, keys, values, z, place, mask))
+                worth_BCS = rule.score(self._prompt(one.run, q, keys, values, z, place, mask, _begin(begin_B, q)))
             one.choose(worth_BCS, z.length, begin_B)
 
     def _prompt(
-        self,
-        run: TokenRun,
-        q: Tensor,
-        keys: Stored,
-        values: Stored,
-        held: RunTokens,
-        place: RunPlace,
-        mask: Tensor | None,
-    ) -> Prompt:
-        N, T = q.shape[1:3]
+        self, run: TokenRun, q: Tensor, keys: Stored, values: Stored, held: RunTokens, place: RunPlace, mask: Tensor | None,
+        begin_B: Tensor,
+    ) -> Prompt:  # fmt: skip
+        B, N, T, H = q.shape
         heads = query_heads(run, N // self.spec.num_kv_heads, q.device)
         own = mask[:, heads] if mask is not None and mask.shape[1] > 1 else mask
-        begin_B = _begin(begin_of(mask), q)
 
         def seen(rows: slice) -> Tensor:
             found = seen_by(run, held, place, own, T, rows, q.device)
@@ -299,10 +291,17 @@ class AttentionByRun(nn.Module):
             last_T = torch.arange(held.length - T, held.length, device=q.device)[rows]
             return (torch.arange(held.length, device=q.device) <= last_T[:, None])[None, None]
 
+        def absorb(q_BnQH: Tensor) -> Tensor:
+            if self.k_b_proj is None:
+                return q_BnQH
+            of_all = q_BnQH.new_zeros(B, N, q_BnQH.shape[2], H)
+            of_all[:, heads] = q_BnQH
+            return self._absorb(of_all)[:, heads]
+
         return Prompt(
-            layer=self.layer, queries_BNTH=q, absorb=self._absorb, heads=heads, keys_BCSR=read_all(keys),
+            layer=self.layer, queries_BnTH=q[:, heads], absorb=absorb, keys_BCSR=read_all(keys),
             values_BCSV=read_all(values), seen=seen, first_B=(begin_B - (held.length - T)).clamp_min(0),
-            output=self._output_of_values,
+            output=lambda: self._output_of_values()[:, heads],
         )  # fmt: skip
 
     def _output_of_values(self) -> Tensor:
