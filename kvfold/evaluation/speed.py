@@ -29,6 +29,7 @@ from kvfold.progress import track
 from kvfold.runtimes.kernels import gpu, native
 from kvfold.runtimes.transformers.attention import FoldedAttention
 from kvfold.runtimes.transformers.cache import FoldedCache
+from kvfold.runtimes.transformers.joint import JointAttention
 from kvfold.runtimes.transformers.load import default_dtype, load_weights, resolve_device
 
 WARM_UP = 3
@@ -315,8 +316,8 @@ class _Clock:
         self.events: list[tuple[Any, Any]] = []
         for module in model.modules():
             if isinstance(module, FoldedAttention):
-                for name in ("_attend", "_attend_by_age"):
-                    setattr(module, name, self._watched(getattr(module, name)))
+                name = "_attend_past" if isinstance(module, JointAttention) else "_read"
+                setattr(module, name, self._watched(getattr(module, name)))
 
     def _watched(self, attend: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:

@@ -39,6 +39,26 @@ def test_attention_to_recent_tokens_is_timed_and_counted(tmp_path):
     assert 0 < row.attention < row.tpot and row.stored_bytes == plan.kv_bytes(46, batch_size=2)
 
 
+@pytest.mark.parametrize("method", ["recency", "scored"])
+def test_heads_that_drop_tokens_are_timed_and_counted(tmp_path, method):
+    source = save_tiny(make_tiny("llama_mha"), tmp_path / "source")
+    recipe = {"model": str(source), "out": str(tmp_path / "folded"), "width": {"method": "identity"}, "context_len": 40}
+    recipe |= {"length": {"method": method, "kept": 0.5, "newest": 4, "sharing": "equal"}}
+    plan = kvfold.compress(recipe).plan
+    found = bench([tmp_path / "folded"], against=source, batch=2, context=40, steps=3, prefills=1, device="cpu")
+    (row,) = (row for row in found.rows if row.label == "folded")
+    assert 0 < row.attention < row.tpot and row.stored_bytes == plan.kv_bytes(46, batch_size=2)
+
+
+def test_latents_that_layers_fill_together_are_timed(tmp_path):
+    source = save_tiny(make_tiny("llama_mha"), tmp_path / "source")
+    recipe = {"model": str(source), "out": str(tmp_path / "folded"), "preset": "xkv", "kv_budget": 0.5}
+    kvfold.compress(recipe | {"calibration": {"data": "self", "num_samples": 4, "seq_len": 32}})
+    found = bench([tmp_path / "folded"], against=source, batch=2, context=40, steps=3, prefills=1, device="cpu")
+    (row,) = (row for row in found.rows if row.label == "folded")
+    assert 0 < row.attention < row.tpot and 0 < row.bandwidth
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_shape_is_the_published_one(name):
     shape = Shape(name=name, layers=1)
