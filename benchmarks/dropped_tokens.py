@@ -56,13 +56,15 @@ def measure(model: str, folded: Sequence[str], data: Path, context: int, sequenc
 def table(found: dict[str, list[Remembered]], options: argparse.Namespace) -> Table:
     """KL of the continuation, what is found of what the original finds, bytes."""
     kinds = [row.kind for row in next(iter(found.values()))]
-    columns = ("fold", "of the bytes", "KL of the continuation", *kinds[1:])
+    read = ["of the tokens, read"] if any(rows[0].share_read < 1 for rows in found.values()) else []
+    columns = ("fold", "of the bytes", *read, "KL of the continuation", *kinds[1:])
     title = f"{Path(options.model).name}, {options.sequences} contexts of {options.context:,} tokens of {options.data.name}."
     made = Table(columns, title=title)
     first = next(iter(found.values()))
-    made.add("original", "1.000", "0", *(f"{row.base_accuracy:.1%}" for row in first[1:]))
+    made.add("original", "1.000", *(["1.000"] if read else []), "0", *(f"{row.base_accuracy:.1%}" for row in first[1:]))
     for name, rows in found.items():
-        made.add(name, f"{rows[0].kv_share:.3f}", *map(remembered, rows))
+        shares = [f"{rows[0].kv_share:.3f}"] + ([f"{rows[0].share_read:.3f}"] if read else [])
+        made.add(name, *shares, *map(remembered, rows))
     return made
 
 

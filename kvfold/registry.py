@@ -24,6 +24,7 @@ MODULES = {
     "architectures": "kvfold.architectures.{}",
     "runtimes": "kvfold.runtimes.{}.runtime",
     "scorers": "kvfold.runtimes.scorers.{}",
+    "readers": "kvfold.runtimes.readers.{}",
 }
 """Where the member NAME of a group lives."""
 

@@ -99,6 +99,8 @@ def _obstacle(plan: CachePlan, layer: int) -> str | None:
         return "stores its numbers in few bits, of which a stock checkpoint knows nothing"
     if spec.tokens is not None:
         return "drops tokens head by head, of which a stock checkpoint knows nothing"
+    if spec.reading is not None:
+        return "reads some of the stored tokens, of which a stock checkpoint knows nothing"
     if (spec.num_kv_heads, spec.head_dim) != (spec.num_v_heads, spec.v_head_dim) or spec.head_dim != source.head_dim:
         return (
             f"stores keys as {spec.num_kv_heads} x {spec.head_dim} and values as {spec.num_v_heads} x {spec.v_head_dim},"

@@ -144,6 +144,23 @@ PRESETS = {
     ),
     "keydiff": _scored("keydiff", "tokens of a prompt whose keys differ from the others (KeyDiff, arXiv 2504.15364)"),
     "knorm": _scored("knorm", "tokens of a prompt whose keys are short (arXiv 2406.11430)"),
+    "lead": Preset(
+        "every token is stored; a step reads those that the first numbers of low-rank keys choose (after Loki, arXiv"
+        " 2406.02542)",
+        {"width": {"method": "kq_svd", "latent": "group", "group_size": 1}, "length": {"method": "lead"}},
+    ),
+    "quest": Preset(
+        "every token is stored; a step reads the pages whose keys could score most (Quest, arXiv 2406.10774)",
+        {"width": {"method": "identity"}, "length": {"method": "pages"}},
+    ),
+    "magicpig": Preset(
+        "every token is stored; a step reads those whose signatures collide with the query's (MagicPIG, arXiv 2410.16179)",
+        {"width": {"method": "identity"}, "length": {"method": "lsh"}},
+    ),
+    "sampled": Preset(
+        "every token is stored; a step draws those that it reads by what the first numbers of low-rank keys foretell",
+        {"width": {"method": "kq_svd", "latent": "group", "group_size": 1}, "length": {"method": "sampled"}},
+    ),
     **{f"int{bits}": _plain(bits) for bits in (8, 4, 3, 2)},
     "int4_rotated": Preset(
         "int4 with every head turned by an orthogonal matrix (after QuaRot, arXiv 2404.00456)",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ class Remembered:
     """Means over the questions of one kind. `accuracy`: share of the expected tokens that are predicted as the likeliest;
     `base_accuracy`: the original's. `kl`: KL(original || folded) in nats per token. Standard errors are over contexts, of
     the change in accuracy paired. `cache_bytes`: of the caches that were asked, in the dtype in which the models ran;
-    `kv_share`: allocated, of the original's, in the checkpoint's dtype."""
+    `kv_share`: allocated, of the original's, in the checkpoint's dtype. `share_read`: of the stored tokens, by a step."""
 
     kind: str
     context_len: int
@@ -77,6 +78,7 @@ class Remembered:
     cache_bytes: int
     base_cache_bytes: int
     kv_share: float
+    share_read: float
 
     def to_json(self) -> dict[str, Any]:
         """The fields that scripts rely on."""
@@ -158,10 +160,12 @@ def _asked(kind: str, question: list[int], answer: list[int]) -> Question:
 
 @dataclass(frozen=True)
 class Answers:
-    """Log-probabilities [expected, vocabulary] for every question, and the bytes of the cache that was asked."""
+    """Log-probabilities [expected, vocabulary] for every question, the bytes of the cache that was asked, and the share of
+    its tokens that was read."""
 
     logs: list[Tensor]
     cache_bytes: int
+    share_read: float
 
 
 def ask(model: Any, samples: Sequence[Sample], name: str) -> list[Answers]:
@@ -171,14 +175,17 @@ def ask(model: Any, samples: Sequence[Sample], name: str) -> list[Answers]:
 
 @torch.no_grad()
 def answers(model: Any, sample: Sample) -> Answers:
-    """What a model says after the context; every question is asked of a copy of its cache."""
-    cache = fill_cache(model, torch.tensor([sample.context]))
-    logs = []
+    """What a model says after the context; every question is asked of a copy of its cache, in one step, or, where a step of
+    few tokens reads less than all, token by token."""
+    cache, logs, read = fill_cache(model, torch.tensor([sample.context])), [], []
+    reads_some = hasattr(model, "kv_plan") and model.kv_plan.reads_some
     for question in sample.questions:
-        tokens = torch.tensor([question.tokens[:-1]], device=model.device)
-        out = model(tokens, past_key_values=copy.deepcopy(cache), use_cache=True, logits_to_keep=question.expected)
-        logs.append(out.logits[0].float().log_softmax(-1).cpu())
-    return Answers(logs, allocated(cache))
+        tokens, asked = torch.tensor([question.tokens[:-1]], device=model.device), copy.deepcopy(cache)
+        steps = tokens.split(1 if reads_some else tokens.shape[1], dim=1)
+        logits = [model(step, past_key_values=asked, use_cache=True).logits[0] for step in steps]
+        logs.append(torch.cat(logits)[-question.expected :].float().log_softmax(-1).cpu())
+        read.append(asked.share_read if reads_some else 1.0)
+    return Answers(logs, allocated(cache), statistics.fmean(read))
 
 
 def compared(
@@ -202,6 +209,7 @@ def compared(
                 cache_bytes=found[0].cache_bytes,
                 base_cache_bytes=expected[0].cache_bytes,
                 kv_share=plan.kv_bytes(length) / plan.source_kv_bytes(length),
+                share_read=statistics.fmean(answer.share_read for answer in found),
             )
         )
     return rows

@@ -7,6 +7,7 @@ import functools
 from dataclasses import dataclass
 
 from kvfold.plan.number_format import NumberFormat, StoredShape
+from kvfold.plan.reading import Reading
 from kvfold.plan.token_runs import TokenRun, TokenRuns
 
 CACHE_BLOCK = 256
@@ -74,6 +75,7 @@ class CacheSpec:
     `stored_bias`: what makes stored keys and values has a bias that the source does not have (numbers are quantized around
     their mean).
     `tokens`: which tokens stay, head by head; None for all that the source keeps.
+    `reading`: which of them a decode step reads; None for all.
     `recent`: so many of the newest tokens are read in a finer form, which is kept beside the other: heads of
     `recent_head_dim` and `v_recent_head_dim` numbers of their own, in `k_recent_bits` and `v_recent_bits`; 0 where it is the
     same numbers in those formats. A query sees a token finely if fewer than `recent` tokens lie between, whatever the steps
@@ -104,6 +106,7 @@ class CacheSpec:
     stored_bias: bool = False
     window: int | None = None
     tokens: TokenRuns | None = None
+    reading: Reading | None = None
     recent: int = 0
     recent_head_dim: int = 0
     v_recent_head_dim: int = 0
@@ -169,8 +172,7 @@ class CacheSpec:
 
     def bytes_of_predictors(self, known: CacheSpec, itemsize: int) -> int:
         """Of one token of a layer below, what is read of it for this one."""
-        (keys, _), width = known.sides, self.predicting(known.head_dim)
-        return width * itemsize if keys.format is None else keys.format.bytes_of_first(width)
+        return known._bytes_of_first(self.predicting(known.head_dim), itemsize)
 
     @property
     def widest(self) -> int:
@@ -179,7 +181,18 @@ class CacheSpec:
 
     def bytes_per_token(self, itemsize: int) -> float:
         """Stored for one token, scales included; what several tokens share is shared out."""
-        return sum(side.bytes_per_token(itemsize) for side in self.sides)
+        return sum(side.bytes_per_token(itemsize) for side in self.sides) + self._index_bytes_per_token(itemsize)
+
+    def _index_bytes_per_token(self, itemsize: int) -> float:
+        if self.reading is None:
+            return 0.0
+        return self.num_kv_heads * self.reading.index_bytes_per_token(self.head_dim, itemsize)
+
+    def index_bytes(self, context_len: int, itemsize: int) -> int:
+        """What is stored beside keys and values of so many tokens to choose which are read."""
+        if self.reading is None:
+            return 0
+        return self.num_kv_heads * self.reading.index_bytes(round_up(context_len), self.head_dim, itemsize)
 
     def bytes_allocated(self, context_len: int, itemsize: int) -> int:
         """Of the storage that `context_len` tokens need."""
@@ -187,7 +200,21 @@ class CacheSpec:
             return sum(self._bytes_of_run(run, context_len, itemsize) for run in self.tokens.runs)
         tokens = self.tokens_allocated(context_len)
         stored = sum(side.bytes_allocated(tokens, itemsize) for side in self.sides)
-        return stored + self.recent_bytes(context_len, itemsize)
+        return stored + self.recent_bytes(context_len, itemsize) + self.index_bytes(context_len, itemsize)
+
+    def bytes_read(self, context_len: int, itemsize: int) -> float:
+        """Of the stored tokens and what is stored beside them, by one decode step."""
+        tokens = min(self.tokens_read(context_len), self.kept(context_len))
+        if self.reading is None:
+            return self.bytes_per_token(itemsize) * tokens
+        chosen, (keys, _) = self.reading.chosen(context_len), self.sides
+        whole = sum(side.bytes_per_token(itemsize) for side in self.sides)
+        leading = self._bytes_of_first(self.reading.leading, itemsize) * keys.num_heads if self.reading.leading else 0
+        return whole * chosen + leading * (context_len - chosen) + self._index_bytes_per_token(itemsize) * context_len
+
+    def _bytes_of_first(self, width: int, itemsize: int) -> int:
+        """Of the first numbers of a stored key."""
+        return width * itemsize if self.k_bits is None else self.k_bits.bytes_of_first(width)
 
     def _bytes_of_run(self, run: TokenRun, context_len: int, itemsize: int) -> int:
         tokens = room_for(run, context_len)

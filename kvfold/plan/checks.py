@@ -8,6 +8,7 @@ from kvfold import registry
 from kvfold.errors import PlanError
 from kvfold.plan.cache_spec import CACHE_BLOCK, ITEMSIZE, CacheSpec, SourceLayer, divisors
 from kvfold.plan.number_format import NumberFormat
+from kvfold.plan.reading import MOST_BITS, Reading
 from kvfold.plan.token_runs import PROMPTS, RECENCY, TokenRuns
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def _check_cache(index: int, source: SourceLayer, spec: CacheSpec) -> None:
         )
     if spec.tokens is not None:
         _check_tokens(index, spec, spec.tokens)
+    if spec.reading is not None:
+        _check_reading(index, spec, spec.reading)
     for name, (_, width, format) in zip(("k_bits", "v_bits"), spec.sides, strict=True):
         if format is not None:
             _check_format(f"layer {index}: {name}", spec, width, format)
@@ -167,6 +170,44 @@ def _check_tokens(index: int, spec: CacheSpec, tokens: TokenRuns) -> None:
         raise PlanError(
             f"{where} does not go with {', '.join(found)}: heads that keep tokens of their own are stored head by head, keys"
             " as they are read."
+        )
+    if any(side.format is not None and side.format.block > 1 for side in spec.sides):
+        raise PlanError(f"{where} does not go with scales per channel, which tokens share.")
+
+
+def _check_reading(index: int, spec: CacheSpec, reading: Reading) -> None:
+    where = f"layer {index}: reading"
+    if reading.rule not in (rules := registry.names("readers")):
+        raise PlanError(registry.unknown("rule of reading", reading.rule, rules))
+    numbers = {
+        name: getattr(reading, name) for name in ("least", "sinks", "newest", "leading", "page", "bits", "tables")
+    }
+    if wrong := {name: value for name, value in numbers.items() if type(value) is not int or value < 0}:
+        raise PlanError(f"{where}: {wrong} are no numbers of tokens, numbers or bits.")
+    if not 0 < reading.share <= 1 or reading.newest < 1 or reading.least < reading.sinks + reading.newest:
+        raise PlanError(
+            f"{where}: a step reads a share above 0 of the context, and at least its sinks and newest; found {reading}."
+        )
+    if reading.leading > spec.head_dim or (reading.page and CACHE_BLOCK % reading.page):
+        raise PlanError(
+            f"{where}: leading numbers are of stored keys, which have {spec.head_dim}, and pages divide {CACHE_BLOCK} tokens;"
+            f" found {reading}."
+        )
+    if (reading.bits > 0) != (reading.tables > 0) or reading.bits > MOST_BITS:
+        raise PlanError(f"{where}: signatures have 1 to {MOST_BITS} bits, in one table or more; found {reading}.")
+    made: dict[str, Any] = {
+        "joint": spec.joint,
+        "hidden": spec.hidden,
+        "recent": spec.recent,
+        "tokens": spec.tokens is not None,
+        "predicted_from": spec.predicted_from,
+        "window": spec.window,
+        "rope = on_read": spec.rope == "on_read",
+    }
+    if found := [name for name, value in made.items() if value]:
+        raise PlanError(
+            f"{where} does not go with {', '.join(found)}: tokens are chosen by keys as they are stored; with auto choose"
+            " prefer: speed, length.method: identity or another length method."
         )
     if any(side.format is not None and side.format.block > 1 for side in spec.sides):
         raise PlanError(f"{where} does not go with scales per channel, which tokens share.")

@@ -14,6 +14,7 @@ from kvfold.plan.checks import check_plan
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.naming import CONFIG_KEY
 from kvfold.plan.number_format import NumberFormat, tokens_at_once
+from kvfold.plan.reading import Reading
 from kvfold.plan.token_runs import TokenRun, TokenRuns
 
 FORMAT_VERSION = 1
@@ -90,6 +91,11 @@ class CachePlan:
         return any(spec.tokens is not None for spec in self.owned)
 
     @property
+    def reads_some(self) -> bool:
+        """Whether decode steps read less than is stored."""
+        return any(spec.reading is not None for spec in self.owned)
+
+    @property
     def position_bytes(self) -> int:
         """Bytes per token of the positions that rotation on read needs; one cache of them serves all layers."""
         return POSITION_BYTES if any(spec.rope == "on_read" for spec in self.owned) else 0
@@ -132,6 +138,7 @@ class CachePlan:
         return (
             self.joint
             or whole
+            or self.reads_some
             or any(side.format is not None and side.format.block > 1 for spec in self.owned for side in spec.sides)
         )
 
@@ -155,7 +162,7 @@ class CachePlan:
         for spec in (self.cache_of(layer) for layer in range(self.num_layers)):
             tokens = min(spec.tokens_read(context_len), spec.kept(context_len))
             newest = min(context_len, spec.recent)
-            read += spec.bytes_per_token(itemsize) * tokens
+            read += spec.bytes_read(context_len, itemsize)
             recent += spec.recent_bytes(context_len, itemsize)
             for known in (self.cache_of(below) for below in spec.predicted_from):
                 read += spec.bytes_of_predictors(known, itemsize) * tokens
@@ -222,6 +229,9 @@ def _build(cls: Any, data: Mapping[str, Any], where: str) -> Any:
         made["predicted_from"] = tuple(data["predicted_from"])
     if isinstance(data.get("tokens"), Mapping):
         made["tokens"] = _build_token_runs(data["tokens"], f"{where}.tokens")
+    if isinstance(data.get("reading"), Mapping):
+        _check_fields(data["reading"], Reading, f"{where}.reading")
+        made["reading"] = Reading(**data["reading"])
     return cls(**{**data, **made})
 
 

@@ -76,6 +76,9 @@ def print_plan(plan: CachePlan, title: str) -> None:
             f" the original's bytes: {', '.join(shares)} tokens.",
             highlight=False,
         )
+    if plan.reads_some:
+        shares = (f"{plan.kv_read_bytes(n) / plan.kv_bytes(n):.3g} at {n:,}" for n in LENGTHS)
+        STDOUT.print(f"A decode step reads, of the stored bytes: {', '.join(shares)} tokens.", highlight=False)
     if most := max(len(spec.predicted_from) for spec in plan.owned):
         STDOUT.print(
             f"A layer stores what the numbers of up to {most} layers below do not say; every step reads those as well:"
@@ -238,6 +241,7 @@ def print_context(rows: Sequence[Remembered]) -> None:
                 f"{row.sequences} contexts of {row.context_len:,} tokens, after which the cache took"
                 f" {row.cache_bytes / 1e6:,.2f} MB (the original's: {row.base_cache_bytes / 1e6:,.2f} MB);"
                 f" {row.kv_share:.4g} of the original's in the checkpoint's dtype."
+                + (f" A step read {row.share_read:.3g} of its tokens." if row.share_read < 1 else "")
             )
     STDOUT.print("Shares of the expected tokens that are predicted; changes in points.")
 

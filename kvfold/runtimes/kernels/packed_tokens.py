@@ -174,6 +174,21 @@ class AgedTokens(NamedTuple):
         return AgedTokens(self.far.to(device), self.near.to(device), self.recent)
 
 
+class IndexedTokens(NamedTuple):
+    """Keys of all tokens, and what says which of them few queries read: notes beside them, and who reads those."""
+
+    stored: Stored
+    notes: tuple[Tensor, ...]
+    reader: Any
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.stored.shape
+
+    def to(self, device: torch.device) -> IndexedTokens:
+        return self._replace(stored=self.stored.to(device), notes=tuple(x.to(device) for x in self.notes))
+
+
 class RunPlace(NamedTuple):
     """Where the tokens of a run stand. first: the column of the one behind the `early` ones, which stand before it; None
     where no column is missing. early_B: of each sequence ([1]: of all) how many of the early ones count, the last ones,
@@ -267,6 +282,26 @@ def part(stored: Stored, start: int, end: int) -> Stored:
     return PackedTokens(stored.rows[:, :, start:end], stored.format, stored.dtype, width=stored.width)
 
 
+def taken(stored: Stored, index_BCn: Tensor) -> Stored:
+    """Of each stored head tokens of its own, as they are stored; of formats whose tokens stand alone."""
+    if isinstance(stored, PackedTokens):
+        return PackedTokens(_rows(stored.rows, index_BCn), stored.format, stored.dtype, width=stored.width)
+    return _rows(read_all(stored), index_BCn)
+
+
+def _rows(x_BCSX: Tensor, index_BCn: Tensor) -> Tensor:
+    """Whole rows are copied where they lie in one piece of memory, which gathering number by number does not know."""
+    (B, C, S, X), (batch, head, row, one) = x_BCSX.shape, x_BCSX.stride()
+    apart = one != 1 or not row or batch % row or head % row
+    if apart or (torch.is_grad_enabled() and x_BCSX.requires_grad):
+        return x_BCSX.gather(2, index_BCn[..., None].expand(-1, -1, -1, X))
+    count = (B - 1) * (batch // row) + (C - 1) * (head // row) + S
+    rows = x_BCSX.as_strided((count, X), (row, 1))
+    first_BC1 = torch.arange(B, device=index_BCn.device)[:, None, None] * (batch // row)
+    first_BC1 = first_BC1 + torch.arange(C, device=index_BCn.device)[None, :, None] * (head // row)
+    return rows.index_select(0, (first_BC1 + index_BCn).flatten()).view(B, C, -1, X)
+
+
 def read_for_product(stored: Stored, start: int, end: int) -> Operand:
     """The same for a product with queries or probabilities, which can take scales afterwards."""
     from kvfold.runtimes.kernels import gpu  # which imports this module
@@ -288,6 +323,8 @@ def with_gradient(stored: Stored, new_BCTR: Tensor) -> Stored:
     if isinstance(stored, RunTokens):
         pairs = zip(stored.parts, stored.tokens.runs, strict=True)
         return stored._replace(parts=tuple(with_gradient(part, heads_of(new_BCTR, run)) for part, run in pairs))
+    if isinstance(stored, IndexedTokens):
+        return stored._replace(stored=with_gradient(stored.stored, new_BCTR))
     if isinstance(stored, AgedTokens) and torch.is_grad_enabled() and new_BCTR.requires_grad:
         far, near = by_age(new_BCTR, stored.far.shape[-1], stored.near.shape[-1])
         return stored._replace(far=with_gradient(stored.far, far), near=with_gradient(stored.near, near))

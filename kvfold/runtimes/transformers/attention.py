@@ -22,6 +22,7 @@ from kvfold.runtimes.kernels.attention import (
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose, decode_attention
 from kvfold.runtimes.kernels.packed_tokens import (
     AgedTokens,
+    IndexedTokens,
     RunTokens,
     Stored,
     read,
@@ -36,9 +37,10 @@ from kvfold.runtimes.transformers.head_runs import AttentionByRun
 from kvfold.runtimes.transformers.new_tokens import NewTokens
 from kvfold.runtimes.transformers.on_read import Heads, KeysOnRead, all_keys, all_values, tables_on_read, value_map
 from kvfold.runtimes.transformers.projections import projections
+from kvfold.runtimes.transformers.some_tokens import AttentionToSome
 
 
-class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun):
+class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome):
     """Attention of one layer under its cache spec. Takes the place of a family's attention module.
 
     A layer whose `owner` is another one reads that layer's cache: it has no way to make keys and values itself. `shapes`: of
@@ -133,6 +135,9 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun):
         """Queries [B, N, T, H] over all tokens that they may see, stored as z and y: [B, T, N, H or V], and probabilities
         where they are wanted. `tables`: cos and sin of these tokens, where keys are rotated on read. `evenly`: as KeysOnRead
         has it."""
+        if self._reads_some(q, z):
+            return self._attend_to_some(q, z, y, mask, wants_probs=wants_probs)
+        z = z.stored if isinstance(z, IndexedTokens) else z
         if self.spec.shared_latent:
             z = y = read_once(z)
         keys = None

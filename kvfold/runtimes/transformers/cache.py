@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kvfold import registry
 from kvfold.errors import PlanError
 from kvfold.plan.cache_spec import CacheSpec, round_up
 from kvfold.plan.plan import CachePlan
-from kvfold.runtimes.kernels.packed_tokens import AgedTokens, Stored
+from kvfold.runtimes.kernels.packed_tokens import AgedTokens, IndexedTokens, Stored
+from kvfold.runtimes.readers.base import Reader
 from kvfold.runtimes.transformers.buffers import Buffer, GrowingBuffer, buffer
 from kvfold.runtimes.transformers.head_runs import RunsMixin
 from kvfold.runtimes.transformers.recent_buffer import RecentBuffer
@@ -34,6 +37,9 @@ class GrowingLayer(RunsMixin, CacheLayerMixin):
         self.v: Buffer = self.k if spec.shared_latent else buffer(spec.v_bits)
         finer = spec.recent_sides[: len(self.buffers)] if spec.recent else ()
         self.recent = [RecentBuffer(side.format, side.width, spec.recent) for side in finer]
+        reading = spec.reading
+        self.reader: Reader | None = registry.load("readers", reading.rule)(reading) if reading else None
+        self.index = [GrowingBuffer(unit) for unit in (self.reader.units if self.reader else ())]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -49,6 +55,8 @@ class GrowingLayer(RunsMixin, CacheLayerMixin):
         self._check(key_states, value_states)
         if self.runs:
             return self.update_runs(key_states, value_states, begin_B)
+        if self.reader:
+            return self._noted(*self._append(key_states, value_states), key_states.shape[2])
         if not self.spec.recent:
             return self._append(key_states, value_states)
         R, V = self.spec.head_dim, self.spec.v_head_dim
@@ -68,6 +76,11 @@ class GrowingLayer(RunsMixin, CacheLayerMixin):
         if self.v is not self.k:
             self.v.append(value_states, capacity)
         return self._last(None if window is None else window - 1 + key_states.shape[2])
+
+    def _noted(self, k: Stored, v: Stored, new: int) -> tuple[IndexedTokens, Stored]:
+        assert self.reader is not None, "steps read some of the tokens"
+        self.reader.note(self.index, k, new, self.spec.tokens_allocated(self.length))
+        return IndexedTokens(k, tuple(note.tensor() for note in self.index), self.reader), v
 
     def live(self) -> tuple[Stored, Stored] | None:
         """What is stored now, z [B, C, S, R] and y [B, U, S, V]; None if nothing is."""
@@ -112,6 +125,8 @@ class GrowingLayer(RunsMixin, CacheLayerMixin):
             near.forget(n)
         for side in self.buffers:
             side.forget(n, self.spec.window)
+        if self.reader:
+            self.reader.forget(self.index, self.length)
         self.settle_runs()
 
     def removed(self, tokens_to_remove: int) -> int:
@@ -132,7 +147,7 @@ class GrowingLayer(RunsMixin, CacheLayerMixin):
         return n
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        for side in self.buffers:
+        for side in (*self.buffers, *self.index):
             side.select(beam_idx)
         for near in self.recent:
             near.select(beam_idx)
@@ -143,7 +158,7 @@ class GrowingLayer(RunsMixin, CacheLayerMixin):
     batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        for side in self.buffers:
+        for side in (*self.buffers, *self.index):
             side.repeat(repeats)
         for near in self.recent:
             near.repeat(repeats)
@@ -157,12 +172,13 @@ class GrowingLayer(RunsMixin, CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of the live tokens."""
-        return sum(side.nbytes for side in self.buffers) + sum(near.nbytes for near in self.recent)
+        return sum(side.nbytes for side in (*self.buffers, *self.index)) + sum(near.nbytes for near in self.recent)
 
     @property
     def nbytes_allocated(self) -> int:
         """Bytes of the storage: what the plan's `kv_bytes` promises."""
-        return sum(side.nbytes_allocated for side in self.buffers) + sum(near.nbytes for near in self.recent)
+        stored = sum(side.nbytes_allocated for side in (*self.buffers, *self.index))
+        return stored + sum(near.nbytes for near in self.recent)
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
@@ -267,6 +283,13 @@ class FoldedCache(Cache):
     def owned(self) -> list[GrowingLayer]:
         """The layers that store something."""
         return [layer for layer in self.layers if isinstance(layer, GrowingLayer)]
+
+    @property
+    def share_read(self) -> float:
+        """Of the stored tokens, by the steps of few queries so far, in the mean over them and layers; nan without any."""
+        readers = [layer.reader for layer in self.owned if layer.reader]
+        steps = sum(reader.steps for reader in readers)
+        return float(sum(reader.read for reader in readers) / steps) if steps else math.nan
 
     @property
     def nbytes(self) -> int:

@@ -12,6 +12,7 @@ from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.kernels.head_runs import begin_of
 from kvfold.runtimes.kernels.packed_tokens import (
+    IndexedTokens,
     RunTokens,
     Stored,
     by_runs,
@@ -72,7 +73,7 @@ class NewTokens(nn.Module):
             row = {} if self.spec.tokens is None else {"begin_B": begin_of(mask)}
             z, y = cache.update(new_z, new_y, self.layer_idx, **row)
             z, y = with_gradient(z, new_z), y if self.spec.shared_latent else with_gradient(y, new_y)
-            y = z if self.spec.shared_latent else y
+            y = (z.stored if isinstance(z, IndexedTokens) else z) if self.spec.shared_latent else y
         if self.spec.tokens is not None and not isinstance(z, RunTokens):
             z, y = by_runs(z, self.spec.tokens), by_runs(y, self.spec.tokens)
         if state is not None:

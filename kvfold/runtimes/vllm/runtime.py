@@ -74,6 +74,8 @@ def _in_the_way(spec: CacheSpec) -> str | None:
         return "joint = True: latents that several layers fill"
     if spec.tokens is not None:
         return "tokens: heads that keep tokens of their own, where vLLM's pages hold all heads of a token"
+    if spec.reading is not None:
+        return f"reading = {spec.reading.rule}: steps that read some of the stored tokens"
     if spec.hidden:
         return f"hidden = {spec.hidden}: networks beside the latents"
     return None

@@ -1,0 +1,82 @@
+"""The part of the attention module that knows of steps which read some of the stored tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.layer import AttentionLayer
+from kvfold.plan.token_runs import FEW_TOKENS
+from kvfold.runtimes.kernels.attention import grouped_attention
+from kvfold.runtimes.kernels.packed_tokens import IndexedTokens, Stored, read_all, taken
+from kvfold.runtimes.readers.base import Asked, Choice
+
+
+class AttentionToSome(nn.Module):
+    """The part of `FoldedAttention` that reads some of the tokens, which a reader chooses."""
+
+    spec: CacheSpec
+    layer: AttentionLayer
+    scaling: float
+    _absorb: Callable[[Tensor], Tensor]
+    _lead_values_back: Callable[[Tensor], Tensor]
+    _few: Callable[..., Tensor]
+
+    def _reads_some(self, q: Tensor, z: Any) -> bool:
+        if not isinstance(z, IndexedTokens):
+            return False
+        S = z.shape[2]
+        return q.shape[2] <= FEW_TOKENS and z.reader.reading.chosen(S) < S
+
+    def _attend_to_some(
+        self, q: Tensor, z: IndexedTokens, y: Stored, mask: Tensor | None, *, wants_probs: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same as `_attend`, over the tokens that are chosen for these queries."""
+        absorbed, (_, C, S, _) = self._absorb(q), z.shape
+        seen, groups = _additive(mask, q, S), math.gcd(C, y.shape[1])
+        choice = z.reader.choose(
+            Asked(
+                queries_BNTR=absorbed.float() * self.scaling, keys=z.stored, index=z.notes, seen=seen, groups=groups,
+                count=z.reader.reading.chosen(S), softcap=self.layer.softcap,
+            )
+        )  # fmt: skip
+        z.reader.steps, z.reader.read = z.reader.steps + 1, z.reader.read + choice.share
+        k = taken(z.stored, choice.index_BGn.repeat_interleave(C // groups, dim=1))
+        v = k if y is z.stored else taken(y, choice.index_BGn.repeat_interleave(y.shape[1] // groups, dim=1))
+        hidden = _hidden(seen, choice, absorbed)
+        if not wants_probs:
+            return self._lead_values_back(self._few(absorbed, k, v, hidden)), None
+        numbers = read_all(k), read_all(v)
+        out, probs = grouped_attention(absorbed, *numbers, hidden, scale=self.scaling, softcap=self.layer.softcap)
+        index = choice.index_BGn.repeat_interleave(q.shape[1] // groups, dim=1)[:, :, None].expand(probs.shape)
+        return self._lead_values_back(out), probs.new_zeros(*probs.shape[:3], S).scatter(3, index, probs)
+
+
+def _additive(mask: Tensor | None, q: Tensor, S: int) -> Tensor | None:
+    """[B or 1, N or 1, T, S] in float32: what the queries do not see, and alibi; None where they see everything."""
+    T = q.shape[2]
+    if mask is None:
+        if T == 1:
+            return None
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)[None, None]
+    mask = mask[..., :S]
+    if mask.dtype != torch.bool:
+        return mask.float().clamp_min(torch.finfo(torch.float32).min)
+    return torch.zeros(mask.shape, device=q.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+
+def _hidden(seen: Tensor | None, choice: Choice, q: Tensor) -> Tensor | None:
+    """[B, N, T, n]: what is added to the scores of the chosen tokens."""
+    added, (B, N, T, _) = choice.added_BNTn, q.shape
+    if seen is not None:
+        index = choice.index_BGn.repeat_interleave(N // choice.index_BGn.shape[1], dim=1)[:, :, None].expand(
+            -1, -1, T, -1
+        )
+        own = seen.expand(B, N, T, seen.shape[-1]).gather(3, index)
+        added = own if added is None else own + added
+    return None if added is None else added.to(q.dtype).clamp_min(torch.finfo(q.dtype).min)
