@@ -126,8 +126,9 @@ PRESETS = {
         {"length": {"method": "recency"}, "calibration": {"data": "self"}},
     ),
     "observed": Preset(
-        "every head keeps of a prompt what its own queries, asked behind it, would miss most; how many by expected nats",
-        {"length": {"method": "scored", "rule": "observed"}, "calibration": {"data": "self"}},
+        "every head keeps of a prompt what its own queries, asked behind it, would miss most, and lets it stand for the rest;"
+        " how many by expected nats",
+        {"length": {"method": "scored", "rule": "observed", "matched": True}, "calibration": {"data": "self"}},
     ),
     "snapkv": _scored(
         "snapkv", "what the last 64 queries of a prompt attend to, and its neighbours (SnapKV, arXiv 2404.14469)"

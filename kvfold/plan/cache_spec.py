@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kvfold.plan.number_format import NumberFormat, StoredShape
 from kvfold.plan.reading import Reading
-from kvfold.plan.token_runs import TokenRun, TokenRuns
+from kvfold.plan.token_runs import ADDED_BYTES, TokenRun, TokenRuns
 
 CACHE_BLOCK = 256
 """Tokens by which a cache grows. Part of the format, since allocated bytes follow from it."""
@@ -181,12 +181,13 @@ class CacheSpec:
 
     def bytes_per_token(self, itemsize: int) -> float:
         """Stored for one token, scales included; what several tokens share is shared out."""
-        return sum(side.bytes_per_token(itemsize) for side in self.sides) + self._index_bytes_per_token(itemsize)
+        return sum(side.bytes_per_token(itemsize) for side in self.sides) + self._bytes_beside(itemsize)
 
-    def _index_bytes_per_token(self, itemsize: int) -> float:
-        if self.reading is None:
-            return 0.0
-        return self.num_kv_heads * self.reading.index_bytes_per_token(self.head_dim, itemsize)
+    def _bytes_beside(self, itemsize: int) -> float:
+        """What is stored of a token beside its keys and values."""
+        matched = ADDED_BYTES if self.tokens is not None and self.tokens.matched else 0
+        index = self.reading.index_bytes_per_token(self.head_dim, itemsize) if self.reading is not None else 0.0
+        return self.num_kv_heads * (matched + index)
 
     def index_bytes(self, context_len: int, itemsize: int) -> int:
         """What is stored beside keys and values of so many tokens to choose which are read."""
@@ -210,7 +211,7 @@ class CacheSpec:
         chosen, (keys, _) = self.reading.chosen(context_len), self.sides
         whole = sum(side.bytes_per_token(itemsize) for side in self.sides)
         leading = self._bytes_of_first(self.reading.leading, itemsize) * keys.num_heads if self.reading.leading else 0
-        return whole * chosen + leading * (context_len - chosen) + self._index_bytes_per_token(itemsize) * context_len
+        return whole * chosen + leading * (context_len - chosen) + self._bytes_beside(itemsize) * context_len
 
     def _bytes_of_first(self, width: int, itemsize: int) -> int:
         """Of the first numbers of a stored key."""
@@ -219,7 +220,8 @@ class CacheSpec:
     def _bytes_of_run(self, run: TokenRun, context_len: int, itemsize: int) -> int:
         tokens = room_for(run, context_len)
         sides = (side._replace(num_heads=len(run.heads)) for side in self.sides)
-        return sum(side.bytes_allocated(tokens, itemsize) for side in sides)
+        added = ADDED_BYTES * len(run.heads) * tokens if self.tokens is not None and self.tokens.matched else 0
+        return sum(side.bytes_allocated(tokens, itemsize) for side in sides) + added
 
     def recent_bytes(self, context_len: int, itemsize: int) -> int:
         """Of the newest tokens in their finer form."""

@@ -142,6 +142,8 @@ def _check_tokens(index: int, spec: CacheSpec, tokens: TokenRuns) -> None:
             f"{where}: {tokens.rule} chooses when a prompt was read, and the newest stay; found prompt = {tokens.prompt!r}"
             f" and newest = {tokens.newest}."
         )
+    if tokens.matched and not tokens.scored:
+        raise PlanError(f"{where}: what stays is matched to all where a scorer chose it; rule is {tokens.rule!r}.")
     if tokens.prompt not in PROMPTS:
         raise PlanError(f"{where}: prompt = {tokens.prompt!r}; it is one of {PROMPTS}.")
     heads = sorted(head for run in tokens.runs for head in run.heads)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 RECENCY = "recency"
 """The rule by which the first tokens of a sequence stay, and the newest. All others are scorers, by name: besides those the
 tokens of a prompt that they say are worth most."""
+ADDED_BYTES = 2
+"""Of what is added to the scores of a token that stands for others as well, in every head that stores it."""
 PROMPTS = ("masked", "whole")
 """What the queries of a prompt see of its tokens."""
 
@@ -47,7 +49,8 @@ class TokenRuns:
     Where a scorer is the `rule`, the tokens that a prompt leaves are its first `sinks`, its `newest`, and of those between
     them the best, as many as its run keeps, be it all; they stay while the newest ones pass by, until a prompt comes again.
     Prompts are `whole` then. A sequence of no more than `sinks` + `newest` tokens is one of which nothing was chosen, unless
-    it is padded to the length of others.
+    it is padded to the length of others. `matched`: what stays of a prompt stands for what does not as well: its scores get
+    something added, which is stored beside each token, and its values are made anew.
     """
 
     runs: tuple[TokenRun, ...]
@@ -55,6 +58,7 @@ class TokenRuns:
     sinks: int = 4
     newest: int = 0
     prompt: str = "masked"
+    matched: bool = False
 
     @property
     def scored(self) -> bool:

@@ -30,7 +30,7 @@ def fold(tiny_dir, tmp_path_factory):
 @every_form
 def test_cached_equals_uncached(fold, model, form, monkeypatch):
     """In float64, where codes do not depend on how a product was rounded; long prompts pass through in pieces."""
-    monkeypatch.setattr("kvfold.runtimes.transformers.head_runs.RUN_BLOCK", 9)
+    monkeypatch.setattr("kvfold.runtimes.transformers.head_run.RUN_BLOCK", 9)
     monkeypatch.setattr("kvfold.runtimes.kernels.head_runs.QUERIES_AT_ONCE", 11)
     folded = fold(model, form)
     network, ids = load(folded.out, dtype=torch.float64), tokens(3, 60)

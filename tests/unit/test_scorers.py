@@ -11,7 +11,8 @@ from tiny import make_tiny
 from kvfold import registry
 from kvfold.architectures.base import architecture
 from kvfold.runtimes.kernels.rotary import apply_rotary
-from kvfold.runtimes.scorers import expected_attention, h2o, observed, snapkv
+from kvfold.runtimes.scorers import base, expected_attention, h2o, snapkv
+from kvfold.runtimes.scorers._matching import matched
 from kvfold.runtimes.scorers.base import Prompt
 from kvfold.testing import assert_close
 
@@ -80,16 +81,16 @@ def test_observed(prompt):
     group = before.shape[1] // found.shape[1]
     expected = torch.zeros(T, dtype=torch.float64)
     tokens = real(prompt, b)
-    for j in range(observed.QUERIES):
-        at = 7 + int((T - 7) * (j + 0.5) / observed.QUERIES)
-        beyond = T - 1 + j * observed.STRIDE % observed.AHEAD + 1
+    for j in range(base.QUERIES):
+        at = 7 + int((T - 7) * (j + 0.5) / base.QUERIES)
+        beyond = T - 1 + j * base.STRIDE % base.AHEAD + 1
         for head in range(n * group, (n + 1) * group):
             q_H = rotated(prompt.layer, before[b, head, at][None, None, None], torch.tensor([beyond]))[0, 0, 0]
             probs, whole = attention(prompt, b, head, q_H, tokens)
             for i, s in enumerate(tokens):
                 value = prompt.output()[:, head] @ prompt.values_BCSV[b, n, s]
                 expected[s] += (probs[i] / (1 - probs[i])).square() * (whole - value).square().sum()
-    assert_close(found[b, n, 7:], expected[7:] / observed.QUERIES, tolerance=1e-4)
+    assert_close(found[b, n, 7:], expected[7:] / base.QUERIES, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("name", ["snapkv", "h2o", "tova"])
@@ -145,3 +146,36 @@ def test_expected_attention_is_that_of_normal_queries(prompt, monkeypatch):
         keys = prompt.keys_BCSR[b, 0] * layer.scaling
         expected += (keys @ mean + ((keys @ spread) * keys).sum(-1) / 2).softmax(0)
     assert_close(found[b, 0], expected * prompt.values_BCSV[b, 0].norm(dim=-1), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_what_stays_is_matched(prompt, share):
+    """To the mass and the averages that the prompt's own queries get of everything; of all tokens nothing changes."""
+    prompt, _ = prompt
+    C, B = prompt.keys_BCSR.shape[1], len(prompt.first_B)
+    index = torch.arange(T).expand(B, C, T)
+    counts = prompt.shown_BS
+    if share < 1:
+        index = torch.stack(
+            [torch.stack([torch.randperm(T - 7)[:12].sort().values + 7 for _ in range(C)]) for _ in range(B)]
+        )
+        counts = torch.ones(B, 12, dtype=torch.bool)
+    added, values = matched(prompt, index, counts)
+    assert (added >= 0).all() and added.shape == index.shape
+    group = prompt.queries_BnTH.shape[1] // C
+    before, after = [], []
+    for b in range(B):
+        for n in range(group * C):
+            c = n // group
+            probs, own = prompt.asked_again[b, n], prompt.values_BCSV[b, c]
+            kept = index[b, c][counts[b]]
+            wanted = probs @ own
+            few = probs[:, kept] / probs[:, kept].sum(-1, keepdim=True)
+            weighed = probs[:, kept] * added[b, c][counts[b]].exp()
+            before.append(few @ own[kept] - wanted)
+            after.append(weighed / weighed.sum(-1, keepdim=True) @ values[b, c][counts[b]] - wanted)
+            if share < 1:
+                mass = probs[:, kept].sum(-1), weighed.sum(-1)
+                assert (mass[1] - 1).square().mean() < (mass[0] - 1).square().mean()
+    lost, left = (torch.cat(parts).square().mean() for parts in (before, after))
+    assert left < 0.3 * lost if share < 1 else left < 1e-12

@@ -16,10 +16,13 @@ class Scored(TokensPerHead):
 
     rule: who says it, a file of runtimes/scorers/. `observed` is ours; `snapkv`, `h2o`, `tova`, `expected_attention`,
         `keydiff` and `knorm` are the published ones.
+    matched: what stays of a prompt stands for the rest of it as well (attention matching, arXiv 2602.16284): its scores and
+        values are changed so that the prompt's own queries get of it what they would get of everything.
     kept, sharing, sinks, newest, grows, recall: as in `recency`. Windows of these sizes pass by over tokens that come later.
     """
 
     rule: str = "observed"
+    matched: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -31,4 +34,11 @@ class Scored(TokensPerHead):
         return self.rule
 
     def _tokens(self, *runs: TokenRun) -> TokenRuns:
-        return TokenRuns(runs=runs, rule=self.rule, sinks=self.sinks, newest=self.newest, prompt="whole")
+        return TokenRuns(
+            runs=runs,
+            rule=self.rule,
+            sinks=self.sinks,
+            newest=self.newest,
+            prompt="whole",
+            matched=self.matched,
+        )

@@ -41,10 +41,23 @@ def begin_of(mask: Tensor | None) -> Tensor | None:
 
 
 def seen_by(
+    run: TokenRun, held: RunTokens, place: RunPlace, mask: Tensor | None, q_BnTR: Tensor, rows: slice
+) -> Tensor | None:
+    """Which of a run's tokens each of its queries sees, `rows` of them, the last of all that are held, as a mask [B or 1, 1
+    or n, rows, S]: bool, or numbers to add where `mask` is of those or tokens stand for others. None where no mask is needed.
+    `mask`: over all columns, dropped ones too."""
+    seen = _seen_by(run, held, place, mask, q_BnTR.shape[2], rows, q_BnTR.device)
+    if place.added_BCS is None or place.first is None:
+        return seen
+    added = place.added_BCS.repeat_interleave(q_BnTR.shape[1] // len(run.heads), dim=1)[:, :, None].to(q_BnTR.dtype)
+    if seen is None:
+        return added
+    return added.masked_fill(~seen, torch.finfo(added.dtype).min) if seen.dtype == torch.bool else added + seen
+
+
+def _seen_by(
     run: TokenRun, held: RunTokens, place: RunPlace, mask: Tensor | None, T: int, rows: slice, device: torch.device
 ) -> Tensor | None:
-    """Which of a run's tokens each of the last T queries sees, `rows` of them, as a mask [B or 1, 1 or N, rows, S]: bool, or
-    numbers to add where `mask` is of those. None where no mask is needed. `mask`: over all columns, dropped ones too."""
     length, tokens = held.length, held.tokens
     mask = None if mask is None else mask[..., rows, :length]
     if sees_all(run, held, place, T):
@@ -150,7 +163,7 @@ def attend_by_run(
     ) -> Tensor:
         if T > FEW_TOKENS:
             return _prompt(q, keys, values, run, z, place, own, scale)
-        return few(q, keys, values, seen_by(run, z, place, own, T, slice(0, T), q.device))
+        return few(q, keys, values, seen_by(run, z, place, own, q, slice(0, T)))
 
     return _over_runs(q_BNTR, z, y, mask, attend)
 
@@ -185,7 +198,7 @@ def _prompt(
     parts = []
     for start in range(0, T, QUERIES_AT_ONCE):
         rows = slice(start, min(start + QUERIES_AT_ONCE, T))
-        seen = seen_by(run, held, place, mask, T, rows, q_BnTR.device)
+        seen = seen_by(run, held, place, mask, q_BnTR, rows)
         assert seen is not None, "several queries see different tokens"
         some = _of_some(seen)
         parts.append(prefill_attention(q_BnTR[:, :, rows], k[:, :, some], v[:, :, some], seen[..., some], scale=scale))
@@ -220,7 +233,7 @@ def probabilities(
     def attend(
         heads: Any, q: Tensor, keys: Stored, values: Stored, run: TokenRun, place: RunPlace, own: Tensor | None
     ) -> Tensor:
-        seen, numbers = seen_by(run, z, place, own, T, slice(0, T), q.device), (read_all(keys), read_all(values))
+        seen, numbers = seen_by(run, z, place, own, q, slice(0, T)), (read_all(keys), read_all(values))
         averaged, probs = grouped_attention(q, *numbers, seen, scale=scale, dropout=dropout, softcap=softcap)
         column_BS = columns(place, z.length, begin_B1).clamp_max(z.length - 1)
         index = column_BS[:, None, None].expand(B, q.shape[1], T, -1)

@@ -192,11 +192,13 @@ class IndexedTokens(NamedTuple):
 class RunPlace(NamedTuple):
     """Where the tokens of a run stand. first: the column of the one behind the `early` ones, which stand before it; None
     where no column is missing. early_B: of each sequence ([1]: of all) how many of the early ones count, the last ones,
-    where these were chosen; None where they are the first of their sequences."""
+    where these were chosen; None where they are the first of their sequences. added_BCS: what is added to the scores of
+    tokens that stand for others as well."""
 
     first: int | None
     early: int
     early_B: Tensor | None = None
+    added_BCS: Tensor | None = None
 
 
 class RunTokens(NamedTuple):

@@ -14,6 +14,10 @@ from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.kernels.attention import scores_of, softmax, weighted
 from kvfold.runtimes.kernels.rotary import apply_rotary
 
+QUERIES, AHEAD, STRIDE = 96, 128, 37
+"""Of a prompt that are asked again; turned to places among the next AHEAD tokens, STRIDE apart, which has no divisor in
+common."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
@@ -65,6 +69,13 @@ class Prompt:
         if self.layer.softcap is not None:
             scores = self.layer.softcap * torch.tanh(scores / self.layer.softcap)
         return softmax(scores, seen)
+
+    @functools.cached_property
+    def asked_again(self) -> Tensor:
+        """[B, n, QUERIES, S]: what queries of the prompt, evenly, would attend to if they were asked again behind it."""
+        at_BQ = self.spread(QUERIES)
+        beyond_Q = torch.arange(at_BQ.shape[1], device=at_BQ.device) * STRIDE % AHEAD + 1
+        return self.attention(self.ahead(at_BQ, beyond_Q.expand_as(at_BQ)), self.seen_at_the_end)
 
     def ahead(self, at_BQ: Tensor, beyond_BQ: Tensor) -> Tensor:
         """[B, n, Q, H]: the queries at places of the step, as if they stood so many tokens behind its last one."""

@@ -45,6 +45,10 @@ class Buffer(ABC):
         """Of what `beside` has shown store these tokens, of each head its own, and nothing else."""
 
     @abstractmethod
+    def put(self, x_BCTR: Tensor, capacity: int) -> None:
+        """Store these tokens and nothing else."""
+
+    @abstractmethod
     def forget(self, tokens: int, window: int | None) -> None:
         """Drop the last tokens."""
 
@@ -126,9 +130,11 @@ class GrowingBuffer(Buffer):
         return new_BCTR if self.data is None else torch.cat([self.tensor(), new_BCTR], dim=2)
 
     def keep(self, shown: Tensor, index_BCn: Tensor, capacity: int) -> None:  # type: ignore[override]
-        kept = shown.gather(2, index_BCn[..., None].expand(-1, -1, -1, shown.shape[3]))
+        self.put(shown.gather(2, index_BCn[..., None].expand(-1, -1, -1, shown.shape[3])), capacity)
+
+    def put(self, x_BCTR: Tensor, capacity: int) -> None:
         self.start = self.end = 0
-        self.append(kept, capacity)
+        self.append(x_BCTR, capacity)
 
     def forget(self, tokens: int, window: int | None) -> None:
         self.end -= tokens
@@ -205,6 +211,9 @@ class PackedBuffer(Buffer):
     def keep(self, shown: PackedTokens, index_BCn: Tensor, capacity: int) -> None:  # type: ignore[override]
         self.rows.keep(shown.rows, index_BCn, capacity)
 
+    def put(self, x_BCTR: Tensor, capacity: int) -> None:
+        self.rows.put(self._pack(x_BCTR), capacity)
+
     def forget(self, tokens: int, window: int | None) -> None:
         self.rows.forget(tokens, window)
 
@@ -265,6 +274,9 @@ class BlockedBuffer(Buffer):
         raise AssertionError("dropping tokens could cut a block")
 
     def keep(self, shown: Stored, index_BCn: Tensor, capacity: int) -> None:
+        raise AssertionError("dropping tokens could cut a block")
+
+    def put(self, x_BCTR: Tensor, capacity: int) -> None:
         raise AssertionError("dropping tokens could cut a block")
 
     def forget(self, tokens: int, window: int | None) -> None:

@@ -1,0 +1,56 @@
+"""Tokens that stay stand for those that do not: attention matching in closed form (arXiv 2602.16284).
+
+The prompt's own queries, asked again behind it, are to get of what stays what they would get of everything: first the same
+sum of exponentials, by a weight for every token, then the same average, by other values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvfold.runtimes.scorers.base import Prompt
+
+ROUNDS = 60
+"""Of multiplicative steps, which keep weights positive."""
+RIDGE = 1e-2
+"""Towards the values that are there, relative to what one token weighs in the mean."""
+MOST = 1e3
+"""Of weights, which are 1 at least: a token stands for itself, whatever a few queries say."""
+
+
+def matched(prompt: Prompt, index_BCn: Tensor, counts_Bn: Tensor) -> tuple[Tensor, Tensor]:
+    """What is added to the scores of the tokens that stay [B, C, n], and their values [B, C, n, V]. counts_Bn: which of
+    them do."""
+    probs_BnQS, values_BCSV = prompt.asked_again, prompt.values_BCSV
+    probs_BCMS = probs_BnQS.unflatten(1, (index_BCn.shape[1], -1)).flatten(2, 3)
+    values_BCnV = values_BCSV.gather(2, index_BCn[..., None].expand(-1, -1, -1, values_BCSV.shape[3]))
+    shares_BCMn = probs_BCMS.gather(3, index_BCn[:, :, None].expand(-1, -1, probs_BCMS.shape[2], -1))
+    shares_BCMn = shares_BCMn * counts_Bn[:, None, None]
+    weights_BCn = weights_of(shares_BCMn.double())
+    wanted_BCMV = (probs_BCMS.to(values_BCSV.dtype) @ values_BCSV).double()
+    weighed = shares_BCMn.double() * weights_BCn[:, :, None]
+    weighed = weighed / weighed.sum(-1, keepdim=True)
+    change = ridge(weighed, wanted_BCMV - weighed @ values_BCnV.double(), counts_Bn.sum(-1)[:, None])
+    return weights_BCn.log(), (values_BCnV + change).to(values_BCSV.dtype)
+
+
+def weights_of(shares_BCMn: Tensor) -> Tensor:
+    """[B, C, n]: sums of shares, weighed by them, are as near to 1 as can be in the mean square, before weights below 1 are
+    taken as 1."""
+    weights = torch.ones_like(shares_BCMn[:, :, 0])
+    transposed = shares_BCMn.transpose(2, 3)
+    reached = shares_BCMn.sum(2)
+    for _ in range(ROUNDS):
+        sums = shares_BCMn @ weights[..., None]
+        weights = weights * reached / (transposed @ sums)[..., 0].clamp_min(1e-20)
+    return weights.clamp(1, MOST)
+
+
+def ridge(x_BCMn: Tensor, y_BCMV: Tensor, tokens: Tensor) -> Tensor:
+    """[B, C, n, V], the small solution of x d = y, by the smaller system of both: x^T (x x^T + l)^-1 y. tokens [B or 1, 1]:
+    how many have weight in x."""
+    gram = x_BCMn @ x_BCMn.transpose(2, 3)
+    mean_BC = gram.diagonal(dim1=2, dim2=3).sum(-1) / tokens
+    gram.diagonal(dim1=2, dim2=3).add_(RIDGE * mean_BC[..., None])
+    return x_BCMn.transpose(2, 3) @ torch.linalg.solve(gram, y_BCMV)

@@ -1,0 +1,180 @@
+"""What the heads of one run keep: their storage, and where its tokens stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvfold.plan.cache_spec import CACHE_BLOCK, RUN_BLOCK, CacheSpec, room_for
+from kvfold.plan.token_runs import FEW_TOKENS, TokenRun, TokenRuns
+from kvfold.runtimes.kernels.head_runs import columns, is_new, kept_of, stays_before
+from kvfold.runtimes.kernels.packed_tokens import RunPlace, Stored, read_all
+from kvfold.runtimes.transformers.buffers import Buffer, GrowingBuffer, buffer
+
+ADDED = torch.float16
+"""Two bytes per token and head (ADDED_BYTES)."""
+
+Match = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(tokens that stay [B, C, n], which of them count [B or 1, n]) -> what is added to their scores [B, C, n], and their values
+[B, C, n, V]."""
+
+
+class HeadRun:
+    """What the heads of one run keep: early tokens of every sequence (the first, or chosen ones), and the newest. `place`
+    says where they stand; `pending` is what a prompt of `new` tokens is seen to consist of, until some of it stay. `added`:
+    where kept tokens stand for others as well, what their scores get for it."""
+
+    def __init__(self, run: TokenRun, tokens: TokenRuns, spec: CacheSpec) -> None:
+        self.run, self.tokens = run, tokens
+        unit = CACHE_BLOCK if run.keeps_all else RUN_BLOCK
+        self.k: Buffer = buffer(spec.k_bits, unit)
+        self.v: Buffer = buffer(spec.v_bits, unit)
+        self.added = GrowingBuffer(unit) if tokens.matched else None
+        self.place = RunPlace(None, tokens.sinks)
+        self.pending: list[Stored] | None = None
+        self.new = 0
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        return (self.k, self.v) if self.added is None else (self.k, self.v, self.added)
+
+    def add(
+        self, z_BcTR: Tensor, y_BcTV: Tensor, length: int, begin_B: Tensor | None, *, keep_all: bool
+    ) -> tuple[tuple[Stored, Stored], RunPlace]:
+        """Store T new tokens, the last of `length`; show all that one of their queries may see, and where they stand. A long
+        prompt passes through without ever being stored whole."""
+        T, new = z_BcTR.shape[2], [z_BcTR, y_BcTV]
+        if self.added is not None:
+            new.append(z_BcTR.new_zeros(*z_BcTR.shape[:3], 1, dtype=ADDED))
+        self.settle(length - T, begin_B)
+        room = room_for(self.run, length)
+        if not keep_all:
+            self.drop(self.due(length - T + 1, begin_B), length - T, begin_B)
+            if T > FEW_TOKENS and self._chooses(length, begin_B):
+                self.pending = [side.beside(states) for side, states in zip(self.buffers, new, strict=True)]
+                self.new = T
+                return self._shown(self.pending, self.place)
+            if T > RUN_BLOCK and self.due(length, begin_B) > (self.place.first or self.tokens.sinks):
+                return self._pass_by(new, length, begin_B, room)
+        for side, states in zip(self.buffers, new, strict=True):
+            side.append(states, room)
+        return self._shown([side.view() for side in self.buffers], self.place)
+
+    def _shown(self, sides: list[Stored], place: RunPlace) -> tuple[tuple[Stored, Stored], RunPlace]:
+        k, v, *added = sides
+        return (k, v), place._replace(added_BCS=read_all(added[0])[..., 0]) if added else place
+
+    def _chooses(self, length: int, begin_B: Tensor | None) -> bool:
+        """Whether a prompt that ends here leaves tokens that a scorer chose; all, while there is room."""
+        context = length if begin_B is None else length - int(begin_B.min())
+        return self.tokens.scored and not self.run.keeps_all and context > self.tokens.sinks + self.tokens.newest
+
+    @property
+    def drops(self) -> bool:
+        """Whether not all of what a prompt is seen to consist of can stay."""
+        return self.pending is not None and self.pending[0].shape[2] > self.run.kept(self.pending[0].shape[2])
+
+    def due(self, length: int, begin_B: Tensor | None) -> int:
+        """The first of the newest columns that some sequence still sees after `length` columns."""
+        if self.place.early_B is None or begin_B is None:
+            begin = 0 if begin_B is None else min(int(begin_B.min()), length)
+            return begin + self.tokens.first_newest(self.run, length - begin, self.place.early)
+        context_B = length - begin_B
+        newest_B = (kept_of(self.run, context_B) - self.place.early_B).clamp_min(0)
+        return length - int(newest_B.max())
+
+    def choose(self, worth_BCS: Tensor, length: int, begin_B: Tensor | None, match: Match | None = None) -> None:
+        """Keep of a prompt that was read its first tokens, its newest, and those in between that are worth most. match: makes
+        them stand for the others as well."""
+        assert self.pending is not None, "a prompt was read"
+        newest = min(self.tokens.newest, length)
+        free_BS, sink_BS = self._candidates(length, begin_of_rows(begin_B, worth_BCS)[:, None], newest)
+        chosen_B = (kept_of(self.run, length - begin_of_rows(begin_B, worth_BCS)) - newest).clamp_min(0)
+        chosen_B = torch.minimum(chosen_B, free_BS.sum(1))
+        worth_BCS = worth_BCS.float().nan_to_num().masked_fill(sink_BS[:, None], torch.inf)
+        worth_BCS = worth_BCS.masked_fill(~free_BS[:, None], -torch.inf)
+        early, shown = int(chosen_B.max()), worth_BCS.shape[2]
+        last_n = torch.arange(shown - newest, shown, device=worth_BCS.device)
+        best_BCE = worth_BCS.topk(early).indices
+        rank_E = torch.arange(early, device=best_BCE.device)
+        # those that do not count, of shorter sequences, come first, and others as they came
+        unused_BCE = (rank_E >= chosen_B[:, None])[:, None]
+        best_BCE = best_BCE.gather(2, best_BCE.masked_fill(unused_BCE, -1).argsort(stable=True))
+        index_BCn = torch.cat([best_BCE, last_n.expand(*worth_BCS.shape[:2], -1)], dim=2)
+        room = room_for(self.run, length)
+        for side, stored in zip(self.buffers, self.pending, strict=True):
+            side.keep(stored, index_BCn, room)
+        if match is not None and self.added is not None:
+            counts_Bn = torch.arange(early + newest, device=index_BCn.device) >= (early - chosen_B)[:, None]
+            added_BCn, values_BCnV = match(index_BCn, counts_Bn)
+            self.added.put(added_BCn[..., None].to(ADDED), room)
+            self.v.put(values_BCnV, room)
+        self.place, self.pending = RunPlace(length - newest, early, chosen_B), None
+
+    def settle(self, length: int, begin_B: Tensor | None) -> None:
+        """Where nobody said what a prompt's tokens are worth (random numbers of a benchmark, say), the newest are."""
+        if self.pending is not None:
+            B, C, S, _ = self.pending[0].shape
+            self.choose(torch.arange(S, device=self.pending[0].device).expand(B, C, S), length, begin_B)
+
+    def _candidates(self, length: int, begin_B1: Tensor, newest: int) -> tuple[Tensor, Tensor]:
+        """[B or 1, S]: which of the shown tokens could stay besides the newest, and which stay as the first."""
+        column_BS = columns(self.place, length, begin_B1)
+        at_S = torch.arange(column_BS.shape[1], device=column_BS.device)
+        start = length - self.new
+        before_BS = stays_before(self.run, self.tokens, self.place, column_BS, begin_B1, start)
+        new_BS = is_new(self.place, column_BS, begin_B1, start)
+        free_BS = (before_BS | new_BS) & (at_S < len(at_S) - newest)
+        if self.place.early_B is None:
+            return free_BS, free_BS & (column_BS < begin_B1 + self.tokens.sinks)
+        of_early_BS = at_S < self.place.early - self.place.early_B[:, None] + self.tokens.sinks
+        of_newest_BS = column_BS < begin_B1 + self.tokens.sinks
+        return free_BS, free_BS & torch.where(at_S < self.place.early, of_early_BS, of_newest_BS)
+
+    def drop(self, first: int, held: int, begin_B: Tensor | None) -> None:
+        """Forget the columns before `first` but for early ones; `held`: columns so far."""
+        gone = first - (self.tokens.sinks if self.place.first is None else self.place.first)
+        if gone > 0:
+            early = self._early(held, begin_B)
+            for side in self.buffers:
+                side.drop(gone, early, self.place.early)
+            self.place = self.place._replace(first=first)
+
+    def _pass_by(
+        self, new: list[Tensor], length: int, begin_B: Tensor | None, room: int
+    ) -> tuple[tuple[Stored, Stored], RunPlace]:
+        shown_at, due = self.place, self.due(length, begin_B)
+        early, sinks = self._early(length, begin_B), self.tokens.sinks
+        pairs = zip(self.buffers, new, strict=True)
+        shown = [side.pass_by(states, room, early, sinks, length - due) for side, states in pairs]
+        self.place = self.place._replace(first=due)
+        return self._shown(shown, shown_at)
+
+    def _early(self, held: int, begin_B: Tensor | None) -> Tensor | None:
+        """[B, sinks]: where each sequence's first tokens lie among those that are shown; None for the very first."""
+        if begin_B is None or self.place.early_B is not None:
+            return None
+        early = torch.arange(self.tokens.sinks, device=begin_B.device)
+        column_BS = (begin_B[:, None] + early).clamp_max(held - 1)
+        if self.place.first is None:
+            return column_BS
+        return torch.where(column_BS < self.place.first, early, column_BS - self.place.first + self.tokens.sinks)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep what is known of these rows of the batch; storage chooses its own."""
+        early_B = self.place.early_B
+        if early_B is not None and len(early_B) > 1:
+            self.place = self.place._replace(early_B=early_B[rows.to(early_B.device)])
+
+    def repeat(self, repeats: int) -> None:
+        """The same of every row so many times."""
+        early_B = self.place.early_B
+        if early_B is not None and len(early_B) > 1:
+            self.place = self.place._replace(early_B=early_B.repeat_interleave(repeats))
+
+
+def begin_of_rows(begin_B: Tensor | None, like: Tensor) -> Tensor:
+    """[B] or [1]."""
+    return torch.zeros(1, dtype=torch.long, device=like.device) if begin_B is None else begin_B
