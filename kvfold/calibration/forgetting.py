@@ -37,7 +37,7 @@ from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.source import Source, read_layer, source_dtype
 from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.reference import alibi_slope
-from kvfold.runtimes.scorers.base import Prompt
+from kvfold.runtimes.scorers.base import Prompt, Scorer
 
 FORGETTING_VERSION = 3
 """To be raised when curves are computed differently, so that old ones on disk are not taken for new ones."""
@@ -181,8 +181,7 @@ def costs(
             needed, context = _since(S, at_M, end)[None], S
         else:
             assert output is not None, "a choice may ask for it"
-            q, k, v = (x[:, :start] for x in states)
-            needed, context = _ranked(layer, q, k, v, choice, sinks, output), start
+            needed, context = _ranked(layer, (q_NTH, k_KTH, v_KTH), start, choice, sinks, output), start
             needed = F.pad(needed, (0, end - start))[:, None]
         change_nNMH = _changes(layer, states[0][:, at_M], *states[1:], at_M, needed, context, sinks)
         felt_nNM = (change_nNMH * gradient_NTH[:, at_M]).sum(-1, dtype=torch.float64)
@@ -212,22 +211,25 @@ def _changes(
 
 
 def _ranked(
-    layer: AttentionLayer, q_NTH: Tensor, k_KTH: Tensor, v_KTH: Tensor, choice: Choice, sinks: int, output: Output
+    layer: AttentionLayer, states: tuple[Tensor, Tensor, Tensor], T: int, choice: Choice, sinks: int, output: Output
 ) -> Tensor:
-    """[K, T]: as the how-maniest token of a prompt each head keeps it: the newest come first, then what is worth most."""
-    T = q_NTH.shape[1]
+    """[K, T]: as the how-maniest of the first T tokens each head keeps it: the newest come first, then what is worth most.
+    Where a scorer wants a second reading, the repetition is that."""
+    rule: Scorer = registry.load("scorers", choice.rule)()
+    first, end = (states[0].shape[1] // 2, states[0].shape[1]) if rule.repeats else (0, T)
+    q_NTH, k_KTH, v_KTH = states[0][:, first:end], *(x[:, :end] for x in states[1:])
 
     def seen(rows: slice) -> Tensor:
-        at_T = torch.arange(T, device=q_NTH.device)
-        mask_TT = torch.zeros(T, T).to(q_NTH)[rows].masked_fill(at_T > at_T[rows, None], torch.finfo(q_NTH.dtype).min)
-        return mask_TT[None, None] if not layer.alibi else (mask_TT + _alibi(layer, at_T)[:, None])[None]
+        at_S, at_Q = torch.arange(end, device=q_NTH.device), torch.arange(first, end, device=q_NTH.device)[rows]
+        mask_QS = torch.zeros(len(at_Q), end).to(q_NTH).masked_fill(at_S > at_Q[:, None], torch.finfo(q_NTH.dtype).min)
+        return mask_QS[None, None] if not layer.alibi else (mask_QS + _alibi(layer, at_S)[:, None])[None]
 
     prompt = Prompt(
         layer=layer, queries_BnTH=q_NTH[None], absorb=lambda q: q, keys_BCSR=k_KTH[None], values_BCSV=v_KTH[None],
-        seen=seen, first_B=torch.zeros(1, dtype=torch.long, device=q_NTH.device), output=output,
+        seen=seen, first_B=torch.zeros(1, dtype=torch.long, device=q_NTH.device), output=output, again=end - T,
     )  # fmt: skip
     newest, back_T = min(choice.newest, T), T - torch.arange(T, device=q_NTH.device)
-    worth_KT = registry.load("scorers", choice.rule)().score(prompt)[0].float().clone()
+    worth_KT = rule.score(prompt)[0, :, :T].float().clone()
     worth_KT[:, :sinks] = worth_KT[:, T - newest :] = -torch.inf
     rank_KT = worth_KT.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     return torch.where(back_T <= newest, back_T, rank_KT + newest + 1)

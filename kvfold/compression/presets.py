@@ -143,6 +143,11 @@ PRESETS = {
         "expected_attention",
         "what queries as the prompt's would attend to behind it (Expected Attention, arXiv 2510.00636)",
     ),
+    "kvzip": Preset(
+        "what gets the most attention when a prompt is read a second time; how much a head keeps by expected nats, where the"
+        " paper's heads compete for it at run time (after KVzip, arXiv 2505.23416)",
+        {"length": {"method": "scored", "rule": "kvzip"}, "calibration": {"data": "self"}},
+    ),
     "keydiff": _scored("keydiff", "tokens of a prompt whose keys differ from the others (KeyDiff, arXiv 2504.15364)"),
     "knorm": _scored("knorm", "tokens of a prompt whose keys are short (arXiv 2406.11430)"),
     "lead": Preset(

@@ -242,3 +242,44 @@ def test_a_prompt_that_nobody_scored_leaves_its_newest(fold):
     kept = cache.layers[0].runs[0].k.view()[0, 0, :, 0]
     assert kept.tolist() == [0, 1, *range(50 - run.kept(50) + 2, 50)]
     assert cache.nbytes_allocated == plan.kv_bytes(50)
+
+
+@pytest.mark.parametrize("model", ["llama_mha", "llama_yarn", "neox_partial", "bloom_alibi"])
+def test_a_second_reading(fold, tiny_dir, model, monkeypatch):
+    """What it says is what the original attends to when it reads the prompt twice; nothing of it is stored, nor of a prompt
+    that is read before anything is chosen of it."""
+    folded, ids = fold(model, rule="kvzip"), tokens(2, 40)
+    network, original = load(folded.out), load(tiny_dir / model, attn_implementation="eager")
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    twice = torch.cat([mask, mask], dim=1)
+    with torch.no_grad():
+        probs = original(
+            ids.repeat(1, 2),
+            attention_mask=twice,
+            position_ids=(twice.cumsum(1) - 1).clamp_min(0),
+            output_attentions=True,
+        ).attentions
+    said = {}
+    choose = HeadRun.choose
+
+    def spied(self, worth_BCS, *args):
+        said.setdefault(id(self), (self, worth_BCS))
+        choose(self, worth_BCS, *args)
+
+    monkeypatch.setattr(HeadRun, "choose", spied)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        out = network(ids, attention_mask=mask, position_ids=positions, use_cache=True)
+        plain = original(ids, attention_mask=mask, position_ids=positions).logits
+    assert_close(out.logits[mask.bool()], plain[mask.bool()], tolerance=1e-4)
+    layers = out.past_key_values.owned
+    assert [layer.length for layer in layers] == [40] * 3 and said
+    for layer, attention in zip(layers, probs, strict=True):
+        K = layer.spec.num_kv_heads
+        most = (attention * twice[:, None, :, None])[:, :, 40:, :40].amax(2).unflatten(1, (K, -1)).amax(2)
+        for run in layer.runs:
+            if id(run) in said and run.run.kept(40) < 40:
+                found = said[id(run)][1]
+                assert_close(found, most[:, list(run.run.heads)] * mask[:, None], tolerance=1e-4)
+    assert out.past_key_values.nbytes_allocated == folded.plan.kv_bytes(40, batch_size=2)

@@ -14,8 +14,8 @@ from kvfold.plan.token_runs import TokenRun, TokenRuns
 class Scored(TokensPerHead):
     """Chosen when a prompt was read, before anything is asked; a prompt that comes in pieces is chosen from at each of them.
 
-    rule: who says it, a file of runtimes/scorers/. `observed` is ours; `snapkv`, `h2o`, `tova`, `expected_attention`,
-        `keydiff` and `knorm` are the published ones.
+    rule: who says it, a file of runtimes/scorers/. `observed` and `repeated` (which reads prompts twice) are ours;
+        `snapkv`, `h2o`, `tova`, `expected_attention`, `kvzip`, `keydiff` and `knorm` are the published ones.
     matched: what stays of a prompt stands for the rest of it as well (attention matching, arXiv 2602.16284): its scores and
         values are changed so that the prompt's own queries get of it what they would get of everything.
     kept, sharing, sinks, newest, grows, recall: as in `recency`. Windows of these sizes pass by over tokens that come later.

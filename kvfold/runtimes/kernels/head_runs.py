@@ -69,8 +69,9 @@ def _seen_by(
     last_T = torch.arange(length - T, length, device=device)[rows]
     column_BS = columns(place, length, begin_BT[:, -1:])
     if reads_whole(tokens, T):
-        before_BS = stays_before(run, tokens, place, column_BS, begin_BT[:, -1:], length - T)
-        new_BS = is_new(place, column_BS, begin_BT[:, -1:], length - T)
+        start = length - T - held.again
+        before_BS = stays_before(run, tokens, place, column_BS, begin_BT[:, -1:], start)
+        new_BS = is_new(place, column_BS, begin_BT[:, -1:], start)
         seen = (before_BS | new_BS)[:, None] & (column_BS[:, None] <= last_T[:, None])
     else:
         seen = _recent_or_early(run, tokens, place, column_BS[:, None], last_T[:, None], begin_BT[..., None])

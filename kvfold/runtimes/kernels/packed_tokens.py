@@ -202,12 +202,14 @@ class RunPlace(NamedTuple):
 
 
 class RunTokens(NamedTuple):
-    """One side of a cache, run by run: `parts` [B, heads of the run, S, width]. `length`: tokens that were seen."""
+    """One side of a cache, run by run: `parts` [B, heads of the run, S, width]. `length`: tokens that were seen. `again`: of
+    these so many read the step before them a second time, and are not stored."""
 
     parts: tuple[Stored, ...]
     places: tuple[RunPlace, ...]
     length: int
     tokens: TokenRuns
+    again: int = 0
 
     def to(self, device: torch.device) -> RunTokens:
         return self._replace(parts=tuple(stored.to(device) for stored in self.parts))

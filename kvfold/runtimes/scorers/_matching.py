@@ -22,7 +22,9 @@ MOST = 1e3
 def matched(prompt: Prompt, index_BCn: Tensor, counts_Bn: Tensor) -> tuple[Tensor, Tensor]:
     """What is added to the scores of the tokens that stay [B, C, n], and their values [B, C, n, V]. counts_Bn: which of
     them do."""
-    probs_BnQS, values_BCSV = prompt.asked_again, prompt.values_BCSV
+    S = prompt.keys_BCSR.shape[2] - prompt.again
+    probs_BnQS, values_BCSV = prompt.asked_again[..., :S], prompt.values_BCSV[:, :, :S]
+    probs_BnQS = probs_BnQS / probs_BnQS.sum(-1, keepdim=True)
     probs_BCMS = probs_BnQS.unflatten(1, (index_BCn.shape[1], -1)).flatten(2, 3)
     values_BCnV = values_BCSV.gather(2, index_BCn[..., None].expand(-1, -1, -1, values_BCSV.shape[3]))
     shares_BCMn = probs_BCMS.gather(3, index_BCn[:, :, None].expand(-1, -1, probs_BCMS.shape[2], -1))

@@ -6,6 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.kernels.attention import scores_of, softmax, weighted
 from kvfold.runtimes.kernels.rotary import apply_rotary
 
+AT_ONCE = 256
+"""Queries of which probabilities exist."""
 QUERIES, AHEAD, STRIDE = 96, 128, 37
 """Of a prompt that are asked again; turned to places among the next AHEAD tokens, STRIDE apart, which has no divisor in
 common."""
@@ -29,6 +32,7 @@ class Prompt:
     seen: (rows) -> what these queries see of the S tokens, as a mask [B or 1, n or 1, rows, S]: bool, or numbers to add.
     first_B: [B] or [1], the first of the T queries that is no padding.
     output: gives [D, n, V], how averages of stored values come into the residual stream.
+    again: of the S tokens the last so many are those of a second reading, of which nothing stays.
     """
 
     layer: AttentionLayer
@@ -39,6 +43,7 @@ class Prompt:
     seen: Callable[[slice], Tensor]
     first_B: Tensor
     output: Callable[[], Tensor]
+    again: int = 0
 
     @property
     def steps(self) -> int:
@@ -125,7 +130,13 @@ class Prompt:
 
 
 class Scorer(ABC):
-    """Says which tokens of a prompt its heads keep, when it was read and before anything is asked."""
+    """Says which tokens of a prompt its heads keep, when it was read and before anything is asked.
+
+    repeats: whether the prompt is read a second time for it, behind itself; the queries are those of that reading then, and
+    the tokens it reads the last of those held, of which nothing stays.
+    """
+
+    repeats: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, prompt: Prompt) -> Tensor:

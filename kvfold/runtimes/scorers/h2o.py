@@ -6,10 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvfold.runtimes.scorers.base import Prompt, Scorer
-
-AT_ONCE = 256
-"""Queries."""
+from kvfold.runtimes.scorers.base import AT_ONCE, Prompt, Scorer
 
 
 class H2O(Scorer):

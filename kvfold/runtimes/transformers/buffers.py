@@ -40,6 +40,10 @@ class Buffer(ABC):
     def beside(self, new_BCTR: Tensor) -> Stored:
         """The live tokens and new ones, without storing these."""
 
+    def behind(self, shown: Stored, new_BCTR: Tensor) -> Stored:
+        """What `beside` has shown, and new ones."""
+        raise AssertionError("only where tokens can be dropped")
+
     @abstractmethod
     def keep(self, shown: Stored, index_BCn: Tensor, capacity: int) -> None:
         """Of what `beside` has shown store these tokens, of each head its own, and nothing else."""
@@ -129,6 +133,9 @@ class GrowingBuffer(Buffer):
     def beside(self, new_BCTR: Tensor) -> Tensor:
         return new_BCTR if self.data is None else torch.cat([self.tensor(), new_BCTR], dim=2)
 
+    def behind(self, shown: Tensor, new_BCTR: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.cat([shown, new_BCTR], dim=2)
+
     def keep(self, shown: Tensor, index_BCn: Tensor, capacity: int) -> None:  # type: ignore[override]
         self.put(shown.gather(2, index_BCn[..., None].expand(-1, -1, -1, shown.shape[3])), capacity)
 
@@ -207,6 +214,9 @@ class PackedBuffer(Buffer):
 
     def beside(self, new_BCTR: Tensor) -> Stored:
         return PackedTokens(self.rows.beside(self._pack(new_BCTR)), self.format, self.dtype)
+
+    def behind(self, shown: PackedTokens, new_BCTR: Tensor) -> Stored:  # type: ignore[override]
+        return PackedTokens(torch.cat([shown.rows, self._pack(new_BCTR)], dim=2), self.format, self.dtype)
 
     def keep(self, shown: PackedTokens, index_BCn: Tensor, capacity: int) -> None:  # type: ignore[override]
         self.rows.keep(shown.rows, index_BCn, capacity)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -55,6 +57,9 @@ class GrowingLayer(RunsMixin, CacheLayerMixin):
         self._check(key_states, value_states)
         if self.runs:
             return self.update_runs(key_states, value_states, begin_B)
+        if self.again:
+            keys = self.k.beside(key_states)
+            return keys, keys if self.v is self.k else self.v.beside(value_states)
         if self.reader:
             return self._noted(*self._append(key_states, value_states), key_states.shape[2])
         if not self.spec.recent:
@@ -283,6 +288,22 @@ class FoldedCache(Cache):
     def owned(self) -> list[GrowingLayer]:
         """The layers that store something."""
         return [layer for layer in self.layers if isinstance(layer, GrowingLayer)]
+
+    @property
+    def waits(self) -> bool:
+        """Whether a prompt was read of which nothing was chosen yet."""
+        return any(layer.waits for layer in self.owned)
+
+    @contextlib.contextmanager
+    def reading_again(self) -> Iterator[None]:
+        """Tokens see what is held and each other, and are not stored."""
+        for layer in self.owned:
+            layer.again = True
+        try:
+            yield
+        finally:
+            for layer in self.owned:
+                layer.again = False
 
     @property
     def share_read(self) -> float:

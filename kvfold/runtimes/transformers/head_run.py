@@ -62,6 +62,18 @@ class HeadRun:
             side.append(states, room)
         return self._shown([side.view() for side in self.buffers], self.place)
 
+    def ask_again(self, z_BcTR: Tensor, y_BcTV: Tensor) -> tuple[tuple[Stored, Stored], RunPlace]:
+        """Show what a prompt is seen to consist of and T tokens behind it, which are not stored."""
+        new = [z_BcTR, y_BcTV]
+        if self.added is not None:
+            new.append(z_BcTR.new_zeros(*z_BcTR.shape[:3], 1, dtype=ADDED))
+        if self.pending is None:
+            shown = [side.beside(states) for side, states in zip(self.buffers, new, strict=True)]
+        else:
+            sides = zip(self.buffers, self.pending, new, strict=True)
+            shown = [side.behind(held, states) for side, held, states in sides]
+        return self._shown(shown, self.place)
+
     def _shown(self, sides: list[Stored], place: RunPlace) -> tuple[tuple[Stored, Stored], RunPlace]:
         k, v, *added = sides
         return (k, v), place._replace(added_BCS=read_all(added[0])[..., 0]) if added else place

@@ -37,23 +37,30 @@ class RunsMixin:
     def start_runs(self) -> None:
         tokens = self.spec.tokens
         self.begin_B: Tensor | None = None
+        self.again = False  # whether a prompt is read a second time
         self.runs = [HeadRun(run, tokens, self.spec) for run in tokens.runs] if tokens else []
 
     def update_runs(self, z_BCTR: Tensor, y_BCTV: Tensor, begin_B: Tensor | None) -> tuple[RunTokens, RunTokens]:
         """As `update`."""
         assert self.spec.tokens is not None, "there are runs"
-        self.length += z_BCTR.shape[2]
-        self.begin_B = begin_B
-        shown = [
-            one.add(
-                heads_of(z_BCTR, one.run), heads_of(y_BCTV, one.run), self.length, begin_B, keep_all=self.record_past
-            )
-            for one in self.runs
-        ]
+        T = z_BCTR.shape[2]
+        length, again = self.length + T, T if self.again else 0
+        new = [(heads_of(z_BCTR, one.run), heads_of(y_BCTV, one.run)) for one in self.runs]
+        if self.again:
+            shown = [one.ask_again(*states) for one, states in zip(self.runs, new, strict=True)]
+        else:
+            self.length, self.begin_B = length, begin_B
+            facts: dict[str, Any] = {"keep_all": self.record_past}
+            shown = [one.add(*states, length, begin_B, **facts) for one, states in zip(self.runs, new, strict=True)]
         places = tuple(at for _, at in shown)
         sides = zip(*(sides for sides, _ in shown), strict=True)
-        k, v = (RunTokens(parts, places, self.length, self.spec.tokens) for parts in sides)
+        k, v = (RunTokens(parts, places, length, self.spec.tokens, again) for parts in sides)
         return k, v
+
+    @property
+    def waits(self) -> bool:
+        """Whether a prompt was read of which nothing was chosen yet."""
+        return any(one.pending is not None for one in self.runs)
 
     def check_removal(self, left: int) -> None:
         """Raise RuntimeError where the last of `left` tokens would see what is gone."""
@@ -120,15 +127,18 @@ class AttentionByRun(nn.Module):
     def _choose(self, q: Tensor, z: RunTokens, y: RunTokens, mask: Tensor | None, cache: Any) -> None:
         """What of a prompt that was just read stays, run by run."""
         rule: Scorer = registry.load("scorers", z.tokens.rule)()
-        begin_B = cache.begin_B
+        if rule.repeats and not z.again:
+            return
+        begin_B, length = cache.begin_B, z.length - z.again
         runs = zip(cache.runs, z.parts, y.parts, z.places, strict=True)
         for one, keys, values, place in (run for run in runs if run[0].pending is not None):
-            worth_BCS, match = q.new_zeros(q.shape[0], *keys.shape[1:3]), None
+            stored = keys.shape[2] - z.again
+            worth_BCS, match = q.new_zeros(q.shape[0], keys.shape[1], stored), None
             if one.drops or begin_B is not None:
                 prompt = self._prompt(one.run, q, keys, values, z, place, mask, begin_of_rows(begin_B, q))
-                worth_BCS = rule.score(prompt)
+                worth_BCS = rule.score(prompt)[..., :stored]
                 match = functools.partial(matched, prompt) if z.tokens.matched else None
-            one.choose(worth_BCS, z.length, begin_B, match)
+            one.choose(worth_BCS, length, begin_B, match)
 
     def _prompt(
         self, run: TokenRun, q: Tensor, keys: Stored, values: Stored, held: RunTokens, place: RunPlace, mask: Tensor | None,
@@ -154,8 +164,8 @@ class AttentionByRun(nn.Module):
 
         return Prompt(
             layer=self.layer, queries_BnTH=queries_BnTH, absorb=absorb, keys_BCSR=read_all(keys),
-            values_BCSV=read_all(values), seen=seen, first_B=(begin_B - (held.length - T)).clamp_min(0),
-            output=lambda: self._output_of_values()[:, heads],
+            values_BCSV=read_all(values), seen=seen, first_B=(begin_B - (held.length - held.again - T)).clamp_min(0),
+            output=lambda: self._output_of_values()[:, heads], again=held.again,
         )  # fmt: skip
 
     def _output_of_values(self) -> Tensor:

@@ -11,10 +11,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
+from kvfold import registry
 from kvfold.architectures.base import Architecture, all_architectures
 from kvfold.errors import CheckpointError, PlanError
 from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
 from kvfold.plan.plan import CachePlan
+from kvfold.plan.token_runs import RECENCY
 from kvfold.runtimes.transformers.attention import FoldedAttention, attention_class
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
@@ -37,11 +39,34 @@ class FoldedModel:
         """The plan that the config holds."""
         return CachePlan.from_dict(self.config.kv_compression_config)
 
+    def _in_state(self, stock_class: Any, arguments: dict[str, Any]) -> Any:
+        """The stock forward, whose layers share what they have to."""
+        if not self.needs_state:
+            return stock_class.forward(self, **arguments)
+        rotary = self.architecture.rotary
+        state = ForwardState(self.get_submodule(rotary) if rotary else None)  # type: ignore[attr-defined]
+        if self.architecture.passes_keywords:
+            return stock_class.forward(self, **arguments, kv_state=state)
+        token = CURRENT_STATE.set(state)
+        try:
+            return stock_class.forward(self, **arguments)
+        finally:
+            CURRENT_STATE.reset(token)
+
+    def _and_again(self, stock_class: Any, arguments: dict[str, Any]) -> Any:
+        """The same; a prompt that a scorer asks for is read a second time behind itself, to choose what of it stays."""
+        out, cache = self._in_state(stock_class, arguments), arguments.get("past_key_values")
+        if isinstance(cache, FoldedCache) and cache.waits:
+            with torch.no_grad(), cache.reading_again():
+                self._in_state(stock_class, arguments | second_reading(cache.owned[0].length, arguments))
+        return out
+
     def _replace_attention(self) -> None:
         if self.config.kv_compression_config is None:
             raise PlanError(f"the config has no {CONFIG_KEY}; load a folder that `kvfold compress` wrote.")
         plan = self.kv_plan
         self.has_readers = plan.predicts or any(target is not None for target in plan.kv_sharing_target_layer)
+        self.repeats = any(spec.tokens and _repeats(spec.tokens.rule) for spec in plan.owned)
         self.needs_state = self.has_readers or plan.position_bytes > 0 or plan.joint
         layers = self.architecture.describe(self)  # type: ignore[arg-type]
         for facts, old in zip(layers, self.architecture.modules(self), strict=True):  # type: ignore[arg-type]
@@ -105,6 +130,25 @@ class FoldedModel:
             )
 
 
+def _repeats(rule: str) -> bool:
+    return rule != RECENCY and registry.load("scorers", rule).repeats
+
+
+def second_reading(length: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that differ when a step, the last of `length` columns, is read once more behind them: its tokens see
+    themselves as they did, at positions that go on."""
+    tokens = arguments.get("input_ids")
+    tokens = arguments["inputs_embeds"] if tokens is None else tokens
+    B, T = tokens.shape[:2]
+    mask = arguments.get("attention_mask")
+    mask = torch.ones(B, length, dtype=torch.long, device=tokens.device) if mask is None else mask
+    if mask.ndim != 2:
+        raise ValueError("a prompt that is read twice takes an attention_mask [batch, tokens].")
+    twice = torch.cat([mask, mask[:, -T:]], dim=1)
+    positions = (twice.long().cumsum(1) - 1).clamp_min(0)[:, -T:]
+    return {"attention_mask": twice, "position_ids": positions, "use_cache": True, "labels": None, "logits_to_keep": 1}
+
+
 def _with_current_state(checkpoint: Any) -> Any:
     """A checkpoint function whose recomputation, long after the forward, still sees the state of that forward."""
 
@@ -139,16 +183,9 @@ def _folded_forward(stock_class: type[PreTrainedModel]) -> Any:
             bound["past_key_values"] = FoldedCache(self.kv_plan)
         bound.pop("self")
         extra = bound.pop("kwargs", {})
-        if not self.needs_state:
-            return stock_class.forward(self, **bound, **extra)
-        state = ForwardState(self.get_submodule(self.architecture.rotary) if self.architecture.rotary else None)
-        if self.architecture.passes_keywords:
-            return stock_class.forward(self, **bound, **extra, kv_state=state)
-        token = CURRENT_STATE.set(state)
-        try:
-            return stock_class.forward(self, **bound, **extra)
-        finally:
-            CURRENT_STATE.reset(token)
+        if self.repeats:
+            return self._and_again(stock_class, bound | extra)
+        return self._in_state(stock_class, bound | extra)
 
     return forward
 
