@@ -34,7 +34,15 @@ from kvfold.compression.probe import PROBE_VERSION, Probe
 from kvfold.compression.recipe import Recipe, make_recipe, material_of, suited
 from kvfold.compression.request import Groups, Request, limits_of
 from kvfold.compression.share_tokens import Curves as TokenCurves
-from kvfold.compression.share_tokens import budget_of_shapes, check_tokens, share_tokens
+from kvfold.compression.share_tokens import (
+    best_of_shares,
+    budget_of_shapes,
+    check_tokens,
+    leaves_open,
+    lost_by_shapes,
+    lost_by_tokens,
+    share_tokens,
+)
 from kvfold.compression.widen_mlp import SIZE, widened_size
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.methods.width.base import LayerGroup
@@ -135,7 +143,7 @@ def _request(recipe: Recipe, source: Source, material: Material) -> Request:
     sample = material.sample() if asked.axes.depth.needs_sample else None
     budget = budget_of_shapes(asked.axes.length, recipe.kv_budget)
     request = dataclasses.replace(asked, targets=choose_layout(asked, kv_budget=budget, sample=sample))
-    check_tokens(request, recipe.kv_budget)
+    check_tokens(request, recipe.kv_budget, in_nats=asked.axes.width.in_nats or recipe.allocate == "measured")
     check_request(request, 1.0 if recipe.target_kl else budget)
     _check_runtime(recipe, request)
     if recipe.keep_parameters:
@@ -164,10 +172,20 @@ def _plan(
         return probe().curves() if recipe.allocate == "measured" else expected_curves(request, groups)
 
     def plan(kv_budget: float | None) -> CachePlan:
-        length = request.axes.length
+        length: Any = request.axes.length
         if not length.drops:
             return shaped(kv_budget)
-        made = shaped(budget_of_shapes(length, kv_budget))
+        if not leaves_open(request):
+            return dropping(shaped(budget_of_shapes(length, kv_budget)), length, kv_budget)
+        assert kv_budget is not None and forgotten_LCn is not None, "check_tokens was asked"
+        budget, nats_LCn = kv_budget, forgotten_LCn
+        return best_of_shares(
+            lambda kept: dropping(shaped(min(budget / kept, 1.0)), dataclasses.replace(length, kept=kept), None),
+            lambda made: lost_by_shapes(made, request.parts, curves()),
+            lambda made: lost_by_tokens(made, _token_curves(made, nats_LCn), SHARES),
+        )
+
+    def dropping(made: CachePlan, length: Any, kv_budget: float | None) -> CachePlan:
         weighed = None if forgotten_LCn is None else _token_curves(made, forgotten_LCn)
         return share_tokens(made, length, kv_budget, weighed, SHARES)
 

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from kvfold.compression.hulls import SLACK, best_within
+from kvfold.compression.hulls import Curves as ShapeCurves
 from kvfold.compression.request import Request
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.methods.length.base import LengthMethod
@@ -19,6 +20,8 @@ from kvfold.plan.plan import CachePlan
 
 STEPS = 64
 """Windows are multiples of so many parts of the context."""
+SHARES_TRIED = (1.0, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16)
+"""Of the tokens, in the mean over heads, where nobody says how many stay."""
 MOST_RUNS = 4
 """In one layer: each is read by a call of its own."""
 
@@ -35,18 +38,72 @@ def budget_of_shapes(method: LengthMethod, kv_budget: float | None) -> float | N
     return 1.0 if method.share_kept is None else min(kv_budget / method.share_kept, 1.0)
 
 
-def check_tokens(request: Request, kv_budget: float | None) -> None:
-    """Raise RecipeError where bytes could be saved by dropping tokens as well as by storing less of each, and nothing says
-    how much of which, or where nothing says how many tokens to drop."""
+def leaves_open(request: Request) -> bool:
+    """Whether bytes can be saved by dropping tokens as well as by storing less of each, and nobody said how much of which."""
+    several = any(len(shapes) > 1 for shapes in request.options.values()) or request.axes.bits.by_spectrum
+    return request.axes.length.drops and request.axes.length.share_kept is None and several
+
+
+def check_tokens(request: Request, kv_budget: float | None, *, in_nats: bool) -> None:
+    """Raise RecipeError where nothing says how many tokens to drop. in_nats: whether it is known what storing less costs, so
+    that both can be compared."""
     method = request.axes.length
     if not method.drops or method.share_kept is not None:
         return
     if kv_budget is None:
         raise RecipeError("say how many tokens stay: --kv-budget 1/4 or --set length.kept=0.25, for example.")
-    if any(len(shapes) > 1 for shapes in request.options.values()) or request.axes.bits.by_spectrum:
+    if leaves_open(request) and not (in_nats and method.weighs_heads):
         raise RecipeError(
-            "this method can store several sizes and drop tokens; say how many stay: --set length.kept=0.5, for example."
+            "this method can store several sizes and drop tokens; say how many stay (--set length.kept=0.5, for example), or"
+            " choose methods that count both in nats: width.method=fisher and length.sharing=measured, or allocate=measured."
         )
+
+
+def best_of_shares(
+    made: Callable[[float], CachePlan], shapes: Callable[[CachePlan], float], tokens: Callable[[CachePlan], float]
+) -> CachePlan:
+    """Of plans that keep so many of the tokens in the mean over heads, and have what that leaves of the budget for each, the
+    one that is expected to lose least: damages of storing less of every token and of storing fewer add. made: (share) -> a
+    plan; shapes, tokens: what it loses by either, in nats.
+
+    Raises BudgetError where no share fits.
+    """
+    found, problem = [], None
+    for share in SHARES_TRIED:
+        try:
+            plan = made(share)
+        except BudgetError as error:
+            problem = problem or error
+            continue
+        found.append((shapes(plan) + tokens(plan), -share, plan))
+    if not found:
+        assert problem is not None, "something was tried"
+        raise problem
+    return min(found, key=lambda one: one[:2])[2]
+
+
+def lost_by_shapes(plan: CachePlan, parts: Sequence[str], known: ShapeCurves) -> float:
+    """What storing less of every token is expected to cost, in nats per token."""
+    sides = {
+        (i, part): side
+        for i, spec in enumerate(plan.caches)
+        if spec
+        for part, side in zip(parts, spec.sides, strict=False)
+    }
+    return sum(dict(known[key])[side] for key, side in sides.items())
+
+
+def lost_by_tokens(plan: CachePlan, curves: Curves, shares: Sequence[float]) -> float:
+    """What dropping tokens is expected to cost."""
+    total, context = 0.0, plan.context_len
+    for owner, spec in enumerate(plan.caches):
+        if spec is not None and spec.tokens is not None:
+            nats_Cn = curves(owner, spec)
+            for run in spec.tokens.runs:
+                kept = run.kept(context) / context
+                lost = (float(np.interp(kept, shares, nats_Cn[head].numpy())) for head in run.heads)
+                total += sum(lost) if kept < 1 else 0.0
+    return total
 
 
 def share_tokens(

@@ -83,10 +83,10 @@ class WidthMethod(ABC):
     `needs`: the statistics it reads (`calibrate.STATISTICS`); empty where weights are enough. `needs_cross`: those of
     which it also reads the moment between a reader and the owner, or, if `joint`, between all layers of a group.
     `needs_vectors`: those of which it wants to see vectors. `ordered`: stored numbers come in the order of what they save, so
-    that leading ones can get more bits (`key_spectrum`). `parts`: what gets a share of the budget of its own. `two_forms`:
-    all its caches leave the same out of every token, so that recent tokens can have a form of their own. `below`: what
-    is stored can leave out what the numbers of up to so many layers below say (PredictedWidth), `leading` of each and
-    `recent_leading` of recent tokens, 0 for all.
+    that leading ones can get more bits (`key_spectrum`). `in_nats`: its expected distortions, times `scale`, are nats.
+    `parts`: what gets a share of the budget of its own. `two_forms`: all its caches leave the same out of every token, so
+    that recent tokens can have a form of their own. `below`: what is stored can leave out what the numbers of up to so many
+    layers below say (PredictedWidth), `leading` of each and `recent_leading` of recent tokens, 0 for all.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -95,6 +95,7 @@ class WidthMethod(ABC):
     joint: ClassVar[bool] = False
     parts: ClassVar[tuple[str, ...]] = ("keys", "values")
     ordered: ClassVar[bool] = False
+    in_nats: ClassVar[bool] = False
     two_forms: ClassVar[bool] = False
     below = 0
     leading = 0

@@ -30,6 +30,7 @@ class Fisher(LowRankWidth):
     centres_values: ClassVar[bool] = True
     centres_keys: ClassVar[bool] = True
     spans_layers: ClassVar[bool] = False
+    in_nats: ClassVar[bool] = True
     two_forms: ClassVar[bool] = True
 
     v_latent: str = "layer"
