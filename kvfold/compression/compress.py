@@ -36,11 +36,11 @@ from kvfold.compression.request import Groups, Request, limits_of
 from kvfold.compression.share_tokens import Curves as TokenCurves
 from kvfold.compression.share_tokens import (
     best_of_shares,
-    budget_of_shapes,
     check_tokens,
     leaves_open,
     lost_by_shapes,
     lost_by_tokens,
+    of_shapes,
     share_tokens,
 )
 from kvfold.compression.widen_mlp import SIZE, widened_size
@@ -141,7 +141,7 @@ def _request(recipe: Recipe, source: Source, material: Material) -> Request:
         context_len=recipe.context_len,
     )
     sample = material.sample() if asked.axes.depth.needs_sample else None
-    budget = budget_of_shapes(asked.axes.length, recipe.kv_budget)
+    asked, budget = of_shapes(asked, recipe.kv_budget)
     request = dataclasses.replace(asked, targets=choose_layout(asked, kv_budget=budget, sample=sample))
     check_tokens(request, recipe.kv_budget, in_nats=asked.axes.width.in_nats or recipe.allocate == "measured")
     check_request(request, 1.0 if recipe.target_kl else budget)
@@ -174,13 +174,15 @@ def _plan(
     def plan(kv_budget: float | None) -> CachePlan:
         length: Any = request.axes.length
         if not length.drops:
-            return shaped(kv_budget)
+            return shaped(request, kv_budget)
         if not leaves_open(request):
-            return dropping(shaped(budget_of_shapes(length, kv_budget)), length, kv_budget)
+            return dropping(shaped(*of_shapes(request, kv_budget)), length, kv_budget)
         assert kv_budget is not None and forgotten_LCn is not None, "check_tokens was asked"
         budget, nats_LCn = kv_budget, forgotten_LCn
         return best_of_shares(
-            lambda kept: dropping(shaped(min(budget / kept, 1.0)), dataclasses.replace(length, kept=kept), None),
+            lambda kept: dropping(
+                shaped(dataclasses.replace(request, kept=kept), budget), dataclasses.replace(length, kept=kept), None
+            ),
             lambda made: lost_by_shapes(made, request.parts, curves()),
             lambda made: lost_by_tokens(made, _token_curves(made, nats_LCn), SHARES),
         )
@@ -189,7 +191,7 @@ def _plan(
         weighed = None if forgotten_LCn is None else _token_curves(made, forgotten_LCn)
         return share_tokens(made, length, kv_budget, weighed, SHARES)
 
-    def shaped(kv_budget: float | None) -> CachePlan:
+    def shaped(request: Request, kv_budget: float | None) -> CachePlan:
         made = allocate(request, kv_budget=kv_budget, strategy=recipe.allocate, curves=curves)
         if recipe.allocate == "measured" or not made.predicts:
             return made

@@ -51,7 +51,7 @@ class Axes:
     def below(self) -> int:
         """Numbers of how many layers below say a part of what a layer would store. None where recent tokens are the same
         numbers before quantization: what is left to store depends on which of both is read."""
-        return self.width.below if self.told_apart == self.length.recent else 0
+        return self.width.below if self.told_apart == self.length.recent and not self.length.drops else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,8 @@ def limits_of(recipe: Any, tokens: int | None = None) -> Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked for: who owns a cache, by which methods, in which dtype, within which limits."""
+    """What is asked for: who owns a cache, by which methods, in which dtype, within which limits. kept: so many of the tokens
+    stay, which is what storing one of them counts."""
 
     layers: Sequence[AttentionLayer]
     targets: Targets
@@ -91,6 +92,7 @@ class Request:
     dtype: str
     limits: Limits = Limits()
     context_len: int = BUDGET_CONTEXT
+    kept: float = 1.0
 
     @property
     def itemsize(self) -> int:
@@ -167,9 +169,10 @@ class Request:
         return [shape for shape in shapes if shape.elements >= least / SLACK] or list(shapes[-1:])
 
     def cost(self, key: Key, shape: StoredShape) -> float:
-        """Bytes per token; those of recent tokens are shared out among `context_len`."""
+        """Bytes per token, of those that stay; those of recent tokens are shared out among `context_len`."""
         whole = shape.bytes_per_token(self.itemsize)
-        return whole * self.axes.length.recent / self.context_len if key[1].startswith(RECENT) else whole
+        share = self.axes.length.recent / self.context_len if key[1].startswith(RECENT) else self.kept
+        return whole * share
 
     def total(self, chosen: Mapping[Key, StoredShape]) -> float:
         """Bytes per token of all that was chosen."""
@@ -180,7 +183,8 @@ class Request:
         specs = [self.spec(layer, chosen) for layer in self.owners]
         counted = sum(self.total({key: shape}) for key, shape in chosen.items() if key[1].startswith(RECENT))
         recent = sum(spec.recent_bytes(self.context_len, self.itemsize) for spec in specs) / self.context_len
-        return recent - counted + POSITION_BYTES * any(spec.rope == "on_read" for spec in specs)
+        beside = self.kept * sum(spec.bytes_beside(self.itemsize) for spec in specs)
+        return recent - counted + beside + POSITION_BYTES * any(spec.rope == "on_read" for spec in specs)
 
     @cached_property
     def smallest(self) -> Choice:

@@ -14,6 +14,7 @@ from kvfold.compression.hulls import SLACK, best_within
 from kvfold.compression.hulls import Curves as ShapeCurves
 from kvfold.compression.request import Request
 from kvfold.errors import BudgetError, RecipeError
+from kvfold.linalg.sensitivity import RECENT
 from kvfold.methods.length.base import LengthMethod
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.plan import CachePlan
@@ -31,11 +32,15 @@ Curves = Callable[[int, CacheSpec], Tensor]
 """(owner, its cache) -> what its stored heads lose, [C, sizes], for the shares of the context that `shares` says."""
 
 
-def budget_of_shapes(method: LengthMethod, kv_budget: float | None) -> float | None:
-    """The budget of what is stored of a token, as if all stayed."""
-    if kv_budget is None or not method.drops:
-        return kv_budget
-    return 1.0 if method.share_kept is None else min(kv_budget / method.share_kept, 1.0)
+def of_shapes(request: Request, kv_budget: float | None) -> tuple[Request, float | None]:
+    """What is asked of what is stored of each token that stays: where nobody says how many do, as if all did and there was
+    room for them."""
+    method = request.axes.length
+    if not method.drops:
+        return request, kv_budget
+    if method.share_kept is not None:
+        return dataclasses.replace(request, kept=method.share_kept), kv_budget
+    return request, None if kv_budget is None else 1.0
 
 
 def leaves_open(request: Request) -> bool:
@@ -83,14 +88,14 @@ def best_of_shares(
 
 
 def lost_by_shapes(plan: CachePlan, parts: Sequence[str], known: ShapeCurves) -> float:
-    """What storing less of every token is expected to cost, in nats per token."""
-    sides = {
-        (i, part): side
-        for i, spec in enumerate(plan.caches)
-        if spec
-        for part, side in zip(parts, spec.sides, strict=False)
-    }
-    return sum(dict(known[key])[side] for key, side in sides.items())
+    """What storing less of every token is expected to cost, in nats per token; recent ones in their finer form."""
+    total = 0.0
+    for owner, spec in enumerate(plan.caches):
+        if spec is not None:
+            forms = [("", spec.sides)] + ([(RECENT, spec.recent_sides)] if spec.recent_head_dim else [])
+            for age, sides in forms:
+                total += sum(dict(known[owner, age + part])[side] for part, side in zip(parts, sides, strict=False))
+    return total
 
 
 def lost_by_tokens(plan: CachePlan, curves: Curves, shares: Sequence[float]) -> float:

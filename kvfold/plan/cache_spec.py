@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kvfold.plan.number_format import NumberFormat, StoredShape
 from kvfold.plan.reading import Reading
-from kvfold.plan.token_runs import ADDED_BYTES, TokenRun, TokenRuns
+from kvfold.plan.token_runs import ADDED_BYTES, COLUMN_BYTES, TokenRun, TokenRuns
 
 CACHE_BLOCK = 256
 """Tokens by which a cache grows. Part of the format, since allocated bytes follow from it."""
@@ -158,6 +158,12 @@ class CacheSpec:
     def elements_per_token(self) -> int:
         return sum(side.elements for side in self.sides)
 
+    @property
+    def drops_of_layer(self) -> bool:
+        """Whether tokens are dropped for all heads of a layer at once, which has one latent, is rotated when it is read, or
+        has a finer form of recent tokens."""
+        return self.tokens is not None and (self.shared_latent or self.recent > 0 or self.rope == "on_read")
+
     @functools.cached_property
     def sides(self) -> tuple[StoredShape, StoredShape]:
         """What is stored of keys and of values, which have no heads of their own in a shared latent."""
@@ -181,13 +187,20 @@ class CacheSpec:
 
     def bytes_per_token(self, itemsize: int) -> float:
         """Stored for one token, scales included; what several tokens share is shared out."""
-        return sum(side.bytes_per_token(itemsize) for side in self.sides) + self._bytes_beside(itemsize)
+        return sum(side.bytes_per_token(itemsize) for side in self.sides) + self.bytes_beside(itemsize)
 
-    def _bytes_beside(self, itemsize: int) -> float:
+    def bytes_beside(self, itemsize: int) -> float:
         """What is stored of a token beside its keys and values."""
-        matched = ADDED_BYTES if self.tokens is not None and self.tokens.matched else 0
         index = self.reading.index_bytes_per_token(self.head_dim, itemsize) if self.reading is not None else 0.0
-        return self.num_kv_heads * (matched + index)
+        return self.num_kv_heads * (self._numbers_of_kept + index)
+
+    @property
+    def _numbers_of_kept(self) -> int:
+        """Bytes beside each token in every head, where some are dropped: what is added to its scores, and its column where it
+        is rotated when it is read."""
+        if self.tokens is None:
+            return 0
+        return ADDED_BYTES * self.tokens.matched + COLUMN_BYTES * (self.rope == "on_read")
 
     def index_bytes(self, context_len: int, itemsize: int) -> int:
         """What is stored beside keys and values of so many tokens to choose which are read."""
@@ -198,7 +211,8 @@ class CacheSpec:
     def bytes_allocated(self, context_len: int, itemsize: int) -> int:
         """Of the storage that `context_len` tokens need."""
         if self.tokens is not None:
-            return sum(self._bytes_of_run(run, context_len, itemsize) for run in self.tokens.runs)
+            kept = sum(self._bytes_of_run(run, context_len, itemsize) for run in self.tokens.runs)
+            return kept + self.recent_bytes(context_len, itemsize)
         tokens = self.tokens_allocated(context_len)
         stored = sum(side.bytes_allocated(tokens, itemsize) for side in self.sides)
         return stored + self.recent_bytes(context_len, itemsize) + self.index_bytes(context_len, itemsize)
@@ -211,7 +225,7 @@ class CacheSpec:
         chosen, (keys, _) = self.reading.chosen(context_len), self.sides
         whole = sum(side.bytes_per_token(itemsize) for side in self.sides)
         leading = self._bytes_of_first(self.reading.leading, itemsize) * keys.num_heads if self.reading.leading else 0
-        return whole * chosen + leading * (context_len - chosen) + self._bytes_beside(itemsize) * context_len
+        return whole * chosen + leading * (context_len - chosen) + self.bytes_beside(itemsize) * context_len
 
     def _bytes_of_first(self, width: int, itemsize: int) -> int:
         """Of the first numbers of a stored key."""
@@ -219,9 +233,9 @@ class CacheSpec:
 
     def _bytes_of_run(self, run: TokenRun, context_len: int, itemsize: int) -> int:
         tokens = room_for(run, context_len)
-        sides = (side._replace(num_heads=len(run.heads)) for side in self.sides)
-        added = ADDED_BYTES * len(run.heads) * tokens if self.tokens is not None and self.tokens.matched else 0
-        return sum(side.bytes_allocated(tokens, itemsize) for side in sides) + added
+        sides = (side._replace(num_heads=len(run.heads)) for side in self.sides if side.num_heads)
+        beside = self._numbers_of_kept * len(run.heads) * tokens
+        return sum(side.bytes_allocated(tokens, itemsize) for side in sides) + beside
 
     def recent_bytes(self, context_len: int, itemsize: int) -> int:
         """Of the newest tokens in their finer form."""

@@ -163,15 +163,22 @@ def _check_tokens(index: int, spec: CacheSpec, tokens: TokenRuns) -> None:
             )
     made: dict[str, Any] = {
         "joint": spec.joint,
-        "shared_latent": spec.shared_latent,
         "hidden": spec.hidden,
-        "recent": spec.recent,
+        "predicted_from": spec.predicted_from,
+        "window": spec.window,
     }
-    made |= {"predicted_from": spec.predicted_from, "window": spec.window, "rope = on_read": spec.rope == "on_read"}
     if found := [name for name, value in made.items() if value]:
+        raise PlanError(f"{where} does not go with {', '.join(found)}; leave those out (width.below=0, for example).")
+    of_layers = {
+        "shared_latent": spec.shared_latent,
+        "recent": spec.recent,
+        "rope = on_read": spec.rope == "on_read",
+    }
+    found = [name for name, value in of_layers.items() if value]
+    if found and not (spec.num_kv_heads == 1 and tokens.scored and not tokens.matched and tokens.newest >= spec.recent):
         raise PlanError(
-            f"{where} does not go with {', '.join(found)}: heads that keep tokens of their own are stored head by head, keys"
-            " as they are read."
+            f"{where} goes with {', '.join(found)} where a layer has one latent, a scorer chooses its tokens (unmatched), and"
+            f" the newest {spec.recent} stay; else choose keys as they are read, head by head (width.rope=applied)."
         )
     if any(side.format is not None and side.format.block > 1 for side in spec.sides):
         raise PlanError(f"{where} does not go with scales per channel, which tokens share.")

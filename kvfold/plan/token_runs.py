@@ -10,6 +10,8 @@ RECENCY = "recency"
 tokens of a prompt that they say are worth most."""
 ADDED_BYTES = 2
 """Of what is added to the scores of a token that stands for others as well, in every head that stores it."""
+COLUMN_BYTES = 4
+"""Of where a token stood, in every head that stores it."""
 PROMPTS = ("masked", "whole")
 """What the queries of a prompt see of its tokens."""
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from kvfold import registry
 from kvfold.errors import RecipeError
 from kvfold.methods.length._tokens_per_head import TokensPerHead
+from kvfold.methods.length.recent import Recent
+from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.token_runs import TokenRun, TokenRuns
 
 
@@ -18,20 +21,33 @@ class Scored(TokensPerHead):
         `snapkv`, `h2o`, `tova`, `expected_attention`, `kvzip`, `keydiff` and `knorm` are the published ones.
     matched: what stays of a prompt stands for the rest of it as well (attention matching, arXiv 2602.16284): its scores and
         values are changed so that the prompt's own queries get of it what they would get of everything.
+    recent: so many of the newest tokens are kept in a finer form as well, as in `recent`. Then, and where keys are rotated
+        when they are read, all heads of a layer keep the same tokens.
     kept, sharing, sinks, newest, grows, recall: as in `recency`. Windows of these sizes pass by over tokens that come later.
     """
 
     rule: str = "observed"
     matched: bool = False
+    recent: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.recent <= self.newest:
+            raise RecipeError(
+                f"length.recent is {self.recent} and length.newest {self.newest}; tokens that have a finer form stay."
+            )
         if self.rule not in (known := registry.names("scorers")):
             raise RecipeError(registry.unknown("scorer", self.rule, known))
 
     @property
     def scorer(self) -> str:
         return self.rule
+
+    def apply(self, layer: AttentionLayer, spec: CacheSpec, finer: CacheSpec | None = None) -> CacheSpec:
+        if layer.window is not None:
+            return spec
+        of_recent = Recent(tokens=self.recent).apply(layer, spec, finer) if self.recent else spec
+        return super().apply(layer, of_recent)
 
     def _tokens(self, *runs: TokenRun) -> TokenRuns:
         return TokenRuns(

@@ -56,6 +56,7 @@ class Mla(PredictedWidth):
 
     ordered: ClassVar[bool] = True
     two_forms: ClassVar[bool] = True
+    in_nats: ClassVar[bool] = True
 
     rope: str | None = None
     below: int = 3

@@ -193,26 +193,36 @@ class RunPlace(NamedTuple):
     """Where the tokens of a run stand. first: the column of the one behind the `early` ones, which stand before it; None
     where no column is missing. early_B: of each sequence ([1]: of all) how many of the early ones count, the last ones,
     where these were chosen; None where they are the first of their sequences. added_BCS: what is added to the scores of
-    tokens that stand for others as well."""
+    tokens that stand for others as well. columns_BCS: of each token, where keys are rotated when they are read."""
 
     first: int | None
     early: int
     early_B: Tensor | None = None
     added_BCS: Tensor | None = None
+    columns_BCS: Tensor | None = None
 
 
 class RunTokens(NamedTuple):
     """One side of a cache, run by run: `parts` [B, heads of the run, S, width]. `length`: tokens that were seen. `again`: of
-    these so many read the step before them a second time, and are not stored."""
+    these so many read the step before them a second time, and are not stored. `near`: of layers with one latent, the newest
+    in their finer form.
+    """
 
     parts: tuple[Stored, ...]
     places: tuple[RunPlace, ...]
     length: int
     tokens: TokenRuns
     again: int = 0
+    near: Stored | None = None
 
     def to(self, device: torch.device) -> RunTokens:
-        return self._replace(parts=tuple(stored.to(device) for stored in self.parts))
+        near = None if self.near is None else self.near.to(device)
+        return self._replace(parts=tuple(stored.to(device) for stored in self.parts), near=near)
+
+    def of_layer(self, recent: int) -> Any:
+        """The tokens of a layer that has one latent, in both forms where there are two."""
+        (far,) = self.parts
+        return far if self.near is None else AgedTokens(far, self.near, recent)
 
 
 def by_runs(stored_BCSR: Tensor, tokens: TokenRuns) -> RunTokens:
@@ -326,7 +336,8 @@ def with_gradient(stored: Stored, new_BCTR: Tensor) -> Stored:
     """What is stored, with the gradient of the new tokens passing straight through: bytes have none."""
     if isinstance(stored, RunTokens):
         pairs = zip(stored.parts, stored.tokens.runs, strict=True)
-        return stored._replace(parts=tuple(with_gradient(part, heads_of(new_BCTR, run)) for part, run in pairs))
+        parts = (with_gradient(part, heads_of(new_BCTR[..., : part.shape[3]], run)) for part, run in pairs)
+        return stored._replace(parts=tuple(parts))
     if isinstance(stored, IndexedTokens):
         return stored._replace(stored=with_gradient(stored.stored, new_BCTR))
     if isinstance(stored, AgedTokens) and torch.is_grad_enabled() and new_BCTR.requires_grad:

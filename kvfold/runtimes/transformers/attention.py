@@ -111,10 +111,14 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome
                 tables = state.tables_of_all(hidden_states, kwargs.get("position_ids"), cache, self.layer.rotary_kind)
             tables = tables_on_read(self, tables, state)
         evenly = state is not None and state.positions_BS is not None and state.once("evenly", state.turns_evenly)
-        wants_probs = bool(kwargs.get("output_attentions"))
-        out_BTNH, probs = self._read(q, z, y, mask, tables, wants_probs=wants_probs, evenly=evenly)
-        if isinstance(z, RunTokens) and z.tokens.scored and hasattr(cache, "owned") and self.owner == self.layer_idx:
-            self._choose(q, z, y, mask, cache.layers[self.layer_idx])
+        wants_probs, kept, seen = bool(kwargs.get("output_attentions")), (z, y), mask
+        if isinstance(z, RunTokens) and self.spec.drops_of_layer:
+            evenly = evenly and z.places[0].first is None
+            z, y, seen, tables = self._of_layer(q, z, y, mask, tables, wants_probs=wants_probs)
+        out_BTNH, probs = self._read(q, z, y, seen, tables, wants_probs=wants_probs, evenly=evenly)
+        scored = isinstance(kept[0], RunTokens) and kept[0].tokens.scored
+        if scored and hasattr(cache, "owned") and self.owner == self.layer_idx:
+            self._choose(q, *kept, mask, cache.layers[self.layer_idx], tables)
         return self._output(out_BTNH, residual), probs
 
     @property

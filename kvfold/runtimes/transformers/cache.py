@@ -56,7 +56,7 @@ class GrowingLayer(RunsMixin, CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         if self.runs:
-            return self.update_runs(key_states, value_states, begin_B)
+            return self._update_kept(key_states, value_states, begin_B)
         if self.again:
             keys = self.k.beside(key_states)
             return keys, keys if self.v is self.k else self.v.beside(value_states)
@@ -81,6 +81,14 @@ class GrowingLayer(RunsMixin, CacheLayerMixin):
         if self.v is not self.k:
             self.v.append(value_states, capacity)
         return self._last(None if window is None else window - 1 + key_states.shape[2])
+
+    def _update_kept(self, key_states: Tensor, value_states: Tensor, begin_B: Tensor | None) -> tuple[Any, Any]:
+        """As `update`, where some tokens are dropped."""
+        R, V = self.spec.head_dim, self.spec.v_head_dim
+        new = zip(self.recent, (key_states, value_states), strict=False)
+        near: list[Any] = [side.append(states[..., -side.width :], self.record_past) for side, states in new]
+        k, v = self.update_runs(key_states[..., :R], value_states[..., :V], begin_B)
+        return (k._replace(near=near[0]), v._replace(near=near[-1])) if near else (k, v)
 
     def _noted(self, k: Stored, v: Stored, new: int) -> tuple[IndexedTokens, Stored]:
         assert self.reader is not None, "steps read some of the tokens"

@@ -30,24 +30,24 @@ class HeadRun:
         self.run, self.tokens = run, tokens
         unit = CACHE_BLOCK if run.keeps_all else RUN_BLOCK
         self.k: Buffer = buffer(spec.k_bits, unit)
-        self.v: Buffer = buffer(spec.v_bits, unit)
+        self.v: Buffer = self.k if spec.shared_latent else buffer(spec.v_bits, unit)
         self.added = GrowingBuffer(unit) if tokens.matched else None
+        self.columns = GrowingBuffer(unit) if spec.rope == "on_read" else None
         self.place = RunPlace(None, tokens.sinks)
         self.pending: list[Stored] | None = None
         self.new = 0
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
-        return (self.k, self.v) if self.added is None else (self.k, self.v, self.added)
+        sides = (self.k,) if self.v is self.k else (self.k, self.v)
+        return (*sides, *(beside for beside in (self.added, self.columns) if beside is not None))
 
     def add(
         self, z_BcTR: Tensor, y_BcTV: Tensor, length: int, begin_B: Tensor | None, *, keep_all: bool
     ) -> tuple[tuple[Stored, Stored], RunPlace]:
         """Store T new tokens, the last of `length`; show all that one of their queries may see, and where they stand. A long
         prompt passes through without ever being stored whole."""
-        T, new = z_BcTR.shape[2], [z_BcTR, y_BcTV]
-        if self.added is not None:
-            new.append(z_BcTR.new_zeros(*z_BcTR.shape[:3], 1, dtype=ADDED))
+        T, new = z_BcTR.shape[2], self._new(z_BcTR, y_BcTV, length)
         self.settle(length - T, begin_B)
         room = room_for(self.run, length)
         if not keep_all:
@@ -62,11 +62,20 @@ class HeadRun:
             side.append(states, room)
         return self._shown([side.view() for side in self.buffers], self.place)
 
-    def ask_again(self, z_BcTR: Tensor, y_BcTV: Tensor) -> tuple[tuple[Stored, Stored], RunPlace]:
-        """Show what a prompt is seen to consist of and T tokens behind it, which are not stored."""
-        new = [z_BcTR, y_BcTV]
+    def _new(self, z_BcTR: Tensor, y_BcTV: Tensor, length: int) -> list[Tensor]:
+        """What the buffers get of the last T of `length` columns."""
+        B, C, T, _ = z_BcTR.shape
+        new = [z_BcTR] if self.v is self.k else [z_BcTR, y_BcTV]
         if self.added is not None:
-            new.append(z_BcTR.new_zeros(*z_BcTR.shape[:3], 1, dtype=ADDED))
+            new.append(z_BcTR.new_zeros(B, C, T, 1, dtype=ADDED))
+        if self.columns is not None:
+            columns = torch.arange(length - T, length, dtype=torch.int32, device=z_BcTR.device)
+            new.append(columns[:, None].expand(B, C, T, 1))
+        return new
+
+    def ask_again(self, z_BcTR: Tensor, y_BcTV: Tensor, length: int) -> tuple[tuple[Stored, Stored], RunPlace]:
+        """Show what a prompt is seen to consist of and T tokens behind it, which are not stored."""
+        new = self._new(z_BcTR, y_BcTV, length)
         if self.pending is None:
             shown = [side.beside(states) for side, states in zip(self.buffers, new, strict=True)]
         else:
@@ -75,8 +84,14 @@ class HeadRun:
         return self._shown(shown, self.place)
 
     def _shown(self, sides: list[Stored], place: RunPlace) -> tuple[tuple[Stored, Stored], RunPlace]:
-        k, v, *added = sides
-        return (k, v), place._replace(added_BCS=read_all(added[0])[..., 0]) if added else place
+        k, *others = sides
+        v = k if self.v is self.k else others.pop(0)
+        beside = [read_all(numbers)[..., 0] for numbers in others]
+        if self.added is not None:
+            place = place._replace(added_BCS=beside[0])
+        if self.columns is not None:
+            place = place._replace(columns_BCS=beside[-1])
+        return (k, v), place
 
     def _chooses(self, length: int, begin_B: Tensor | None) -> bool:
         """Whether a prompt that ends here leaves tokens that a scorer chose; all, while there is room."""

@@ -25,6 +25,12 @@ from kvfold.runtimes.kernels.packed_tokens import RunPlace, RunTokens, Stored, h
 from kvfold.runtimes.scorers._matching import matched
 from kvfold.runtimes.scorers.base import Prompt, Scorer
 from kvfold.runtimes.transformers.head_run import HeadRun, begin_of_rows
+from kvfold.runtimes.transformers.on_read import KeysOnRead, all_keys, all_values
+
+CHOSEN = (
+    "attentions cannot be shown: which tokens of the prompt stayed is not kept, but them; ask for those of a forward without"
+    " a cache."
+)
 
 
 class RunsMixin:
@@ -47,7 +53,7 @@ class RunsMixin:
         length, again = self.length + T, T if self.again else 0
         new = [(heads_of(z_BCTR, one.run), heads_of(y_BCTV, one.run)) for one in self.runs]
         if self.again:
-            shown = [one.ask_again(*states) for one, states in zip(self.runs, new, strict=True)]
+            shown = [one.ask_again(*states, length) for one, states in zip(self.runs, new, strict=True)]
         else:
             self.length, self.begin_B = length, begin_B
             facts: dict[str, Any] = {"keep_all": self.record_past}
@@ -104,10 +110,7 @@ class AttentionByRun(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The same as `_attend`, where heads keep different tokens."""
         if wants_probs and any(place.early_B is not None for place in z.places):
-            raise ValueError(
-                "attentions cannot be shown: which tokens of the prompt stayed is not kept, but them; ask for those of a"
-                " forward without a cache."
-            )
+            raise ValueError(CHOSEN)
         dropout = self.layer.attention_dropout if self.training else 0.0
         absorbed, probs = self._absorb(q), None
         if self._eager() or wants_probs or dropout > 0:
@@ -117,6 +120,24 @@ class AttentionByRun(nn.Module):
             out = attend_by_run(absorbed, z, y, mask, few=self._few, scale=self.scaling)
         return self._lead_values_back(out), probs
 
+    def _of_layer(
+        self, q: Tensor, z: RunTokens, y: RunTokens, mask: Tensor | None, tables: Any, *, wants_probs: bool = False
+    ) -> tuple[Any, Any, Tensor | None, Any]:
+        """Keys and values of a layer of which every head keeps the same tokens, what queries see of them, and tables."""
+        (run,), (place,) = z.tokens.runs, z.places
+        if wants_probs and place.early_B is not None:
+            raise ValueError(CHOSEN)
+        if tables is not None and place.first is not None:
+            assert place.columns_BCS is not None, "keys that are rotated when they are read know where they stood"
+            columns_BS1 = place.columns_BCS[:, 0, :, None].long()
+            tables = tuple(
+                table.expand(len(columns_BS1), -1, -1).gather(1, columns_BS1.expand(-1, -1, table.shape[2]))
+                for table in tables
+            )
+        seen = seen_by(run, z, place, mask, q, slice(0, q.shape[2]))
+        keys, values = z.of_layer(self.spec.recent), y.of_layer(self.spec.recent)
+        return keys, keys if self.spec.shared_latent else values, seen, tables
+
     def _few(self, q: Tensor, z: Stored, y: Stored, mask: Tensor | None) -> Tensor:
         way = choose(q, z, y, head_dim=self.layer.head_dim)
         if way is Way.CPU:
@@ -124,7 +145,9 @@ class AttentionByRun(nn.Module):
         return self._over_stored(way, q, z, y, mask, None, 0.0)[0]
 
     @torch.no_grad()
-    def _choose(self, q: Tensor, z: RunTokens, y: RunTokens, mask: Tensor | None, cache: Any) -> None:
+    def _choose(
+        self, q: Tensor, z: RunTokens, y: RunTokens, mask: Tensor | None, cache: Any, tables: Any = None
+    ) -> None:
         """What of a prompt that was just read stays, run by run."""
         rule: Scorer = registry.load("scorers", z.tokens.rule)()
         if rule.repeats and not z.again:
@@ -135,13 +158,15 @@ class AttentionByRun(nn.Module):
             stored = keys.shape[2] - z.again
             worth_BCS, match = q.new_zeros(q.shape[0], keys.shape[1], stored), None
             if one.drops or begin_B is not None:
-                prompt = self._prompt(one.run, q, keys, values, z, place, mask, begin_of_rows(begin_B, q))
+                shown = self._numbers(keys, values, tables)
+                prompt = self._prompt(one.run, q, *shown, z, place, mask, begin_of_rows(begin_B, q))
                 worth_BCS = rule.score(prompt)[..., :stored]
+                worth_BCS = worth_BCS.sum(1, keepdim=True) if self.spec.drops_of_layer else worth_BCS
                 match = functools.partial(matched, prompt) if z.tokens.matched else None
             one.choose(worth_BCS, length, begin_B, match)
 
     def _prompt(
-        self, run: TokenRun, q: Tensor, keys: Stored, values: Stored, held: RunTokens, place: RunPlace, mask: Tensor | None,
+        self, run: TokenRun, q: Tensor, keys: Tensor, values: Tensor, held: RunTokens, place: RunPlace, mask: Tensor | None,
         begin_B: Tensor,
     ) -> Prompt:  # fmt: skip
         B, N, T, H = q.shape
@@ -156,22 +181,28 @@ class AttentionByRun(nn.Module):
             return (torch.arange(held.length, device=q.device) <= last_T[:, None])[None, None]
 
         def absorb(q_BnQH: Tensor) -> Tensor:
-            if self.k_b_proj is None:
+            if self.k_b_proj is None or self.spec.rope == "on_read":
                 return q_BnQH
             of_all = q_BnQH.new_zeros(B, N, q_BnQH.shape[2], H)
             of_all[:, heads] = q_BnQH
-            return self._absorb(of_all)[:, heads]
+            return self._absorb(of_all)[:, heads, :, : keys.shape[3]]
 
         return Prompt(
-            layer=self.layer, queries_BnTH=queries_BnTH, absorb=absorb, keys_BCSR=read_all(keys),
-            values_BCSV=read_all(values), seen=seen, first_B=(begin_B - (held.length - held.again - T)).clamp_min(0),
-            output=lambda: self._output_of_values()[:, heads], again=held.again,
+            layer=self.layer, queries_BnTH=queries_BnTH, absorb=absorb, keys_BCSR=keys,
+            values_BCSV=values, seen=seen, first_B=(begin_B - (held.length - held.again - T)).clamp_min(0),
+            output=lambda: self._output_of_values()[:, heads, : values.shape[3]], again=held.again,
         )  # fmt: skip
 
+    def _numbers(self, keys: Stored, values: Stored, tables: Any) -> tuple[Tensor, Tensor]:
+        """As a scorer sees them: as they are stored, or, where keys are rotated when they are read, the source's heads."""
+        if self.spec.rope != "on_read":
+            return read_all(keys), read_all(values)
+        return all_keys(self, keys, KeysOnRead(self, tables)), all_values(self, values)
+
     def _output_of_values(self) -> Tensor:
-        """[D, N, V]: how averages of what is stored of values come into the residual stream."""
+        """[D, N, V]: how averages of what a scorer sees of values come into the residual stream."""
         weight_DNV = self.o_proj.weight.unflatten(1, (self.layer.num_attention_heads, -1))
-        if self.v_b_proj is None:
+        if self.v_b_proj is None or self.spec.rope == "on_read":
             return weight_DNV
         back_KHV = self.v_b_proj.weight.reshape(self.layer.num_kv_heads, self.layer.head_dim, -1)
         return torch.einsum("dkgh,khv->dkgv", weight_DNV.unflatten(1, (len(back_KHV), -1)), back_KHV).flatten(1, 2)

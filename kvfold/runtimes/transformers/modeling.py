@@ -67,6 +67,11 @@ class FoldedModel:
         plan = self.kv_plan
         self.has_readers = plan.predicts or any(target is not None for target in plan.kv_sharing_target_layer)
         self.repeats = any(spec.tokens and _repeats(spec.tokens.rule) for spec in plan.owned)
+        if self.repeats and plan.position_bytes:
+            raise PlanError(
+                "tokens: a prompt that is read twice to choose from it wants keys as they are read; choose another"
+                " length.rule, observed for example."
+            )
         self.needs_state = self.has_readers or plan.position_bytes > 0 or plan.joint
         layers = self.architecture.describe(self)  # type: ignore[arg-type]
         for facts, old in zip(layers, self.architecture.modules(self), strict=True):  # type: ignore[arg-type]

@@ -74,7 +74,8 @@ class NewTokens(nn.Module):
             z, y = cache.update(new_z, new_y, self.layer_idx, **row)
             z, y = with_gradient(z, new_z), y if self.spec.shared_latent else with_gradient(y, new_y)
             y = (z.stored if isinstance(z, IndexedTokens) else z) if self.spec.shared_latent else y
-        if self.spec.tokens is not None and not isinstance(z, RunTokens):
+        # without a cache a prompt sees all of itself where it is chosen from when it was read
+        if self.spec.tokens is not None and not isinstance(z, RunTokens) and not self.spec.drops_of_layer:
             z, y = by_runs(z, self.spec.tokens), by_runs(y, self.spec.tokens)
         if state is not None:
             state.stored[self.layer_idx] = (z, y)
