@@ -37,7 +37,7 @@ class GrowingLayer(RunsMixin, CacheLayerMixin):
         self.start_runs()
         self.k: Buffer = buffer(spec.k_bits)
         self.v: Buffer = self.k if spec.shared_latent else buffer(spec.v_bits)
-        finer = spec.recent_sides[: len(self.buffers)] if spec.recent else ()
+        finer = spec.recent_sides[: 1 if spec.shared_latent else 2] if spec.recent else ()
         self.recent = [RecentBuffer(side.format, side.width, spec.recent) for side in finer]
         reading = spec.reading
         self.reader: Reader | None = registry.load("readers", reading.rule)(reading) if reading else None
