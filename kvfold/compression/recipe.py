@@ -227,6 +227,7 @@ def suited(recipe: Recipe, layers: Sequence[AttentionLayer]) -> Recipe:
         )
         recipe = dataclasses.replace(recipe, length={"method": "identity"})
     named = recipe.preset is None or find_preset(recipe.preset).fragment.get("width") != recipe.width
+    named |= recipe.method("length").drops  # which asks for one latent per layer
     other = recipe.method("width").instead(layers, recipe.kv_budget or 1.0, named=named)
     return recipe if other is None else dataclasses.replace(recipe, width=other)
 
