@@ -74,17 +74,6 @@ PRESETS = {
             "calibration": {"data": "self"},
         },
     ),
-    "long": Preset(
-        "as auto, for long prompts: a layer keeps of a prompt what its own queries, asked behind it, would miss most; how many"
-        " tokens and how much of each by expected nats",
-        {
-            "width": {"method": "mla"},
-            "bits": {"method": "mixed"},
-            "length": {"method": "scored", "rule": "observed", "recent": 64, "newest": 64},
-            "allocate": "greedy",
-            "calibration": {"data": "self"},
-        },
-    ),
     "identity": Preset("the cache as it is, under kvfold's runtime (a control)", {"width": {"method": "identity"}}),
     "gqa": Preset("mean-pooled key/value heads (arXiv 2305.13245)", {"width": {"method": "mean_pool"}}),
     "mqa": Preset("one mean-pooled key/value head per layer", {"width": {"method": "mean_pool", "kv_heads": 1}}),
