@@ -32,7 +32,7 @@ FORMS = {
     "ordered": (
         {"method": "kq_svd", "latent": "group", "v_latent": "layer", "group_size": 1, "multiple": 4},
         {"method": "integer"},
-        0.2,
+        0.25,
     ),
 }
 

@@ -118,7 +118,10 @@ def test_json_round_trip_and_unknown_fields():
         (lambda: plan(two_heads(tokens=runs(share=1.5))), "share of 0 to 1"),
         (lambda: plan(two_heads(tokens=dataclasses.replace(runs(), rule="snapvk"))), "Did you mean 'snapkv'"),
         (lambda: plan(two_heads(tokens=dataclasses.replace(runs(), rule="snapkv"))), "chooses when a prompt was read"),
-        (lambda: plan(two_heads(tokens=runs(), rope="on_read")), "tokens does not go with rope = on_read"),
+        (
+            lambda: plan(two_heads(tokens=runs(), rope="on_read")),
+            "tokens goes with rope = on_read where a layer has one latent",
+        ),
         (lambda: dataclasses.replace(plan(spec()), context_len=0), "context_len = 0"),
         (lambda: plan(spec(k_bits=4)), "not a description"),
         (lambda: plan(spec(k_bits=NumberFormat(tiers=((5, 4),)))), "describes 5 numbers"),

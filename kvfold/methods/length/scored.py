@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from kvfold import registry
 from kvfold.errors import RecipeError
+from kvfold.methods.length._recent_form import with_recent
 from kvfold.methods.length._tokens_per_head import TokensPerHead
-from kvfold.methods.length.recent import Recent
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.token_runs import TokenRun, TokenRuns
@@ -46,8 +46,7 @@ class Scored(TokensPerHead):
     def apply(self, layer: AttentionLayer, spec: CacheSpec, finer: CacheSpec | None = None) -> CacheSpec:
         if layer.window is not None:
             return spec
-        of_recent = Recent(tokens=self.recent).apply(layer, spec, finer) if self.recent else spec
-        return super().apply(layer, of_recent)
+        return super().apply(layer, with_recent(layer, spec, finer, self.recent) if self.recent else spec)
 
     def _tokens(self, *runs: TokenRun) -> TokenRuns:
         return TokenRuns(
