@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kvfold.plan.cache_spec import CACHE_BLOCK
 from kvfold.plan.reading import Reading
-from kvfold.runtimes.kernels.packed_tokens import Stored, read, read_all
+from kvfold.runtimes.kernels.attention import scores_of
+from kvfold.runtimes.kernels.packed_tokens import Stored, read, read_all, taken
 from kvfold.runtimes.readers.base import Asked, Choice, Reader
 
 COLLISIONS = 2
@@ -44,25 +45,26 @@ class Lsh(Reader):
 
     def choose(self, asked: Asked) -> Choice:
         signatures, centre = asked.index
-        own = self._signed(asked.queries_BNTR)
-        group = own.shape[1] // signatures.shape[1]
-        hits_BNTS = torch.zeros(*own.shape[:3], signatures.shape[2], dtype=torch.uint8, device=own.device)
-        for table in range(self.reading.tables):
-            stored = signatures[..., table].repeat_interleave(group, dim=1)
-            hits_BNTS += own[..., table, None] == stored[:, :, None]
-        always = self.always_BGS(asked)
+        hits_BNTS, always = self._collisions(asked, signatures), self.always_BGS(asked)
         often_BGS = hits_BNTS.unflatten(1, (asked.groups, -1)).flatten(2, 3).amax(2).masked_fill(~asked.shown_BGS(), 0)
         wanted_BG = ((often_BGS >= COLLISIONS) | always).sum(-1).clamp_max(asked.count)
         worth = often_BGS.double().masked_fill(always, torch.inf)
         index_BGn = worth.topk(int(wanted_BG.max()), sorted=False).indices.sort().values
-        here = index_BGn.repeat_interleave(len(own[0]) // asked.groups, dim=1)[:, :, None].expand(
-            -1, -1, own.shape[2], -1
-        )
-        added = self._added(asked, centre).gather(3, here)
-        found = hits_BNTS.gather(3, here) >= COLLISIONS
-        fixed = always.gather(2, index_BGn).repeat_interleave(len(own[0]) // asked.groups, dim=1)[:, :, None]
-        added = added.masked_fill(~found, -torch.inf).masked_fill(fixed, 0.0)
-        return Choice(index_BGn, added, wanted_BG.double().mean() / asked.keys.shape[2])
+        heads, steps = hits_BNTS.shape[1] // asked.groups, hits_BNTS.shape[2]
+        here = index_BGn.repeat_interleave(heads, dim=1)[:, :, None].expand(-1, -1, steps, -1)
+        fixed = always.gather(2, index_BGn).repeat_interleave(heads, dim=1)[:, :, None]
+        added = self._added(asked, index_BGn, centre).masked_fill(hits_BNTS.gather(3, here) < COLLISIONS, -torch.inf)
+        return Choice(index_BGn, added.masked_fill(fixed, 0.0), wanted_BG.double().mean() / asked.keys.shape[2])
+
+    def _collisions(self, asked: Asked, signatures: Tensor) -> Tensor:
+        """[B, N, T, S]: in how many tables."""
+        own = self._signed(asked.queries_BNTR)
+        group = own.shape[1] // signatures.shape[1]
+        hits_BNTS = torch.zeros(*own.shape[:3], signatures.shape[2], dtype=torch.int16, device=own.device)
+        for table in range(self.reading.tables):
+            stored = signatures[..., table].repeat_interleave(group, dim=1)
+            hits_BNTS += own[..., table, None] == stored[:, :, None]
+        return hits_BNTS
 
     def _signed(self, x: Tensor) -> Tensor:
         """[..., tables]."""
@@ -72,13 +74,12 @@ class Lsh(Reader):
         powers = 2 ** torch.arange(r.bits, device=x.device)
         return (bits * powers).sum(-1).to(torch.uint8 if r.signature_bytes == 1 else torch.int16)
 
-    def _added(self, asked: Asked, centre: Tensor) -> Tensor:
-        """[B, N, T, S]: -log of how likely a token is to be read."""
-        keys = F.normalize(read_all(asked.keys) - centre, dim=-1)
+    def _added(self, asked: Asked, index_BGn: Tensor, centre: Tensor) -> Tensor:
+        """[B, N, T, n]: -log of how likely each of these tokens is to be read."""
+        C = asked.keys.shape[1]
+        keys_BCnR = read_all(taken(asked.keys, index_BGn.repeat_interleave(C // asked.groups, dim=1))) - centre
         q = F.normalize(asked.queries_BNTR, dim=-1)
-        cosine = (q.flatten(1, 2).unflatten(1, (keys.shape[1], -1)) @ keys.to(q.dtype).transpose(2, 3)).view(
-            *q.shape[:3], -1
-        )
+        cosine = scores_of(q, F.normalize(keys_BCnR, dim=-1).to(q.dtype))
         return -likely(cosine.double(), self.reading).clamp_min(LEAST_LIKELY).log().to(q.dtype)
 
 
