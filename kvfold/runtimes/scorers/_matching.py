@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvfold.runtimes.scorers.base import Prompt
 
-ROUNDS = 60
+ROUNDS = 10
 """Of multiplicative steps, which keep weights positive."""
 RIDGE = 1e-2
 """Towards the values that are there, relative to what one token weighs in the mean."""
@@ -29,7 +29,7 @@ def matched(prompt: Prompt, index_BCn: Tensor, counts_Bn: Tensor) -> tuple[Tenso
     values_BCnV = values_BCSV.gather(2, index_BCn[..., None].expand(-1, -1, -1, values_BCSV.shape[3]))
     shares_BCMn = probs_BCMS.gather(3, index_BCn[:, :, None].expand(-1, -1, probs_BCMS.shape[2], -1))
     shares_BCMn = shares_BCMn * counts_Bn[:, None, None]
-    weights_BCn = weights_of(shares_BCMn.double())
+    weights_BCn = weights_of(shares_BCMn).double()
     wanted_BCMV = (probs_BCMS.to(values_BCSV.dtype) @ values_BCSV).double()
     weighed = shares_BCMn.double() * weights_BCn[:, :, None]
     weighed = weighed / weighed.sum(-1, keepdim=True)
@@ -55,4 +55,5 @@ def ridge(x_BCMn: Tensor, y_BCMV: Tensor, tokens: Tensor) -> Tensor:
     gram = x_BCMn @ x_BCMn.transpose(2, 3)
     mean_BC = gram.diagonal(dim1=2, dim2=3).sum(-1) / tokens
     gram.diagonal(dim1=2, dim2=3).add_(RIDGE * mean_BC[..., None])
-    return x_BCMn.transpose(2, 3) @ torch.linalg.solve(gram, y_BCMV)
+    root, _ = torch.linalg.cholesky_ex(gram)  # which passes on what is no number, as all attention does
+    return x_BCMn.transpose(2, 3) @ torch.cholesky_solve(y_BCMV, root)
