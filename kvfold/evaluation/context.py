@@ -22,7 +22,7 @@ from torch import Tensor
 from kvfold.calibration import text as data
 from kvfold.checkpoint.source import warn_if_too_long
 from kvfold.errors import DataError, RecipeError
-from kvfold.evaluation.recall import fill_cache
+from kvfold.evaluation.recall import fill_cache, last_logits
 from kvfold.evaluation.speed import allocated
 from kvfold.evaluation.standard_errors import defined, stderr
 from kvfold.evaluation.texts import load_pair
@@ -180,10 +180,9 @@ def answers(model: Any, sample: Sample) -> Answers:
     cache, logs, read = fill_cache(model, torch.tensor([sample.context])), [], []
     reads_some = hasattr(model, "kv_plan") and model.kv_plan.reads_some
     for question in sample.questions:
-        tokens, asked = torch.tensor([question.tokens[:-1]], device=model.device), copy.deepcopy(cache)
-        steps = tokens.split(1 if reads_some else tokens.shape[1], dim=1)
-        logits = [model(step, past_key_values=asked, use_cache=True).logits[0] for step in steps]
-        logs.append(torch.cat(logits)[-question.expected :].float().log_softmax(-1).cpu())
+        tokens_1T, asked = torch.tensor([question.tokens[:-1]]), copy.deepcopy(cache)
+        logits = last_logits(model, asked, tokens_1T, question.expected, token_by_token=reads_some)
+        logs.append(logits[0].float().log_softmax(-1).cpu())
         read.append(asked.share_read if reads_some else 1.0)
     return Answers(logs, allocated(cache), statistics.fmean(read))
 

@@ -196,11 +196,16 @@ def value_log_probs(model: Any, cache: Any, question_BQP: Tensor, *, token_by_to
     """
     cache = copy.deepcopy(cache)
     cache.batch_repeat_interleave(question_BQP.shape[1])
-    tokens = question_BQP[..., :-1].flatten(0, 1).to(model.device)
-    steps = tokens.split(1 if token_by_token else tokens.shape[1], dim=1)
-    logits = [model(step, past_key_values=cache, use_cache=True, logits_to_keep=VALUE).logits for step in steps]
-    logs = torch.cat(logits, dim=1)[:, -VALUE:].double().log_softmax(-1)
-    return logs.unflatten(0, question_BQP.shape[:2])
+    logits = last_logits(model, cache, question_BQP[..., :-1].flatten(0, 1), VALUE, token_by_token=token_by_token)
+    return logits.double().log_softmax(-1).unflatten(0, question_BQP.shape[:2])
+
+
+@torch.no_grad()
+def last_logits(model: Any, cache: Any, tokens_BT: Tensor, expected: int, *, token_by_token: bool) -> Tensor:
+    """[B, expected, vocabulary]: of the last of these tokens, behind what `cache` holds, that come in one step or several."""
+    steps = tokens_BT.to(model.device).split(1 if token_by_token else tokens_BT.shape[1], dim=1)
+    logits = [model(step, past_key_values=cache, use_cache=True, logits_to_keep=expected).logits for step in steps]
+    return torch.cat(logits, dim=1)[:, -expected:]
 
 
 def _say_how_long(model: Any, base: Any, drawn: Sequence[tuple[Tensor, Tensor]], plan: CachePlan) -> None:

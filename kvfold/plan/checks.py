@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from kvfold import registry
 from kvfold.errors import PlanError
 from kvfold.plan.cache_spec import CACHE_BLOCK, ITEMSIZE, CacheSpec, SourceLayer, divisors
-from kvfold.plan.number_format import NumberFormat
+from kvfold.plan.number_format import NumberFormat, StoredShape
 from kvfold.plan.reading import MOST_BITS, Reading
 from kvfold.plan.token_runs import PROMPTS, RECENCY, TokenRuns
 
@@ -121,7 +121,7 @@ def _check_recent(index: int, spec: CacheSpec) -> None:
             f"layer {index}: recent = {spec.recent} does not go with joint, hidden or k_partial caches;"
             " choose length.method: identity, or keys before rotation (width.rope: on_read)."
         )
-    if any(side.format is not None and side.format.block > 1 for side in (*spec.sides, *spec.recent_sides)):
+    if _share_scales(*spec.sides, *spec.recent_sides):
         raise PlanError(f"layer {index}: recent tokens do not go with scales per channel.")
     own = spec.recent_head_dim, spec.v_recent_head_dim
     if (own[0] > 0) != (own[1] > 0) or min(own) < 0 or (spec.shared_latent and own[0] != own[1]):
@@ -161,26 +161,15 @@ def _check_tokens(index: int, spec: CacheSpec, tokens: TokenRuns) -> None:
                 f"{where}: a run keeps a share of 0 to 1 of the context, and at least one token beside its"
                 f" {tokens.sinks} sinks, or its newest; found share {run.share!r}, least {run.least!r}."
             )
-    made: dict[str, Any] = {
-        "joint": spec.joint,
-        "hidden": spec.hidden,
-        "predicted_from": spec.predicted_from,
-        "window": spec.window,
-    }
-    if found := [name for name, value in made.items() if value]:
+    if found := _set(spec, "joint", "hidden", "predicted_from", "window"):
         raise PlanError(f"{where} does not go with {', '.join(found)}; leave those out (width.below=0, for example).")
-    of_layers = {
-        "shared_latent": spec.shared_latent,
-        "recent": spec.recent,
-        "rope = on_read": spec.rope == "on_read",
-    }
-    found = [name for name, value in of_layers.items() if value]
+    found = _set(spec, "shared_latent", "recent", "rope")
     if found and not (spec.num_kv_heads == 1 and tokens.scored and not tokens.matched and tokens.newest >= spec.recent):
         raise PlanError(
             f"{where} goes with {', '.join(found)} where a layer has one latent, a scorer chooses its tokens (unmatched), and"
             f" the newest {spec.recent} stay; else choose keys as they are read, head by head (width.rope=applied)."
         )
-    if any(side.format is not None and side.format.block > 1 for side in spec.sides):
+    if _share_scales(*spec.sides):
         raise PlanError(f"{where} does not go with scales per channel, which tokens share.")
 
 
@@ -204,22 +193,26 @@ def _check_reading(index: int, spec: CacheSpec, reading: Reading) -> None:
         )
     if (reading.bits > 0) != (reading.tables > 0) or reading.bits > MOST_BITS:
         raise PlanError(f"{where}: signatures have 1 to {MOST_BITS} bits, in one table or more; found {reading}.")
-    made: dict[str, Any] = {
-        "joint": spec.joint,
-        "hidden": spec.hidden,
-        "recent": spec.recent,
-        "tokens": spec.tokens is not None,
-        "predicted_from": spec.predicted_from,
-        "window": spec.window,
-        "rope = on_read": spec.rope == "on_read",
-    }
-    if found := [name for name, value in made.items() if value]:
+    if found := _set(spec, "joint", "hidden", "recent", "tokens", "predicted_from", "window", "rope"):
         raise PlanError(
             f"{where} does not go with {', '.join(found)}: tokens are chosen by keys as they are stored; with auto choose"
             " prefer: speed, length.method: identity or another length method."
         )
-    if any(side.format is not None and side.format.block > 1 for side in spec.sides):
+    if _share_scales(*spec.sides):
         raise PlanError(f"{where} does not go with scales per channel, which tokens share.")
+
+
+def _set(spec: CacheSpec, *names: str) -> list[str]:
+    """Which of these fields say something; of rope only that keys are rotated when they are read."""
+    values = {name: getattr(spec, name) for name in names}
+    if values.get("rope") is not None:
+        values = values | {"rope = on_read": values.pop("rope") == "on_read"}
+    return [name for name, value in values.items() if value]
+
+
+def _share_scales(*sides: StoredShape) -> bool:
+    """Whether several tokens share scales per channel."""
+    return any(side.format is not None and side.format.block > 1 for side in sides)
 
 
 def _check_predictors(plan: CachePlan, index: int, spec: CacheSpec) -> None:
@@ -238,7 +231,7 @@ def _check_predictors(plan: CachePlan, index: int, spec: CacheSpec) -> None:
                 f"layer {index}: a layer and those that predict it have one shared_latent each (num_kv_heads 1), the same"
                 f" window and as many recent tokens; layer {below} differs."
             )
-        if any(side.format is not None and side.format.block > 1 for side in (*spec.sides, *known.sides)):
+        if _share_scales(*spec.sides, *known.sides):
             raise PlanError(
                 f"layer {index}: predictions do not go with scales per channel, which change what was read."
             )

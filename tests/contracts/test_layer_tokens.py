@@ -141,6 +141,14 @@ def test_copies_and_rows_go_on(fold, width):
 def test_what_is_refused(fold):
     plan = fold("llama_sink", "on_read").plan
     spec = plan.owned[0]
+    for rule in ("kvzip", "repeated"):  # whose second reading would become recent
+        again = dataclasses.replace(
+            spec, rope="none", k_offset=False, tokens=dataclasses.replace(spec.tokens, rule=rule)
+        )
+        network = load(fold("llama_sink", "on_read").out)
+        network.config.kv_compression_config = dataclasses.replace(plan, caches=(again, *plan.caches[1:])).to_dict()
+        with pytest.raises(PlanError, match="no finer form of recent tokens"):
+            network._replace_attention()
     changes = {"newest": 4}, {"rule": "recency", "prompt": "masked"}, {"matched": True}
     for change in changes:
         broken = dataclasses.replace(spec, tokens=dataclasses.replace(spec.tokens, **change))

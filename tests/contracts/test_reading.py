@@ -222,6 +222,18 @@ def test_probabilities_are_of_all_tokens(fold):
     assert ((probs > 0).sum(-1) == 15).all()  # 0.3 of 50
 
 
+def test_capped_scores(fold):
+    """The fused kernels cap none; what probabilities are asked for with is the same."""
+    network, ids = load(fold("gemma2_softcap").out), tokens(1, 50)
+    with torch.no_grad():
+        cache = network(ids[:, :49], use_cache=True).past_key_values
+        twin = copy.deepcopy(cache)
+        found = network(ids[:, 49:], past_key_values=cache).logits
+        expected = network(ids[:, 49:], past_key_values=twin, output_attentions=True).logits
+    assert cache.share_read < 1
+    assert_close(found, expected, tolerance=1e-5)
+
+
 def test_bytes(fold):
     """What is stored to choose by counts, and what is read is less than what is stored."""
     plain = fold("llama_mha", share=1.0).plan

@@ -10,7 +10,8 @@ import torch
 from kvfold.plan.number_format import NumberFormat
 from kvfold.plan.reading import Reading
 from kvfold.runtimes.kernels.codec import pack, unpack
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, taken
+from kvfold.runtimes.kernels.gathering import taken
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens
 from kvfold.runtimes.readers import lsh
 from kvfold.runtimes.readers.base import Asked
 from kvfold.runtimes.readers.lead import Lead

@@ -11,7 +11,7 @@ from tiny import make_tiny
 from kvfold import registry
 from kvfold.architectures.base import architecture
 from kvfold.runtimes.kernels.rotary import apply_rotary
-from kvfold.runtimes.scorers import base, expected_attention, h2o, snapkv
+from kvfold.runtimes.scorers import base, expected_attention, snapkv
 from kvfold.runtimes.scorers._matching import matched
 from kvfold.runtimes.scorers.base import Prompt
 from kvfold.testing import assert_close
@@ -96,7 +96,7 @@ def test_observed(prompt):
 @pytest.mark.parametrize("name", ["snapkv", "h2o", "tova"])
 def test_attention_that_tokens_get(prompt, name, monkeypatch):
     monkeypatch.setattr(snapkv, "WINDOW", 11)
-    monkeypatch.setattr(h2o, "AT_ONCE", 9)
+    monkeypatch.setattr(base, "AT_ONCE", 9)
     prompt, _ = prompt
     found = score(name, prompt)
     N, K = prompt.queries_BnTH.shape[1], found.shape[1]

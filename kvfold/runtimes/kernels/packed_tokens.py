@@ -296,26 +296,6 @@ def part(stored: Stored, start: int, end: int) -> Stored:
     return PackedTokens(stored.rows[:, :, start:end], stored.format, stored.dtype, width=stored.width)
 
 
-def taken(stored: Stored, index_BCn: Tensor) -> Stored:
-    """Of each stored head tokens of its own, as they are stored; of formats whose tokens stand alone."""
-    if isinstance(stored, PackedTokens):
-        return PackedTokens(_rows(stored.rows, index_BCn), stored.format, stored.dtype, width=stored.width)
-    return _rows(read_all(stored), index_BCn)
-
-
-def _rows(x_BCSX: Tensor, index_BCn: Tensor) -> Tensor:
-    """Whole rows are copied where they lie in one piece of memory, which gathering number by number does not know."""
-    (B, C, S, X), (batch, head, row, one) = x_BCSX.shape, x_BCSX.stride()
-    apart = one != 1 or not row or batch % row or head % row
-    if apart or (torch.is_grad_enabled() and x_BCSX.requires_grad):
-        return x_BCSX.gather(2, index_BCn[..., None].expand(-1, -1, -1, X))
-    count = (B - 1) * (batch // row) + (C - 1) * (head // row) + S
-    rows = x_BCSX.as_strided((count, X), (row, 1))
-    first_BC1 = torch.arange(B, device=index_BCn.device)[:, None, None] * (batch // row)
-    first_BC1 = first_BC1 + torch.arange(C, device=index_BCn.device)[None, :, None] * (head // row)
-    return rows.index_select(0, (first_BC1 + index_BCn).flatten()).view(B, C, -1, X)
-
-
 def read_for_product(stored: Stored, start: int, end: int) -> Operand:
     """The same for a product with queries or probabilities, which can take scales afterwards."""
     from kvfold.runtimes.kernels import gpu  # which imports this module

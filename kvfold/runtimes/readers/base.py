@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,15 +57,26 @@ class Asked:
 
     def attention(self, scores_BNTS: Tensor) -> Tensor:
         """[B, G, S]: what the queries of a group attend to in the mean."""
-        return softmax(scores_BNTS, self.seen).unflatten(1, (self.groups, -1)).flatten(2, 3).mean(2)
+        return self.by_group(softmax(scores_BNTS, self.seen)).mean(2)
 
+    def by_group(self, x_BNTS: Tensor) -> Tensor:
+        """[B, G, queries of a group, S]."""
+        return x_BNTS.unflatten(1, (self.groups, -1)).flatten(2, 3)
+
+    @functools.cached_property
     def shown_BGS(self) -> Tensor:
         """[B, G, S] bool: what at least one query of the group sees."""
-        B, _, _, S = (*self.queries_BNTR.shape[:3], self.keys.shape[2])
+        B, S = len(self.queries_BNTR), self.keys.shape[2]
         if self.seen is None:
             return torch.ones(B, self.groups, S, dtype=torch.bool, device=self.queries_BNTR.device)
         shown = (self.seen > torch.finfo(self.seen.dtype).min / 2).any(2)
         return shown.expand(B, max(shown.shape[1], self.groups), S).unflatten(1, (self.groups, -1)).any(2)
+
+
+def for_queries(x_BGn: Tensor, q_BNTR: Tensor) -> Tensor:
+    """[B, N, T, n]: what is said of groups of stored heads, for each of their queries."""
+    _, N, T, _ = q_BNTR.shape
+    return x_BGn.repeat_interleave(N // x_BGn.shape[1], dim=1)[:, :, None].expand(-1, -1, T, -1)
 
 
 class Reader(ABC):
@@ -92,13 +104,13 @@ class Reader(ABC):
 
     def always_BGS(self, asked: Asked) -> Tensor:
         """[B, G, S] bool: the first tokens of each sequence, and the newest."""
-        shown = asked.shown_BGS()
+        shown = asked.shown_BGS
         newest = torch.arange(shown.shape[2], device=shown.device) >= shown.shape[2] - self.reading.newest
         return shown & ((shown.cumsum(2) <= self.reading.sinks) | newest)
 
     def best(self, worth_BGS: Tensor, asked: Asked) -> Tensor:
         """[B, G, count]: the tokens of most worth, beside those that are always read."""
-        worth = worth_BGS.masked_fill(~asked.shown_BGS(), -1.0).masked_fill(self.always_BGS(asked), torch.inf)
+        worth = worth_BGS.masked_fill(~asked.shown_BGS, -1.0).masked_fill(self.always_BGS(asked), torch.inf)
         return worth.topk(asked.count, sorted=False).indices.sort().values
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from kvfold.plan.cache_spec import CACHE_BLOCK
 from kvfold.plan.reading import Reading
 from kvfold.runtimes.kernels.attention import scores_of
-from kvfold.runtimes.kernels.packed_tokens import Stored, read, read_all, taken
-from kvfold.runtimes.readers.base import Asked, Choice, Reader
+from kvfold.runtimes.kernels.gathering import taken
+from kvfold.runtimes.kernels.packed_tokens import Stored, read, read_all
+from kvfold.runtimes.readers.base import Asked, Choice, Reader, for_queries
 
 COLLISIONS = 2
 """Tables in which a token and a query agree, so that it is read."""
@@ -46,13 +47,12 @@ class Lsh(Reader):
     def choose(self, asked: Asked) -> Choice:
         signatures, centre = asked.index
         hits_BNTS, always = self._collisions(asked, signatures), self.always_BGS(asked)
-        often_BGS = hits_BNTS.unflatten(1, (asked.groups, -1)).flatten(2, 3).amax(2).masked_fill(~asked.shown_BGS(), 0)
+        often_BGS = asked.by_group(hits_BNTS).amax(2).masked_fill(~asked.shown_BGS, 0)
         wanted_BG = ((often_BGS >= COLLISIONS) | always).sum(-1).clamp_max(asked.count)
         worth = often_BGS.double().masked_fill(always, torch.inf)
         index_BGn = worth.topk(int(wanted_BG.max()), sorted=False).indices.sort().values
-        heads, steps = hits_BNTS.shape[1] // asked.groups, hits_BNTS.shape[2]
-        here = index_BGn.repeat_interleave(heads, dim=1)[:, :, None].expand(-1, -1, steps, -1)
-        fixed = always.gather(2, index_BGn).repeat_interleave(heads, dim=1)[:, :, None]
+        here = for_queries(index_BGn, asked.queries_BNTR)
+        fixed = for_queries(always.gather(2, index_BGn), asked.queries_BNTR)
         added = self._added(asked, index_BGn, centre).masked_fill(hits_BNTS.gather(3, here) < COLLISIONS, -torch.inf)
         return Choice(index_BGn, added.masked_fill(fixed, 0.0), wanted_BG.double().mean() / asked.keys.shape[2])
 

@@ -42,7 +42,7 @@ class Pages(Reader):
         most_BNTp = asked.scores(torch.cat([q.clamp_max(0), q.clamp_min(0)], dim=-1), torch.cat([low, high], dim=-1))
         if asked.seen is not None:
             most_BNTp = most_BNTp + _largest(asked.seen, page).to(most_BNTp.dtype)
-        worth_BGp = most_BNTp.softmax(-1).unflatten(1, (asked.groups, -1)).flatten(2, 3).mean(2)
+        worth_BGp = asked.by_group(most_BNTp.softmax(-1)).mean(2)
         rank_BGp = worth_BGp.argsort(dim=-1, stable=True).argsort(dim=-1)
         # of the last page that is read in part the first tokens
         worth_BGS = (rank_BGp[..., None] * page + torch.arange(page - 1, -1, -1, device=q.device)).flatten(2)[..., :S]

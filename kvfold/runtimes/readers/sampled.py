@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvfold.runtimes.readers.base import Asked, Choice, Reader
+from kvfold.runtimes.readers.base import Asked, Choice, Reader, for_queries
 
 ROUNDS = 8
 """In which likelihoods above 1 are shared out."""
@@ -23,14 +23,12 @@ class Sampled(Reader):
         always, S = self.always_BGS(asked), asked.keys.shape[2]
         worth_BGS = asked.attention(asked.leading(self.reading.leading))
         u_BGS = likelihoods(worth_BGS.double().masked_fill(always, 0), asked.count - always.sum(-1, keepdim=True))
-        drawn = picked(u_BGS, self._offset(S)) & asked.shown_BGS()
+        drawn = picked(u_BGS, self._offset(S)) & asked.shown_BGS
         worth = drawn.double().masked_fill(always, 2.0)
         index = worth.topk(asked.count, sorted=False).indices.sort().values
         found = worth.gather(2, index) > 0
         added = -u_BGS.clamp_min(1e-9).log().masked_fill(always, 0.0).gather(2, index).masked_fill(~found, -torch.inf)
-        heads = asked.queries_BNTR.shape[1] // asked.groups
-        added_BNTn = added.repeat_interleave(heads, dim=1)[:, :, None].expand(-1, -1, asked.queries_BNTR.shape[2], -1)
-        return Choice(index, added_BNTn.to(asked.queries_BNTR.dtype), asked.count / S)
+        return Choice(index, for_queries(added, asked.queries_BNTR).to(asked.queries_BNTR.dtype), asked.count / S)
 
     def _offset(self, tokens: int) -> float:
         return float(torch.rand((), generator=torch.Generator().manual_seed(tokens)))

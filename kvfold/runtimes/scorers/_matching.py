@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvfold.runtimes.kernels.gathering import gather_tokens
 from kvfold.runtimes.scorers.base import Prompt
 
 ROUNDS = 10
@@ -26,7 +27,7 @@ def matched(prompt: Prompt, index_BCn: Tensor, counts_Bn: Tensor) -> tuple[Tenso
     probs_BnQS, values_BCSV = prompt.asked_again[..., :S], prompt.values_BCSV[:, :, :S]
     probs_BnQS = probs_BnQS / probs_BnQS.sum(-1, keepdim=True)
     probs_BCMS = probs_BnQS.unflatten(1, (index_BCn.shape[1], -1)).flatten(2, 3)
-    values_BCnV = values_BCSV.gather(2, index_BCn[..., None].expand(-1, -1, -1, values_BCSV.shape[3]))
+    values_BCnV = gather_tokens(values_BCSV, index_BCn)
     shares_BCMn = probs_BCMS.gather(3, index_BCn[:, :, None].expand(-1, -1, probs_BCMS.shape[2], -1))
     shares_BCMn = shares_BCMn * counts_Bn[:, None, None]
     weights_BCn = weights_of(shares_BCMn).double()

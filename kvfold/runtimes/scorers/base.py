@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -61,6 +61,11 @@ class Prompt:
         seen = self.seen_at_the_end
         shown = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
         return shown[:, 0, 0].expand(len(self.keys_BCSR), -1)
+
+    def pieces(self) -> Iterator[slice]:
+        """Of all queries AT_ONCE at a time."""
+        for start in range(0, self.steps, AT_ONCE):
+            yield slice(start, min(start + AT_ONCE, self.steps))
 
     def probabilities(self, rows: slice) -> Tensor:
         """[B, n, rows, S] of the prompt's own queries; 0 of padding."""

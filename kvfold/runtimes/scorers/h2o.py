@@ -6,14 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from kvfold.runtimes.scorers.base import AT_ONCE, Prompt, Scorer
+from kvfold.runtimes.scorers.base import Prompt, Scorer
 
 
 class H2O(Scorer):
     """Heavy hitters. Early tokens had more queries to get it from."""
 
     def score(self, prompt: Prompt) -> Tensor:
-        total: Any = 0
-        for start in range(0, prompt.steps, AT_ONCE):
-            total = total + prompt.probabilities(slice(start, min(start + AT_ONCE, prompt.steps))).sum(2)
+        total: Any = sum(prompt.probabilities(rows).sum(2) for rows in prompt.pieces())
         return prompt.by_stored_head(total)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from kvfold.runtimes.scorers.base import AT_ONCE, Prompt, Scorer
+from kvfold.runtimes.scorers.base import Prompt, Scorer
 
 
 class KVzip(Scorer):
@@ -15,6 +17,5 @@ class KVzip(Scorer):
     repeats = True
 
     def score(self, prompt: Prompt) -> Tensor:
-        parts = (slice(start, min(start + AT_ONCE, prompt.steps)) for start in range(0, prompt.steps, AT_ONCE))
-        most_BnS = torch.stack([prompt.probabilities(rows).amax(2) for rows in parts]).amax(0)
+        most_BnS = functools.reduce(torch.maximum, (prompt.probabilities(rows).amax(2) for rows in prompt.pieces()))
         return most_BnS.unflatten(1, (prompt.keys_BCSR.shape[1], -1)).amax(2)

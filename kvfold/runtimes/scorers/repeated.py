@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvfold.runtimes.scorers.base import AT_ONCE, Prompt, Scorer
+from kvfold.runtimes.scorers.base import Prompt, Scorer
 
 
 class Repeated(Scorer):
@@ -15,8 +15,5 @@ class Repeated(Scorer):
     repeats = True
 
     def score(self, prompt: Prompt) -> Tensor:
-        total: Any = 0
-        for start in range(0, prompt.steps, AT_ONCE):
-            rows = slice(start, min(start + AT_ONCE, prompt.steps))
-            total = total + prompt.effects(prompt.probabilities(rows)).sum(2)
+        total: Any = sum(prompt.effects(prompt.probabilities(rows)).sum(2) for rows in prompt.pieces())
         return prompt.by_stored_head(total)

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvfold.plan.cache_spec import CACHE_BLOCK, round_up
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels.dispatch import pack
+from kvfold.runtimes.kernels.gathering import gather_tokens
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, Stored
 
 
@@ -137,7 +138,7 @@ class GrowingBuffer(Buffer):
         return torch.cat([shown, new_BCTR], dim=2)
 
     def keep(self, shown: Tensor, index_BCn: Tensor, capacity: int) -> None:  # type: ignore[override]
-        self.put(shown.gather(2, index_BCn[..., None].expand(-1, -1, -1, shown.shape[3])), capacity)
+        self.put(gather_tokens(shown, index_BCn), capacity)
 
     def put(self, x_BCTR: Tensor, capacity: int) -> None:
         self.start = self.end = 0
@@ -329,8 +330,7 @@ def _early(shown_BCSR: Tensor, early: Tensor | None, count: int) -> Tensor:
     """Tokens at the places `early` [B, count], or the first, as memory of their own."""
     if early is None:
         return shown_BCSR[:, :, :count].clone()
-    index = early[:, None, :, None].expand(-1, shown_BCSR.shape[1], -1, shown_BCSR.shape[3])
-    return shown_BCSR.gather(2, index)
+    return gather_tokens(shown_BCSR, early[:, None].expand(-1, shown_BCSR.shape[1], -1))
 
 
 def buffer(format: NumberFormat | None, unit: int = CACHE_BLOCK) -> Buffer:

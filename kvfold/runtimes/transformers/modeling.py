@@ -16,7 +16,6 @@ from kvfold.architectures.base import Architecture, all_architectures
 from kvfold.errors import CheckpointError, PlanError
 from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
 from kvfold.plan.plan import CachePlan
-from kvfold.plan.token_runs import RECENCY
 from kvfold.runtimes.transformers.attention import FoldedAttention, attention_class
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
@@ -66,11 +65,12 @@ class FoldedModel:
             raise PlanError(f"the config has no {CONFIG_KEY}; load a folder that `kvfold compress` wrote.")
         plan = self.kv_plan
         self.has_readers = plan.predicts or any(target is not None for target in plan.kv_sharing_target_layer)
-        self.repeats = any(spec.tokens and _repeats(spec.tokens.rule) for spec in plan.owned)
-        if self.repeats and plan.position_bytes:
+        rules = {spec.tokens.rule for spec in plan.owned if spec.tokens and spec.tokens.scored}
+        self.repeats = any(registry.load("scorers", rule).repeats for rule in rules)
+        if self.repeats and any(spec.drops_of_layer for spec in plan.owned):
             raise PlanError(
-                "tokens: a prompt that is read twice to choose from it wants keys as they are read; choose another"
-                " length.rule, observed for example."
+                "tokens: a prompt that is read twice to choose from it wants keys as they are read, and no finer form of"
+                " recent tokens; choose another length.rule, observed for example."
             )
         self.needs_state = self.has_readers or plan.position_bytes > 0 or plan.joint
         layers = self.architecture.describe(self)  # type: ignore[arg-type]
@@ -133,10 +133,6 @@ class FoldedModel:
                 f"cache_implementation={kind!r} cannot hold a folded cache; leave it out. Bits per number are part of the"
                 " plan, not of generate()."
             )
-
-
-def _repeats(rule: str) -> bool:
-    return rule != RECENCY and registry.load("scorers", rule).repeats
 
 
 def second_reading(length: int, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.token_runs import FEW_TOKENS
-from kvfold.runtimes.kernels.attention import grouped_attention
-from kvfold.runtimes.kernels.packed_tokens import IndexedTokens, Stored, read_all, taken
-from kvfold.runtimes.readers.base import Asked, Choice
+from kvfold.runtimes.kernels.attention import additive, grouped_attention
+from kvfold.runtimes.kernels.gathering import taken
+from kvfold.runtimes.kernels.packed_tokens import IndexedTokens, Stored, read_all
+from kvfold.runtimes.readers.base import Asked, Choice, for_queries
 
 
 class AttentionToSome(nn.Module):
@@ -25,6 +26,7 @@ class AttentionToSome(nn.Module):
     scaling: float
     _absorb: Callable[[Tensor], Tensor]
     _lead_values_back: Callable[[Tensor], Tensor]
+    _eager: Callable[[], bool]
     _few: Callable[..., Tensor]
 
     def _reads_some(self, q: Tensor, z: Any) -> bool:
@@ -38,10 +40,11 @@ class AttentionToSome(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The same as `_attend`, over the tokens that are chosen for these queries."""
         absorbed, (_, C, S, _) = self._absorb(q), z.shape
-        seen, groups = _additive(mask, q, S), math.gcd(C, y.shape[1])
+        queries, groups = absorbed.float() * self.scaling, math.gcd(C, y.shape[1])
+        seen = _numbers(mask, queries, S)
         choice = z.reader.choose(
             Asked(
-                queries_BNTR=absorbed.float() * self.scaling, keys=z.stored, index=z.notes, seen=seen, groups=groups,
+                queries_BNTR=queries, keys=z.stored, index=z.notes, seen=seen, groups=groups,
                 count=z.reader.reading.chosen(S), softcap=self.layer.softcap,
             )
         )  # fmt: skip
@@ -49,34 +52,24 @@ class AttentionToSome(nn.Module):
         k = taken(z.stored, choice.index_BGn.repeat_interleave(C // groups, dim=1))
         v = k if y is z.stored else taken(y, choice.index_BGn.repeat_interleave(y.shape[1] // groups, dim=1))
         hidden = _hidden(seen, choice, absorbed)
-        if not wants_probs:
+        if not (self._eager() or wants_probs):
             return self._lead_values_back(self._few(absorbed, k, v, hidden)), None
         numbers = read_all(k), read_all(v)
         out, probs = grouped_attention(absorbed, *numbers, hidden, scale=self.scaling, softcap=self.layer.softcap)
-        index = choice.index_BGn.repeat_interleave(q.shape[1] // groups, dim=1)[:, :, None].expand(probs.shape)
-        return self._lead_values_back(out), probs.new_zeros(*probs.shape[:3], S).scatter(3, index, probs)
+        probs_BNTS = probs.new_zeros(*probs.shape[:3], S).scatter(3, for_queries(choice.index_BGn, q), probs)
+        return self._lead_values_back(out), probs_BNTS
 
 
-def _additive(mask: Tensor | None, q: Tensor, S: int) -> Tensor | None:
-    """[B or 1, N or 1, T, S] in float32: what the queries do not see, and alibi; None where they see everything."""
-    T = q.shape[2]
-    if mask is None:
-        if T == 1:
-            return None
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)[None, None]
-    mask = mask[..., :S]
-    if mask.dtype != torch.bool:
-        return mask.float().clamp_min(torch.finfo(torch.float32).min)
-    return torch.zeros(mask.shape, device=q.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+def _numbers(mask: Tensor | None, q: Tensor, S: int) -> Tensor | None:
+    """[B or 1, N or 1, T, S]: what the queries do not see, and alibi, to add to scores; None where they see everything."""
+    seen = additive(mask, q.shape[2], S, 0, S, q if mask is None or mask.dtype == torch.bool else mask)
+    return None if seen is None else seen[(None,) * (4 - seen.ndim)]
 
 
 def _hidden(seen: Tensor | None, choice: Choice, q: Tensor) -> Tensor | None:
     """[B, N, T, n]: what is added to the scores of the chosen tokens."""
     added, (B, N, T, _) = choice.added_BNTn, q.shape
     if seen is not None:
-        index = choice.index_BGn.repeat_interleave(N // choice.index_BGn.shape[1], dim=1)[:, :, None].expand(
-            -1, -1, T, -1
-        )
-        own = seen.expand(B, N, T, seen.shape[-1]).gather(3, index)
+        own = seen.expand(B, N, T, seen.shape[-1]).gather(3, for_queries(choice.index_BGn, q))
         added = own if added is None else own + added
     return None if added is None else added.to(q.dtype).clamp_min(torch.finfo(q.dtype).min)
