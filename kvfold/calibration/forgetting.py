@@ -7,7 +7,8 @@ context only the first tokens and the newest n stay, and g_q the gradient of sam
 (g_q . d_q)^2 is what forgetting costs, to second order (linalg/sensitivity.py), comparable between all heads of all layers.
 
 Where a scorer chooses what of a prompt stays, the context is that prompt, and the repetition what is asked behind it; of
-ordinary text, the first half of the context is the prompt, and the second half what follows it.
+ordinary text, the first half of the context is the prompt, and the second half what follows it. Where it is foreseen what
+tokens are worth, that is fitted first (foresight.py).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from kvfold import distributed as processes
 from kvfold import registry
 from kvfold.calibration.calibrate import own_sequences
 from kvfold.calibration.cross_moments import CrossMoments
+from kvfold.calibration.foresight import Foresight, turned_out
 from kvfold.calibration.layerwise_model import StreamedModel
 from kvfold.calibration.passes import Passes
 from kvfold.calibration.statistics import Seen
@@ -36,10 +38,11 @@ from kvfold.checkpoint.atomic import make_folder, write_tensors
 from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.source import Source, read_layer, source_dtype
 from kvfold.plan.layer import AttentionLayer
+from kvfold.plan.token_runs import FORESEEN
 from kvfold.runtimes.reference import alibi_slope
 from kvfold.runtimes.scorers.base import Prompt, Scorer
 
-FORGETTING_VERSION = 3
+FORGETTING_VERSION = 4
 """To be raised when curves are computed differently, so that old ones on disk are not taken for new ones."""
 
 SHARES = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
@@ -51,15 +54,18 @@ QUERIES = 128
 
 Output = Callable[[], Tensor]
 """Gives [D, N, H]: how values of every head come into the residual stream."""
+States = tuple[Tensor, Tensor, Tensor]
+"""q, k and v of one sequence [heads, T, H]."""
 
 
 @dataclass(frozen=True)
 class Forgetting:
     """Of every layer, key/value head and share (SHARES): nats per token, of ordinary text and of text that is repeated;
-    smaller shares never cost less."""
+    smaller shares never cost less. worth_LCD: what says of a layer's input what a token will be worth, where that decides."""
 
     ordinary_LCn: Tensor
     repeated_LCn: Tensor
+    worth_LCD: Tensor | None = None
 
     def nats_LCn(self, recall: float) -> Tensor:
         """Both together. recall: what repeated text counts beside ordinary text."""
@@ -68,7 +74,8 @@ class Forgetting:
 
 @dataclass(frozen=True)
 class Choice:
-    """A scorer, by name, chooses what of a prompt stays, besides the first tokens and so many of the newest."""
+    """A scorer, by name, or what is foreseen chooses what of a prompt stays, besides the first tokens and so many of the
+    newest."""
 
     rule: str
     newest: int
@@ -81,18 +88,49 @@ class _Curves:
         self.layer, self.sinks, self.choice, self.output = layer, sinks, choice, output
         self.sum_2Cn = torch.zeros(2, layer.num_kv_heads, len(SHARES), dtype=torch.float64)
         self.rows = 0
+        self.worth_CD: Tensor | None = None
 
     def __call__(self, seen: Seen) -> None:
-        assert seen.out_gradient is not None, "gradients are seen on the way down"
+        assert seen.out_gradient is not None and seen.hidden is not None, "gradients are seen on the way down"
         gradient = seen.out_gradient.unflatten(2, (self.layer.num_attention_heads, -1)).transpose(1, 2)
-        for q, k, v, g in zip(seen.q, seen.k, seen.v, gradient, strict=True):
-            found = costs(self.layer, q, k, v, g, self.sinks, self.choice, self.output)
-            self.sum_2Cn = self.sum_2Cn.to(q.device) + found
-            self.rows += 1
+        for q, k, v, g, hidden in zip(seen.q, seen.k, seen.v, gradient, seen.hidden, strict=True):
+            self.see((q, k, v), g, hidden)
+
+    def see(self, states: States, gradient_NTH: Tensor, hidden_TD: Tensor) -> None:
+        """One sequence."""
+        self._add(costs(self.layer, *states, gradient_NTH, self.sinks, self.choice, self.output))
+
+    def _add(self, found_2Cn: Tensor) -> None:
+        self.sum_2Cn = self.sum_2Cn.to(found_2Cn.device) + found_2Cn
+        self.rows += 1
 
     def gather(self) -> None:
+        """Finish, with what other processes saw."""
         rows = processes.summed(torch.tensor(float(self.rows), device=self.sum_2Cn.device))
         self.sum_2Cn = (processes.summed(self.sum_2Cn) / rows).cpu()
+
+
+class _Foreseen(_Curves):
+    """The same where a map of the layer's input chooses, which is fitted to all sequences before any is weighed."""
+
+    def __init__(self, layer: AttentionLayer, sinks: int, choice: Choice | None, output: Output) -> None:
+        super().__init__(layer, sinks, choice, output)
+        self.foresight, self.held = Foresight(layer), list[tuple[States, Tensor, Tensor]]()
+
+    def see(self, states: States, gradient_NTH: Tensor, hidden_TD: Tensor) -> None:
+        S = len(hidden_TD) // 2
+        worth_KS = turned_out(_prompt(self.layer, states, S, S, 2 * S, self.output))
+        ordinary = slice(self.sinks, S)  # the first tokens always stay
+        self.foresight.see(hidden_TD[ordinary], worth_KS[:, ordinary])
+        self.held.append((states, gradient_NTH, hidden_TD[:S]))
+
+    def gather(self) -> None:
+        self.worth_CD = self.foresight.gather()
+        for states, gradient_NTH, hidden_SD in self.held:
+            worth_CS = self.worth_CD.to(hidden_SD) @ hidden_SD.T
+            self._add(costs(self.layer, *states, gradient_NTH, self.sinks, self.choice, self.output, worth_CS))
+        self.held.clear()
+        super().gather()
 
 
 def forgetting(
@@ -113,13 +151,15 @@ def forgetting(
     file = folder / "curves.safetensors"
     if not file.exists():
         make_folder(folder)
-        nats_L2Cn = _measured(source, with_repetition(contexts_BT, seed), folder, device, seed, sinks, choice)
+        curves = _measured(source, with_repetition(contexts_BT, seed), folder, device, seed, sinks, choice)
+        nats_L2Cn = torch.stack([seen.sum_2Cn for seen in curves]).flip(-1).cummax(-1).values.flip(-1)
         if not processes.rank():
             kinds = {"ordinary": nats_L2Cn[:, 0].contiguous(), "repeated": nats_L2Cn[:, 1].contiguous()}
-            write_tensors(file, kinds, {})
+            worth = [seen.worth_CD for seen in curves if seen.worth_CD is not None]
+            write_tensors(file, kinds | ({"worth": torch.stack(worth)} if worth else {}), {})
         processes.wait_for_all()
     found = load_file(file)
-    return Forgetting(found["ordinary"], found["repeated"])
+    return Forgetting(found["ordinary"], found["repeated"], found.get("worth"))
 
 
 def with_repetition(contexts_BT: Tensor, seed: int = 0) -> Tensor:
@@ -135,16 +175,16 @@ def with_repetition(contexts_BT: Tensor, seed: int = 0) -> Tensor:
 
 def _measured(
     source: Source, tokens_BT: Tensor, folder: Path, device: str, seed: int, sinks: int, choice: Choice | None
-) -> Tensor:
+) -> list[_Curves]:
     model = StreamedModel(source.checkpoint, source.arch, device, outputs=True)
     dtype = getattr(torch, source_dtype(source.checkpoint, source.arch, model.layers[0]))
     passes = Passes(model, own_sequences(tokens_BT), folder, CrossMoments(frozenset(), frozenset()), dtype)
     draws_BT = torch.rand(tokens_BT.shape, generator=torch.Generator().manual_seed(seed))
-    curves: dict[int, Tensor] = {}
+    curves: dict[int, _Curves] = {}
 
     def keep(seen: _Curves) -> None:
         seen.gather()
-        curves[seen.layer.index] = seen.sum_2Cn
+        curves[seen.layer.index] = seen
 
     def curves_of(layer: AttentionLayer) -> _Curves:
         @functools.cache
@@ -152,12 +192,12 @@ def _measured(
             o_proj = read_layer(source.checkpoint, source.arch, layer).o_proj.to(device, torch.float32)
             return o_proj.unflatten(1, (layer.num_attention_heads, -1))
 
-        return _Curves(layer, sinks, choice, output_DNH)
+        kind = _Foreseen if choice and choice.rule == FORESEEN else _Curves
+        return kind(layer, sinks, choice, output_DNH)
 
     passes.down(curves_of, keep, own_sequences(draws_BT))
     passes.forget()
-    nats_L2Cn = torch.stack([curves[layer] for layer in sorted(curves)])
-    return nats_L2Cn.flip(-1).cummax(-1).values.flip(-1)
+    return [curves[layer] for layer in sorted(curves)]
 
 
 def costs(
@@ -169,9 +209,11 @@ def costs(
     sinks: int,
     choice: Choice | None = None,
     output: Output | None = None,
+    worth_KS: Tensor | None = None,
 ) -> Tensor:
     """[2, K, n] of one sequence, of which the second half repeats the first: of queries of the first half, and of the second.
-    n counts SHARES. output: where there is a choice, gives how values come into the residual stream."""
+    n counts SHARES. output: where there is a choice, gives how values come into the residual stream. worth_KS: what tokens of
+    the first half were said to be worth, where that chooses."""
     S, K = k_KTH.shape[1] // 2, layer.num_kv_heads
     found = []
     for start, end in ((S // 2, S), (S, 2 * S)):
@@ -181,7 +223,9 @@ def costs(
             needed, context = _since(S, at_M, end)[None], S
         else:
             assert output is not None, "a choice may ask for it"
-            needed, context = _ranked(layer, (q_NTH, k_KTH, v_KTH), start, choice, sinks, output), start
+            states_of_all = (q_NTH, k_KTH, v_KTH)
+            worth = _scored(layer, states_of_all, start, choice, output) if worth_KS is None else worth_KS[:, :start]
+            needed, context = _ranked(worth, choice.newest, sinks), start
             needed = F.pad(needed, (0, end - start))[:, None]
         change_nNMH = _changes(layer, states[0][:, at_M], *states[1:], at_M, needed, context, sinks)
         felt_nNM = (change_nNMH * gradient_NTH[:, at_M]).sum(-1, dtype=torch.float64)
@@ -210,13 +254,15 @@ def _changes(
     return out_nNMH - out_nNMH[-1:]
 
 
-def _ranked(
-    layer: AttentionLayer, states: tuple[Tensor, Tensor, Tensor], T: int, choice: Choice, sinks: int, output: Output
-) -> Tensor:
-    """[K, T]: as the how-maniest of the first T tokens each head keeps it: the newest come first, then what is worth most.
-    Where a scorer wants a second reading, the repetition is that."""
+def _scored(layer: AttentionLayer, states: States, T: int, choice: Choice, output: Output) -> Tensor:
+    """[K, T]: what a scorer says of the first T tokens. Where it wants a second reading, the repetition is that."""
     rule: Scorer = registry.load("scorers", choice.rule)()
     first, end = (states[0].shape[1] // 2, states[0].shape[1]) if rule.repeats else (0, T)
+    return rule.score(_prompt(layer, states, T, first, end, output))[0, :, :T]
+
+
+def _prompt(layer: AttentionLayer, states: States, T: int, first: int, end: int, output: Output) -> Prompt:
+    """The first T tokens, of which the queries of the tokens first:end see those up to their own."""
     q_NTH, k_KTH, v_KTH = states[0][:, first:end], *(x[:, :end] for x in states[1:])
 
     def seen(rows: slice) -> Tensor:
@@ -224,12 +270,16 @@ def _ranked(
         mask_QS = torch.zeros(len(at_Q), end).to(q_NTH).masked_fill(at_S > at_Q[:, None], torch.finfo(q_NTH.dtype).min)
         return mask_QS[None, None] if not layer.alibi else (mask_QS + _alibi(layer, at_S)[:, None])[None]
 
-    prompt = Prompt(
+    return Prompt(
         layer=layer, queries_BnTH=q_NTH[None], absorb=lambda q: q, keys_BCSR=k_KTH[None], values_BCSV=v_KTH[None],
         seen=seen, first_B=torch.zeros(1, dtype=torch.long, device=q_NTH.device), output=output, again=end - T,
     )  # fmt: skip
-    newest, back_T = min(choice.newest, T), T - torch.arange(T, device=q_NTH.device)
-    worth_KT = rule.score(prompt)[0, :, :T].float().clone()
+
+
+def _ranked(worth_KT: Tensor, newest: int, sinks: int) -> Tensor:
+    """[K, T]: as the how-maniest of the tokens each head keeps it: the newest come first, then what is worth most."""
+    T, worth_KT = worth_KT.shape[1], worth_KT.float().clone()
+    newest, back_T = min(newest, T), T - torch.arange(T, device=worth_KT.device)
     worth_KT[:, :sinks] = worth_KT[:, T - newest :] = -torch.inf
     rank_KT = worth_KT.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     return torch.where(back_T <= newest, back_T, rank_KT + newest + 1)

@@ -179,6 +179,7 @@ class StreamedModel:
         call = self.calls[layer.index]
         cos, sin = call.get("position_embeddings") or (None, None)
         found: list[Seen] = []
+        entered: list[Tensor] = []
 
         def observer(q: Tensor, k: Tensor, v: Tensor, scaling: float = layer.scaling, **recent: Tensor) -> None:
             # some families scale queries before attention and not in it
@@ -186,10 +187,14 @@ class StreamedModel:
             found.append(Seen(q, k, v, cos, sin, layer.fast_pairs, **recent))
 
         def with_output(projection: Any, args: tuple[Tensor, ...]) -> None:
-            found[-1] = found[-1]._replace(out=args[0])
+            found[-1] = found[-1]._replace(out=args[0], hidden=entered.pop())
+
+        def with_input(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entered.append(args[0] if args else kwargs["hidden_states"])
 
         hooks, attention = [], getattr(module, self.arch.attention)
         if self.outputs:
+            hooks.append(attention.register_forward_pre_hook(with_input, with_kwargs=True))
             hooks.append(getattr(attention, self.arch.output).register_forward_pre_hook(with_output))
         if self.arch.attn_implementation:
             hooks.append(self.arch.watch(attention, observer))

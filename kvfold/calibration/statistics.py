@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ class Seen(NamedTuple):
     k_gradient, v_gradient: of sampled labels' log-probabilities by k and v (`layerwise_model.py`), where they are asked for.
     recent_k, recent_v: the same numbers as queries see them that stand close by, where those are told apart: k and v are then
     what all other queries see, and so are the gradients. out [B, T, N*H]: what attention gives to the projection behind it,
-    where its gradient is asked for.
+    where its gradient is asked for. hidden [B, T, D]: the layer's input, where `out` is.
     """
 
     q: Tensor
@@ -35,6 +35,7 @@ class Seen(NamedTuple):
     recent_v_gradient: Tensor | None = None
     out: Tensor | None = None
     out_gradient: Tensor | None = None
+    hidden: Tensor | None = None
 
     @property
     def differentiated(self) -> dict[str, Tensor]:
@@ -63,9 +64,9 @@ class Seen(NamedTuple):
 
     def detached(self) -> Seen:
         """Without the graph that gradients need."""
-        return self._replace(
-            q=self.q.detach(), k=self.k.detach(), v=self.v.detach(), recent_k=None, recent_v=None, out=None
-        )
+        left: dict[str, Any] = dict.fromkeys(("recent_k", "recent_v", "out"))
+        hidden = None if self.hidden is None else self.hidden.detach()
+        return self._replace(q=self.q.detach(), k=self.k.detach(), v=self.v.detach(), hidden=hidden, **left)
 
 
 def _flat(x_BKTH: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from kvfold import distributed as processes
 from kvfold.architectures.base import empty_model, source_config
 from kvfold.calibration.calibrate import Statistics
-from kvfold.calibration.forgetting import SHARES, Choice
+from kvfold.calibration.forgetting import SHARES, Choice, Forgetting
 from kvfold.calibration.material import TRAINING_TOKENS, Material, layer_group
 from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.folder import new_folder, refuse_out, write_files
@@ -27,7 +27,7 @@ from kvfold.checkpoint.reader import Checkpoint
 from kvfold.checkpoint.source import Source, load_plan, open_source
 from kvfold.compression.allocate import allocate, check_request, choose_layout, expected_curves, smallest_under
 from kvfold.compression.card import write_card_text
-from kvfold.compression.fold import fold, folded_config
+from kvfold.compression.fold import Folds, fold, folded_config, foreseeing
 from kvfold.compression.hulls import Curves
 from kvfold.compression.prediction import Prediction
 from kvfold.compression.probe import PROBE_VERSION, Probe
@@ -98,7 +98,8 @@ def compress(
     statistics = material.statistics(width.needs, width.needs_cross, targets, width.joint)
     vectors = material.sample(width.needs_vectors, TRAINING_TOKENS) if width.needs_vectors else None
     length: Any = request.axes.length
-    forgotten_LCn = _forgotten(material, length) if length.weighs_heads else None
+    forgetting = _forgetting(material, length) if length.weighs_heads or length.foresees else None
+    forgotten_LCn = forgetting.nats_LCn(length.recall) if forgetting and length.weighs_heads else None
     clock.lap("calibrate")
     if processes.rank():
         processes.wait_for_all()
@@ -118,8 +119,8 @@ def compress(
     clock.lap("allocate")
     config = _config(recipe, source, plan)
     with new_folder(out, _identity(recipe, source.checkpoint, plan, statistics), overwrite=overwrite) as partial:
-        folded = Prediction(groups, plan, request.axes.width).folded
-        fold(source.checkpoint, source.arch, source.layers, plan, folded, partial, config)
+        folds = _folds(request, groups, plan, forgetting)
+        fold(source.checkpoint, source.arch, source.layers, plan, folds, partial, config)
         _complete(partial, recipe, source, plan)
     clock.lap("fold")
     processes.wait_for_all()
@@ -203,10 +204,18 @@ def _plan(
     return smallest_under(recipe.target_kl, plan, lambda made: probe().kl_of(made))
 
 
-def _forgotten(material: Material, length: Any) -> Tensor:
-    """[L, K, n]: what forgetting costs every head, as a method that drops tokens weighs it."""
+def _folds(request: Request, groups: Groups, plan: CachePlan, forgetting: Forgetting | None) -> Folds:
+    """How the plan's layers are folded."""
+    folds = Prediction(groups, plan, request.axes.width).folded
+    if forgetting is None or forgetting.worth_LCD is None:
+        return folds
+    return foreseeing(folds, plan, forgetting.worth_LCD)
+
+
+def _forgetting(material: Material, length: Any) -> Forgetting:
+    """What forgetting costs every head, as a method that drops tokens chooses them."""
     choice = Choice(length.scorer, length.newest) if length.scorer else None
-    return material.forgetting(length.sinks, choice).nats_LCn(length.recall)
+    return material.forgetting(length.sinks, choice)
 
 
 def _token_curves(plan: CachePlan, nats_LCn: Tensor) -> TokenCurves:

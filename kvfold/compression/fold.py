@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -110,6 +111,19 @@ def folded_weights(method: WidthMethod, group: LayerGroup, spec: CacheSpec) -> I
     forms = method.fold(group, spec.of_all), method.fold(group.of_recent, spec.of_recent)
     for position, (layer, far, near) in enumerate(zip(group.layers, *forms, strict=True)):
         yield beside(tensor_shapes(layer, spec, owns=not position), far, near)
+
+
+def foreseeing(folds: Folds, plan: CachePlan, worth_LKD: Tensor) -> Folds:
+    """The same, where owners say what a token will be worth; of a stored head what its source heads do in the mean."""
+
+    def folded(owner: int) -> Iterator[FoldedWeights]:
+        spec, (first, *others) = plan.cache_of(owner), folds(owner)
+        worth_CD = worth_LKD[owner].unflatten(0, (spec.num_kv_heads, -1)).mean(1)
+        drops = spec.tokens is not None and spec.tokens.foreseen
+        yield dataclasses.replace(first, s_proj=worth_CD) if drops else first
+        yield from others
+
+    return folded
 
 
 def _check(tensors: Mapping[str, Tensor], names: list[str], shapes: Mapping[str, Tensor]) -> None:

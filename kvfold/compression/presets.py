@@ -130,6 +130,11 @@ PRESETS = {
         " how many by expected nats",
         {"length": {"method": "scored", "rule": "observed", "matched": True}, "calibration": {"data": "self"}},
     ),
+    "foreseen": Preset(
+        "every head keeps what the layer's input says will be worth most when a token comes, generated ones too; how many by"
+        " expected nats",
+        {"length": {"method": "foreseen"}, "calibration": {"data": "self"}},
+    ),
     "snapkv": _scored(
         "snapkv", "what the last 64 queries of a prompt attend to, and its neighbours (SnapKV, arXiv 2404.14469)"
     ),

@@ -23,6 +23,8 @@ STEPS = 64
 """Windows are multiples of so many parts of the context."""
 SHARES_TRIED = (1.0, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16)
 """Of the tokens, in the mean over heads, where nobody says how many stay."""
+ROOM_FOR_ALL = 2.0
+"""Of the original's bytes: where every token stays, what stands beside it may take more than all of them."""
 MOST_RUNS = 4
 """In one layer: each is read by a call of its own."""
 
@@ -40,7 +42,7 @@ def of_shapes(request: Request, kv_budget: float | None) -> tuple[Request, float
         return request, kv_budget
     if method.share_kept is not None:
         return dataclasses.replace(request, kept=method.share_kept), kv_budget
-    return request, None if kv_budget is None else 1.0
+    return request, None if kv_budget is None else ROOM_FOR_ALL
 
 
 def leaves_open(request: Request) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kvfold.plan.number_format import NumberFormat, StoredShape
 from kvfold.plan.reading import Reading
-from kvfold.plan.token_runs import ADDED_BYTES, COLUMN_BYTES, TokenRun, TokenRuns
+from kvfold.plan.token_runs import ADDED_BYTES, COLUMN_BYTES, WORTH_BYTES, TokenRun, TokenRuns
 
 CACHE_BLOCK = 256
 """Tokens by which a cache grows. Part of the format, since allocated bytes follow from it."""
@@ -196,11 +196,17 @@ class CacheSpec:
 
     @property
     def _numbers_of_kept(self) -> int:
-        """Bytes beside each token in every head, where some are dropped: what is added to its scores, and its column where it
-        is rotated when it is read."""
+        """Bytes beside each token in every head, where some are dropped: what is added to its scores, what it is said to be
+        worth, and its column."""
         if self.tokens is None:
             return 0
-        return ADDED_BYTES * self.tokens.matched + COLUMN_BYTES * (self.rope == "on_read")
+        numbers = ADDED_BYTES * self.tokens.matched + WORTH_BYTES * self.tokens.foreseen
+        return numbers + COLUMN_BYTES * self.knows_columns
+
+    @property
+    def knows_columns(self) -> bool:
+        """Whether it is stored where each token stood."""
+        return self.tokens is not None and (self.tokens.columns or self.rope == "on_read")
 
     def index_bytes(self, context_len: int, itemsize: int) -> int:
         """What is stored beside keys and values of so many tokens to choose which are read."""

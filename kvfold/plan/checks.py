@@ -9,7 +9,7 @@ from kvfold.errors import PlanError
 from kvfold.plan.cache_spec import CACHE_BLOCK, ITEMSIZE, CacheSpec, SourceLayer, divisors
 from kvfold.plan.number_format import NumberFormat, StoredShape
 from kvfold.plan.reading import MOST_BITS, Reading
-from kvfold.plan.token_runs import PROMPTS, RECENCY, TokenRuns
+from kvfold.plan.token_runs import FORESEEN, PROMPTS, RECENCY, TokenRuns
 
 if TYPE_CHECKING:
     from kvfold.plan.plan import CachePlan
@@ -135,13 +135,15 @@ def _check_recent(index: int, spec: CacheSpec) -> None:
 
 def _check_tokens(index: int, spec: CacheSpec, tokens: TokenRuns) -> None:
     where = f"layer {index}: tokens"
-    if tokens.rule not in (rules := [RECENCY, *registry.names("scorers")]):
+    if tokens.rule not in (rules := [RECENCY, FORESEEN, *registry.names("scorers")]):
         raise PlanError(registry.unknown("rule of tokens", tokens.rule, rules))
     if tokens.scored and (tokens.prompt != "whole" or tokens.newest < 1):
         raise PlanError(
             f"{where}: {tokens.rule} chooses when a prompt was read, and the newest stay; found prompt = {tokens.prompt!r}"
             f" and newest = {tokens.newest}."
         )
+    if tokens.foreseen and tokens.newest < 1:
+        raise PlanError(f"{where}: {tokens.rule} keeps the newest; found newest = {tokens.newest}.")
     if tokens.matched and not tokens.scored:
         raise PlanError(f"{where}: what stays is matched to all where a scorer chose it; rule is {tokens.rule!r}.")
     if tokens.prompt not in PROMPTS:

@@ -28,7 +28,8 @@ class FoldedWeights:
     network each: up_proj [C, h, in] with a bias [C, h], GELU, down_proj [C, out, h]; k_proj and v_proj then give the source's
     heads. With `predicted_from` k_b_proj and v_b_proj have a column for each of the P numbers of layers below, behind those
     of the form that they belong to, and k_p_proj [R, P] takes what these numbers say from what is stored. With `stored_bias`
-    v_proj has a bias, and so has k_a_proj (k_a_bias [C, R]) or, where there is none, k_proj.
+    v_proj has a bias, and so has k_a_proj (k_a_bias [C, R]) or, where there is none, k_proj. Where tokens stay by the rule
+    `foreseen`, s_proj [C, D] says of the layer's input what a token will be worth to each stored head.
     """
 
     q_proj: Tensor
@@ -62,6 +63,7 @@ class FoldedWeights:
     v_b_up_bias: Tensor | None = None
     v_b_down_proj: Tensor | None = None
     k_p_proj: Tensor | None = None
+    s_proj: Tensor | None = None
 
     @classmethod
     def of(cls, weights: AttentionWeights, **changes: Tensor | None) -> FoldedWeights:

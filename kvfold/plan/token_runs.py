@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-RECENCY = "recency"
-"""The rule by which the first tokens of a sequence stay, and the newest. All others are scorers, by name: besides those the
-tokens of a prompt that they say are worth most."""
+RECENCY, FORESEEN = "recency", "foreseen"
+"""Rules by which the first tokens of a sequence stay and the newest; by the second also those that were said to be worth most
+when they came, by the layer's input (`s_proj`). All others are scorers, by name: besides those the tokens of a prompt that
+they say are worth most."""
+WORTH_BYTES = 2
+"""Of what a token is said to be worth, in every head that stores it."""
 ADDED_BYTES = 2
 """Of what is added to the scores of a token that stands for others as well, in every head that stores it."""
 COLUMN_BYTES = 4
@@ -53,6 +56,12 @@ class TokenRuns:
     Prompts are `whole` then. A sequence of no more than `sinks` + `newest` tokens is one of which nothing was chosen, unless
     it is padded to the length of others. `matched`: what stays of a prompt stands for what does not as well: its scores get
     something added, which is stored beside each token, and its values are made anew.
+    `rule: foreseen`: whenever a sequence has a multiple of RUN_BLOCK tokens, of those before the `newest` only the worthiest
+    stay, as many as its run keeps in sum, and the first `sinks`; queries from there on do not see the others. What a token is
+    worth is said when it comes, so that again a prompt in pieces gives the same. Of a `whole` prompt it is the worthiest of
+    all when it ends.
+    `columns`: where tokens are chosen by what they are worth, it is stored where each stood, since scores depend on that and
+    keys do not tell it (ALiBi; where keys are rotated when they are read it is stored as well).
     """
 
     runs: tuple[TokenRun, ...]
@@ -61,11 +70,17 @@ class TokenRuns:
     newest: int = 0
     prompt: str = "masked"
     matched: bool = False
+    columns: bool = False
 
     @property
     def scored(self) -> bool:
-        """Whether a scorer chooses."""
-        return self.rule != RECENCY
+        """Whether a scorer chooses when a prompt was read."""
+        return self.rule not in (RECENCY, FORESEEN)
+
+    @property
+    def foreseen(self) -> bool:
+        """Whether it is said of every token what it will be worth when it comes."""
+        return self.rule == FORESEEN
 
     def first_newest(self, run: TokenRun, context_len: int, early: int | None = None) -> int:
         """Of a context of so many tokens the position of the first that stays, not counting `early` ones (without it the

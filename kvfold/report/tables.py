@@ -98,6 +98,8 @@ def _kept_tokens(plan: CachePlan) -> str:
     """Which, in words."""
     dropping = [spec.tokens for spec in plan.owned if spec.tokens is not None]
     first = f"the first {max(tokens.sinks for tokens in dropping)}"
+    if any(tokens.foreseen for tokens in dropping):
+        return f"{first}, the newest {dropping[0].newest}, and what is foreseen to be worth most"
     scored = next((tokens for tokens in dropping if tokens.scored), None)
     if scored is None:
         return f"{first} and the newest"

@@ -16,6 +16,7 @@ from kvfold.compression.recipe import make_recipe
 from kvfold.errors import PlanError, RecipeError
 from kvfold.plan.cache_spec import room_for
 from kvfold.plan.token_runs import TokenRun, TokenRuns
+from kvfold.runtimes.scorers.knorm import KNorm
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.runtimes.transformers.head_runs import HeadRun
 from kvfold.testing import assert_close
@@ -148,6 +149,33 @@ def with_known_worth(choose):
             self.added.put(added[..., None].half(), room_for(self.run, length))
 
     return chosen
+
+
+@pytest.mark.parametrize("model", ["bloom_alibi", "llama_mha"])
+def test_chosen_tokens_stand_where_they_stood(fold, model, monkeypatch):
+    """Where later tokens are worth more the newest stay, and all is as where nothing but these can."""
+
+    def later(self, prompt):
+        return torch.arange(prompt.keys_BCSR.shape[2]).expand(prompt.keys_BCSR.shape[:3])
+
+    monkeypatch.setattr(KNorm, "score", later)
+    folded = fold(model, rule="knorm", sharing="equal")
+    plan = folded.plan
+    network, ids = load(folded.out, dtype=torch.float64), tokens(2, 50)
+    recent = (
+        dataclasses.replace(spec, tokens=dataclasses.replace(spec.tokens, rule="recency", newest=0))
+        for spec in plan.owned
+    )
+    said = []
+    for one in (plan, dataclasses.replace(plan, caches=tuple(recent))):
+        for module in network.modules():
+            if hasattr(module, "spec"):
+                module.spec = one.caches[module.layer_idx]
+        cache = FoldedCache(one)
+        with torch.no_grad():
+            network(ids[:, :49], past_key_values=cache)
+            said.append(network(ids[:, 49:], past_key_values=cache).logits)
+    assert_close(said[0], said[1], tolerance=1e-9)
 
 
 @pytest.mark.parametrize("rule", [*RULES, "matched"])

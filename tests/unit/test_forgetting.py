@@ -101,6 +101,31 @@ def test_curves_are_kept_and_fall(tmp_path):
     assert torch.equal(nats_LCn, found.ordinary_LCn + 4 * found.repeated_LCn)
 
 
+def test_what_is_foreseen(tmp_path, monkeypatch):
+    """The curves are those of a scorer that says what the map says; the map is kept beside them."""
+    source = open_source(save_tiny(make_tiny("llama_sink"), tmp_path / "model"))
+    tokens = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(0))
+    choice = Choice("foreseen", 5)
+    found = forgetting(source, tokens, run_dir=tmp_path / "run", device="cpu", sinks=2, choice=choice)
+    assert found.worth_LCD.shape == (3, 3, source.layers[0].hidden_size) and found.worth_LCD.any(-1).all()
+    again = forgetting(source, tokens, run_dir=tmp_path / "run", device="cpu", sinks=2, choice=choice)
+    assert torch.equal(again.worth_LCD, found.worth_LCD) and torch.equal(again.repeated_LCn, found.repeated_LCn)
+    best = forgetting(source, tokens, run_dir=tmp_path / "run", device="cpu", sinks=2, choice=Choice("repeated", 5))
+    worst = forgetting(source, tokens, run_dir=tmp_path / "run", device="cpu", sinks=2, choice=Choice("knorm", 5))
+    assert best.repeated_LCn.sum() < found.repeated_LCn.sum() < worst.repeated_LCn.sum()
+
+
+def test_costs_of_a_known_worth_are_those_of_a_scorer_that_says_it():
+    network = make_tiny("llama_mha")
+    layer = architecture(network.config.model_type).describe(network)[0]
+    torch.manual_seed(0)
+    q, g = torch.randn(2, layer.num_attention_heads, 96, layer.head_dim, dtype=torch.float64)
+    k, v = torch.randn(2, layer.num_kv_heads, 96, layer.head_dim, dtype=torch.float64)
+    by_norm = costs(layer, q, k, v, g, SINKS, Choice("knorm", 5), lambda: None)
+    worth_KS = -k[:, :48].float().norm(dim=-1)
+    assert torch.equal(costs(layer, q, k, v, g, SINKS, Choice("foreseen", 5), lambda: None, worth_KS), by_norm)
+
+
 def plan_of(context=1024):
     """Three layers of four heads."""
     layers = architecture("llama").describe(make_tiny("llama_mha", num_attention_heads=4, num_key_value_heads=4))

@@ -9,6 +9,7 @@ import torch
 from tiny import make_tiny, save_tiny
 
 import kvfold
+from kvfold.compression.presets import PRESETS
 from kvfold.compression.recipe import make_recipe
 from kvfold.compression.share_tokens import SHARES_TRIED, best_of_shares, lost_by_shapes, lost_by_tokens
 from kvfold.errors import BudgetError, RecipeError
@@ -16,6 +17,7 @@ from kvfold.plan.cache_spec import SourceLayer
 from kvfold.plan.plan import source_plan
 from kvfold.plan.token_runs import TokenRun, TokenRuns
 
+DROP = ("recency", "scored", "foreseen")
 LENGTH = {"method": "recency", "sinks": 2, "newest": 3}
 FISHER = {"method": "fisher", "latent": "group", "v_latent": "group", "group_size": 1, "multiple": 4}
 
@@ -29,6 +31,24 @@ def recipe(folder, out, **fields):
     made = {"model": str(folder), "out": str(out), "width": FISHER, "bits": {"method": "mixed"}, "allocate": "greedy"}
     made |= {"length": LENGTH, "context_len": 200, "calibration": {"data": "self", "num_samples": 4, "seq_len": 64}}
     return make_recipe(made | fields)
+
+
+DROPPING = [name for name, preset in PRESETS.items() if preset.fragment.get("length", {}).get("method") in DROP]
+
+
+@pytest.mark.parametrize("preset", DROPPING)
+def test_presets_that_drop_tokens_fold_under_a_budget(folder, tmp_path, preset):
+    """What stands beside tokens is counted too, and would not fit beside all of them."""
+    fields = {
+        "model": str(folder),
+        "out": str(tmp_path / "out"),
+        "preset": preset,
+        "kv_budget": 0.5,
+        "context_len": 256,
+    }
+    made = make_recipe(fields | {"calibration": {"data": "self", "num_samples": 4, "seq_len": 64}})
+    plan = kvfold.compress(made, run_dir=tmp_path / "run", device="cpu").plan
+    assert plan.drops_tokens and 0.45 < plan.kv_budget <= 0.5
 
 
 def test_damages_of_both_add():

@@ -77,7 +77,7 @@ class TokensPerHead(LengthMethod):
         if layer.window is not None:  # which forgets by itself
             return spec
         run = TokenRun(heads=tuple(range(spec.num_kv_heads)), share=self.kept or 1.0, least=self.least)
-        return dataclasses.replace(spec, tokens=self._tokens(run))
+        return dataclasses.replace(spec, tokens=dataclasses.replace(self._tokens(run), columns=self._columns(layer)))
 
     def keep(self, spec: CacheSpec, tokens_C: Sequence[int], context_len: int) -> CacheSpec:
         runs = []
@@ -85,7 +85,12 @@ class TokensPerHead(LengthMethod):
             heads = tuple(head for head, tokens in enumerate(tokens_C) if tokens == kept)
             share = 1.0 if kept >= context_len else (kept - 0.5) / context_len if self.grows else 0.0
             runs.append(TokenRun(heads=heads, share=share, least=min(kept, context_len)))
-        return dataclasses.replace(spec, tokens=self._tokens(*runs))
+        assert spec.tokens is not None, "only where tokens are dropped"
+        return dataclasses.replace(spec, tokens=dataclasses.replace(spec.tokens, runs=tuple(runs)))
+
+    def _columns(self, layer: AttentionLayer) -> bool:
+        """Whether it has to be stored where tokens stood."""
+        return layer.alibi and self.scorer is not None
 
     @abstractmethod
     def _tokens(self, *runs: TokenRun) -> TokenRuns:

@@ -38,6 +38,11 @@ class LengthMethod(ABC):
         """Whether it asks what forgetting costs each head."""
         return False
 
+    @property
+    def foresees(self) -> bool:
+        """Whether it asks what a token will be worth by the layer's input."""
+        return False
+
     def sizes(self, context_len: int, sizes: Sequence[int]) -> list[int]:
         """Of a method that drops tokens: how many of `context_len` a head may keep, from few to all."""
         raise NotImplementedError("only where tokens are dropped")

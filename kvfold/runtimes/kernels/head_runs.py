@@ -46,7 +46,9 @@ def seen_by(
     """Which of a run's tokens each of its queries sees, `rows` of them, the last of all that are held, as a mask [B or 1, 1
     or n, rows, S]: bool, or numbers to add where `mask` is of those or tokens stand for others. None where no mask is needed.
     `mask`: over all columns, dropped ones too."""
-    seen = _seen_by(run, held, place, mask, q_BnTR.shape[2], rows, q_BnTR.device)
+    if held.tokens.foreseen:
+        return _not_gone(held, place, mask, q_BnTR, rows)
+    seen = _seen_by(run, held, place, mask, q_BnTR, rows)
     if place.added_BCS is None or place.first is None:
         return seen
     added = place.added_BCS.repeat_interleave(q_BnTR.shape[1] // len(run.heads), dim=1)[:, :, None].to(q_BnTR.dtype)
@@ -56,9 +58,9 @@ def seen_by(
 
 
 def _seen_by(
-    run: TokenRun, held: RunTokens, place: RunPlace, mask: Tensor | None, T: int, rows: slice, device: torch.device
+    run: TokenRun, held: RunTokens, place: RunPlace, mask: Tensor | None, q_BnTR: Tensor, rows: slice
 ) -> Tensor | None:
-    length, tokens = held.length, held.tokens
+    length, tokens, T, device = held.length, held.tokens, q_BnTR.shape[2], q_BnTR.device
     mask = None if mask is None else mask[..., rows, :length]
     if sees_all(run, held, place, T):
         return mask
@@ -75,7 +77,25 @@ def _seen_by(
         seen = (before_BS | new_BS)[:, None] & (column_BS[:, None] <= last_T[:, None])
     else:
         seen = _recent_or_early(run, tokens, place, column_BS[:, None], last_T[:, None], begin_BT[..., None])
-    return _under(mask, seen[:, None], column_BS[:, None, None], place.first is None)
+    return _under(mask, seen[:, None], column_BS, place, q_BnTR.shape[1])
+
+
+def _not_gone(held: RunTokens, place: RunPlace, mask: Tensor | None, q_BnTR: Tensor, rows: slice) -> Tensor | None:
+    """The same where it is said of each token when it is dropped."""
+    T, device = q_BnTR.shape[2], q_BnTR.device
+    mask = None if mask is None else mask[..., rows, : held.length]
+    gone_BCS = None if T == 1 or reads_whole(held.tokens, T) else place.gone_BCS
+    if gone_BCS is None and (place.first is None or (mask is None and T == 1)):
+        return mask
+    begin_B = begin_of(mask)
+    begin_B1 = torch.zeros(1, 1, dtype=torch.long, device=device) if begin_B is None else begin_B[:, None]
+    last_T1 = torch.arange(held.length - T, held.length, device=device)[rows, None]
+    column_BS = columns(place, held.length, begin_B1)
+    seen = ((column_BS[:, None] <= last_T1) & (column_BS >= begin_B1)[:, None])[:, None]
+    if gone_BCS is not None:
+        gone_BnS = gone_BCS.repeat_interleave(q_BnTR.shape[1] // gone_BCS.shape[1], dim=1)
+        seen = seen & ((last_T1 - begin_B1[:, None])[:, None] < gone_BnS[:, :, None])
+    return _under(mask, seen, column_BS, place, q_BnTR.shape[1])
 
 
 def reads_whole(tokens: TokenRuns, T: int) -> bool:
@@ -85,6 +105,8 @@ def reads_whole(tokens: TokenRuns, T: int) -> bool:
 
 def sees_all(run: TokenRun, held: RunTokens, place: RunPlace, T: int) -> bool:
     """Whether none of the last T queries misses anything."""
+    if held.tokens.foreseen:
+        return place.first is None and (place.gone_BCS is None or reads_whole(held.tokens, T))
     dropped = held.tokens.first_newest(run, held.length) > held.tokens.sinks
     return place.first is None and (not dropped or reads_whole(held.tokens, T))
 
@@ -144,13 +166,16 @@ def _recent_or_early(
     return seen
 
 
-def _under(mask: Tensor | None, seen_B1TS: Tensor, column_B11S: Tensor, whole: bool) -> Tensor:
-    """Both masks as one, of the kind of `mask`."""
+def _under(mask: Tensor | None, seen: Tensor, column_BS: Tensor, place: RunPlace, heads: int) -> Tensor:
+    """Both masks as one, of the kind of `mask`, for so many query heads."""
     if mask is None:
-        return seen_B1TS
-    if not whole:
-        mask = mask.take_along_dim(column_B11S.clamp_max(mask.shape[-1] - 1), dim=-1)
-    return mask & seen_B1TS if mask.dtype == torch.bool else mask.masked_fill(~seen_B1TS, torch.finfo(mask.dtype).min)
+        return seen
+    if place.first is not None:
+        column_BnS = column_BS[:, None] if place.columns_BCS is None else place.columns_BCS.long()
+        if column_BnS.shape[1] > 1:
+            column_BnS = column_BnS.repeat_interleave(heads // column_BnS.shape[1], dim=1)
+        mask = mask.take_along_dim(column_BnS[:, :, None].clamp_max(mask.shape[-1] - 1), dim=-1)
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
 
 
 def attend_by_run(

@@ -193,13 +193,15 @@ class RunPlace(NamedTuple):
     """Where the tokens of a run stand. first: the column of the one behind the `early` ones, which stand before it; None
     where no column is missing. early_B: of each sequence ([1]: of all) how many of the early ones count, the last ones,
     where these were chosen; None where they are the first of their sequences. added_BCS: what is added to the scores of
-    tokens that stand for others as well. columns_BCS: of each token, where keys are rotated when they are read."""
+    tokens that stand for others as well. columns_BCS: of each token, where the plan knows them. gone_BCS: the
+    length of its sequence from which on a token is not seen, where some are dropped in the running step."""
 
     first: int | None
     early: int
     early_B: Tensor | None = None
     added_BCS: Tensor | None = None
     columns_BCS: Tensor | None = None
+    gone_BCS: Tensor | None = None
 
 
 class RunTokens(NamedTuple):

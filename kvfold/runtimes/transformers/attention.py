@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from kvfold.errors import PlanError
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.tensors import Shape, tensor_shapes
+from kvfold.plan.token_runs import RECENCY
 from kvfold.runtimes.kernels.attention import (
     chunked_attention,
     grouped_attention,
@@ -55,6 +57,7 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome
     k_p_proj: Any
     k_u_proj: Any
     v_a_proj: Any
+    s_proj: Any
 
     def __init__(
         self,
@@ -75,6 +78,13 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome
         for name, module in projections(shapes, **options).items():
             setattr(self, name, module)
         self.q_norm, self.k_norm = norms[0], norms[1] if "k_norm.weight" in shapes else None
+        if layer.alibi and spec.tokens is not None and spec.tokens.rule != RECENCY and not spec.tokens.columns:
+            raise PlanError(
+                f"layer {layer.index}: with ALiBi it has to be stored where tokens stood of which {spec.tokens.rule} chooses"
+                " (tokens.columns); fold the model again."
+            )
+        if self.s_proj is not None:  # which chooses, and gets no gradient
+            self.s_proj.requires_grad_(False)
 
     def extra_repr(self) -> str:
         s = self.spec

@@ -48,15 +48,22 @@ class GrowingLayer(RunsMixin, CacheLayerMixin):
         self.is_initialized = True
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, begin_B: Tensor | None = None, **kwargs: Any
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,
+        begin_B: Tensor | None = None,
+        worth_BCT: Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Store z [B, C, T, E] and y [B, U, T, G]; return all tokens that the T queries may see. A shared latent is
-        stored once, and returned as both. begin_B: the column where each sequence begins, behind padding (None: 0)."""
+        stored once, and returned as both. begin_B: the column where each sequence begins, behind padding (None: 0).
+        worth_BCT: what the tokens are said to be worth, where that decides which stay."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         if self.runs:
-            return self._update_kept(key_states, value_states, begin_B)
+            return self._update_kept(key_states, value_states, begin_B, worth_BCT)
         if self.again:
             keys = self.k.beside(key_states)
             return keys, keys if self.v is self.k else self.v.beside(value_states)
@@ -82,12 +89,14 @@ class GrowingLayer(RunsMixin, CacheLayerMixin):
             self.v.append(value_states, capacity)
         return self._last(None if window is None else window - 1 + key_states.shape[2])
 
-    def _update_kept(self, key_states: Tensor, value_states: Tensor, begin_B: Tensor | None) -> tuple[Any, Any]:
+    def _update_kept(
+        self, key_states: Tensor, value_states: Tensor, begin_B: Tensor | None, worth_BCT: Tensor | None
+    ) -> tuple[Any, Any]:
         """As `update`, where some tokens are dropped."""
         R, V = self.spec.head_dim, self.spec.v_head_dim
         new = zip(self.recent, (key_states, value_states), strict=False)
         near: list[Any] = [side.append(states[..., -side.width :], self.record_past) for side, states in new]
-        k, v = self.update_runs(key_states[..., :R], value_states[..., :V], begin_B)
+        k, v = self.update_runs(key_states[..., :R], value_states[..., :V], begin_B, worth_BCT)
         return (k._replace(near=near[0]), v._replace(near=near[-1])) if near else (k, v)
 
     def _noted(self, k: Stored, v: Stored, new: int) -> tuple[IndexedTokens, Stored]:
@@ -123,10 +132,10 @@ class GrowingLayer(RunsMixin, CacheLayerMixin):
     def activate_past_recording(self) -> None:
         """Keep tokens that left the window, are no longer recent, or would be dropped, until the next crop: assisted
         decoding needs them."""
-        if self.spec.tokens is not None and self.spec.tokens.scored:
+        if self.spec.tokens is not None and (self.spec.tokens.scored or self.spec.tokens.foreseen):
             raise RuntimeError(
-                "drafts cannot be taken back where a scorer chooses the tokens of a prompt that stay; generate without"
-                " assisted decoding."
+                "drafts cannot be taken back where tokens are dropped by what they are worth; generate without assisted"
+                " decoding."
             )
         self.record_past = self.is_sliding or bool(self.recent) or bool(self.runs)
 

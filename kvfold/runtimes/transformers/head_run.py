@@ -32,7 +32,7 @@ class HeadRun:
         self.k: Buffer = buffer(spec.k_bits, unit)
         self.v: Buffer = self.k if spec.shared_latent else buffer(spec.v_bits, unit)
         self.added = GrowingBuffer(unit) if tokens.matched else None
-        self.columns = GrowingBuffer(unit) if spec.rope == "on_read" else None
+        self.columns = GrowingBuffer(unit) if spec.knows_columns else None
         self.place = RunPlace(None, tokens.sinks)
         self.pending: list[Stored] | None = None
         self.new = 0
@@ -124,7 +124,7 @@ class HeadRun:
         worth_BCS = worth_BCS.masked_fill(~free_BS[:, None], -torch.inf)
         early, shown = int(chosen_B.max()), worth_BCS.shape[2]
         last_n = torch.arange(shown - newest, shown, device=worth_BCS.device)
-        best_BCE = worth_BCS.topk(early).indices
+        best_BCE = worth_BCS.argsort(dim=-1, descending=True, stable=True)[..., :early]  # of equals the first
         rank_E = torch.arange(early, device=best_BCE.device)
         # those that do not count, of shorter sequences, come first, and others as they came
         unused_BCE = (rank_E >= chosen_B[:, None])[:, None]
@@ -159,6 +159,15 @@ class HeadRun:
         of_early_BS = at_S < self.place.early - self.place.early_B[:, None] + self.tokens.sinks
         of_newest_BS = column_BS < begin_B1 + self.tokens.sinks
         return free_BS, free_BS & torch.where(at_S < self.place.early, of_early_BS, of_newest_BS)
+
+    def misses(self, left: int, length: int, begin_B: Tensor | None) -> bool:
+        """Whether the last of `left` of so many tokens would see what is gone."""
+        return self.place.first is not None and self.due(left, begin_B) < self.place.first
+
+    def tidy(self, length: int, begin_B: Tensor | None) -> None:
+        """Forget what the next token does not see."""
+        self.settle(length, begin_B)
+        self.drop(self.due(length, begin_B), length, begin_B)
 
     def drop(self, first: int, held: int, begin_B: Tensor | None) -> None:
         """Forget the columns before `first` but for early ones; `held`: columns so far."""

@@ -24,6 +24,7 @@ from kvfold.runtimes.kernels.head_runs import (
 from kvfold.runtimes.kernels.packed_tokens import RunPlace, RunTokens, Stored, heads_of, read_all
 from kvfold.runtimes.scorers._matching import matched
 from kvfold.runtimes.scorers.base import Prompt, Scorer
+from kvfold.runtimes.transformers.foreseen_run import ForeseenRun
 from kvfold.runtimes.transformers.head_run import HeadRun, begin_of_rows
 from kvfold.runtimes.transformers.on_read import KeysOnRead, all_keys, all_values
 
@@ -44,9 +45,12 @@ class RunsMixin:
         tokens = self.spec.tokens
         self.begin_B: Tensor | None = None
         self.again = False  # whether a prompt is read a second time
-        self.runs = [HeadRun(run, tokens, self.spec) for run in tokens.runs] if tokens else []
+        kind = ForeseenRun if tokens and tokens.foreseen else HeadRun
+        self.runs = [kind(run, tokens, self.spec) for run in tokens.runs] if tokens else []
 
-    def update_runs(self, z_BCTR: Tensor, y_BCTV: Tensor, begin_B: Tensor | None) -> tuple[RunTokens, RunTokens]:
+    def update_runs(
+        self, z_BCTR: Tensor, y_BCTV: Tensor, begin_B: Tensor | None, worth_BCT: Tensor | None = None
+    ) -> tuple[RunTokens, RunTokens]:
         """As `update`."""
         assert self.spec.tokens is not None, "there are runs"
         T = z_BCTR.shape[2]
@@ -56,12 +60,18 @@ class RunsMixin:
             shown = [one.ask_again(*states, length) for one, states in zip(self.runs, new, strict=True)]
         else:
             self.length, self.begin_B = length, begin_B
-            facts: dict[str, Any] = {"keep_all": self.record_past}
-            shown = [one.add(*states, length, begin_B, **facts) for one, states in zip(self.runs, new, strict=True)]
+            adding = zip(self.runs, new, strict=True)
+            shown = [self._add(one, *states, worth_BCT) for one, states in adding]
         places = tuple(at for _, at in shown)
         sides = zip(*(sides for sides, _ in shown), strict=True)
         k, v = (RunTokens(parts, places, length, self.spec.tokens, again) for parts in sides)
         return k, v
+
+    def _add(self, one: HeadRun, z: Tensor, y: Tensor, worth_BCT: Tensor | None) -> tuple[Any, RunPlace]:
+        if isinstance(one, ForeseenRun):
+            assert worth_BCT is not None, "the layer says what its tokens are worth"
+            return one.add_worth(z, y, heads_of(worth_BCT, one.run), self.length, self.begin_B)
+        return one.add(z, y, self.length, self.begin_B, keep_all=self.record_past)
 
     @property
     def waits(self) -> bool:
@@ -71,7 +81,7 @@ class RunsMixin:
     def check_removal(self, left: int) -> None:
         """Raise RuntimeError where the last of `left` tokens would see what is gone."""
         for one in self.runs:
-            if one.place.first is not None and one.due(left, self.begin_B) < one.place.first:
+            if one.misses(left, self.length, self.begin_B):
                 raise RuntimeError(
                     f"tokens cannot be removed down to {left}: heads {list(one.run.heads)} have forgotten what would come"
                     " back into sight. Call activate_past_recording() before generating."
@@ -80,8 +90,7 @@ class RunsMixin:
     def settle_runs(self) -> None:
         """Forget what the next token does not see."""
         for one in self.runs:
-            one.settle(self.length, self.begin_B)
-            one.drop(one.due(self.length, self.begin_B), self.length, self.begin_B)
+            one.tidy(self.length, self.begin_B)
 
 
 class AttentionByRun(nn.Module):

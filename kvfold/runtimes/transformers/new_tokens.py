@@ -22,6 +22,7 @@ from kvfold.runtimes.kernels.packed_tokens import (
     with_gradient,
 )
 from kvfold.runtimes.kernels.rotary import apply_rotary, rotate_fast
+from kvfold.runtimes.transformers.foreseen_run import without_cache
 from kvfold.runtimes.transformers.forward_state import ForwardState
 
 
@@ -40,6 +41,7 @@ class NewTokens(nn.Module):
     k_p_proj: Any
     k_u_proj: Any
     v_a_proj: Any
+    s_proj: Any
     _heads: Callable[[Tensor, int, nn.Module | None], Tensor]
     _way: Callable[[str, Tensor], Tensor]
     _aged: Callable[[Tensor, int], Any]
@@ -62,26 +64,34 @@ class NewTokens(nn.Module):
             new_z = new_y = new_z - self.k_p_proj(newest(side_by_side(below), new_z.shape[2]))
         z: Any = new_z
         y: Any = new_y
-        if cache is not None and self.spec.recent and not hasattr(cache, "owned"):
+        if cache is not None and (self.spec.recent or self.s_proj is not None) and not hasattr(cache, "owned"):
             raise ValueError(
-                "recent tokens in a finer form need kvfold's own cache: leave past_key_values out, or pass"
-                " kvfold.FoldedCache(model.kv_plan)."
+                "recent tokens in a finer form, and tokens that stay for what they are worth, need kvfold's own cache: leave"
+                " past_key_values out, or pass kvfold.FoldedCache(model.kv_plan)."
             )
         if not hasattr(cache, "owned"):  # without kvfold's own cache numbers lose what it would lose
             z, y = new_z, new_y = self._as_stored(new_z, new_y)
         if cache is not None:
             row = {} if self.spec.tokens is None else {"begin_B": begin_of(mask)}
-            z, y = cache.update(new_z, new_y, self.layer_idx, **row)
+            worth = {} if self.s_proj is None else {"worth_BCT": self._worth(hidden_BTD)}
+            z, y = cache.update(new_z, new_y, self.layer_idx, **row, **worth)
             z, y = with_gradient(z, new_z), y if self.spec.shared_latent else with_gradient(y, new_y)
             y = (z.stored if isinstance(z, IndexedTokens) else z) if self.spec.shared_latent else y
         # without a cache a prompt sees all of itself where it is chosen from when it was read
         if self.spec.tokens is not None and not isinstance(z, RunTokens) and not self.spec.drops_of_layer:
             z, y = by_runs(z, self.spec.tokens), by_runs(y, self.spec.tokens)
+            if self.s_proj is not None:
+                z = without_cache(z, self._worth(hidden_BTD), begin_of(mask))
+                y = y._replace(places=z.places)
         if state is not None:
             state.stored[self.layer_idx] = (z, y)
         if below:
             z = y = side_by_side([z, *below])
         return z, y
+
+    def _worth(self, hidden_BTD: Tensor) -> Tensor:
+        """[B, C, T]: what the tokens will be worth to each stored head."""
+        return self.s_proj(hidden_BTD.detach()).transpose(1, 2)
 
     def _stored_by(self, layer: int, state: ForwardState | None, device: torch.device) -> tuple[Stored, Stored]:
         """What another layer stores of all tokens that queries may see."""
