@@ -75,6 +75,47 @@ MODELS |= {
     "olmo2_flat_norm": (tf.Olmo2Config, {"rms_norm_eps": 1e-6}),
     "granite_scale": (tf.GraniteConfig, {"attention_multiplier": 0.3}),
 }
+FAMILIES = {
+    "starcoder2_bias": (tf.Starcoder2Config, {"sliding_window": None, "use_bias": True}),
+    "phi_partial": (
+        tf.PhiConfig,
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "stablelm_partial": (tf.StableLmConfig, {"use_qkv_bias": True}),
+    "smollm3_nope": (tf.SmolLM3Config, {"no_rope_layers": [1, 0, 1]}),
+    "exaone4_nope": (tf.Exaone4Config, {"sliding_window": 9, "sliding_window_pattern": 2}),
+    "olmo_plain": (tf.OlmoConfig, {}),
+    "cohere_interleaved": (tf.CohereConfig, {}),
+    "cohere2_nope": (tf.Cohere2Config, {"sliding_window": 9, "sliding_window_pattern": 3}),
+    "glm_interleaved": (tf.GlmConfig, {"head_dim": 16, "attention_bias": True}),
+    "glm4_interleaved": (tf.Glm4Config, {"head_dim": 16, "attention_bias": True}),
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+FAMILIES |= {
+    "mixtral_experts": (tf.MixtralConfig, EXPERTS | {"sliding_window": None, "head_dim": 16}),
+    "qwen3_moe_experts": (
+        tf.Qwen3MoeConfig,
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "moe_intermediate_size": 32,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen2_moe_experts": (
+        tf.Qwen2MoeConfig,
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 40,
+        },
+    ),
+    "olmoe_experts": (tf.OlmoeConfig, {"num_experts": 4, "num_experts_per_tok": 2, "rms_norm_eps": 1e-6}),
+}
+"""Families that differ from those above in what surrounds attention, or little: test_families.py."""
+
 SINKS = {
     "llama_sink": (
         tf.LlamaConfig,
@@ -92,7 +133,7 @@ FULL_ATTENTION = ("llama_mha", "llama_yarn", "qwen2_bias_tied")
 
 def make_tiny(name: str, *, seed: int = 0, **changes: object) -> tf.PreTrainedModel:
     """A random model whose biases and norms are not at their trivial initial values."""
-    config_class, fields = MODELS[name]
+    config_class, fields = (MODELS | FAMILIES)[name]
     torch.manual_seed(seed)
     config = config_class(**COMMON | fields | changes)
     eager = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}

@@ -16,6 +16,14 @@ def rope_types(module: Any) -> Mapping[str | None, str]:
     return module.rope_type if isinstance(module.rope_type, dict) else {None: module.rope_type}
 
 
+def rotated_numbers(module: Any) -> Mapping[str | None, int]:
+    """Kind of rotation -> numbers of each head that its tables turn, whatever the config says of them."""
+    if module is None:
+        return {}
+    kinds = [None] if not isinstance(module.rope_type, dict) else list(module.rope_type)
+    return {kind: 2 * len(getattr(module, "inv_freq" if kind is None else f"{kind}_inv_freq")) for kind in kinds}
+
+
 def rotary_speeds(module: Any) -> Mapping[str | None, tuple[float, ...]]:
     """Kind of rotation -> radians per token of each pair, of a rotary module that may be on the meta device; nothing for
     kinds whose tables change."""

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from kvfold import registry
-from kvfold.architectures._rotary import rotary_speeds
+from kvfold.architectures._rotary import rotary_speeds, rotated_numbers
 from kvfold.errors import CheckpointError
 from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
@@ -31,7 +31,9 @@ class Architecture(ABC):
     of the one before; `attn_implementation` names the only one
     that the family has, if it does not take others from transformers' AttentionInterface; `no_stock_gqa` is why the family
     has no stock grouped-query class, if it has none; `mlp_in` and `mlp_out`
-    lead from a layer to the projections whose rows and whose columns are the MLP's neurons.
+    lead from a layer to the projections whose rows and whose columns are the MLP's neurons. `sums_late`: vLLM's own
+    model adds up what its processes have of attention together with what they have of the MLP. `experts`: the parameters in
+    which current models have all experts of a layer -> the names of each one's parts in files, whose rows it stacks.
     """
 
     model_type: ClassVar[str]
@@ -46,6 +48,8 @@ class Architecture(ABC):
     no_stock_gqa: ClassVar[str | None] = None
     mlp_in: ClassVar[tuple[str, ...]] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_out: ClassVar[str] = "mlp.down_proj"
+    sums_late: ClassVar[bool] = False
+    experts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @property
     def model_class(self) -> type[transformers.PreTrainedModel]:
@@ -67,6 +71,29 @@ class Architecture(ABC):
         """The name in the current model of a tensor in a checkpoint's files; families that were renamed override it."""
         return stored
 
+    def stored_name(self, current: str) -> str:
+        """The name that a tensor keeps in files though the current model has another; families whose files still have it
+        override it."""
+        return current
+
+    def parts(self, name: str, tensor: Tensor) -> list[tuple[str, ...]]:
+        """Of a parameter that holds experts the names of each one's parts in files; nothing of others."""
+        where, _, parameter = name.rpartition(".")
+        if not where.endswith(".experts") or parameter not in self.experts:
+            return []
+        stored = self.stored_name(where)
+        return [
+            tuple(f"{stored}.{expert}.{part}.weight" for part in self.experts[parameter])
+            for expert in range(len(tensor))
+        ]
+
+    def names_in_files(self, model: nn.Module) -> dict[str, list[str]]:
+        """Every tensor of a current model -> its names in files: one, or those of the parts of experts."""
+        return {
+            name: [part for parts in self.parts(name, tensor) for part in parts] or [self.stored_name(name)]
+            for name, tensor in model.state_dict().items()
+        }
+
     def modules(self, model: nn.Module) -> list[nn.Module]:
         """The attention modules of a stock model, in the order of its layers."""
         return [getattr(layer, self.attention) for layer in model.get_submodule(self.layers).children()]
@@ -74,9 +101,13 @@ class Architecture(ABC):
     def describe(self, model: nn.Module) -> list[AttentionLayer]:
         """Facts of every layer, read off a stock model (on the meta device it costs nothing)."""
         layers = [self.facts(module, index) for index, module in enumerate(self.modules(model))]
-        speeds = rotary_speeds(None if self.rotary is None else model.get_submodule(self.rotary))
+        rotary = None if self.rotary is None else model.get_submodule(self.rotary)
+        speeds, turned = rotary_speeds(rotary), rotated_numbers(rotary)
         return [
-            dataclasses.replace(x, rotary_speeds=speeds.get(x.rotary_kind, ()) if x.rotary_dim else ()) for x in layers
+            dataclasses.replace(x, rotary_speeds=speeds.get(x.rotary_kind, ()), rotary_dim=turned[x.rotary_kind])
+            if x.rotary_dim and turned
+            else x
+            for x in layers
         ]
 
     def facts(self, module: Any, index: int) -> AttentionLayer:
@@ -136,6 +167,24 @@ class Architecture(ABC):
 
 
 CONTRACT = Architecture
+
+
+def refuse_norms(module: Any, field: str) -> None:
+    """Raise CheckpointError where queries and keys pass norms that every head has of its own."""
+    if getattr(module, field):
+        raise CheckpointError(
+            f"config.json: {field} is true: every head has a norm of its own, with which kvfold does not fold"
+            f" {module.config.model_type} models. Those without it are folded."
+        )
+
+
+def refuse_clipping(module: Any) -> None:
+    """Raise CheckpointError where queries, keys and values are clipped."""
+    if module.config.clip_qkv is not None:
+        raise CheckpointError(
+            f"config.json: clip_qkv is {module.config.clip_qkv}; kvfold folds {module.config.model_type} models that do not"
+            " clip queries, keys and values."
+        )
 
 
 def split_interleaved(fused: Tensor, layer: AttentionLayer) -> list[Tensor]:

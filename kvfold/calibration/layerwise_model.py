@@ -6,7 +6,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
@@ -22,6 +23,7 @@ from kvfold.checkpoint.source import source_dtype
 from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.kernels.aged_attention import Aged, aged_attention, prefill_by_age
 from kvfold.runtimes.kernels.attention import grouped_attention
+from kvfold.runtimes.kernels.rotary import own_tables
 
 OBSERVED = "kvfold_observed"
 """Name under which attention that shows its queries, keys and values is registered with transformers."""
@@ -30,6 +32,19 @@ TOKENS_PER_BATCH = 4096
 
 LOGITS_AT_ONCE = 2**26
 """Predicted tokens x vocabulary that are in memory at once."""
+
+
+class Watching(NamedTuple):
+    """What the attention of the running layer shows and how. order: of the numbers of its heads, where it is not the one that
+    is expected of families."""
+
+    observer: Callable[..., None]
+    recent: int
+    order: list[int] | None
+
+
+WATCHING: ContextVar[Watching] = ContextVar("kvfold_watching")
+"""Not an argument, since the layers of some families hand none on."""
 
 Observer = Callable[[Seen], None]
 """Called with what passes through attention, for every batch of a layer."""
@@ -177,7 +192,7 @@ class StreamedModel:
         module = self.model.get_submodule(self.arch.prefix(layer.index).rstrip("."))
         self._load(module, self.arch.prefix(layer.index))
         call = self.calls[layer.index]
-        cos, sin = call.get("position_embeddings") or (None, None)
+        cos, sin = own_tables(layer, call.get("position_embeddings")) or (None, None)
         found: list[Seen] = []
         entered: list[Tensor] = []
 
@@ -198,11 +213,14 @@ class StreamedModel:
             hooks.append(getattr(attention, self.arch.output).register_forward_pre_hook(with_output))
         if self.arch.attn_implementation:
             hooks.append(self.arch.watch(attention, observer))
-        else:
-            call = call | {"kvfold_observer": observer, "kvfold_recent": self.recent}
+        watching = Watching(observer, self.recent, list(layer.order_of_numbers) if layer.interleaved else None)
 
         def run(hidden_BTD: Tensor) -> tuple[Tensor, Seen]:
-            out = module(hidden_BTD, **self.arch.for_rows(call, len(hidden_BTD)))
+            token = WATCHING.set(watching)
+            try:
+                out = module(hidden_BTD, **self.arch.for_rows(call, len(hidden_BTD)))
+            finally:
+                WATCHING.reset(token)
             return out[0] if isinstance(out, tuple) else out, found.pop()
 
         yield run
@@ -256,22 +274,23 @@ def _observed_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    kvfold_observer: Callable[..., None],
-    kvfold_recent: int = 0,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    if kvfold_recent and torch.is_grad_enabled():
+    observer, recent, order = WATCHING.get()
+    if order is not None:
+        query, key = query[..., order], key[..., order]
+    if recent and torch.is_grad_enabled():
         # the same numbers four times, with gradients of their own
         far_key, far_value, near_key, near_value = key.clone(), value.clone(), key.clone(), value.clone()
-        kvfold_observer(query, far_key, far_value, scaling, recent_k=near_key, recent_v=near_value)
+        observer(query, far_key, far_value, scaling, recent_k=near_key, recent_v=near_value)
         keys, values = (far_key, near_key), (far_value, near_value)
         if softcap is None:
-            return prefill_by_age(query, keys, values, attention_mask, recent=kvfold_recent, scale=scaling), None
-        aged = _of_two_ages(*keys, kvfold_recent), _of_two_ages(*values, kvfold_recent)
+            return prefill_by_age(query, keys, values, attention_mask, recent=recent, scale=scaling), None
+        aged = _of_two_ages(*keys, recent), _of_two_ages(*values, recent)
         sizes: dict[str, Any] = {"elements": key.shape[1] * key.shape[3], "scale": scaling, "softcap": softcap}
         return aged_attention((query, query), *aged, attention_mask, value.shape[3], **sizes), None
-    kvfold_observer(query, key, value, scaling)
+    observer(query, key, value, scaling)
     if softcap is not None:  # which torch's fused kernel would ignore
         return grouped_attention(query, key, value, attention_mask, scale=scaling, softcap=softcap)[0], None
     kwargs |= {"attention_mask": attention_mask, "scaling": scaling}

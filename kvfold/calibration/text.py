@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import gzip
 import lzma
 import random
@@ -17,10 +19,26 @@ from transformers import GenerationConfig
 from kvfold.errors import DataError
 from kvfold.progress import say_if_long, track
 
+
+def _zstandard(path: Path, mode: str) -> Any:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise DataError(f"{path} is compressed by zstd; reading it needs a package: pip install zstandard") from error
+    return zstandard.open(path, mode)
+
+
 CHARS_PER_TOKEN = 10
 """More than a token of any usual text takes, so that a slice of text is rarely too short."""
 
-OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
+OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open, ".zst": _zstandard}
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig",
+}  # fmt: skip
+"""What files of other encodings begin with; the first two begin with the next ones."""
+UNREADABLE = 1 / 1000
+"""Of the characters of a text at most, before it is taken for something else."""
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 SAMPLE_BATCH = 32
 MARK = "kvfold-mark"
@@ -182,17 +200,31 @@ def read_text(
     path = Path(data)
     if path.is_dir():
         raise DataError(f"{data} is a folder; give a .txt, .jsonl or .parquet file, or a data set name.")
-    inner = path.with_suffix("") if path.suffix in OPENERS else path
-    if path.is_file() and inner.suffix not in TABLES:
-        opener = OPENERS.get(path.suffix, open)
+    packed = path.suffix.lower() in OPENERS
+    inner = (path.with_suffix("") if packed else path).suffix.lower()
+    if path.is_file() and inner not in TABLES:
+        opener = OPENERS[path.suffix.lower()] if packed else open
         try:
-            with opener(path, "rt", encoding="utf-8", errors="replace") as file:
-                return file.read()
+            with opener(path, "rb") as file:
+                return _decoded(data, file.read())
         except (OSError, lzma.LZMAError, EOFError) as error:
             raise DataError(f"{data} cannot be read: {error}") from error
     if not path.is_file() and (path.suffix in (*OPENERS, *TABLES, ".txt") or data.startswith((".", "/"))):
         raise DataError(f"{data} does not exist. Give a .txt, .jsonl or .parquet file, a data set name, or `self`.")
-    return separator.join(_documents(data, path.is_file() and TABLES[inner.suffix], enough, seed, config, split, field))
+    return separator.join(_documents(data, path.is_file() and TABLES[inner], enough, seed, config, split, field))
+
+
+def _decoded(data: str, content: bytes) -> str:
+    """A text of UTF-8, or of what its first bytes say. Raises DataError where too much of it is no text."""
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
+    text = content.decode(encoding, errors="replace")
+    unreadable = text.count("\ufffd") + text.count("\0")
+    if unreadable > len(text) * UNREADABLE:
+        raise DataError(
+            f"{data} is no text in UTF-8: {unreadable:,} of its {len(text):,} characters cannot be read. Unpack an archive;"
+            " convert other encodings (iconv -f LATIN1 -t UTF-8 FILE, for example)."
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _documents(

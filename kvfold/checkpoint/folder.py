@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from kvfold.checkpoint.atomic import copy_file, make_folder, write_tensors, write_text
@@ -51,10 +54,38 @@ def partial_folder(out: Path, identity: str) -> Path:
 @contextmanager
 def new_folder(out: Path, identity: str, *, overwrite: bool) -> Iterator[Path]:
     """The folder to write into, which gets its name when all is written. What was interrupted goes on where it was, if
-    `identity` (fingerprint.py) is the same."""
-    partial = partial_folder(out, identity)
-    yield partial
-    publish(partial, out, overwrite)
+    `identity` (fingerprint.py) is the same. Raises OutputError where another process is writing it."""
+    with _alone(out):
+        partial = partial_folder(out, identity)
+        yield partial
+        publish(partial, out, overwrite)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """As the only process that writes this folder. The system frees the lock of one that dies."""
+    file = out.with_name(out.name + ".lock")
+    make_folder(file.parent)
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise OutputError(
+            f"another process is writing {out} ({_read_owner(file)}). Wait for it, or give another --out."
+        ) from error
+    owner = file.with_name(file.name + ".owner")
+    try:
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
+        lock.release()
+
+
+def _read_owner(lock: Path) -> str:
+    owner = lock.with_name(lock.name + ".owner")
+    return owner.read_text() if owner.exists() else "which says no more of itself"
 
 
 def write_files(folder: Path, files: Mapping[str, str | Mapping[str, Any]], *, beside: Checkpoint | None) -> None:
@@ -68,12 +99,14 @@ def write_files(folder: Path, files: Mapping[str, str | Mapping[str, Any]], *, b
 def copy_side_files(checkpoint: Checkpoint, folder: Path) -> None:
     """Tokenizer, generation config and licence of a checkpoint.
 
-    AutoTokenizer corrects wrong class names by model type, which a folded model no longer has: its choice is written down.
+    AutoTokenizer chooses the class by model type, which a folded model no longer has: its choice is written down.
     """
     for file in checkpoint.side_files():
         copy_file(file, folder / file.name)
     config_file = folder / "tokenizer_config.json"
     if not config_file.exists():
+        if (folder / "tokenizer.json").exists():
+            load_tokenizer(checkpoint.path).save_pretrained(folder)
         return
     config, chosen = read_json(config_file), type(load_tokenizer(checkpoint.path)).__name__
     if config.get("tokenizer_class") != chosen:

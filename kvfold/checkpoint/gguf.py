@@ -1,4 +1,4 @@
-"""GGUF files as models: dequantized once into an ordinary model folder, with which everything else goes on."""
+"""GGUF files as models: dequantized into an ordinary model folder, with which everything else goes on."""
 
 from __future__ import annotations
 
@@ -15,33 +15,12 @@ from kvfold import registry
 from kvfold.checkpoint.atomic import make_folder, require_space
 from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.folder import MAX_SHARD_BYTES, new_folder, write_files, write_weights
-from kvfold.checkpoint.reader import gguf_files
 from kvfold.errors import CheckpointError
-from kvfold.progress import STDERR, without_bars
+from kvfold.progress import without_bars
 
 UNQUANTIZED = {"F32": torch.float32, "F16": torch.float16}
 OUTPUT = "output.weight"
 """What GGUF calls the output embedding; a copy of the input's in some files of models that tie them."""
-
-
-def dequantized(model: str | Path, run_dir: Path) -> str | Path:
-    """What to read a model from: `model` itself, or for a GGUF file its dequantized copy, made in `run_dir` or found there.
-
-    A folder without safetensors that holds one GGUF file stands for the file. Raises CheckpointError where it cannot be read.
-    """
-    files = gguf_files(model)
-    if not files:
-        return model
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise CheckpointError(f"{model} holds {len(files)} GGUF files: {names}. Give one of them.")
-    folder = run_dir / f"dequantized-{_identity(files[0])[:12]}"
-    if folder.exists():
-        _say(f"{files[0]} was dequantized before: {folder}")
-    else:
-        _say(f"{files[0]} is being dequantized into {folder}")
-        dequantize(files[0], folder)
-    return folder
 
 
 def dequantize(file: Path, folder: Path) -> None:
@@ -68,10 +47,6 @@ def dequantize(file: Path, folder: Path) -> None:
 
 def _identity(file: Path) -> str:
     return fingerprint(file=file)
-
-
-def _say(text: str) -> None:
-    STDERR.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _open(file: Path) -> Any:

@@ -8,7 +8,7 @@ import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
@@ -51,13 +51,15 @@ class StoredTensor(NamedTuple):
 class Checkpoint:
     """A model folder whose files have been checked: its config, and what its weight files hold.
 
-    `aliases`: names under which a tensor that is stored under another name (a tied embedding) may be read as well.
+    `aliases`: names under which a tensor that is stored under another name (a tied embedding) may be read as well. `stacks`:
+    names under which several may be read as one: of each entry the rows of its parts.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
     aliases: dict[str, str] = field(default_factory=dict)
+    stacks: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, model: str | Path) -> Checkpoint:
@@ -77,7 +79,7 @@ class Checkpoint:
         shard_of = _shard_of(path)
         tensors: dict[str, StoredTensor] = {}
         for shard in sorted(set(shard_of.values())):
-            tensors.update(_read_header(path / shard))
+            tensors.update(_read_header(path, shard))
         if missing := sorted(set(shard_of) - set(tensors)):
             raise CheckpointError(
                 f"{path / INDEX} names {len(missing)} tensors that their shards do not hold, for example {missing[0]} in"
@@ -87,6 +89,8 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """One tensor in its own dtype, in memory of its own. Raises CheckpointError if it is missing or holds NaN."""
+        if name in self.stacks:
+            return torch.stack([torch.cat([self.read(part) for part in parts]) for parts in self.stacks[name]])
         name = self.aliases.get(name, name)
         if name not in self.tensors:
             raise CheckpointError(
@@ -172,20 +176,39 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _shard_of(path: Path) -> dict[str, str]:
     if (path / SINGLE).exists():  # transformers, too, prefers it to an index
-        shard_of = dict.fromkeys(_read_header(path / SINGLE), SINGLE)
+        shard_of = dict.fromkeys(_read_header(path, SINGLE), SINGLE)
     elif (path / INDEX).exists():
-        shard_of = read_json(path / INDEX).get("weight_map", {})
+        shard_of = _weight_map(path)
     else:
         pickles = sorted(p.name for p in path.glob("*.bin"))
-        hint = f" It has {pickles[0]}; convert pickles with transformers' save_pretrained first." if pickles else ""
+        hint = f" It has {pickles[0]}: kvfold compress --allow-pickle reads pickles (weights only)." if pickles else ""
         raise CheckpointError(f"{path} has neither {SINGLE} nor {INDEX}.{hint}")
     if missing := sorted(s for s in set(shard_of.values()) if not (path / s).exists()):
         raise CheckpointError(f"{path} lacks the weight file {missing[0]} that {INDEX} names; download it again.")
     return shard_of
 
 
-def _read_header(shard: Path) -> dict[str, StoredTensor]:
+def _weight_map(path: Path) -> dict[str, str]:
+    """Of an index: the file of every tensor, inside the folder."""
+    weight_map = read_json(path / INDEX).get("weight_map")
+    pairs = weight_map.items() if isinstance(weight_map, dict) else [("weight_map", weight_map)]
+    wrong = [f"{name}: {shard!r}" for name, shard in pairs if not (isinstance(shard, str) and _is_inside(shard))]
+    if wrong or not weight_map:
+        raise CheckpointError(
+            f"{path / INDEX} names {len(wrong)} things that are no file of its folder, for example {wrong[:1]}; download it"
+            " again."
+        )
+    return weight_map
+
+
+def _is_inside(shard: str) -> bool:
+    """Whether a path leads into the folder that it is given for."""
+    return bool(shard) and not PurePosixPath(shard).is_absolute() and ".." not in PurePosixPath(shard).parts
+
+
+def _read_header(path: Path, name_of_shard: str) -> dict[str, StoredTensor]:
     """What a shard's header promises, after checking that the file is as long as the header says."""
+    shard = path / name_of_shard
     actual = shard.stat().st_size
     try:
         with shard.open("rb") as file:
@@ -196,7 +219,7 @@ def _read_header(shard: Path) -> dict[str, StoredTensor]:
         header.pop("__metadata__", None)
         spans = {name: entry["data_offsets"] for name, entry in header.items()}
         tensors = {
-            name: StoredTensor(name, shard.name, header[name]["dtype"], end - start)
+            name: StoredTensor(name, name_of_shard, header[name]["dtype"], end - start)
             for name, (start, end) in spans.items()
         }
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:

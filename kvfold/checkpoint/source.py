@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kvfold.architectures.base import Architecture, architecture, empty_model, source_config
-from kvfold.checkpoint.reader import DTYPES, Checkpoint, locate, read_json
+from kvfold.checkpoint.reader import DTYPES, Checkpoint, StoredTensor, locate, read_json
 from kvfold.errors import CheckpointError
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
 from kvfold.plan.naming import CONFIG_KEY
@@ -56,7 +57,8 @@ def open_source(model: str | Path) -> Source:
     arch = architecture(checkpoint.config.get("model_type", "(none)"))
     stock = empty_model(arch, source_config(arch, checkpoint.config))
     checkpoint = under_current_names(checkpoint, arch, stock)
-    checkpoint = dataclasses.replace(checkpoint, aliases=check_names(checkpoint, stock))
+    stacks = stacked(checkpoint, arch, stock)
+    checkpoint = dataclasses.replace(checkpoint, stacks=stacks, aliases=check_names(checkpoint, arch, stock, stacks))
     return Source(checkpoint, arch, arch.describe(stock))
 
 
@@ -79,6 +81,8 @@ def warn_if_too_long(seq_len: int, config: dict[str, Any]) -> None:
         )
 
 
+WRAPPERS = ("module.", "_orig_mod.")
+"""What distributed training and torch.compile put before all names."""
 DEAD_BUFFER = r"rotary_emb\.inv_freq$"
 """What old checkpoints of any family carry and no current model reads."""
 
@@ -105,26 +109,52 @@ def under_current_names(checkpoint: Checkpoint, arch: Architecture, model: PreTr
     """The checkpoint with its tensors under the names of the current model, and without the masks and tables that old files
     of its family carry and no current model reads."""
     dead = [DEAD_BUFFER, *(model._keys_to_ignore_on_load_unexpected or [])]
-    tensors = {arch.current_name(name): stored for name, stored in checkpoint.tensors.items()}
-    expected = set(model.state_dict())
+    expected, base = set(model.state_dict()), f"{model.base_model_prefix}."
+    tensors = {arch.current_name(name): stored for name, stored in _without_wrapper(checkpoint.tensors).items()}
+    # of a base model that was saved alone
+    tensors = {base + n if n not in expected and base + n in expected else n: t for n, t in tensors.items()}
     live = {n: t for n, t in tensors.items() if n in expected or not any(re.search(pattern, n) for pattern in dead)}
     return dataclasses.replace(checkpoint, tensors=live)
 
 
-def check_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
-    """Names of tied tensors that are stored under another name -> that name.
+def _without_wrapper(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Without what training tools put before all names."""
+    for wrapper in WRAPPERS:
+        if all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): stored for name, stored in tensors.items()}
+    return tensors
+
+
+def stacked(checkpoint: Checkpoint, arch: Architecture, model: PreTrainedModel) -> dict[str, list[tuple[str, ...]]]:
+    """Parameters that hold all experts of a layer -> the tensors that files hold of each, unless they hold the parameters."""
+    found = {name: arch.parts(name, tensor) for name, tensor in model.state_dict().items()}
+    return {name: parts for name, parts in found.items() if parts and name not in checkpoint.tensors}
+
+
+def check_names(
+    checkpoint: Checkpoint, arch: Architecture, model: PreTrainedModel, stacks: Mapping[str, list[tuple[str, ...]]]
+) -> dict[str, str]:
+    """Names of tensors that are stored under another name (tied ones, or as old files have it) -> that name.
 
     Raises CheckpointError unless the folder holds exactly the tensors of its model type, tied ones at least once.
     """
-    expected = set(model.state_dict())
+    stored = {name: arch.stored_name(name) for name in set(model.state_dict()) - set(stacks)}
     found = set(checkpoint.tensors)
+    old = {name: other for name, other in stored.items() if other != name and other in found}
+    expected = set(stored) - set(old) | set(old.values())
+    expected |= {part for parts in stacks.values() for names in parts for part in names}
     tied = dict(model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
     tied |= {other: name for name, other in tied.items()}
-    aliases = {name: tied[name] for name in expected - found if tied.get(name) in found}
+    aliases = old | {name: tied[name] for name in expected - found if tied.get(name) in found}
     if missing := sorted(expected - found - set(aliases)):
         raise CheckpointError(
             f"{checkpoint.path} lacks {len(missing)} tensors of a {model.config.model_type} model, for example {missing[0]}."
             " Does config.json belong to these weights?"
+            + (
+                " A base model that was saved without its head predicts nothing."
+                if missing == ["lm_head.weight"]
+                else ""
+            )
         )
     if unknown := sorted(found - expected):
         raise CheckpointError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvfold.cli.options import (
+    AllowPickle,
     CalibrationData,
     Context,
     Device,
@@ -58,6 +59,7 @@ def command(
     set_: Sets = None,
     run_dir: RunDir = None,
     overwrite: Overwrite = False,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Fold a model: read it, calibrate, plan, and write a new folder with a smaller cache."""
     from kvfold.compression.compress import compress
@@ -79,7 +81,8 @@ def command(
     ):
         if given_of_axis := given(of_axis):
             tree[axis] = (tree.get(axis) or {}) | given_of_axis
-    made = compress(make_recipe(tree, set_ or []), run_dir=run_dir, overwrite=overwrite, device=device)
+    where: dict[str, Any] = {"run_dir": run_dir, "overwrite": overwrite, "device": device}
+    made = compress(make_recipe(tree, set_ or []), allow_pickle=allow_pickle, **where)
     print_plan(made.plan, f"{made.out}")
     print_json(
         {

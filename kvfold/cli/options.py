@@ -62,6 +62,9 @@ Sets = Annotated[
 ]
 RunDir = Annotated[Path | None, _option("Statistics, kept for reuse (default OUT.run).", panel=RUN)]
 Overwrite = Annotated[bool, _option("Replace OUT if it exists.", "--overwrite", panel=RUN)]
+AllowPickle = Annotated[
+    bool, _option("Read pytorch_model.bin where a folder has nothing else.", "--allow-pickle", panel=RUN)
+]
 
 
 def integers(text: str | None, option: str = "--keep-layers") -> list[int] | None:

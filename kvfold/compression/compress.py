@@ -20,9 +20,9 @@ from kvfold.architectures.base import empty_model, source_config
 from kvfold.calibration.calibrate import Statistics
 from kvfold.calibration.forgetting import SHARES, Choice, Forgetting
 from kvfold.calibration.material import TRAINING_TOKENS, Material, layer_group
+from kvfold.checkpoint.converted import converted
 from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.folder import new_folder, refuse_out, write_files
-from kvfold.checkpoint.gguf import dequantized
 from kvfold.checkpoint.reader import Checkpoint
 from kvfold.checkpoint.source import Source, load_plan, open_source
 from kvfold.compression.allocate import allocate, check_request, choose_layout, expected_curves, smallest_under
@@ -71,9 +71,10 @@ def compress(
     run_dir: str | Path | None = None,
     overwrite: bool = False,
     device: str = "auto",
+    allow_pickle: bool = False,
 ) -> Folded:
-    """Fold `recipe.model` (a folder, hub id or GGUF file) into the new folder `recipe.out`. A dictionary is taken as
-    `make_recipe` takes it.
+    """Fold `recipe.model` (a folder, hub id, GGUF file or adapter) into the new folder `recipe.out`. A dictionary is taken as
+    `make_recipe` takes it. allow_pickle: read pytorch_model.bin where there is nothing else.
 
     `run_dir` keeps the statistics for later folds of the same model and text (default: `<out>.run`). The result grows in
     `<out>.partial` and gets its name when it is complete; the same call continues an interrupted one. Under torchrun or
@@ -89,7 +90,7 @@ def compress(
     processes.wait_for_all()
     clock = _Clock()
     with processes.first_before_others():
-        folder = dequantized(recipe.model, run_dir)
+        folder = converted(recipe.model, run_dir, allow_pickle=allow_pickle)
     source = open_source(folder)
     recipe = suited(recipe, source.layers)
     material = material_of(recipe, source, run_dir, device)
@@ -97,9 +98,7 @@ def compress(
     width, targets = request.axes.width, request.targets
     statistics = material.statistics(width.needs, width.needs_cross, targets, width.joint)
     vectors = material.sample(width.needs_vectors, TRAINING_TOKENS) if width.needs_vectors else None
-    length: Any = request.axes.length
-    forgetting = _forgetting(material, length) if length.weighs_heads or length.foresees else None
-    forgotten_LCn = forgetting.nats_LCn(length.recall) if forgetting and length.weighs_heads else None
+    forgetting, forgotten_LCn = _forgetting(material, request.axes.length)
     clock.lap("calibrate")
     if processes.rank():
         processes.wait_for_all()
@@ -212,10 +211,12 @@ def _folds(request: Request, groups: Groups, plan: CachePlan, forgetting: Forget
     return foreseeing(folds, plan, forgetting.worth_LCD)
 
 
-def _forgetting(material: Material, length: Any) -> Forgetting:
-    """What forgetting costs every head, as a method that drops tokens chooses them."""
-    choice = Choice(length.scorer, length.newest) if length.scorer else None
-    return material.forgetting(length.sinks, choice)
+def _forgetting(material: Material, length: Any) -> tuple[Forgetting | None, Tensor | None]:
+    """What forgetting costs, as a method that drops tokens chooses them; and [L, K, n], as it weighs heads by it."""
+    if not (length.weighs_heads or length.foresees):
+        return None, None
+    found = material.forgetting(length.sinks, Choice(length.scorer, length.newest) if length.scorer else None)
+    return found, found.nats_LCn(length.recall) if length.weighs_heads else None
 
 
 def _token_curves(plan: CachePlan, nats_LCn: Tensor) -> TokenCurves:

@@ -60,7 +60,7 @@ def export_gqa(folder: str | Path, out: str | Path, *, overwrite: bool = False) 
             tensors = _stock_tensors(checkpoint, arch, names, plan)
             weight_map |= dict.fromkeys(tensors, shard)
             write_tensors(partial / shard, tensors, {"format": "pt"})
-        _check(weight_map, stock)
+        _check(weight_map, arch, stock)
         if len(shards) > 1:
             write_text(partial / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
         write_files(partial, files, beside=checkpoint)
@@ -155,8 +155,9 @@ def _stock_tensors(checkpoint: Checkpoint, arch: Architecture, names: list[str],
     return tensors
 
 
-def _check(names: dict[str, str], stock: Any) -> None:
-    expected = set(stock.state_dict())
+def _check(names: dict[str, str], arch: Architecture, stock: Any) -> None:
+    stored = arch.names_in_files(stock)
+    expected = {part for name, parts in stored.items() for part in ([name] if name in names else parts)}
     if stock.config.tie_word_embeddings:
         expected -= set(stock._tied_weights_keys or {}) - set(names)
     assert set(names) == expected, (

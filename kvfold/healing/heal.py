@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 from transformers import GenerationConfig, TrainingArguments
+from transformers.core_model_loading import revert_weight_conversion
 
 from kvfold import distributed as processes
 from kvfold.calibration.text import first_windows
@@ -104,7 +105,11 @@ def heal(
     if not processes.rank():
         healed = _trainable(load_weights(checkpoint.path, "float32", "cpu"), healing)
         healed.load_state_dict(state)
-        _write(out, healing, checkpoint, merged(healed).state_dict(), run_dir, overwrite)
+        healed = merged(healed)
+        state = healed.state_dict()
+        if healed.architecture.experts:  # one by one, as files have them
+            state = revert_weight_conversion(healed, state)
+        _write(out, healing, checkpoint, state, run_dir, overwrite)
     processes.wait_for_all()
     logged = read_metrics(run_dir / METRICS)
     final = {k: v for entry in logged for k, v in entry.items() if k.removeprefix("eval_") in SHOWN}

@@ -22,8 +22,10 @@ class AttentionLayer:
     `window`: sliding window in tokens. `qk_norm`: queries and keys are normalised before rotation, per head or (`flat_norm`)
     all heads of a token at once; `norm_offset` is added to the norm's weight. `rotary_dim`: numbers of each head that
     are rotated, 0 for none; `rotary_kind`: which of the family's rotations, if it has several; `rotary_speeds`: radians per
-    token of each pair, nothing where they change with the length of a sequence. `alibi`: scores get a bias by distance.
-    `softcap`: scores are capped by tanh. `output_dropout`: of the layer's output, which some families apply inside attention.
+    token of each pair, nothing where they change with the length of a sequence. `interleaved`: the family's own code rotates
+    neighbours, and its weights are read in another order (`order_of_numbers`); `tables_interleaved`: so are its tables.
+    `alibi`: scores get a bias by distance. `softcap`: scores are capped by tanh. `output_dropout`: of the layer's output,
+    which some families apply inside attention.
     """
 
     index: int
@@ -36,6 +38,8 @@ class AttentionLayer:
     rotary_dim: int
     rotary_kind: str | None = None
     rotary_speeds: tuple[float, ...] = ()
+    interleaved: bool = False
+    tables_interleaved: bool = False
     qk_norm: bool = False
     flat_norm: bool = False
     norm_offset: float = 0.0
@@ -45,6 +49,14 @@ class AttentionLayer:
     qkv_bias: bool = False
     o_bias: bool = False
     attention_dropout: float = 0.0
+
+    @property
+    def order_of_numbers(self) -> tuple[int, ...]:
+        """Of each head, as the family's own code has them: the first of each rotated pair, the second ones, then the rest."""
+        numbers = range(self.head_dim)
+        if not self.interleaved:
+            return tuple(numbers)
+        return (*numbers[: self.rotary_dim : 2], *numbers[1 : self.rotary_dim : 2], *numbers[self.rotary_dim :])
 
     @property
     def fast_pairs(self) -> int:

@@ -134,7 +134,7 @@ def conditions(layer: AttentionLayer, spec: CacheSpec, *, owns: bool) -> dict[st
 
 def meets_keys(layer: AttentionLayer, spec: CacheSpec) -> bool:
     """Whether what makes latents meets keys as they are: after a norm, or after all or part of their rotation."""
-    return spec.rope == "applied" or spec.fast_pairs > 0 or (spec.rope == "on_read" and layer.qk_norm)
+    return spec.rope == "applied" or spec.fast_pairs > 0 or layer.qk_norm
 
 
 def _sizes(layer: AttentionLayer, spec: CacheSpec) -> dict[str, int]:

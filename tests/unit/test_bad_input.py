@@ -114,7 +114,9 @@ def test_no_safetensors(source):
     for file in source.glob("*.safetensors*"):
         file.unlink()
     (source / "pytorch_model.bin").write_bytes(b"x")
-    refused(source, CheckpointError, "neither model.safetensors nor .*pytorch_model.bin; convert pickles")
+    refused(
+        source, CheckpointError, "neither model.safetensors nor .*pytorch_model.bin: kvfold compress --allow-pickle"
+    )
 
 
 def test_quantized(source):

@@ -1,8 +1,11 @@
 """Text into sequences, from every kind of source that works offline."""
 
+import bz2
 import gzip
 import json
 import lzma
+import os
+import sys
 
 import pytest
 import torch
@@ -131,3 +134,38 @@ def test_models_without_chats_sample_as_ever(tiny_dir):
     assert data.chat_opening(Letters("no words of anybody")) == []
     with pytest.warns(UserWarning, match="chat template cannot be used"):
         assert data.chat_opening(Letters("{{ raise }}{% endfor %}")) == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+def test_encodings_that_files_name(tokenizer, text, tmp_path, encoding):
+    (tmp_path / "plain.txt").write_text(text)
+    (tmp_path / "other.txt").write_bytes(text.replace("\n", "\r\n").encode(encoding))
+    (tmp_path / "other.TXT.BZ2").write_bytes(bz2.compress(text.encode()))
+    for name in ("other.txt", "other.TXT.BZ2"):
+        assert torch.equal(draw(tokenizer, tmp_path / "plain.txt"), draw(tokenizer, tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ("naïve café " * 2000).encode("latin-1"),
+        os.urandom(20_000),
+        b"PK\x03\x04" + bytes(20_000),
+        "text".encode("utf-16-le"),
+    ],
+    ids=["latin-1", "random", "zeros", "no mark"],
+)
+def test_what_is_no_text_is_refused(tokenizer, tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(DataError, match=r"a.txt is no text in UTF-8: .*iconv"):
+        draw(tokenizer, tmp_path / "a.txt")
+
+
+def test_archives(tokenizer, text, tmp_path, monkeypatch):
+    """Compressed tables in capitals, and a package that is missing."""
+    (tmp_path / "rows.JSONL").write_text("\n".join(json.dumps({"text": text}) for _ in range(2)))
+    assert len(draw(tokenizer, tmp_path / "rows.JSONL")) == 16
+    (tmp_path / "a.txt.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(DataError, match="pip install zstandard"):
+        draw(tokenizer, tmp_path / "a.txt.zst")

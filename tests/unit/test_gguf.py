@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 import kvfold
 from kvfold.checkpoint import folder as output
-from kvfold.checkpoint.gguf import dequantized
+from kvfold.checkpoint.converted import converted
 from kvfold.checkpoint.reader import Checkpoint
 from kvfold.checkpoint.source import load_plan
 from kvfold.errors import CheckpointError
@@ -74,7 +74,7 @@ def _add(writer, config, name, tensor, quantization):
 
 
 def test_unquantized_numbers_stay_as_they_are(original, tmp_path):
-    folder = dequantized(write(original, tmp_path / "m.gguf"), tmp_path / "run")
+    folder = converted(write(original, tmp_path / "m.gguf"), tmp_path / "run")
     loaded = load(folder)
     assert loaded.dtype == torch.float32 and type(loaded) is type(original)
     assert all(torch.equal(t, original.state_dict()[name]) for name, t in loaded.state_dict().items())
@@ -82,7 +82,7 @@ def test_unquantized_numbers_stay_as_they_are(original, tmp_path):
 
 
 def test_quantized_numbers_become_bfloat16(original, tmp_path):
-    folder = dequantized(write(original, tmp_path / "m.gguf", quantization=Quantization.Q8_0), tmp_path / "run")
+    folder = converted(write(original, tmp_path / "m.gguf", quantization=Quantization.Q8_0), tmp_path / "run")
     loaded = load(folder)
     expected = original.state_dict()["model.layers.1.mlp.up_proj.weight"].numpy()
     expected = torch.from_numpy(gguf.dequantize(gguf.quantize(expected, Quantization.Q8_0), Quantization.Q8_0))
@@ -92,7 +92,7 @@ def test_quantized_numbers_become_bfloat16(original, tmp_path):
 
 def test_the_folder_is_an_ordinary_one(original, tmp_path):
     """Tokenizer and chat template are in it; nothing says that it was quantized, or where it came from."""
-    folder = dequantized(write(original, tmp_path / "m.gguf"), tmp_path / "run")
+    folder = converted(write(original, tmp_path / "m.gguf"), tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer("abcab\n")["input_ids"] == [VOCAB.index(token) for token in ("abc", "ab", "Ċ")]
     assert tokenizer.chat_template == TEMPLATE and tokenizer.eos_token == "<|end|>"
@@ -106,7 +106,7 @@ def test_tied_embeddings_are_stored_once(tmp_path):
     file = tmp_path / "m.gguf"
     state = {name: tensor for name, tensor in tied.state_dict().items() if name != "lm_head.weight"}
     tied.state_dict = lambda: state
-    folder = dequantized(write(tied, file), tmp_path / "run")
+    folder = converted(write(tied, file), tmp_path / "run")
     assert "lm_head.weight" not in Checkpoint.open(folder).tensors
     assert torch.equal(logits(load(folder), tokens()), logits(tied, tokens()))
 
@@ -129,12 +129,12 @@ def test_a_folder_that_holds_one_file_stands_for_it(original, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     write(original, source / "m.gguf")
-    folder = dequantized(source, tmp_path / "run")
-    assert folder == dequantized(source / "m.gguf", tmp_path / "run")
+    folder = converted(source, tmp_path / "run")
+    assert folder == converted(source / "m.gguf", tmp_path / "run")
     shutil.copy(source / "m.gguf", source / "other.gguf")
     with pytest.raises(CheckpointError, match=r"holds 2 GGUF files: m\.gguf, other\.gguf\. Give one of them"):
-        dequantized(source, tmp_path / "run")
-    assert dequantized(folder, tmp_path / "run") == folder
+        converted(source, tmp_path / "run")
+    assert converted(folder, tmp_path / "run") == folder
 
 
 def test_an_interrupted_run_leaves_nothing_that_looks_finished(original, tmp_path, monkeypatch):
@@ -142,9 +142,9 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(original, tmp_pat
     with monkeypatch.context() as broken:
         broken.setattr(output, "write_tensors", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            dequantized(file, tmp_path / "run")
+            converted(file, tmp_path / "run")
     assert [path.suffix for path in (tmp_path / "run").iterdir()] == [".partial"]
-    assert load(dequantized(file, tmp_path / "run")) is not None
+    assert load(converted(file, tmp_path / "run")) is not None
     assert [path.suffix for path in (tmp_path / "run").iterdir()] == [""]
 
 
@@ -152,7 +152,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(original, tmp_pat
 def test_other_architectures_are_refused_with_the_list(original, tmp_path, arch):
     file = write(original, tmp_path / "m.gguf", arch=arch)
     with pytest.raises(CheckpointError, match=f"architecture '{arch}'.*bloom, gemma2, gemma3, gpt2, llama"):
-        dequantized(file, tmp_path / "run")
+        converted(file, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -168,25 +168,25 @@ def test_other_architectures_are_refused_with_the_list(original, tmp_path, arch)
 def test_what_the_reader_would_leave_out_is_an_error(original, tmp_path, extra, message):
     """Otherwise a model that turns differently, or has lost its biases, would be folded without a word."""
     with pytest.raises(CheckpointError, match=f"{message}.*does not carry over"):
-        dequantized(write(original, tmp_path / "m.gguf", extra=[extra]), tmp_path / "run")
+        converted(write(original, tmp_path / "m.gguf", extra=[extra]), tmp_path / "run")
 
 
 def test_damaged_files_and_parts(original, tmp_path):
     file = write(original, tmp_path / "m.gguf", extra=[("add_uint16", "split.count", 3)])
     with pytest.raises(CheckpointError, match=r"one of 3 parts; join them first"):
-        dequantized(file, tmp_path / "run")
+        converted(file, tmp_path / "run")
     (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:100_000])
     (tmp_path / "text.gguf").write_text("no model at all, but long enough to hold a header")
     for name in ("cut.gguf", "text.gguf"):
         with pytest.raises(CheckpointError, match="not a GGUF file or is cut off"):
-            dequantized(tmp_path / name, tmp_path / "run")
+            converted(tmp_path / name, tmp_path / "run")
 
 
 def test_without_the_package(original, tmp_path, monkeypatch):
     file = write(original, tmp_path / "m.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(CheckpointError, match=r"pip install 'kvfold\[gguf\]'"):
-        dequantized(file, tmp_path / "run")
+        converted(file, tmp_path / "run")
 
 
 def test_other_commands_say_what_to_do(original, tmp_path):

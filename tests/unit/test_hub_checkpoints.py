@@ -157,3 +157,52 @@ def test_short_steps_equal_long_ones(tmp_path):
             out.append(network(ids[:, start : start + length], past_key_values=cache).logits)
         start += length
     assert_close(torch.cat(out, 1), expected)
+
+
+@pytest.mark.parametrize("model", ["llama_mha", "qwen2_bias_tied"])
+@pytest.mark.parametrize("method", ["svd_w", "svd_a"])
+def test_a_rotary_field_that_the_family_ignores(tmp_path, model, method):
+    """What is rotated is what the family's tables rotate."""
+    partial = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    source = save_tiny(make_tiny(model, rope_parameters=partial), tmp_path / "source")
+    folded = fold(source, tmp_path / "out", method=method)
+    assert_close(logits(load(folded.out), tokens()), logits(load(source), tokens()))
+
+
+@pytest.mark.parametrize("form", ["identity", "svd_a"])
+def test_longrope_across_its_switch(tmp_path, form):
+    """Every step is that of the whole sequence, with padding too; transformers' own goes on with the last token alone."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [3.0, 2.0, 4.0, 5.0],
+    }
+    lengths = {"original_max_position_embeddings": 32, "max_position_embeddings": 128}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+    rope |= {"original_max_position_embeddings": 32, "partial_rotary_factor": 1.0}
+    changes = heads | {"rope_parameters": rope}
+    source = save_tiny(make_tiny("phi3_partial", **changes, **lengths), tmp_path / "source")
+    network, ids = load(fold(source, tmp_path / "out", method=form).out), tokens(2, 28)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "output_logits": True}
+    said = network.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
+    mask = torch.nn.functional.pad(mask, (0, 12), value=1)
+    for step in range(12):
+        seen, at = said.sequences[:, : 28 + step], (mask[:, : 28 + step].cumsum(1) - 1).clamp_min(0)
+        with torch.no_grad():
+            whole = network(seen, attention_mask=mask[:, : 28 + step], position_ids=at, use_cache=False).logits[:, -1]
+        assert_close(said.logits[step], whole, tolerance=1e-4, name=f"{28 + step} tokens")
+
+
+def test_a_foreign_cache_of_a_packed_model_is_named(tmp_path):
+    """Its tokens are those of kvfold's own, its bytes are not."""
+    source = save_tiny(make_tiny("llama_mha"), tmp_path / "source")
+    tree = {"model": str(source), "out": str(tmp_path / "out"), "preset": "int4"}
+    network = load(kvfold.compress(make_recipe(tree), device="cpu").out)
+    ids, options = tokens(1, 20), {"max_new_tokens": 8, "do_sample": False}
+    own = network.generate(ids, **options)
+    with pytest.warns(UserWarning, match="a DynamicCache keeps its numbers as they are, at full size"):
+        found = network.generate(ids, past_key_values=tf.DynamicCache(config=network.config), **options)
+    assert torch.equal(found, own)

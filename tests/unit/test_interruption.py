@@ -13,6 +13,7 @@ from short_runs import CALIBRATION, compress, copy_tokenizer, digests
 from kvfold.calibration import passes
 from kvfold.checkpoint import atomic as storage
 from kvfold.compression import fold as fold_module
+from kvfold.errors import OutputError
 from kvfold.evaluation.demo import MODEL
 
 
@@ -92,3 +93,25 @@ def test_kill_9_and_again(tmp_path):
     for name in ("out", "fresh"):
         subprocess.run([*command, tmp_path / name], check=True, capture_output=True)
     assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
+
+
+def test_two_runs_into_one_folder(source, monkeypatch):
+    """The second is refused while the first writes, whatever it would write; one that died is in nobody's way."""
+    out = source.parent / "out"
+    script = f"""
+import time
+from pathlib import Path
+from kvfold.checkpoint.folder import new_folder
+with new_folder(Path({str(out)!r}), "other", overwrite=False) as partial:
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "writing\n"
+    with pytest.raises(OutputError, match=f"another process is writing .*out .process {other.pid} on "):
+        compress(source, out, method="svd_w")
+    other.kill()
+    other.wait()
+    compress(source, out, method="svd_w")
+    left = {path.name for path in source.parent.iterdir()}
+    assert out.exists() and not left & {"out.lock", "out.lock.owner", "out.partial"}

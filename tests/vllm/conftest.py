@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from plans import CALIBRATION, CHANGES, PLANS
-from tiny import MODELS, make_tiny, save_tiny
+from tiny import FAMILIES, MODELS, make_tiny, save_tiny
 
 import kvfold
 from kvfold.evaluation.demo import MODEL
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         if not (root / name).exists():
             recipe = PLANS.get(name, {"preset": "served", "allocate": "uniform", "kv_budget": 1 / 2})
             model, tiny = MODEL, recipe.get("model", name)
-            if tiny in MODELS:
+            if tiny in MODELS | FAMILIES:
                 model = save_tiny(make_tiny(tiny, **CHANGES.get(name, CHANGES.get(tiny, {}))), root / f"{name}.stock")
             where = {"model": str(model), "out": str(root / name), "calibration": CALIBRATION}
             with warnings.catch_warnings():

@@ -49,19 +49,24 @@ PACKED = (
             "bloom_alibi",
             "neox_partial",
             "phi3_partial",
+            "cohere2_nope",
+            "glm_interleaved",
+            "mixtral_experts",
         )
     }
     | {"mistral_window_int4": {"model": "mistral_window", "preset": "int4"}}
 )
 """In pages of bytes: the default and its fast form, packed heads and float8, numbers as they are with keys rebuilt on read, a
-layer that is kept, heads of keys unlike those of values; norms on keys, windows, capped scores, alibi, models of
-transformers'."""
+layer that is kept, heads of keys unlike those of values; norms on keys, windows, capped scores, alibi, neighbours that are
+rotated together, layers without rotation, experts, models of transformers'."""
 PLANS |= PACKED
 CHANGES = {
     "odd_heads": {},
+    "cohere2_nope": {"sliding_window": 600},
     "qwen2_sink": {"hidden_size": 96},
     "gpt2_conv": {"scale_attn_by_inverse_layer_idx": False},
     "norms_shared": {"layer_types": None, "use_sliding_window": False, "sliding_window": None},
     "qwen3_norm_window": {"layer_types": None, "use_sliding_window": False, "sliding_window": None},
 }
-"""What vLLM's own models of these families do not have; its Qwen2 has heads of hidden_size / num_attention_heads."""
+"""What vLLM's own models of these families do not have; its Qwen2 has heads of hidden_size / num_attention_heads, its Cohere2
+sees one token more in windows than that of transformers."""

@@ -5,6 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvfold.plan.layer import AttentionLayer
+
+Tables = tuple[Tensor, Tensor]
+"""cos and sin [B or 1, T, r]."""
+
+
+def own_tables(layer: AttentionLayer, tables: Tables | None) -> Tables | None:
+    """A family's tables as they are used here: none of a layer that does not rotate, and numbers i and i + r/2 of a pair."""
+    if tables is None or not layer.rotary_dim:
+        return None
+    if not layer.tables_interleaved:
+        return tables
+    cos, sin = (torch.cat([table[..., ::2]] * 2, dim=-1) for table in tables)
+    return cos, sin
+
 
 def slow_tables(cos: Tensor, sin: Tensor, fast_pairs: int) -> tuple[Tensor, Tensor]:
     """Tables that leave the first `fast_pairs` pairs of a head as they are."""

@@ -32,7 +32,7 @@ from kvfold.runtimes.kernels.packed_tokens import (
     read_for_product,
     read_once,
 )
-from kvfold.runtimes.kernels.rotary import apply_rotary
+from kvfold.runtimes.kernels.rotary import apply_rotary, own_tables
 from kvfold.runtimes.transformers.attention_by_age import AttentionByAge
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
 from kvfold.runtimes.transformers.head_runs import AttentionByRun
@@ -111,6 +111,7 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome
         cache = layer_past if past_key_values is None else past_key_values
         state = CURRENT_STATE.get() if kv_state is None else kv_state
         mask = with_alibi(attention_mask, alibi, self.layer.num_attention_heads)
+        position_embeddings = own_tables(self.layer, position_embeddings)
         q = self._queries(hidden_states, position_embeddings)
         z, y = self._keys_values(hidden_states, position_embeddings, cache, state, mask)
         tables = None
@@ -118,7 +119,8 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome
             tables = position_embeddings
             if cache is not None:
                 state = state or ForwardState()
-                tables = state.tables_of_all(hidden_states, kwargs.get("position_ids"), cache, self.layer.rotary_kind)
+                of_all = state.tables_of_all(hidden_states, kwargs.get("position_ids"), cache, self.layer.rotary_kind)
+                tables = own_tables(self.layer, of_all)
             tables = tables_on_read(self, tables, state)
         evenly = state is not None and state.positions_BS is not None and state.once("evenly", state.turns_evenly)
         wants_probs, kept, seen = bool(kwargs.get("output_attentions")), (z, y), mask

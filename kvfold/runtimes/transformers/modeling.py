@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from kvfold import registry
 from kvfold.architectures.base import Architecture, all_architectures
@@ -59,6 +60,16 @@ class FoldedModel:
             with torch.no_grad(), cache.reading_again():
                 self._in_state(stock_class, arguments | second_reading(cache.owned[0].length, arguments))
         return out
+
+    def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the family's. Where factors of rotation switch with the length (LongRoPE), all tokens are run again, with a new
+        cache: the stock method forgets the old one and goes on with the last token alone."""
+        cache, switch = kwargs.get("past_key_values"), switch_of_rotation(self.config)
+        if switch and cache is not None and cache.get_seq_length() <= switch < input_ids.shape[1]:
+            kwargs |= {"past_key_values": None, "next_sequence_length": None, "position_ids": None}
+            if (mask := kwargs.get("attention_mask")) is not None:
+                kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
 
     def _replace_attention(self) -> None:
         if self.config.kv_compression_config is None:
@@ -133,6 +144,14 @@ class FoldedModel:
                 f"cache_implementation={kind!r} cannot hold a folded cache; leave it out. Bits per number are part of the"
                 " plan, not of generate()."
             )
+
+
+def switch_of_rotation(config: PretrainedConfig) -> int | None:
+    """The length of a sequence behind which keys are rotated by other factors; None where they always are by the same."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
 
 
 def second_reading(length: int, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -232,6 +251,11 @@ def register() -> None:
         config, model = folded_classes(arch)
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModelForCausalLM.register(config, model, exist_ok=True)
+        if arch.experts:
+            # files keep experts one by one, and are read as the family's are
+            register_checkpoint_conversion_mapping(
+                config.model_type, get_checkpoint_conversion_mapping(arch.model_type), overwrite=True
+            )
 
 
 def empty_folded_model(arch: Architecture, config: dict[str, Any]) -> PreTrainedModel:

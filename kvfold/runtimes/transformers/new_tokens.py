@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,17 @@ from kvfold.runtimes.kernels.packed_tokens import (
 from kvfold.runtimes.kernels.rotary import apply_rotary, rotate_fast
 from kvfold.runtimes.transformers.foreseen_run import without_cache
 from kvfold.runtimes.transformers.forward_state import ForwardState
+
+
+@functools.cache
+def _warn_of_floats(cache: str, packed: bool) -> None:
+    """Once for each kind of cache."""
+    if packed:
+        warnings.warn(
+            f"this model's cache is packed in few bits, but a {cache} keeps its numbers as they are, at full size: leave"
+            " past_key_values out, or pass kvfold.FoldedCache(model.kv_plan).",
+            stacklevel=2,
+        )
 
 
 class NewTokens(nn.Module):
@@ -69,6 +82,8 @@ class NewTokens(nn.Module):
                 "recent tokens in a finer form, and tokens that stay for what they are worth, need kvfold's own cache: leave"
                 " past_key_values out, or pass kvfold.FoldedCache(model.kv_plan)."
             )
+        if cache is not None and not hasattr(cache, "owned"):
+            _warn_of_floats(type(cache).__name__, self.spec.k_bits is not None or self.spec.v_bits is not None)
         if not hasattr(cache, "owned"):  # without kvfold's own cache numbers lose what it would lose
             z, y = new_z, new_y = self._as_stored(new_z, new_y)
         if cache is not None:

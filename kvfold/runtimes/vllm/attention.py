@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from kvfold.errors import PlanError
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.tensors import PROJECTIONS, Axis, Shape, tensor_shapes
-from kvfold.runtimes.kernels.rotary import apply_rotary
+from kvfold.runtimes.kernels.rotary import apply_rotary, own_tables
 
 LOGGER = init_logger(f"vllm.{__name__}")
 USUAL_WIDTH = 64
@@ -77,7 +78,7 @@ class FoldedAttention(FamilyCall):
             raise PlanError("tensor_parallel_size: this family normalises all heads together; serve it with 1.")
         self.num_heads = layer.num_attention_heads // ranks
         self.groups = max(spec.num_kv_heads // ranks, 1)
-        self.rotary_emb = getattr(old, "rotary_emb", None)
+        self.rotary_emb = in_halves(getattr(old, "rotary_emb", None)) if layer.rotary_dim else None
         if (size := getattr(self.rotary_emb, "head_size", layer.head_dim)) != layer.head_dim:
             raise PlanError(
                 f"head_dim {layer.head_dim}: vLLM's model of this family takes heads of hidden_size / num_attention_heads"
@@ -177,6 +178,20 @@ class FoldedAttention(FamilyCall):
         return F.pad(x_TCR, (0, self.attn.head_size - x_TCR.shape[-1])).flatten(1)
 
 
+def in_halves(rotary_emb: Any) -> Any:
+    """vLLM's rotation, or its twin that turns numbers i and i + r/2 of a head where the family's own turns neighbours: so
+    are folded weights."""
+    if getattr(rotary_emb, "is_neox_style", True):
+        return rotary_emb
+    if not hasattr(rotary_emb, "twin_in_halves"):  # all layers have the same one
+        twin = copy.deepcopy(rotary_emb)
+        for module in twin.modules():
+            if hasattr(module, "is_neox_style"):
+                module.is_neox_style = True
+        object.__setattr__(rotary_emb, "twin_in_halves", twin)
+    return rotary_emb.twin_in_halves
+
+
 class TransformersFoldedAttention(FoldedAttention):
     """In models that vLLM takes from transformers: a batch of one row of tokens, cos and sin instead of positions."""
 
@@ -188,6 +203,7 @@ class TransformersFoldedAttention(FoldedAttention):
         def turned(x_TF: Tensor, heads: int) -> Tensor:
             return apply_rotary(x_TF.unflatten(-1, (heads, -1)).transpose(0, 1)[None], *where)[0].transpose(0, 1)
 
+        where = own_tables(self.layer, where) or where
         q = turned(q_TF, self.num_heads).flatten(1)
         if k_TF is None:
             return q, None

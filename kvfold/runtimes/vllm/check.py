@@ -6,8 +6,9 @@ from typing import Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from kvfold.architectures.base import architecture
 from kvfold.errors import PlanError
-from kvfold.plan.naming import CONFIG_KEY
+from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
 from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.vllm.runtime import Vllm, is_packed
 
@@ -28,6 +29,12 @@ def check_servable(vllm_config: Any) -> None:
     if is_packed(plan):
         _check_packed(vllm_config)
     ranks = vllm_config.parallel_config.tensor_parallel_size
+    arch = architecture(vllm_config.model_config.hf_text_config.model_type.removeprefix(MODEL_TYPE_PREFIX))
+    if ranks > 1 and arch.sums_late:
+        raise PlanError(
+            f"tensor_parallel_size {ranks}: vLLM's {arch.model_type} adds up what processes have of attention later than kvfold's"
+            " attention does; serve it with 1."
+        )
     for layer, spec in enumerate(plan.caches):
         source = plan.source[layer]
         stored = [] if spec is None else [spec.num_kv_heads, spec.num_v_heads]

@@ -87,7 +87,8 @@ class _Folded:
 
         def make(layer: AttentionLayer, old: nn.Module, stock: Any) -> nn.Module:
             spec, owner = plan.cache_of(layer.index), plan.owner(layer.index)
-            return self.packed_class(layer, spec, old, stock, owner, pages, tables.get(layer.rotary_kind))
+            rotary = tables.get(layer.rotary_kind) if layer.rotary_dim else None
+            return self.packed_class(layer, spec, old, stock, owner, pages, rotary)
 
         return make
 

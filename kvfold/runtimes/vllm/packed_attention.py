@@ -14,6 +14,7 @@ from kvfold.errors import PlanError
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, by_age, first_numbers, newest, read_all, side_by_side
+from kvfold.runtimes.kernels.rotary import own_tables
 from kvfold.runtimes.transformers.attention import FoldedAttention
 from kvfold.runtimes.vllm.attention import FamilyCall
 from kvfold.runtimes.vllm.batches import Batch
@@ -158,4 +159,4 @@ class TransformersPackedAttention(PackedFoldedAttention):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """[1, T, D] -> ([1, T, D], no probabilities)."""
-        return self._turned(hidden_states, kwargs.get("position_embeddings"))[None], None
+        return self._turned(hidden_states, own_tables(self.layer, kwargs.get("position_embeddings")))[None], None

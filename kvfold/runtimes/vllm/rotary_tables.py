@@ -10,7 +10,7 @@ from torch import Tensor
 from kvfold.architectures._rotary import CHANGING, rope_types
 from kvfold.architectures.base import Architecture
 from kvfold.errors import PlanError
-from kvfold.runtimes.kernels.rotary import slow_tables
+from kvfold.runtimes.kernels.rotary import own_tables, slow_tables
 
 
 class RotaryTables:
@@ -45,7 +45,7 @@ def rotary_tables(
     with the length of a sequence."""
     if arch.rotary is None:
         return {}
-    kinds = {layer.rotary_kind for layer in arch.describe(model)}
+    layers = {layer.rotary_kind: layer for layer in arch.describe(model) if layer.rotary_dim}
     old = model.get_submodule(arch.rotary)
     if changing := sorted({*rope_types(old).values()} & CHANGING):
         raise PlanError(
@@ -55,4 +55,9 @@ def rotary_tables(
     with torch.device(device):
         rotary = type(old)(config=old.config)
     like, at = torch.empty(0, dtype=dtype, device=device), torch.arange(positions, device=device)[None]
-    return {kind: RotaryTables(*(x[0] for x in rotary(like, at, *([] if kind is None else [kind])))) for kind in kinds}
+    made = {}
+    for kind, layer in layers.items():
+        tables = own_tables(layer, rotary(like, at, *([] if kind is None else [kind])))
+        assert tables is not None, "these layers rotate"
+        made[kind] = RotaryTables(*(table[0] for table in tables))
+    return made

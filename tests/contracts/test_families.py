@@ -1,0 +1,155 @@
+"""Families whose attention is like another one's: what each method makes of them, and what lies around attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import FAMILIES, in_steps, load, logits, make_tiny, save_tiny, step, tokens
+
+import kvfold
+from kvfold.architectures.base import architecture
+from kvfold.checkpoint.source import open_source
+from kvfold.compression.export_gqa import export_gqa
+from kvfold.compression.recipe import make_recipe
+from kvfold.errors import CheckpointError, PlanError
+from kvfold.runtimes.transformers.cache import FoldedCache
+from kvfold.testing import assert_close
+
+CALIBRATION = {"data": "self", "num_samples": 4, "seq_len": 160}
+METHODS = {
+    "identity": {"preset": "identity"},
+    "svd_a": {"preset": "svd_a", "kv_budget": 0.5},
+    "full": {"preset": "svd_a", "kv_budget": 1.0},
+    "int4": {"preset": "int4_rotated"},
+    "auto": {"preset": "auto", "kv_budget": 0.25},
+    "small": {"preset": "auto", "kv_budget": 0.25, "prefer": "size"},
+    "shared": {"preset": "cla", "depth": {"owners": 2}},
+}
+EXPERTS = {"experts_implementation": "eager"}
+"""In float64, which torch's grouped products do not know."""
+CASES = [pytest.param(model, method, id=f"{method}-{model}") for method in METHODS for model in FAMILIES]
+of_every_family = pytest.mark.parametrize(("model", "method"), CASES)
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory):
+    """folded(model, method) -> (the source's folder, what was made of it)."""
+    root, done = tmp_path_factory.mktemp("families"), {}
+
+    def make(model, method):
+        if (root / model).exists() is False:
+            save_tiny(make_tiny(model), root / model)
+        if (model, method) not in done:
+            fields = {"model": str(root / model), "out": str(root / f"{model}-{method}"), "calibration": CALIBRATION}
+            run_dir = root / f"{model}.run"
+            done[model, method] = kvfold.compress(make_recipe(fields | METHODS[method]), run_dir=run_dir, device="cpu")
+        return root / model, done[model, method]
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore:kv_budget", "ignore:the plain cache")
+@of_every_family
+def test_folds(folded, model, method):
+    """Cached as uncached and as each sequence alone, in steps and with padding, over drafts that are taken back; bytes as
+    planned; with everything kept as the original."""
+    source, made = folded(model, method)
+    network, ids, plan = exact(made.out, model), tokens(3, 40), made.plan
+    mask = torch.ones_like(ids)
+    mask[0, :11] = mask[2, :3] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        expected = network(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        alone = network(ids[:1, 11:], use_cache=False).logits
+    assert_close(expected[:1, 11:], alone, tolerance=1e-3)
+    seen, cache = mask.bool(), FoldedCache(plan)
+    found = in_steps(network, ids, mask, positions, cache, [23, *range(24, 41)])
+    assert_close(found[seen], expected[seen], tolerance=1e-3)
+    assert cache.nbytes_allocated == sum(spec.bytes_allocated(40, 8) for spec in plan.owned) * 3 + position_bytes(plan)
+    if method in ("identity", "full"):
+        assert_close(logits(load(made.out), ids), logits(load(source), ids), tolerance=1e-5)
+    cache = FoldedCache(plan)
+    step(network, ids, mask, positions, cache, 0, 30)
+    cache.activate_past_recording()
+    step(network, ids.flip(1), mask, positions, cache, 30, 36)
+    cache.crop(-6)
+    again = step(network, ids, mask, positions, cache, 30, 40)
+    assert_close(again[seen[:, 30:]], expected[:, 30:][seen[:, 30:]], tolerance=1e-3)
+
+
+def exact(folder, model):
+    """In float64, where nothing depends on how a product was rounded."""
+    return load(folder, dtype=torch.float64, **(EXPERTS if "experts" in model else {}))
+
+
+def position_bytes(plan):
+    return 3 * 256 * plan.position_bytes
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_what_lies_around_attention_is_copied(folded, model):
+    """Bit for bit, under the names that it has in files: experts one by one."""
+    source, made = folded(model, "svd_a")
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, made.out))
+    attention = architecture(open_source(source).arch.model_type).attention
+    outside = [name for name in before if f".{attention}." not in name]
+    assert outside and sorted(outside) == sorted(name for name in after if f".{attention}." not in name)
+    assert all(torch.equal(before[name], after[name]) for name in outside)
+
+
+@pytest.mark.filterwarnings("ignore:kv_budget")
+@pytest.mark.parametrize("model", FAMILIES)
+def test_generation(folded, model):
+    """With a cache as without, beams too; saved and loaded again it says the same."""
+    _, made = folded(model, "int4")
+    network, ids = exact(made.out, model), tokens(2, 12)
+    for beams in (1, 2):
+        options = {"num_beams": beams, "do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
+        assert torch.equal(network.generate(ids, **options), network.generate(ids, use_cache=False, **options))
+    network.save_pretrained(made.out.with_name(f"{model}-saved"))
+    again = exact(made.out.with_name(f"{model}-saved"), model)
+    assert torch.equal(logits(again, ids), logits(network, ids))
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "named"),
+    [
+        ("phi_partial", {"qk_layernorm": True}, "qk_layernorm"),
+        ("stablelm_partial", {"qk_layernorm": True}, "qk_layernorm"),
+        ("cohere_interleaved", {"use_qk_norm": True}, "use_qk_norm"),
+        ("olmo_plain", {"clip_qkv": 8.0}, "clip_qkv"),
+        ("olmoe_experts", {"clip_qkv": 8.0}, "clip_qkv"),
+    ],
+)
+def test_what_a_family_may_have_and_kvfold_does_not_know(tmp_path, model, changes, named):
+    save_tiny(make_tiny(model, **changes), tmp_path / "source")
+    with pytest.raises(CheckpointError, match=f"config.json: {named}"):
+        open_source(tmp_path / "source")
+
+
+def test_experts_that_are_missing_are_named(tmp_path):
+    """One of many parts of one parameter."""
+    from safetensors.torch import save_file
+
+    source = save_tiny(make_tiny("mixtral_experts"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    gone = next(name for name in tensors if ".experts.2.w3." in name)
+    del tensors[gone]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"lacks 1 tensors.*{gone}"):
+        open_source(source)
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_stock_exports(folded, tmp_path, model):
+    """What `kvfold export` writes is the family's own, with fewer heads; or it says why it cannot be."""
+    source, _ = folded(model, "identity")
+    recipe = make_recipe({"model": str(source), "out": str(tmp_path / "half"), "preset": "gqa", "kv_budget": 0.5})
+    half = kvfold.compress(recipe, device="cpu").out
+    if reason := open_source(source).arch.no_stock_gqa:
+        with pytest.raises(PlanError, match=reason.split(",")[0]):
+            export_gqa(half, tmp_path / "out")
+        return
+    assert export_gqa(half, tmp_path / "out") == 2
+    assert_close(logits(load(tmp_path / "out"), tokens()), logits(load(half), tokens()), tolerance=1e-5)
