@@ -32,8 +32,8 @@ def check_servable(vllm_config: Any) -> None:
     arch = architecture(vllm_config.model_config.hf_text_config.model_type.removeprefix(MODEL_TYPE_PREFIX))
     if ranks > 1 and arch.sums_late:
         raise PlanError(
-            f"tensor_parallel_size {ranks}: vLLM's {arch.model_type} adds up what processes have of attention later than kvfold's"
-            " attention does; serve it with 1."
+            f"tensor_parallel_size {ranks}: vLLM's {arch.model_type} adds up what processes have of attention later than"
+            " kvfold's attention does; serve it with 1."
         )
     for layer, spec in enumerate(plan.caches):
         source = plan.source[layer]
