@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvfold.checkpoint.atomic import copy_file, make_folder, write_tensors, write_text
 from kvfold.checkpoint.reader import INDEX, Checkpoint, read_json
+from kvfold.checkpoint.remote_code import FILE, class_names, remote_code
 from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.errors import OutputError
 from kvfold.plan.naming import CONFIG_KEY
@@ -125,6 +126,8 @@ def publish(partial: Path, out: Path, overwrite: bool) -> None:
     """Give the finished folder its name in one step."""
     if out.exists() and not overwrite:
         raise OutputError(f"{out} appeared meanwhile; the finished model is in {partial}, apart from its name.")
+    if (names := class_names(read_json(partial / "config.json"))) is not None:
+        write_text(partial / FILE, remote_code(*names))
     for leftover in (partial / MARKER, *partial.glob("*.unfinished")):
         leftover.unlink()
     replaced = out.with_name(out.name + ".replaced")

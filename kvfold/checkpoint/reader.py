@@ -136,6 +136,11 @@ def gguf_files(model: str | Path) -> list[Path]:
     return [path] if path.is_file() and path.suffix == ".gguf" else []
 
 
+def is_model_id(model: str | Path) -> bool:
+    """Whether this is a name on the hub, and no folder or file."""
+    return not Path(model).exists() and not str(model).startswith((".", "/", "~")) and str(model).count("/") <= 1
+
+
 def locate(model: str | Path) -> Path:
     """The local folder of a model: itself, or the hub's snapshot. Raises CheckpointError if there is neither."""
     path = Path(model)
@@ -146,7 +151,7 @@ def locate(model: str | Path) -> Path:
         )
     if path.is_dir():
         return path
-    if path.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
+    if not is_model_id(model):
         raise CheckpointError(
             f"{model} is not a folder; give a model folder with config.json and *.safetensors, or a GGUF file to compress."
         )

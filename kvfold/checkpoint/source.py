@@ -13,7 +13,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kvfold.architectures.base import Architecture, architecture, empty_model, source_config
-from kvfold.checkpoint.reader import DTYPES, Checkpoint, StoredTensor, locate, read_json
+from kvfold.checkpoint.hub import headers
+from kvfold.checkpoint.reader import DTYPES, Checkpoint, StoredTensor, is_model_id, locate, read_json
 from kvfold.errors import CheckpointError
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
 from kvfold.plan.naming import CONFIG_KEY
@@ -47,13 +48,30 @@ def load_plan(model: str | Path) -> tuple[CachePlan, bool]:
     config = read_json(path / "config.json")
     if config.get(CONFIG_KEY):
         return CachePlan.from_dict(config[CONFIG_KEY]), True
-    source = open_source(path)
+    return _own_plan(open_source(path))
+
+
+def plan_of_headers(model: str | Path) -> tuple[CachePlan, bool]:
+    """The same of a folder, or of a model on the hub, of which no weights are fetched."""
+    if not is_model_id(model):
+        return load_plan(model)
+    checkpoint = headers(model)
+    if checkpoint.config.get(CONFIG_KEY):
+        return CachePlan.from_dict(checkpoint.config[CONFIG_KEY]), True
+    return _own_plan(understood(checkpoint))
+
+
+def _own_plan(source: Source) -> tuple[CachePlan, bool]:
     return source_plan([source_layer(layer) for layer in source.layers], source.dtype), False
 
 
 def open_source(model: str | Path) -> Source:
     """Open a checkpoint and read the facts of its layers. Raises CheckpointError before any work is done."""
-    checkpoint = Checkpoint.open(model)
+    return understood(Checkpoint.open(model))
+
+
+def understood(checkpoint: Checkpoint) -> Source:
+    """The same of one that was opened."""
     arch = architecture(checkpoint.config.get("model_type", "(none)"))
     stock = empty_model(arch, source_config(arch, checkpoint.config))
     checkpoint = under_current_names(checkpoint, arch, stock)

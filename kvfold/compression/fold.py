@@ -16,6 +16,7 @@ from kvfold.architectures.base import Architecture
 from kvfold.checkpoint.atomic import require_space, write_tensors, write_text
 from kvfold.checkpoint.folder import MAX_SHARD_BYTES
 from kvfold.checkpoint.reader import INDEX, SINGLE, Checkpoint
+from kvfold.checkpoint.remote_code import auto_map
 from kvfold.checkpoint.source import source_dtype
 from kvfold.compression.widen_mlp import SIZE, widen
 from kvfold.errors import CheckpointError
@@ -78,9 +79,10 @@ def fold(
 
 def folded_config(checkpoint: Checkpoint, arch: Architecture, plan: CachePlan) -> dict[str, Any]:
     """The source's config.json, with the folded model's class and the plan."""
-    _, model_class = folded_classes(arch)
+    config_class, model_class = folded_classes(arch)
     return checkpoint.config | {
         "architectures": [model_class.__name__],
+        "auto_map": auto_map(config_class.__name__, model_class.__name__),
         "model_type": MODEL_TYPE_PREFIX + arch.model_type,
         CONFIG_KEY: plan.to_dict(),
     }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvfold.checkpoint.source import load_plan
+from kvfold.checkpoint.source import plan_of_headers
 from kvfold.compression.card import CONTEXTS
 from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.base import servable_by
@@ -46,5 +46,5 @@ def shared_out(plan: CachePlan) -> dict[int, float]:
 
 def inspect(model: str | Path) -> Inspection:
     """Read the plan of a folder, or that of a stock model's own cache. No weights are loaded."""
-    plan, folded = load_plan(model)
+    plan, folded = plan_of_headers(model)
     return Inspection(plan, folded)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvfold.checkpoint.reader import Checkpoint
-from kvfold.checkpoint.source import load_plan
+from kvfold.checkpoint.hub import headers
+from kvfold.checkpoint.source import plan_of_headers
 from kvfold.errors import RecipeError
 
 BUDGETS = tuple(1 / 2**power for power in range(6))
@@ -54,8 +54,8 @@ def capacity(model: str | Path, *, memory: int, context: int, wanted: int | None
     Cache and weights share `USED` of `memory`. Weights are those of the folder: latents that stay beside projections add a
     few percent to attention.
     """
-    plan, folded = load_plan(model)
-    weights = sum(stored.nbytes for stored in Checkpoint.open(model).tensors.values())
+    plan, folded = plan_of_headers(model)
+    weights = sum(stored.nbytes for stored in headers(model).tensors.values())
     room = max(int(USED * memory) - weights, 0)
     whole = plan.source_kv_bytes(context)
     rows = [Fitting("original", 1.0, whole, room // whole)]

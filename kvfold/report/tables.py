@@ -164,12 +164,21 @@ def _tokens_kept(spec: CacheSpec, context_len: int) -> str:
 
 def print_evaluation(found: Evaluation) -> None:
     """Original and folded side by side."""
-    table = Table(("", "original", "folded"))
+    quality_table(found).show(STDOUT)
+    STDOUT.print(_difference(found))
+
+
+def quality_table(found: Evaluation, text: str = "") -> Table:
+    """The same as a table; with the name of the text, that and the difference as its title."""
+    table = Table(("", "original", "folded"), title=f"On {text}: {_difference(found)}" if text else "")
     table.add("bytes per token", f"{found.base_kv_bytes_per_token:,}", f"{found.kv_bytes_per_token:,}")
     table.add("loss (nats per token)", f"{found.base_loss:.4f}", f"{found.loss:.4f}")
     table.add("perplexity", f"{found.base_perplexity:.3f}", f"{found.perplexity:.3f}")
-    table.show(STDOUT)
-    STDOUT.print(
+    return table
+
+
+def _difference(found: Evaluation) -> str:
+    return (
         f"loss change {found.loss_change:+.4f} ± {found.loss_change_stderr:.4f}, KL {found.kl:.5f} nats per token, top-1"
         f" agreement {found.top1_agreement:.2%}, {found.tokens:,} tokens"
     )

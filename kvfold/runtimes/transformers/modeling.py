@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from kvfold import registry
 from kvfold.architectures.base import Architecture, all_architectures
+from kvfold.checkpoint.atomic import write_text
+from kvfold.checkpoint.remote_code import FILE, auto_map, remote_code
 from kvfold.errors import CheckpointError, PlanError
 from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
 from kvfold.plan.plan import CachePlan
@@ -60,6 +63,17 @@ class FoldedModel:
             with torch.no_grad(), cache.reading_again():
                 self._in_state(stock_class, arguments | second_reading(cache.owned[0].length, arguments))
         return out
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, with what loads the folder where nobody imports kvfold."""
+        names = type(self.config).__name__, type(self).__name__
+        self.config.auto_map = auto_map(*names)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        write_text(Path(save_directory) / FILE, remote_code(*names))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing: transformers would copy this module beside what it saves."""
 
     def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """As the family's. Where factors of rotation switch with the length (LongRoPE), all tokens are run again, with a new
@@ -222,6 +236,7 @@ def folded_classes(arch: Architecture) -> tuple[type[PretrainedConfig], type[Pre
             "__annotations__": {CONFIG_KEY: dict | None},
             "model_type": MODEL_TYPE_PREFIX + arch.model_type,
             CONFIG_KEY: None,
+            "register_for_auto_class": classmethod(lambda cls, auto_class="AutoConfig": None),
             "base_model_tp_plan": None,
             "base_model_pp_plan": None,
         },
