@@ -51,7 +51,9 @@ class HeadRun:
         self.settle(length - T, begin_B)
         room = room_for(self.run, length)
         if not keep_all:
-            self.drop(self.due(length - T + 1, begin_B), length - T, begin_B)
+            due = self.due(length - T + 1, begin_B)
+            if T > 1 or not self._waits(due):
+                self.drop(due, length - T, begin_B)
             if T > FEW_TOKENS and self._chooses(length, begin_B):
                 self.pending = [side.beside(states) for side, states in zip(self.buffers, new, strict=True)]
                 self.new = T
@@ -61,6 +63,12 @@ class HeadRun:
         for side, states in zip(self.buffers, new, strict=True):
             side.append(states, room)
         return self._shown([side.view() for side in self.buffers], self.place)
+
+    def _waits(self, due: int) -> bool:
+        """Whether what no query sees any more may lie there for some steps: behind many chosen tokens, all of which have to be
+        moved. There is room for so many, since blocks are whole."""
+        chosen = self.place.early_B is not None and self.place.first is not None
+        return chosen and due - (self.place.first or 0) < RUN_BLOCK
 
     def _new(self, z_BcTR: Tensor, y_BcTV: Tensor, length: int) -> list[Tensor]:
         """What the buffers get of the last T of `length` columns."""
