@@ -47,7 +47,9 @@ def seen_by(
     or n, rows, S]: bool, or numbers to add where `mask` is of those or tokens stand for others. None where no mask is needed.
     `mask`: over all columns, dropped ones too."""
     if held.tokens.foreseen:
-        return _not_gone(held, place, mask, q_BnTR, rows)
+        seen = _not_gone(held, place, mask, q_BnTR, rows)
+        repeats = 1 if seen is None or seen.shape[1] == 1 else q_BnTR.shape[1] // seen.shape[1]
+        return seen if seen is None or repeats == 1 else seen.repeat_interleave(repeats, dim=1)
     seen = _seen_by(run, held, place, mask, q_BnTR, rows)
     if place.added_BCS is None or place.first is None:
         return seen
@@ -81,7 +83,7 @@ def _seen_by(
 
 
 def _not_gone(held: RunTokens, place: RunPlace, mask: Tensor | None, q_BnTR: Tensor, rows: slice) -> Tensor | None:
-    """The same where it is said of each token when it is dropped."""
+    """The same where it is said of each token when it is dropped; for stored heads where `mask` says nothing of others."""
     T, device = q_BnTR.shape[2], q_BnTR.device
     mask = None if mask is None else mask[..., rows, : held.length]
     gone_BCS = None if T == 1 or reads_whole(held.tokens, T) else place.gone_BCS
@@ -93,8 +95,10 @@ def _not_gone(held: RunTokens, place: RunPlace, mask: Tensor | None, q_BnTR: Ten
     column_BS = columns(place, held.length, begin_B1)
     seen = ((column_BS[:, None] <= last_T1) & (column_BS >= begin_B1)[:, None])[:, None]
     if gone_BCS is not None:
-        gone_BnS = gone_BCS.repeat_interleave(q_BnTR.shape[1] // gone_BCS.shape[1], dim=1)
-        seen = seen & ((last_T1 - begin_B1[:, None])[:, None] < gone_BnS[:, :, None])
+        if mask is not None and mask.shape[1] > 1:
+            gone_BCS = gone_BCS.repeat_interleave(q_BnTR.shape[1] // gone_BCS.shape[1], dim=1)
+        own_B1T1 = (last_T1 - begin_B1[:, None])[:, None].int()
+        seen = seen & (own_B1T1 < gone_BCS[:, :, None])
     return _under(mask, seen, column_BS, place, q_BnTR.shape[1])
 
 
@@ -221,6 +225,9 @@ def _prompt(
     T, k, v = q_BnTR.shape[2], read_all(keys), read_all(values)
     if sees_all(run, held, place, T):
         return prefill_attention(q_BnTR, k, v, mask, scale=scale)
+    if held.tokens.foreseen and (mask is None or mask.shape[1] == 1):
+        seen = _not_gone(held, place, mask, q_BnTR, slice(0, T))
+        return _by_stored_head(q_BnTR, k, v, seen, scale)
     parts = []
     for start in range(0, T, QUERIES_AT_ONCE):
         rows = slice(start, min(start + QUERIES_AT_ONCE, T))
@@ -229,6 +236,19 @@ def _prompt(
         some = _of_some(seen)
         parts.append(prefill_attention(q_BnTR[:, :, rows], k[:, :, some], v[:, :, some], seen[..., some], scale=scale))
     return torch.cat(parts, dim=1)
+
+
+def _by_stored_head(q_BnTR: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+    """The same where a mask is for stored heads, [B or 1, C or 1, T, S]: each by itself, so that none is copied for the query
+    heads that read it."""
+    B, n, T, _ = q_BnTR.shape
+    C = k.shape[1]
+    own = None if seen is None else seen.expand(B, C, *seen.shape[2:]).flatten(0, 1)[:, None]
+    parts = (k.flatten(0, 1)[:, None], v.flatten(0, 1)[:, None])
+    out = prefill_attention(
+        q_BnTR.unflatten(1, (C, -1)).flatten(0, 1), *parts, own, scale=scale
+    )  # [B * C, T, n / C, V]
+    return out.unflatten(0, (B, C)).transpose(1, 2).reshape(B, T, n, -1)
 
 
 def _of_some(seen: Tensor) -> Tensor:

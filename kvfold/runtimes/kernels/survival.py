@@ -8,7 +8,7 @@ from torch import Tensor
 from kvfold.plan.cache_spec import RUN_BLOCK
 from kvfold.plan.token_runs import TokenRun, TokenRuns
 
-NEVER = 1 << 40
+NEVER = 1 << 30
 
 
 def crossed(run: TokenRun, before: int, length: int) -> list[int]:
@@ -26,7 +26,7 @@ def gone_at(
     newest. steps_B: how many tokens each sequence had before the step, and has now. whole: a step that sees all of itself,
     of which only the last length at which tokens are dropped matters.
     """
-    gone_BCS = torch.full(worth_BCS.shape, NEVER, dtype=torch.int64, device=worth_BCS.device)
+    gone_BCS = torch.full(worth_BCS.shape, NEVER, dtype=torch.int32, device=worth_BCS.device)
     for step in set(steps_B):
         lengths = crossed(run, *step)[-1:] if whole else crossed(run, *step)
         rows = torch.tensor([b for b, other in enumerate(steps_B) if other == step], device=worth_BCS.device)
@@ -38,7 +38,7 @@ def gone_at(
 def _gone_at(run: TokenRun, tokens: TokenRuns, worth_bCS: Tensor, own_S: Tensor, lengths: list[int]) -> Tensor:
     """Of sequences with as many tokens. Of tokens worth as much the earliest goes first."""
     rank_bCS = worth_bCS.float().argsort(dim=-1, stable=True).argsort(dim=-1)
-    gone_bCS = torch.full(worth_bCS.shape, NEVER, dtype=torch.int64, device=worth_bCS.device)
+    gone_bCS = torch.full(worth_bCS.shape, NEVER, dtype=torch.int32, device=worth_bCS.device)
     counted = [own for own in own_S.tolist() if own >= 0]
     dropped = 0
     for at in lengths:

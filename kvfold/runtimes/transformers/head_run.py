@@ -65,8 +65,8 @@ class HeadRun:
         return self._shown([side.view() for side in self.buffers], self.place)
 
     def _waits(self, due: int) -> bool:
-        """Whether what no query sees any more may lie there for some steps: behind many chosen tokens, all of which have to be
-        moved. There is room for so many, since blocks are whole."""
+        """Whether what no query sees any more may lie there for some steps: behind chosen tokens, all of which would have to
+        be moved. There is room for so many, since blocks are whole."""
         chosen = self.place.early_B is not None and self.place.first is not None
         return chosen and due - (self.place.first or 0) < RUN_BLOCK
 
