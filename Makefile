@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/demo_model/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: docs wheel results-real results-real-kivi results-measured results-lab results-real-auto results-real-ablation results-real-tasks results-real-tasks-three results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-real-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long results-dropped results-scored results-reading results-multi-head real-models clean
+.PHONY: docs wheel results-real results-real-kivi results-measured results-lab results-real-auto results-real-ablation results-real-tasks results-real-tasks-three results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-real-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long results-dropped results-scored results-real-context results-reading results-multi-head real-models clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -303,15 +303,25 @@ results-dropped: $(DROPPED)
 # The same of caches that keep what a scorer chooses, ours and published ones: make results-scored VALID=... CALIBRATION=..., in an hour
 RULES := kvzip snapkv h2o expected_attention tova keydiff knorm
 OBSERVED := observed-quarter observed-quarter-alone observed-eighth observed-quarter-int4 observed-quarter-int4-turned
-SCORED := $(addprefix runs/scored/,$(OBSERVED) windows-quarter $(RULES:%=%-quarter))
+SCORED := $(addprefix runs/scored/,$(OBSERVED) foreseen-quarter foreseen-quarter-whole windows-quarter $(RULES:%=%-quarter))
 runs/scored/%: | $(VENV)/installed
 	$(BIN)/kvfold compress $(REAL) --preset $(firstword $(subst -, ,$*)) --context 1024 --data $(CALIBRATION) --out $@ --run-dir runs/dropped-run \
 	  $(if $(findstring int4,$*),--set bits.method=integer --set length.kept=0.25,--kv-budget $(if $(findstring eighth,$*),1/8,1/4)) \
-	  $(if $(findstring turned,$*),--set width.method=orthogonal) $(if $(findstring windows,$*),--set length.prompt=whole) \
+	  $(if $(findstring turned,$*),--set width.method=orthogonal) $(if $(findstring windows,$*)$(findstring whole,$*),--set length.prompt=whole) \
 	  $(if $(findstring alone,$*),--set length.matched=false)
 results-scored: $(SCORED)
 	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 1024 --sequences 16 \
 	  --markdown results/scored-tokens-smollm2-135m.md
+
+# What a thirty-second of the bytes still knows of 4,096 tokens, by the length of calibration text: make results-real-context VALID=...
+# CALIBRATION=..., in an hour and a half
+LONG := $(addprefix runs/context/,auto-1024-16 auto-2048-8 auto-4096-4 auto-4096-8)
+runs/context/%: | $(VENV)/installed
+	$(BIN)/kvfold compress $(REAL) --kv-budget 1/32 --context 4096 --data $(CALIBRATION) --out $@ --run-dir runs/context-run \
+	  --seq-len $(word 2,$(subst -, ,$*)) --num-samples $(word 3,$(subst -, ,$*))
+results-real-context: $(LONG)
+	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 4096 --sequences 16 \
+	  --markdown results/context-4096-smollm2-135m.md
 
 # What steps lose that read some of the stored tokens: make results-reading VALID=... CALIBRATION=..., in 40 minutes
 READ := $(addprefix runs/reading/,quest-0.125 quest-0.25 lead-0.125 lead-0.25 lead-0.125-32 sampled-0.125 sampled-0.25 magicpig-0.25)
