@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kvfold.checkpoint.quantized import Quantized, quantized
 from kvfold.errors import CheckpointError
 from kvfold.plan.cache_spec import ITEMSIZE
 
@@ -52,7 +53,7 @@ class Checkpoint:
     """A model folder whose files have been checked: its config, and what its weight files hold.
 
     `aliases`: names under which a tensor that is stored under another name (a tied embedding) may be read as well. `stacks`:
-    names under which several may be read as one: of each entry the rows of its parts.
+    names under which several may be read as one: of each entry the rows of its parts. `packed`: quantized matrices.
     """
 
     path: Path
@@ -60,18 +61,13 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     aliases: dict[str, str] = field(default_factory=dict)
     stacks: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
+    packed: dict[str, Quantized] = field(default_factory=dict)
 
     @classmethod
     def open(cls, model: str | Path) -> Checkpoint:
         """A local folder, or a model id on the hub. Raises CheckpointError on anything missing, truncated or foreign."""
         path = locate(model)
         config = read_json(path / "config.json")
-        if quantization := config.get("quantization_config"):
-            method = quantization.get("quant_method", "?")
-            raise CheckpointError(
-                f"{path} holds {method}-quantized weights; kvfold folds float32, bfloat16 or float16."
-                " Save a dequantized copy first."
-            )
         if (path / "adapter_config.json").exists():
             raise CheckpointError(
                 f"{path} holds a PEFT adapter beside the model; merge it first (merge_and_unload, then save_pretrained)."
@@ -85,13 +81,19 @@ class Checkpoint:
                 f"{path / INDEX} names {len(missing)} tensors that their shards do not hold, for example {missing[0]} in"
                 f" {shard_of[missing[0]]}. Download the folder again."
             )
-        return cls(path, config, tensors)
+        return cls(path, config, tensors, packed=quantized(config, tensors))
 
     def read(self, name: str) -> Tensor:
-        """One tensor in its own dtype, in memory of its own. Raises CheckpointError if it is missing or holds NaN."""
+        """One tensor in its own dtype, in memory of its own; of a quantized matrix what its codes mean. Raises
+        CheckpointError if it is missing or holds NaN."""
+        if name in self.packed:
+            return self.packed[name].numbers(self.raw, self.tensors, self.config["quantization_config"])
         if name in self.stacks:
             return torch.stack([torch.cat([self.read(part) for part in parts]) for parts in self.stacks[name]])
-        name = self.aliases.get(name, name)
+        return self.read(self.aliases[name]) if name in self.aliases else self.raw(name)
+
+    def raw(self, name: str) -> Tensor:
+        """One tensor as it is stored."""
         if name not in self.tensors:
             raise CheckpointError(
                 f"{self.path} has no tensor {name!r}; it holds {len(self.tensors)}, for example"
@@ -105,7 +107,7 @@ class Checkpoint:
                 tensor = file.get_tensor(stored.name).clone()
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{shard} cannot be read at tensor {name!r}: {error}. Download it again.") from error
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if stored.dtype in DTYPES and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(
                 f"{shard}: tensor {name!r} holds {bad} NaN or infinite numbers of {tensor.numel()}."

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from kvfold.architectures.base import Architecture, architecture, empty_model, source_config
 from kvfold.checkpoint.hub import headers
+from kvfold.checkpoint.quantized import quantized
 from kvfold.checkpoint.reader import DTYPES, Checkpoint, StoredTensor, is_model_id, locate, read_json
 from kvfold.errors import CheckpointError
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
@@ -114,6 +115,8 @@ def read_layer(checkpoint: Checkpoint, arch: Architecture, layer: AttentionLayer
 def source_dtype(checkpoint: Checkpoint, arch: Architecture, layer: AttentionLayer) -> str:
     """The dtype of a layer's attention weights, as config.json would name it: the original cache has the same."""
     prefix = arch.attention_prefix(layer.index)
+    if any(name.startswith(prefix) for name in checkpoint.packed):
+        return str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16")
     found = {stored.dtype for name, stored in checkpoint.tensors.items() if name.startswith(prefix)}
     if len(found) != 1 or not found <= set(DTYPES):
         raise CheckpointError(
@@ -132,7 +135,7 @@ def under_current_names(checkpoint: Checkpoint, arch: Architecture, model: PreTr
     # of a base model that was saved alone
     tensors = {base + n if n not in expected and base + n in expected else n: t for n, t in tensors.items()}
     live = {n: t for n, t in tensors.items() if n in expected or not any(re.search(pattern, n) for pattern in dead)}
-    return dataclasses.replace(checkpoint, tensors=live)
+    return dataclasses.replace(checkpoint, tensors=live, packed=quantized(checkpoint.config, live))
 
 
 def _without_wrapper(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -157,7 +160,9 @@ def check_names(
     Raises CheckpointError unless the folder holds exactly the tensors of its model type, tied ones at least once.
     """
     stored = {name: arch.stored_name(name) for name in set(model.state_dict()) - set(stacks)}
-    found = set(checkpoint.tensors)
+    modules = tuple(f"{packed.module}." for packed in checkpoint.packed.values())
+    found = {name for name in checkpoint.tensors if not name.startswith(modules)} | set(checkpoint.packed)
+    found |= {name for name in checkpoint.tensors if name.endswith(".bias")}
     old = {name: other for name, other in stored.items() if other != name and other in found}
     expected = set(stored) - set(old) | set(old.values())
     expected |= {part for parts in stacks.values() for names in parts for part in names}

@@ -147,6 +147,8 @@ def _request(recipe: Recipe, source: Source, material: Material) -> Request:
     check_request(request, 1.0 if recipe.target_kl else budget)
     _check_runtime(recipe, request)
     if recipe.keep_parameters:
+        if source.checkpoint.packed:
+            raise RecipeError("keep_parameters widens MLPs, whose weights are quantized here; leave it out.")
         widened_size(source.arch, source.checkpoint.config, len(source.layers), 0)
     return request
 

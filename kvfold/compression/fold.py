@@ -15,6 +15,7 @@ from torch import Tensor
 from kvfold.architectures.base import Architecture
 from kvfold.checkpoint.atomic import require_space, write_tensors, write_text
 from kvfold.checkpoint.folder import MAX_SHARD_BYTES
+from kvfold.checkpoint.quantized import without_attention
 from kvfold.checkpoint.reader import INDEX, SINGLE, Checkpoint
 from kvfold.checkpoint.remote_code import auto_map
 from kvfold.checkpoint.source import source_dtype
@@ -29,6 +30,8 @@ from kvfold.plan.plan import CachePlan
 from kvfold.plan.tensors import tensor_shapes
 from kvfold.progress import track
 from kvfold.runtimes.transformers.modeling import empty_folded_model, folded_classes
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 Folds = Callable[[int], Iterator[FoldedWeights]]
 """Owner's index -> the weights of the layers that use its cache, in their order."""
@@ -65,7 +68,7 @@ def fold(
         names = shard.copied + [n for i in shard.folded for n in _names(shapes, arch, i)]
         weight_map |= dict.fromkeys(names, _name(shards, shard))
         if not (out / _name(shards, shard)).exists():
-            tensors = {name: checkpoint.read(name) for name in shard.copied}
+            tensors = {name: checkpoint.raw(name) for name in shard.copied}
             if config.get(SIZE) != checkpoint.config.get(SIZE):
                 tensors = {name: widen(arch, name, tensor, config[SIZE]) for name, tensor in tensors.items()}
             tensors |= _folded(checkpoint, arch, layers, plan, folded, shard)
@@ -80,12 +83,16 @@ def fold(
 def folded_config(checkpoint: Checkpoint, arch: Architecture, plan: CachePlan) -> dict[str, Any]:
     """The source's config.json, with the folded model's class and the plan."""
     config_class, model_class = folded_classes(arch)
-    return checkpoint.config | {
-        "architectures": [model_class.__name__],
-        "auto_map": auto_map(config_class.__name__, model_class.__name__),
-        "model_type": MODEL_TYPE_PREFIX + arch.model_type,
-        CONFIG_KEY: plan.to_dict(),
-    }
+    return (
+        checkpoint.config
+        | {
+            "architectures": [model_class.__name__],
+            "auto_map": auto_map(config_class.__name__, model_class.__name__),
+            "model_type": MODEL_TYPE_PREFIX + arch.model_type,
+            CONFIG_KEY: plan.to_dict(),
+        }
+        | ({"quantization_config": without_attention(checkpoint.config, arch.attention)} if checkpoint.packed else {})
+    )
 
 
 def _folded(
@@ -134,7 +141,7 @@ def _check(tensors: Mapping[str, Tensor], names: list[str], shapes: Mapping[str,
         assert name not in shapes or tensor.shape == shapes[name].shape, (
             f"{name} has shape {tuple(tensor.shape)}, the plan asks for {tuple(shapes[name].shape)}"
         )
-        if not torch.isfinite(tensor).all():
+        if tensor.dtype in FLOATS and not torch.isfinite(tensor).all():
             raise CheckpointError(
                 f"{name} is not finite after folding: its numbers do not fit into {tensor.dtype}. Fold a bfloat16 or float32"
                 " copy of the checkpoint."

@@ -120,8 +120,8 @@ def test_no_safetensors(source):
 
 
 def test_quantized(source):
-    edit_config(source, quantization_config={"quant_method": "gptq"})
-    refused(source, CheckpointError, "gptq-quantized")
+    edit_config(source, quantization_config={"quant_method": "hqq"})
+    refused(source, CheckpointError, "hqq-quantized")
 
 
 def test_broken_or_missing_config(source):
