@@ -50,6 +50,10 @@ NUM_LONG, LONG = 16, 1024
 """The same where rotated keys are seen, which differ from position to position, and where tokens far behind are told apart
 from recent ones: only long text has them."""
 
+NUM_FAR, FAR = 8, 4096
+"""The same where bytes are counted over more than twice as many tokens: what stands that far behind is found again by queries
+that were calibrated on (results/context-4096-smollm2-135m.md)."""
+
 FEW = 8
 """Sequences that are repeated to learn which heads look back."""
 
@@ -63,6 +67,7 @@ class Material:
 
     `width`: the method whose needs choose how much text is taken where nothing says so. `asked_by`: what to name where
     text is missing. `looks_back`: text must be long enough to show which heads do.
+    `context_len`: tokens over which bytes are counted.
     """
 
     calibration: Calibration
@@ -73,13 +78,18 @@ class Material:
     seed: int = 0
     recent: int = 0
     looks_back: bool = False
+    context_len: int = 0
     device: str = "cpu"
 
     def __post_init__(self) -> None:
         rotated = bool(self.width.needs & ROTATED) and any(layer.rotary_dim for layer in self.source.layers)
         is_long = rotated or self.recent > 0 or self.looks_back
-        self.num_samples = self.calibration.num_samples or (NUM_LONG if is_long else NUM_SAMPLES)
-        self.seq_len = self.calibration.seq_len or min(LONG if is_long else SEQ_LEN, self.source.seq_len)
+        # those that look back read text twice, and a model takes long to say so much
+        far = is_long and not self.looks_back and self.calibration.data != "self" and self.context_len > 2 * LONG
+        number, length = (NUM_FAR, FAR) if far else (NUM_LONG, LONG) if is_long else (NUM_SAMPLES, SEQ_LEN)
+        longest = context_len(self.source.checkpoint.config) or length
+        self.num_samples = self.calibration.num_samples or number
+        self.seq_len = self.calibration.seq_len or min(length, longest, self.context_len if far else length)
 
     def statistics(
         self,

@@ -193,13 +193,14 @@ def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
 
 def material_of(recipe: Recipe, source: Source, run_dir: Path, device: str = "cpu") -> Material:
     """The calibration text that a recipe asks for."""
-    weighs = recipe.axes.length.weighs_heads
+    length = recipe.axes.length
+    weighs = length.weighs_heads or length.foresees
     axes = ("depth", "width", "length") if weighs else ("depth", "width")
     asked_by = " + ".join(getattr(recipe, axis)["method"] for axis in axes)
     width = recipe.method("width")
     return Material(
         recipe.calibration, source, run_dir, width, asked_by,
-        seed=recipe.seed, device=device, recent=recipe.axes.told_apart, looks_back=weighs,
+        seed=recipe.seed, device=device, recent=recipe.axes.told_apart, looks_back=weighs, context_len=recipe.context_len,
     )  # fmt: skip
 
 

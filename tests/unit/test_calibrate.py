@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import FULL_ATTENTION, MODELS, load, tokens
+from tiny import FULL_ATTENTION, MODELS, load, make_tiny, save_tiny, tokens
 from transformers import DynamicCache
 
 from kvfold.architectures.base import architecture
@@ -10,7 +10,7 @@ from kvfold.calibration.calibrate import STATISTICS, calibrate
 from kvfold.calibration.layerwise_model import StreamedModel
 from kvfold.calibration.statistics import GRADIENTS, VECTORS, Seen
 from kvfold.checkpoint.source import open_source
-from kvfold.compression.recipe import make_recipe, material_of
+from kvfold.compression.recipe import make_recipe, material_of, suited
 from kvfold.linalg.eigen import Moment
 from kvfold.linalg.sensitivity import TOKENS, WEIGHTED, sensitivities
 from kvfold.plan.layer import FAST
@@ -220,3 +220,32 @@ def test_rotated_keys_are_calibrated_on_longer_text(tiny_dir, tmp_path):
         found[(model, *width.values())] = (material.num_samples, material.seq_len)
     assert found["llama_mha", "fisher"] == found["llama_mha", "svd_a"] == (16, 512)  # the model's context
     assert found["llama_mha", "fisher", "on_read"] == found["bloom_alibi", "fisher"] == (64, 256)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"preset": "svd_w"}, (64, 256)),
+        ({"preset": "auto"}, (16, 1024)),
+        ({"preset": "auto", "context_len": 4096}, (8, 4096)),
+        ({"preset": "auto", "context_len": 3000}, (8, 3000)),
+        ({"preset": "auto", "context_len": 32768}, (8, 4096)),
+        ({"preset": "auto", "context_len": 4096, "calibration": {"data": "self"}}, (16, 1024)),
+        ({"preset": "auto", "context_len": 4096, "calibration": {"data": "t.txt", "seq_len": 300}}, (8, 300)),
+        ({"preset": "observed", "context_len": 4096}, (16, 1024)),
+        ({"preset": "foreseen", "length": {"method": "foreseen", "sharing": "equal"}}, (16, 1024)),
+        ({"preset": "svd_w", "context_len": 4096}, (64, 256)),
+    ],
+    ids=str,
+)
+def test_text_is_as_long_as_what_is_to_be_remembered(tmp_path, fields, expected):
+    """As far as the model has positions."""
+    base = {"model": "m", "out": "o", "kv_budget": 0.25, "calibration": {"data": "t.txt"}}
+    recipe = make_recipe(base | fields)
+    for positions, longest in ((8192, 8192), (512, 512)):
+        source = open_source(
+            save_tiny(make_tiny("llama_mha", max_position_embeddings=positions), tmp_path / f"{positions}")
+        )
+        found = material_of(suited(recipe, source.layers), source, tmp_path / "run")
+        asked = recipe.calibration.seq_len
+        assert (found.num_samples, found.seq_len) == (expected[0], asked or min(expected[1], longest))
