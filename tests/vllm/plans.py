@@ -62,11 +62,9 @@ rotated together, layers without rotation, experts, models of transformers'."""
 PLANS |= PACKED
 CHANGES = {
     "odd_heads": {},
-    "cohere2_nope": {"sliding_window": 600},
     "qwen2_sink": {"hidden_size": 96},
     "gpt2_conv": {"scale_attn_by_inverse_layer_idx": False},
     "norms_shared": {"layer_types": None, "use_sliding_window": False, "sliding_window": None},
     "qwen3_norm_window": {"layer_types": None, "use_sliding_window": False, "sliding_window": None},
 }
-"""What vLLM's own models of these families do not have; its Qwen2 has heads of hidden_size / num_attention_heads, its Cohere2
-sees one token more in windows than that of transformers."""
+"""What vLLM's own models of these families do not have; its Qwen2 has heads of hidden_size / num_attention_heads."""

@@ -113,7 +113,7 @@ class FoldedAttention(FamilyCall):
             num_kv_heads=self.groups,
             cache_config=cache,
             logits_soft_cap=self.layer.softcap,
-            per_layer_sliding_window=stock.sliding_window,
+            per_layer_sliding_window=window_of(self.layer, stock),
             prefix=stock.layer_name,
             kv_sharing_target_layer_name=target,
             **options,
@@ -176,6 +176,11 @@ class FoldedAttention(FamilyCall):
 
     def _padded(self, x_TCR: Tensor) -> Tensor:
         return F.pad(x_TCR, (0, self.attn.head_size - x_TCR.shape[-1])).flatten(1)
+
+
+def window_of(layer: AttentionLayer, stock: Any) -> int | None:
+    """As transformers has it: vLLM's Cohere 2 takes one token more."""
+    return None if stock.sliding_window is None else layer.window
 
 
 def in_halves(rotary_emb: Any) -> Any:

@@ -16,7 +16,7 @@ from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, by_age, first_numbers, newest, read_all, side_by_side
 from kvfold.runtimes.kernels.rotary import own_tables
 from kvfold.runtimes.transformers.attention import FoldedAttention
-from kvfold.runtimes.vllm.attention import FamilyCall
+from kvfold.runtimes.vllm.attention import FamilyCall, window_of
 from kvfold.runtimes.vllm.batches import Batch
 from kvfold.runtimes.vllm.linear import Linear
 from kvfold.runtimes.vllm.packed_layers import PackedAttention, PackedPages
@@ -52,7 +52,7 @@ class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
                 self.get_parameter(name).of_rank = cut  # type: ignore[attr-defined]
         slopes = getattr(stock.impl, "alibi_slopes", None)
         self.slopes_N = None if slopes is None else torch.as_tensor(slopes, dtype=torch.float32)
-        self.attn = PackedAttention(self, pages, stock.layer_name, stock.sliding_window)
+        self.attn = PackedAttention(self, pages, stock.layer_name, window_of(layer, stock))
         self.read_tables = None if tables is None else tables.of_slow(spec.fast_pairs)
         self.reader = PageReader(self)
 
