@@ -87,6 +87,22 @@ def position_bytes(plan):
     return 3 * 256 * plan.position_bytes
 
 
+@pytest.mark.filterwarnings("ignore:kv_budget")
+@pytest.mark.parametrize("model", ["cohere_interleaved", "glm_interleaved", "smollm3_nope", "phi_partial"])
+def test_latents_that_several_layers_fill(folded, tmp_path, model):
+    """Rotated as the family does, at full width the original, however tokens come."""
+    source, _ = folded(model, "identity")
+    fields = {"model": str(source), "out": str(tmp_path / "out"), "calibration": CALIBRATION, "kv_budget": 1.0}
+    uses = {"depth": {"method": "explicit", "uses": "0,0,0"}, "width": {"method": "cross_layer"}}
+    made = kvfold.compress(make_recipe(fields | uses), run_dir=tmp_path / "run", device="cpu")
+    network, ids, expected = load(made.out), tokens(2, 20), logits(load(source), tokens(2, 20))
+    assert_close(logits(network, ids), expected, tolerance=2e-5)
+    cache = FoldedCache(made.plan)
+    with torch.no_grad():
+        parts = [network(ids[:, :13], past_key_values=cache).logits, network(ids[:, 13:], past_key_values=cache).logits]
+    assert_close(torch.cat(parts, 1), expected, tolerance=2e-5)
+
+
 @pytest.mark.parametrize("model", FAMILIES)
 def test_what_lies_around_attention_is_copied(folded, model):
     """Bit for bit, under the names that it has in files: experts one by one."""
