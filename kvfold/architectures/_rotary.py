@@ -20,8 +20,12 @@ def rotated_numbers(module: Any) -> Mapping[str | None, int]:
     """Kind of rotation -> numbers of each head that its tables turn, whatever the config says of them."""
     if module is None:
         return {}
-    kinds = [None] if not isinstance(module.rope_type, dict) else list(module.rope_type)
-    return {kind: 2 * len(getattr(module, "inv_freq" if kind is None else f"{kind}_inv_freq")) for kind in kinds}
+    return {kind: 2 * len(_frequencies(module, kind)) for kind in rope_types(module)}
+
+
+def _frequencies(module: Any, kind: str | None) -> Any:
+    """Radians per token of each pair."""
+    return getattr(module, "inv_freq" if kind is None else f"{kind}_inv_freq")
 
 
 def rotary_speeds(module: Any) -> Mapping[str | None, tuple[float, ...]]:
@@ -32,7 +36,7 @@ def rotary_speeds(module: Any) -> Mapping[str | None, tuple[float, ...]]:
     with torch.device("cpu"):
         made = type(module)(config=module.config)
     return {
-        kind: tuple(getattr(made, "inv_freq" if kind is None else f"{kind}_inv_freq").tolist())
+        kind: tuple(_frequencies(made, kind).tolist())
         for kind, rope_type in rope_types(made).items()
         if rope_type not in CHANGING
     }

@@ -124,7 +124,7 @@ class Architecture(ABC):
             window=self.window(module),
             qk_norm=hasattr(module, "q_norm"),
             qkv_bias=module.q_proj.bias is not None,
-            o_bias=module.o_proj.bias is not None,
+            o_bias=getattr(module, self.output).bias is not None,
             attention_dropout=module.attention_dropout,
         )
 
@@ -155,15 +155,16 @@ class Architecture(ABC):
 
     def weights(self, read: Callable[[str], Tensor], layer: AttentionLayer) -> AttentionWeights:
         """One layer's tensors. `read` takes a name inside the layer's attention, such as `q_proj.weight`."""
-        names = {f"{p}_proj": f"{p}_proj.weight" for p in "qkvo"}
+        names = {f"{p}_proj": f"{p}_proj.weight" for p in "qkv"} | {"o_proj": f"{self.output}.weight"}
         names |= {f"{p}_bias": f"{p}_proj.bias" for p in "qkv" if layer.qkv_bias}
-        names |= {"o_bias": "o_proj.bias"} if layer.o_bias else {}
+        names |= {"o_bias": f"{self.output}.bias"} if layer.o_bias else {}
         names |= {f"{p}_norm": f"{p}_norm.weight" for p in "qk"} if layer.qk_norm else {}
         return AttentionWeights(**{field: read(name) for field, name in names.items()})
 
     def stock_attention(self, folded: FoldedWeights) -> dict[str, Tensor]:
         """The tensors of a stock attention module, by their names in it."""
-        return folded.state_dict(folded.q_proj.dtype)
+        tensors = folded.state_dict(folded.q_proj.dtype)
+        return {name.replace("o_proj.", f"{self.output}."): tensor for name, tensor in tensors.items()}
 
 
 CONTRACT = Architecture
