@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvfold.evaluation.context import Remembered, ask, compared, draw_samples
@@ -30,27 +30,29 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--markdown", type=Path, help="write the table here too")
     options = parser.parse_args()
-    found = measure(options.model, options.folded, options.data, options.context, options.sequences)
-    text = table(found, options).markdown()
+    for found in measure(options.model, options.folded, options.data, options.context, options.sequences):
+        text = table(found, options).markdown()
+        if options.markdown:  # after every fold: some take a quarter of an hour
+            options.markdown.write_text(text)
     print(text)
-    if options.markdown:
-        options.markdown.write_text(text)
     print(json.dumps({name: [row.to_json() for row in rows] for name, rows in found.items()}))
 
 
-def measure(model: str, folded: Sequence[str], data: Path, context: int, sequences: int) -> dict[str, list[Remembered]]:
-    """Rows of every fold; the original answers once."""
+def measure(
+    model: str, folded: Sequence[str], data: Path, context: int, sequences: int
+) -> Iterator[dict[str, list[Remembered]]]:
+    """Rows of the folds so far, after each; the original answers once."""
     base = load(model)
     samples = draw_samples(base.tokenizer, data, length=context, sequences=sequences)
     expected = ask(base.model, samples, "the original")
-    found = {}
+    found: dict[str, list[Remembered]] = {}
     for folder in folded:
         check_original(folder, model)
         loaded = load(folder)
         found[Path(folder).name] = compared(
             samples, expected, ask(loaded.model, samples, Path(folder).name), loaded.plan
         )
-    return found
+        yield found
 
 
 def table(found: dict[str, list[Remembered]], options: argparse.Namespace) -> Table:
