@@ -268,7 +268,7 @@ def decode_part(
         S = keys.shape[2]
         at = S - T if position is None else position
         sequences_B3 = torch.tensor([[0, S, at]] * B, dtype=torch.int64, device=q_BNTR.device)
-    rows = None if bias is None else _bias_rows(bias, B, N, T)
+    rows = None if bias is None else bias_rows(bias, B, N, T)
     facts = _Queries(
         queries.data_ptr(), None if rows is None else rows.data_ptr(), sequences_B3.data_ptr(),
         *((0, 0) if rows is None else rows.stride()[:2]), B, N * T, T, *ages, torch.get_num_threads(), scale, softcap or 0.0,
@@ -287,8 +287,8 @@ def decode_part(
     return Averages(out, log_sums)
 
 
-def _bias_rows(bias: Tensor, B: int, N: int, T: int) -> Tensor:
-    """[B, N * T, S], in which one token's mask need not be copied."""
+def bias_rows(bias: Tensor, B: int, N: int, T: int) -> Tensor:
+    """[B, N * T, S] of numbers to add to scores, in which one token's mask need not be copied."""
     S = bias.shape[-1]
     rows = bias.expand(B, N, T, S)[:, :, 0] if T == 1 else bias.expand(B, N, T, S).reshape(B, N * T, S)
     if rows.stride(-1) == 1:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from kvfold.runtimes.kernels.chosen_tokens import best_by_leading, chooses
 from kvfold.runtimes.readers.base import Asked, Choice, Reader
 
 
@@ -10,5 +13,16 @@ class Lead(Reader):
     them."""
 
     def choose(self, asked: Asked) -> Choice:
-        worth_BGS = asked.attention(asked.leading(self.reading.leading))
-        return Choice(self.best(worth_BGS, asked), None, asked.count / asked.keys.shape[2])
+        index_BGn = self._by_kernel(asked) if chooses(asked.queries_BNTR, asked.keys) else self._best(asked)
+        return Choice(index_BGn, None, asked.count / asked.keys.shape[2])
+
+    def _best(self, asked: Asked) -> Tensor:
+        """The obvious way."""
+        return self.best(asked.attention(asked.leading(self.reading.leading)), asked)
+
+    def _by_kernel(self, asked: Asked) -> Tensor:
+        sizes = {"groups": asked.groups, "count": asked.count, "leading": self.reading.leading}
+        always = {"sinks": self.reading.sinks, "newest": self.reading.newest}
+        return best_by_leading(
+            asked.queries_BNTR, asked.keys, asked.seen, **sizes, **always, softcap=asked.softcap
+        ).long()

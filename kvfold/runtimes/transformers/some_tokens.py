@@ -13,9 +13,11 @@ from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.token_runs import FEW_TOKENS
 from kvfold.runtimes.kernels.attention import additive, grouped_attention
+from kvfold.runtimes.kernels.chosen_tokens import attend_to, attends
 from kvfold.runtimes.kernels.gathering import taken
 from kvfold.runtimes.kernels.packed_tokens import IndexedTokens, Stored, read_all
 from kvfold.runtimes.readers.base import Asked, Choice, for_queries
+from kvfold.runtimes.transformers.on_read import value_map
 
 
 class AttentionToSome(nn.Module):
@@ -49,9 +51,13 @@ class AttentionToSome(nn.Module):
             )
         )  # fmt: skip
         z.reader.steps, z.reader.read = z.reader.steps + 1, z.reader.read + choice.share
+        hidden = _hidden(seen, choice, absorbed)
+        if not (self._eager() or wants_probs) and attends(absorbed, z.stored, y):
+            back = value_map(self, q.dtype)
+            out = attend_to(absorbed, z.stored, y, choice.index_BGn, hidden, scale=self.scaling, map=back)
+            return out if back else self._lead_values_back(out), None
         k = taken(z.stored, choice.index_BGn.repeat_interleave(C // groups, dim=1))
         v = k if y is z.stored else taken(y, choice.index_BGn.repeat_interleave(y.shape[1] // groups, dim=1))
-        hidden = _hidden(seen, choice, absorbed)
         if not (self._eager() or wants_probs):
             return self._lead_values_back(self._few(absorbed, k, v, hidden)), None
         numbers = read_all(k), read_all(v)

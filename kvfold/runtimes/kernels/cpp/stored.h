@@ -12,6 +12,8 @@
 
 namespace {
 
+constexpr int AHEAD = 12;  // tokens; measured
+
 // Keys or values [batch, heads, tokens, width], strides in bytes, numbers of a token side by side. Packed ones are rows of
 // bytes; no tiers are float8; others are float32, or bfloat16 where they are `narrow`. With a table, tokens lie in pages of `page_tokens`, whose numbers are in the table's row of a
 // sequence; otherwise a sequence is one page.
@@ -25,9 +27,10 @@ struct Stored {
 
   template <typename T>
   const T *at(int64_t row, int64_t head, int64_t token) const {
-    const int64_t page = table ? table[row * table_stride + token / page_tokens] : row;
-    if (table) token %= page_tokens;
-    return (const T *)((const char *)data + page * page_stride + head * head_stride + token * token_stride);
+    const char *at = (const char *)data + head * head_stride;
+    if (!table) return (const T *)(at + row * page_stride + token * token_stride);
+    if (page_tokens == 1) return (const T *)(at + table[row * table_stride + token] * page_stride);  // divisions take longer
+    return (const T *)(at + table[row * table_stride + token / page_tokens] * page_stride + token % page_tokens * token_stride);
   }
 
   bool aligned(int64_t size) const {
@@ -36,7 +39,15 @@ struct Stored {
 
   // So many of `count` tokens from `token` on lie behind each other.
   int together(int64_t token, int count) const {
-    return table ? std::min<int64_t>(count, page_tokens - token % page_tokens) : count;
+    if (!table) return count;
+    return page_tokens == 1 ? 1 : std::min<int64_t>(count, page_tokens - token % page_tokens);
+  }
+
+  // Pages that hold few tokens lie anywhere, of which the processor guesses nothing.
+  void fetch(int64_t row, int64_t head, int64_t token) const {
+        const char *from = at<char>(row, head, token);
+    const int64_t bytes = packed ? token_stride : width * (narrow ? 2 : 4);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
   }
 
   // Some tokens of one head as rows of `stride` numbers; up to CODES - 1 more are written behind each.
@@ -44,6 +55,7 @@ struct Stored {
   void read(int64_t row, int64_t head, int64_t start, int count, T *to, int64_t stride) const {
     for (int done = 0, now; done < count; done += now, to += now * stride) {
       now = together(start + done, count - done);
+      if (now < AHEAD && done + AHEAD < count) fetch(row, head, start + done + AHEAD);
       if (packed) {
         unpack(at<uint8_t>(row, head, start + done), token_stride, tiers, num_tiers, width, now, to, stride);
         continue;
