@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/demo_model/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: docs wheel results-real results-real-kivi results-measured results-lab results-real-auto results-real-ablation results-real-tasks results-real-tasks-three results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-real-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long results-dropped results-scored results-real-context results-reading results-multi-head real-models clean
+.PHONY: docs wheel results-real results-real-kivi results-measured results-lab results-real-auto results-real-ablation results-real-tasks results-real-tasks-three results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-real-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long results-dropped results-scored results-real-context results-reading results-read-some results-multi-head real-models clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -331,6 +331,12 @@ runs/reading/%: | $(VENV)/installed
 	  --data $(CALIBRATION) --out $@ --run-dir runs/reading-run
 results-reading: $(READ)
 	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 1024 --sequences 8 --markdown results/reading-smollm2-135m.md
+
+# A decode step of two layers of Llama-3-8B's shape that reads some of 16,384 stored tokens
+LEAD := lead:length.leading=16,kv_budget=1.0
+results-read-some: $(VENV)/installed
+	$(BIN)/kvfold bench --shape llama3-8b --layers 2 --dtype bfloat16 $(DECODE) --batch 4 --context 16384 --steps 10 --preset $(LEAD) \
+	  --preset $(LEAD),length.share=0.0625 --preset quest --markdown results/decode-step-read-some.md
 
 # What a step takes beside the original, of folds of results-real-auto and results-real-frontier, on a quiet machine
 SPEEDS := $(addprefix runs/real-auto/auto-,0.25 0.125 0.0625) runs/real-frontier/int4_rotated-kv_budget=null-0.5

@@ -67,7 +67,12 @@ def best_by_leading(
         B, N * T, groups, S, count, sinks, newest, torch.get_num_threads(), softcap or 0.0,
     )  # fmt: skip
     described = StoredTokens.of(first)
-    kernel.kvfold_lead(ctypes.byref(facts), ctypes.byref(described), ctypes.c_void_p(found.data_ptr()))
+    kernel.kvfold_lead(
+        ctypes.c_int(keys.dtype == torch.bfloat16),
+        ctypes.byref(facts),
+        ctypes.byref(described),
+        ctypes.c_void_p(found.data_ptr()),
+    )
     return found
 
 

@@ -20,19 +20,21 @@ struct Leading {
   float softcap;
 };
 
+template <typename T>
 struct Choosing {
   const Leading &q;
   const Side keys;
   const int rows, heads, each;
-  Running<float> run;
-  std::vector<float> numbers, scores, worth;
+  Running<T> run;
+  std::vector<T> numbers;
+  std::vector<float> worth;
   std::vector<int32_t> counts, alike;
   std::vector<uint16_t> places;
   std::vector<char> shown;
 
   Choosing(const Leading &q, const Stored &stored)
       : q(q), keys(&stored, 1, false), rows(q.rows / q.groups), heads(keys.heads / q.groups), each(rows / heads),
-        run(rows, each, keys.width, keys.width, AT_ONCE), numbers(AT_ONCE * keys.stride<float>()), scores(AT_ONCE), worth(q.tokens), counts(PLACES), places(q.tokens),
+        run(rows, each, keys.width, keys.width, AT_ONCE), numbers(AT_ONCE * keys.template stride<T>()), worth(q.tokens), counts(PLACES), places(q.tokens),
         shown(q.tokens) {}
 
   const float *bias(int64_t batch, int64_t row) const { return q.bias ? q.bias + batch * q.bias_batch + row * q.bias_row : nullptr; }
@@ -53,7 +55,7 @@ struct Choosing {
     for (int64_t start = 0; start < q.tokens; start += AT_ONCE) {
       const int count = std::min<int64_t>(AT_ONCE, q.tokens - start);
       for (int c = 0; c < heads; ++c) {
-        const Tokens<float> z = keys.numbers<float>(batch, group * heads + c, start, count, numbers);
+        const Tokens<T> z = keys.template numbers<T>(batch, group * heads + c, start, count, numbers);
         run.score_head(c * each, each, z, keys.width, count);
       }
       for (int row = 0; row < rows; ++row)
@@ -126,16 +128,22 @@ struct Choosing {
   }
 };
 
+template <typename T>
+void choose(const Leading &q, const Stored &keys, int32_t *found) {
+#pragma omp parallel num_threads(q.threads)
+  {
+    const Tiles tiles(in_tiles<T>());
+    Choosing<T> own(q, keys);
+    std::vector<float> all(own.rows * own.padded());
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < q.batch * q.groups; ++task)
+      own.choose(task / q.groups, task % q.groups, all, found + task * q.count);
+  }
+}
+
 }  // namespace
 
 // found [batch, groups, count], ascending.
-extern "C" void kvfold_lead(const Leading *q, const Stored *keys, int32_t *found) {
-#pragma omp parallel num_threads(q->threads)
-  {
-    Choosing own(*q, *keys);
-    std::vector<float> all(own.rows * own.padded());
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < q->batch * q->groups; ++task)
-      own.choose(task / q->groups, task % q->groups, all, found + task * q->count);
-  }
+extern "C" void kvfold_lead(int is_bfloat16, const Leading *q, const Stored *keys, int32_t *found) {
+  (is_bfloat16 && (!keys->packed || sizeof(Product<bfloat16>) == 2) ? choose<bfloat16> : choose<float>)(*q, *keys, found);
 }
