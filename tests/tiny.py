@@ -12,6 +12,7 @@ from sinks import add_sink
 from torch import Tensor
 
 from kvfold.architectures.base import architecture
+from kvfold.runtimes.transformers.load import auto_class
 
 VOCAB = 211
 COMMON = {
@@ -114,6 +115,44 @@ FAMILIES |= {
     ),
     "olmoe_experts": (tf.OlmoeConfig, {"num_experts": 4, "num_experts_per_tok": 2, "rms_norm_eps": 1e-6}),
 }
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+FAMILIES |= {
+    "bigcode_one_head": (
+        tf.GPTBigCodeConfig,
+        {"num_key_value_heads": 1, "num_attention_heads": 4, "n_head": 4, "n_layer": 3, "n_embd": 64},
+    ),
+    "falcon_one_head": (tf.FalconConfig, {"num_key_value_heads": 1, "num_attention_heads": 4, "bias": True}),
+    "falcon_groups": (tf.FalconConfig, {"new_decoder_architecture": True, "num_kv_heads": 4}),
+    "gemma3_beside_vision": (
+        tf.Gemma3Config,
+        {
+            "text_config": {
+                "head_dim": 16,
+                "sliding_window": 9,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
+            "vision_config": VISION,
+            "mm_tokens_per_image": 4,
+            "image_token_id": 3,
+        },
+    ),
+    "mistral3_beside_vision": (
+        tf.Mistral3Config,
+        {
+            "text_config": {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
+            "vision_config": {"model_type": "pixtral", "head_dim": 16} | VISION | {"image_size": 56},
+            "image_token_id": 3,
+            "image_token_index": 3,
+        },
+    ),
+}
 """Families that differ from those above in what surrounds attention, or little: test_families.py."""
 
 SINKS = {
@@ -135,14 +174,24 @@ def make_tiny(name: str, *, seed: int = 0, **changes: object) -> tf.PreTrainedMo
     """A random model whose biases and norms are not at their trivial initial values."""
     config_class, fields = (MODELS | FAMILIES)[name]
     torch.manual_seed(seed)
-    config = config_class(**COMMON | fields | changes)
+    config = config_class(**_with_sizes(fields) | changes)
     eager = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
-    model = tf.AutoModelForCausalLM.from_config(config, **eager).float().eval()
+    model = architecture(config.model_type).model_class._from_config(config, **eager).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return add_sink(model) if name in SINKS else model
+
+
+def _with_sizes(fields: dict) -> dict:
+    """Of the language model, which may stand beside others."""
+    inner = fields.get("text_config")
+    return (
+        COMMON | fields
+        if inner is None
+        else fields | {"text_config": COMMON | inner, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    )
 
 
 def save_tiny(model: tf.PreTrainedModel, folder: Path) -> Path:
@@ -154,7 +203,7 @@ def load(folder: str | Path, **options: object) -> tf.PreTrainedModel:
     config = json.loads((Path(folder) / "config.json").read_text())
     if config.get("attn_logit_softcapping") and "kv_compression_config" not in config:
         options.setdefault("attn_implementation", "eager")  # transformers' sdpa drops the cap
-    return tf.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    return auto_class(folder).from_pretrained(folder, **options).eval()
 
 
 def tokens(batch: int = 3, length: int = 40, *, seed: int = 7) -> Tensor:

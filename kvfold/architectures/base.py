@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from kvfold import registry
+from kvfold.architectures._refused import REFUSED
 from kvfold.architectures._rotary import rotary_speeds, rotated_numbers
 from kvfold.errors import CheckpointError
 from kvfold.plan.folded_weights import FoldedWeights
@@ -28,12 +29,13 @@ class Architecture(ABC):
     `layers` and `attention` lead from the causal model to one layer's attention module, `output` from there to the projection
     behind its heads, `rotary` to the module that makes cos and sin; `passes_keywords` says whether a forward's keyword
     arguments reach attention, `keeps_documents_apart` whether positions that begin again start a document that sees nothing
-    of the one before; `attn_implementation` names the only one
-    that the family has, if it does not take others from transformers' AttentionInterface; `no_stock_gqa` is why the family
-    has no stock grouped-query class, if it has none; `mlp_in` and `mlp_out`
-    lead from a layer to the projections whose rows and whose columns are the MLP's neurons. `sums_late`: vLLM's own
-    model adds up what its processes have of attention together with what they have of the MLP. `experts`: the parameters in
-    which current models have all experts of a layer -> the names of each one's parts in files, whose rows it stacks.
+    of the one before; `attn_implementation` names the only one that the family has, if it does not take others from
+    transformers' AttentionInterface; `no_stock_gqa` is why the family has no stock grouped-query class, if it has none,
+    `not_in_vllm` why kvfold does not serve it there; `mlp_in` and `mlp_out` lead from a layer to the projections whose rows
+    and whose columns are the MLP's neurons. `beside`: parts of the base model that no text passes. `repeats_heads`:
+    transformers' own model caches every key and value once for each of its queries. `sums_late`: vLLM's own model adds up
+    what its processes have of attention together with what they have of the MLP. `experts`: the parameters in which current
+    models have all experts of a layer -> the names of each one's parts in files, whose rows it stacks.
     """
 
     model_type: ClassVar[str]
@@ -46,8 +48,11 @@ class Architecture(ABC):
     keeps_documents_apart: ClassVar[bool] = True
     attn_implementation: ClassVar[str | None] = None
     no_stock_gqa: ClassVar[str | None] = None
+    not_in_vllm: ClassVar[str | None] = None
     mlp_in: ClassVar[tuple[str, ...]] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_out: ClassVar[str] = "mlp.down_proj"
+    beside: ClassVar[tuple[str, ...]] = ()
+    repeats_heads: ClassVar[bool] = False
     sums_late: ClassVar[bool] = False
     experts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
@@ -133,6 +138,10 @@ class Architecture(ABC):
         factor = (getattr(module.config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
         return int(module.head_dim * factor)
 
+    def observable(self, model: nn.Module) -> None:
+        """Let attention go through transformers' AttentionInterface, where the family's own does not."""
+        return None
+
     def watch(self, module: Any, observer: Callable[[Tensor, Tensor, Tensor], None]) -> Any:
         """A hook that shows q, k and v [B, heads, T, H] of a stock attention module that AttentionInterface does not see."""
         raise NotImplementedError("only for families with an attn_implementation of their own")
@@ -201,17 +210,18 @@ def all_architectures() -> list[Architecture]:
 
 @functools.cache
 def architecture(model_type: str) -> Architecture:
-    """The family of a model_type. Raises CheckpointError with the nearest one and the list."""
+    """The family of a model_type. Raises CheckpointError with the reason or the list."""
     if model_type.startswith(MODEL_TYPE_PREFIX):
         raise CheckpointError(
             f"model_type is {model_type!r}: this folder is folded already. Fold the original model again instead."
         )
+    if model_type in REFUSED and model_type not in registry.names("architectures"):
+        raise CheckpointError(f"config.json: models of model_type {model_type!r} are not folded: {REFUSED[model_type]}")
     if model_type not in registry.names("architectures"):
         known = registry.names("architectures")
         raise CheckpointError(
-            "config.json: "
-            + registry.unknown("supported model_type", model_type, known)
-            + " A family is one file: docs/add_an_architecture.md shows how to add it."
+            f"config.json: models of model_type {model_type!r} are not folded. Those that are: {', '.join(known)}."
+            " A family is one file: docs/add_an_architecture.md shows how to add it."
         )
     return registry.load("architectures", model_type)()
 
@@ -223,13 +233,19 @@ def source_config(arch: Architecture, config: dict[str, Any]) -> transformers.Pr
         loaded = arch.config_class.from_dict(copy.deepcopy(config))
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(f"config.json does not describe a {arch.model_type} model: {error}") from error
-    heads, kv_heads = loaded.num_attention_heads, getattr(loaded, "num_key_value_heads", None)
+    text = loaded.get_text_config(decoder=True)
+    heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
     if kv_heads and heads % kv_heads:
         raise CheckpointError(
             f"config.json: {heads} query heads are not divisible by {kv_heads} key/value heads. Check num_attention_heads"
             " and num_key_value_heads."
         )
     return loaded
+
+
+def text_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json says of the language model, which may stand beside others."""
+    return config.get("text_config") or config
 
 
 def empty_model(arch: Architecture, config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:

@@ -67,11 +67,15 @@ class StreamedModel:
     ) -> None:
         self.recent, self.outputs = recent, outputs
         config = source_config(arch, checkpoint.config)
-        config._attn_implementation = arch.attn_implementation or _register_observed_attention()
         self.checkpoint, self.arch, self.device = checkpoint, arch, device
+        config._attn_implementation = arch.attn_implementation or "sdpa"
         self.model: PreTrainedModel = empty_model(arch, config)
+        if not arch.attn_implementation:
+            arch.observable(self.model)
+            self.model.config._attn_implementation = _register_observed_attention()
         self.layers = arch.describe(self.model)
         self.is_bfloat16 = source_dtype(checkpoint, arch, self.layers[0]) == "bfloat16"
+        self.vocab_size = config.get_text_config(decoder=True).vocab_size
         self.calls: list[dict[str, Any]] = []
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
@@ -81,7 +85,7 @@ class StreamedModel:
         All sequences are full and equally long, so the arguments of one serve all.
         """
         base, prefix = self.model.base_model, f"{self.model.base_model_prefix}."
-        self._load(base, prefix, skip=self.arch.layers.removeprefix(prefix) + ".")
+        self._load(base, prefix, skip=self._skipped(prefix))
         modules = list(self.model.get_submodule(self.arch.layers).children())
         hidden_BTD = torch.empty(*tokens_BT.shape, self.layers[0].hidden_size)
         row = 0
@@ -142,7 +146,7 @@ class StreamedModel:
 
         The family's own forward leads from there to the logits, with layers that do nothing.
         """
-        self._load(self.model, "", skip=self.arch.layers + ".")
+        self._load(self.model, "", skip=self._skipped(""))
         self.model.tie_weights()
         modules = list(self.model.get_submodule(self.arch.layers).children())
         leaf: list[Tensor] = []
@@ -163,7 +167,7 @@ class StreamedModel:
         """Of one sequence, as many positions at a time as LOGITS_AT_ONCE allows."""
         total_1TD = torch.zeros_like(leaf_1TD)
         positions = torch.arange(tokens_1T.shape[1], device=self.device)
-        for kept in positions.split(max(LOGITS_AT_ONCE // self.model.config.vocab_size, 1)):
+        for kept in positions.split(max(LOGITS_AT_ONCE // self.vocab_size, 1)):
             with torch.enable_grad():
                 logits_KV = self.model(input_ids=tokens_1T, use_cache=False, logits_to_keep=kept).logits[0]
             total_1TD += torch.autograd.grad(logits_KV, leaf_1TD, _score(logits_KV.detach(), draws_T[kept]))[0]
@@ -228,8 +232,14 @@ class StreamedModel:
             hook.remove()
         _unload(module)
 
-    def _load(self, module: torch.nn.Module, prefix: str, skip: str | None = None) -> None:
-        """Give a module its weights, in float32. `skip`: parameters that stay on the meta device."""
+    def _skipped(self, prefix: str) -> tuple[str, ...]:
+        """Beginnings of names behind `prefix`: of layers, and of what no text passes."""
+        base = f"{self.model.base_model_prefix}."
+        names = (f"{self.arch.layers}.", *(base + name for name in self.arch.beside))
+        return tuple(name.removeprefix(prefix) for name in names)
+
+    def _load(self, module: torch.nn.Module, prefix: str, skip: tuple[str, ...] | None = None) -> None:
+        """Give a module its weights, in float32. `skip`: beginnings of parameters that stay on the meta device."""
         names = [name for name, _ in module.named_parameters() if skip is None or not name.startswith(skip)]
         state = {name: self.checkpoint.read(prefix + name).to(self.device, torch.float32) for name in names}
         module.load_state_dict(state, assign=True, strict=skip is None)

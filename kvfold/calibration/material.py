@@ -215,8 +215,9 @@ def self_sampled(source: Source, run_dir: Path, *, num_samples: int, seq_len: in
     if not file.exists():
         model = load_weights(source.checkpoint.path, source.dtype, device)
         plan = source_plan([source_layer(layer) for layer in source.layers], source.dtype)
+        cache = (lambda: None) if source.arch.repeats_heads else (lambda: FoldedCache(plan))
         tokens_BT = data.sample_from_model(
-            model, num_samples=num_samples, seq_len=seq_len, seed=seed, chat=chat, new_cache=lambda: FoldedCache(plan)
+            model, num_samples=num_samples, seq_len=seq_len, seed=seed, chat=chat, new_cache=cache
         )
         make_folder(file.parent)
         write_tensors(file, {"tokens": tokens_BT}, {})

@@ -149,8 +149,9 @@ def sample_from_model(
 
 def _beginning(model: Any, rows: int) -> Tensor:
     """[rows, 1]: the begin-of-text token, or any where there is none."""
-    start = next((t for t in (model.config.bos_token_id, model.config.eos_token_id) if isinstance(t, int)), None)
-    return torch.randint(model.config.vocab_size, (rows, 1)) if start is None else torch.full((rows, 1), start)
+    config = model.config.get_text_config(decoder=True)
+    start = next((t for t in (config.bos_token_id, config.eos_token_id) if isinstance(t, int)), None)
+    return torch.randint(config.vocab_size, (rows, 1)) if start is None else torch.full((rows, 1), start)
 
 
 def _continued(model: Any, opening_BT: Tensor, seq_len: int, cache: Any) -> Tensor:

@@ -23,7 +23,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SIDE_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-    "tekken.json", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "tekken.json", "preprocessor_config.json", "processor_config.json", "chat_template*",
+    "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", *SIDE_FILES)
 HUB_NOT = ("consolidated*", "*/*")

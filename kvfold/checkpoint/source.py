@@ -12,13 +12,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kvfold.architectures.base import Architecture, architecture, empty_model, source_config
+from kvfold.architectures.base import Architecture, architecture, empty_model, source_config, text_fields
 from kvfold.checkpoint.hub import headers
 from kvfold.checkpoint.quantized import quantized
 from kvfold.checkpoint.reader import DTYPES, Checkpoint, StoredTensor, is_model_id, locate, read_json
 from kvfold.errors import CheckpointError
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
-from kvfold.plan.naming import CONFIG_KEY
+from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
 from kvfold.plan.plan import CachePlan, source_layer, source_plan
 
 MAX_SEQ_LEN = 2048
@@ -52,14 +52,15 @@ def load_plan(model: str | Path) -> tuple[CachePlan, bool]:
     return _own_plan(open_source(path))
 
 
-def plan_of_headers(model: str | Path) -> tuple[CachePlan, bool]:
-    """The same of a folder, or of a model on the hub, of which no weights are fetched."""
-    if not is_model_id(model):
-        return load_plan(model)
-    checkpoint = headers(model)
-    if checkpoint.config.get(CONFIG_KEY):
-        return CachePlan.from_dict(checkpoint.config[CONFIG_KEY]), True
-    return _own_plan(understood(checkpoint))
+def plan_of_headers(model: str | Path) -> tuple[CachePlan, bool, str]:
+    """The same of a folder, or of a model on the hub, of which no weights are fetched; and the original's model_type."""
+    checkpoint = headers(model) if is_model_id(model) else None
+    config = read_json(locate(model) / "config.json") if checkpoint is None else checkpoint.config
+    model_type = str(config.get("model_type")).removeprefix(MODEL_TYPE_PREFIX)
+    if config.get(CONFIG_KEY):
+        return CachePlan.from_dict(config[CONFIG_KEY]), True, model_type
+    plan, folded = load_plan(model) if checkpoint is None else _own_plan(understood(checkpoint))
+    return plan, folded, model_type
 
 
 def _own_plan(source: Source) -> tuple[CachePlan, bool]:
@@ -88,7 +89,8 @@ def default_seq_len(config: dict[str, Any]) -> int:
 
 def context_len(config: dict[str, Any]) -> int | None:
     """Tokens that a model has positions for; None where nothing limits them."""
-    return config.get("max_position_embeddings") or config.get("n_positions")
+    text = text_fields(config)
+    return text.get("max_position_embeddings") or text.get("n_positions")
 
 
 def warn_if_too_long(seq_len: int, config: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ def command(
 
     found = inspect(model)
     print_plan(found.plan, model)
-    for runtime, obstacle in servable_by(found.plan).items():
+    for runtime, obstacle in servable_by(found.plan, found.model_type).items():
         STDOUT.print(f"served by {runtime}: {'yes' if obstacle is None else f'no, {obstacle}'}")
     print_processes(found.plan)
     if sequences and not memory:

@@ -57,7 +57,9 @@ tokenizer = AutoTokenizer.from_pretrained("{out}")
 """
 
 
-def write_card_text(recipe: Recipe, plan: CachePlan, *, version: str, parameters: tuple[int, int]) -> str:
+def write_card_text(
+    recipe: Recipe, plan: CachePlan, *, model_type: str, version: str, parameters: tuple[int, int]
+) -> str:
     """The card. `parameters`: numbers in attention weights before and after."""
     contexts = [
         f"| {n:,} tokens | {plan.source_kv_bytes(n):,} | {plan.kv_bytes(n):,} |"
@@ -85,13 +87,13 @@ def write_card_text(recipe: Recipe, plan: CachePlan, *, version: str, parameters
         parameters=parameters[1],
         version=version,
         recipe=recipe.to_yaml(),
-        serving=" ".join(_serving(plan, recipe.out)),
+        serving=" ".join(_serving(plan, model_type, recipe.out)),
     )
 
 
-def _serving(plan: CachePlan, out: str) -> Iterator[str]:
+def _serving(plan: CachePlan, model_type: str, out: str) -> Iterator[str]:
     """A sentence per runtime that has a command to serve with."""
-    for name, obstacle in servable_by(plan).items():
+    for name, obstacle in servable_by(plan, model_type).items():
         command = runtime(name).serve_command(out)
         if command:
             serves = f"{name} serves it without flags (`pip install 'kvfold[{name}]'`): `{command}`."

@@ -145,7 +145,7 @@ def _request(recipe: Recipe, source: Source, material: Material) -> Request:
     request = dataclasses.replace(asked, targets=choose_layout(asked, kv_budget=budget, sample=sample))
     check_tokens(request, recipe.kv_budget, in_nats=asked.axes.width.in_nats or recipe.allocate == "measured")
     check_request(request, 1.0 if recipe.target_kl else budget)
-    _check_runtime(recipe, request)
+    _check_runtime(recipe, request, source.arch.model_type)
     if recipe.keep_parameters:
         if source.checkpoint.packed:
             raise RecipeError("keep_parameters widens MLPs, whose weights are quantized here; leave it out.")
@@ -153,10 +153,10 @@ def _request(recipe: Recipe, source: Source, material: Material) -> Request:
     return request
 
 
-def _check_runtime(recipe: Recipe, request: Request) -> None:
+def _check_runtime(recipe: Recipe, request: Request, model_type: str) -> None:
     """Raise RecipeError if what is asked for is not what the runtime serves, whatever the budget."""
     widest = request.plan({key: options[-1] for key, options in request.options.items()})
-    if obstacle := runtime(recipe.runtime).obstacle(widest):
+    if obstacle := runtime(recipe.runtime).obstacle(widest, model_type):
         raise RecipeError(f"runtime {recipe.runtime!r}: {obstacle}")
 
 
@@ -288,7 +288,13 @@ def _identity(recipe: Recipe, checkpoint: Checkpoint, plan: CachePlan, statistic
 
 def _complete(partial: Path, recipe: Recipe, source: Source, plan: CachePlan) -> None:
     """Add what belongs beside the weights: tokenizer, card, recipe."""
-    card = write_card_text(recipe, plan, version=__version__, parameters=_attention_parameters(source, plan))
+    card = write_card_text(
+        recipe,
+        plan,
+        model_type=source.arch.model_type,
+        version=__version__,
+        parameters=_attention_parameters(source, plan),
+    )
     write_files(partial, {"README.md": card, "recipe.yaml": recipe.to_yaml()}, beside=source.checkpoint)
 
 

@@ -22,9 +22,10 @@ class Inspection:
 
     plan: CachePlan
     folded: bool
+    model_type: str
 
     def to_json(self) -> dict[str, Any]:
-        plan = self.plan
+        plan, servable = self.plan, servable_by(self.plan, self.model_type)
         return {
             "folded": self.folded,
             "kv_budget": plan.kv_budget,
@@ -34,7 +35,7 @@ class Inspection:
             "base_kv_bytes": {str(n): plan.source_kv_bytes(n) for n in CONTEXTS},
             "kv_read_bytes": {str(n): plan.kv_read_bytes(n) for n in CONTEXTS},
             "kv_bytes_per_token_of_process": {str(n): size for n, size in shared_out(plan).items()},
-            "servable_by": {runtime: obstacle or True for runtime, obstacle in servable_by(plan).items()},
+            "servable_by": {runtime: obstacle or True for runtime, obstacle in servable.items()},
         }
 
 
@@ -46,5 +47,4 @@ def shared_out(plan: CachePlan) -> dict[int, float]:
 
 def inspect(model: str | Path) -> Inspection:
     """Read the plan of a folder, or that of a stock model's own cache. No weights are loaded."""
-    plan, folded = plan_of_headers(model)
-    return Inspection(plan, folded)
+    return Inspection(*plan_of_headers(model))

@@ -54,7 +54,7 @@ def capacity(model: str | Path, *, memory: int, context: int, wanted: int | None
     Cache and weights share `USED` of `memory`. Weights are those of the folder: latents that stay beside projections add a
     few percent to attention.
     """
-    plan, folded = plan_of_headers(model)
+    plan, folded, _ = plan_of_headers(model)
     weights = sum(stored.nbytes for stored in headers(model).tensors.values())
     room = max(int(USED * memory) - weights, 0)
     whole = plan.source_kv_bytes(context)

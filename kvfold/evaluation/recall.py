@@ -155,7 +155,7 @@ def hide(fill_BT: Tensor, passage_BDP: Tensor) -> Tensor:
 def _measured(model: Any, base: Any, context_BS: Tensor, question_BQP: Tensor, plan: CachePlan) -> Tensor:
     """[B, Q, 5], means over the value's tokens: accuracy, the original's; log-probability, the original's; KL."""
     tokens, asked = context_BS.shape[1] + PASSAGE, question_BQP.shape[1]
-    rows = max(min(TOKENS_AT_ONCE // tokens, ELEMENTS_AT_ONCE // (VALUE * base.config.vocab_size)), 1)
+    rows = max(min(TOKENS_AT_ONCE // tokens, ELEMENTS_AT_ONCE // (VALUE * base.config.get_text_config().vocab_size)), 1)
     contexts = context_BS.split(max(rows // asked, 1))
     pairs = zip(contexts, question_BQP.split(len(contexts[0])), strict=True)
     batches = track(pairs, f"recalling at {tokens:,} tokens", len(contexts))
@@ -231,7 +231,9 @@ def _trials(
 ) -> list[tuple[Tensor, Tensor]]:
     """Per length contexts [trials, tokens] and their passages [trials, depths, tokens]."""
     special = set(base.tokenizer.all_special_ids)
-    allowed = torch.tensor([token for token in range(base.model.config.vocab_size) if token not in special])
+    allowed = torch.tensor(
+        [token for token in range(base.model.config.get_text_config().vocab_size) if token not in special]
+    )
     text = None if filler is None else _tokens(base.tokenizer, filler)
     drawn = []
     for length in lengths:

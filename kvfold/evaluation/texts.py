@@ -114,9 +114,10 @@ def check_original(folded: str | Path, against: str | Path) -> None:
 
 def check_vocabularies(model: Any, base: Any) -> None:
     """Raise RecipeError where two models predict different numbers of tokens."""
-    if model.config.vocab_size != base.config.vocab_size:
+    sizes = [network.config.get_text_config().vocab_size for network in (model, base)]
+    if sizes[0] != sizes[1]:
         raise RecipeError(
-            f"the models have vocabularies of {model.config.vocab_size} and {base.config.vocab_size} tokens: --against must"
+            f"the models have vocabularies of {sizes[0]} and {sizes[1]} tokens: --against must"
             " be the original of this folder."
         )
 
@@ -181,7 +182,7 @@ def _folded_logits(model: Any, windows_WT: Tensor, plan: CachePlan) -> Iterator[
         for window in track(windows_WT, "evaluating", len(windows_WT)):
             yield window, model(window[None].to(model.device), use_cache=False).logits[0]
         return
-    rows = max(ELEMENTS_AT_ONCE // (windows_WT.shape[1] * model.config.vocab_size), 1)
+    rows = max(ELEMENTS_AT_ONCE // (windows_WT.shape[1] * model.config.get_text_config().vocab_size), 1)
     for part in track(windows_WT.split(rows), "evaluating token by token", -(-len(windows_WT) // rows)):
         yield from zip(part, logits_step_by_step(model, part.to(model.device), plan), strict=True)
 

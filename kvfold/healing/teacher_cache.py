@@ -40,7 +40,7 @@ def keep_teacher_logits(teacher: Any, rows: Rows, folder: Path, *, top: int, bat
     """Run the teacher over all rows once; files that are there already are kept, so that an interrupted run goes on. Several
     processes share the rows."""
     make_folder(folder)
-    top = min(top, teacher.config.vocab_size)
+    top = min(top, teacher.config.get_text_config().vocab_size)
     firsts = range(0, len(rows), ROWS_PER_FILE)[processes.rank() :: processes.world_size()]
     missing = [first for first in firsts if not _file(folder, first // ROWS_PER_FILE).exists()]
     require_space(folder, 6 * top * rows.input_ids.shape[1] * ROWS_PER_FILE * len(missing))

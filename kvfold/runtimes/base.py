@@ -26,8 +26,8 @@ class Runtime(ABC):
     measured_by: ClassVar[str] = ""
 
     @abstractmethod
-    def obstacle(self, plan: CachePlan) -> str | None:
-        """Why it cannot serve a plan: the field, and the way out. None if it can."""
+    def obstacle(self, plan: CachePlan, model_type: str | None = None) -> str | None:
+        """Why it cannot serve a plan, of a model of this type: the field, and the way out. None if it can."""
 
     def warning(self, plan: CachePlan) -> str | None:
         """What a plan that it serves loses there."""
@@ -52,6 +52,6 @@ def runtime(name: str) -> Runtime:
     return registry.load("runtimes", name)()
 
 
-def servable_by(plan: CachePlan) -> dict[str, str | None]:
-    """Runtime -> None if it serves this plan, else the obstacle and what to change."""
-    return {name: runtime(name).obstacle(plan) for name in registry.names("runtimes")}
+def servable_by(plan: CachePlan, model_type: str | None = None) -> dict[str, str | None]:
+    """Runtime -> None if it serves this plan of a model of this type, else the obstacle and what to change."""
+    return {name: runtime(name).obstacle(plan, model_type) for name in registry.names("runtimes")}

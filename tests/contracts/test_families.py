@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import FAMILIES, in_steps, load, logits, make_tiny, save_tiny, step, tokens
 
 import kvfold
-from kvfold.architectures.base import architecture
+from kvfold.architectures._refused import REFUSED
 from kvfold.checkpoint.source import open_source
 from kvfold.compression.export_gqa import export_gqa
 from kvfold.compression.recipe import make_recipe
-from kvfold.errors import CheckpointError, PlanError
+from kvfold.errors import CheckpointError, PlanError, RecipeError
+from kvfold.evaluation.inspection import inspect
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.testing import assert_close
 
@@ -105,10 +109,11 @@ def test_latents_that_several_layers_fill(folded, tmp_path, model):
 
 @pytest.mark.parametrize("model", FAMILIES)
 def test_what_lies_around_attention_is_copied(folded, model):
-    """Bit for bit, under the names that it has in files: experts one by one."""
+    """Bit for bit, under the names that it has in files: experts one by one; or under current ones."""
     source, made = folded(model, "svd_a")
     before, after = (load_file(folder / "model.safetensors") for folder in (source, made.out))
-    attention = architecture(open_source(source).arch.model_type).attention
+    arch = open_source(source).arch
+    before, attention = {arch.current_name(name): tensor for name, tensor in before.items()}, arch.attention
     outside = [name for name in before if f".{attention}." not in name]
     assert outside and sorted(outside) == sorted(name for name in after if f".{attention}." not in name)
     assert all(torch.equal(before[name], after[name]) for name in outside)
@@ -160,12 +165,57 @@ def test_experts_that_are_missing_are_named(tmp_path):
 @pytest.mark.parametrize("model", FAMILIES)
 def test_stock_exports(folded, tmp_path, model):
     """What `kvfold export` writes is the family's own, with fewer heads; or it says why it cannot be."""
-    source, _ = folded(model, "identity")
-    recipe = make_recipe({"model": str(source), "out": str(tmp_path / "half"), "preset": "gqa", "kv_budget": 0.5})
-    half = kvfold.compress(recipe, device="cpu").out
+    source, whole = folded(model, "identity")
     if reason := open_source(source).arch.no_stock_gqa:
         with pytest.raises(PlanError, match=reason.split(",")[0]):
-            export_gqa(half, tmp_path / "out")
+            export_gqa(whole.out, tmp_path / "out")
         return
+    recipe = make_recipe({"model": str(source), "out": str(tmp_path / "half"), "preset": "gqa", "kv_budget": 0.5})
+    half = kvfold.compress(recipe, device="cpu").out
     assert export_gqa(half, tmp_path / "out") == 2
     assert_close(logits(load(tmp_path / "out"), tokens()), logits(load(half), tokens()), tolerance=1e-5)
+
+
+IMAGES = {"gemma3_beside_vision": 28, "mistral3_beside_vision": 56}
+
+
+@pytest.mark.parametrize("method", ["identity", "int4", "auto"])
+@pytest.mark.parametrize("model", IMAGES)
+def test_images_pass_beside_text(folded, model, method):
+    """Kept whole as the original; otherwise cached as uncached, and as what the original makes of them."""
+    source, made = folded(model, method)
+    size, ids = IMAGES[model], tokens(1, 20)
+    ids[0, 3:7] = 3  # the image's
+    image = {"pixel_values": torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))}
+    image |= (
+        {"image_sizes": torch.tensor([[size, size]])} if "mistral" in model else {"token_type_ids": (ids == 3).long()}
+    )
+    network, original = load(made.out), load(source)
+    found = logits(network, ids, **image)
+    if method == "identity":
+        assert torch.equal(found, logits(original, ids, **image))
+    assert not torch.allclose(found, logits(network, ids), atol=0.1)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0} | image
+    with_cache = network.generate(ids, **options)
+    assert torch.equal(with_cache, network.generate(ids, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("model", [*IMAGES, "falcon_groups", "bigcode_one_head"])
+def test_what_vllm_does_not_serve_is_refused_before_work(folded, tmp_path, model):
+    """And the model's card and `kvfold inspect` say so."""
+    source, made = folded(model, "identity")
+    reason = open_source(source).arch.not_in_vllm
+    recipe = make_recipe({"model": str(source), "out": str(tmp_path / "out"), "runtime": "vllm", "preset": "int8"})
+    with pytest.raises(RecipeError, match=reason.split(";")[0]):
+        kvfold.compress(recipe, device="cpu")
+    assert reason in (made.out / "README.md").read_text()
+    assert reason in inspect(made.out).to_json()["servable_by"]["vllm"]
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "qwen2_5_vl", "mamba", "t5", "deepseek_v3"])
+def test_what_is_not_folded_says_why(tmp_path, model_type):
+    save_tiny(make_tiny("olmo_plain"), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+    with pytest.raises(CheckpointError, match=re.escape(REFUSED[model_type])):
+        open_source(tmp_path)

@@ -4,8 +4,12 @@ import pytest
 from engines import BIND, assert_same_tokens, job, serve
 from tiny import FAMILIES
 
+from kvfold.architectures.base import architecture
+
 DEFAULT = ("mixtral_experts", "qwen3_moe_experts", "cohere2_nope", "glm4_interleaved", "smollm3_nope", "phi_partial")
-CASES = [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.rare) for name in FAMILIES]
+TYPES = {name: config_class.model_type for name, (config_class, _) in FAMILIES.items()}
+SERVED = [name for name in FAMILIES if architecture(TYPES[name]).not_in_vllm is None]
+CASES = [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.rare) for name in SERVED]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from kvfold.checkpoint.reader import locate, read_json
 from kvfold.checkpoint.source import load_plan
@@ -49,9 +49,15 @@ def load_weights(path: Path, dtype: str, device: str) -> PreTrainedModel:
     try:
         with without_bars():
             options = _kernel(path)
-            return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **options).to(device).eval()
+            return auto_class(path).from_pretrained(path, dtype=getattr(torch, dtype), **options).to(device).eval()
     except (OSError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+
+
+def auto_class(path: str | Path) -> Any:
+    """transformers' Auto class that knows a folder's model: not every one beside a vision tower is a causal model to it."""
+    known = type(AutoConfig.from_pretrained(path)) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if known else AutoModelForImageTextToText
 
 
 def _kernel(path: Path) -> dict[str, Any]:

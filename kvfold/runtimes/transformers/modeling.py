@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
@@ -114,7 +120,7 @@ class FoldedModel:
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, GroupedLinear):
-            init.normal_(module.weight, std=self.config.initializer_range)
+            init.normal_(module.weight, std=self.config.get_text_config().initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif not isinstance(module, FoldedAttention):  # the family's rule would look for the family's tensors in it
@@ -210,7 +216,7 @@ def _folded_forward(stock_class: type[PreTrainedModel]) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind_partial(self, *args, **kwargs).arguments
         use_cache = bound.get("use_cache")
-        wanted = self.config.use_cache if use_cache is None else use_cache
+        wanted = self.config.get_text_config().use_cache if use_cache is None else use_cache
         if self.training and use_cache is None:  # the stock forward would make a cache that nobody reads
             wanted = bound["use_cache"] = False
         if wanted and bound.get("past_key_values") is None:
@@ -266,6 +272,8 @@ def register() -> None:
         config, model = folded_classes(arch)
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModelForCausalLM.register(config, model, exist_ok=True)
+        if arch.beside:
+            AutoModelForImageTextToText.register(config, model, exist_ok=True)
         if arch.experts:
             # files keep experts one by one, and are read as the family's are
             register_checkpoint_conversion_mapping(

@@ -11,5 +11,5 @@ class Transformers(Runtime):
 
     measured_by = "steps"
 
-    def obstacle(self, plan: CachePlan) -> str | None:
+    def obstacle(self, plan: CachePlan, model_type: str | None = None) -> str | None:
         return None

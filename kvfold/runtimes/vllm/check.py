@@ -23,13 +23,13 @@ class CheckedConfig(VerifyAndUpdateConfig):
 
 def check_servable(vllm_config: Any) -> None:
     """Raise PlanError that names the obstacle."""
-    plan = CachePlan.from_dict(getattr(vllm_config.model_config.hf_text_config, CONFIG_KEY))
-    if obstacle := Vllm().obstacle(plan):
+    plan = CachePlan.from_dict(getattr(vllm_config.model_config.hf_config, CONFIG_KEY))
+    arch = architecture(vllm_config.model_config.hf_config.model_type.removeprefix(MODEL_TYPE_PREFIX))
+    if obstacle := Vllm().obstacle(plan, arch.model_type):
         raise PlanError(obstacle)
     if is_packed(plan):
         _check_packed(vllm_config)
     ranks = vllm_config.parallel_config.tensor_parallel_size
-    arch = architecture(vllm_config.model_config.hf_text_config.model_type.removeprefix(MODEL_TYPE_PREFIX))
     if ranks > 1 and arch.sums_late:
         raise PlanError(
             f"tensor_parallel_size {ranks}: vLLM's {arch.model_type} adds up what processes have of attention later than"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kvfold.architectures.base import architecture
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.base import Runtime
@@ -24,7 +25,9 @@ class Vllm(Runtime):
     widths = WIDTHS
     measured_by = "requests"
 
-    def obstacle(self, plan: CachePlan) -> str | None:
+    def obstacle(self, plan: CachePlan, model_type: str | None = None) -> str | None:
+        if model_type is not None and (reason := architecture(model_type).not_in_vllm):
+            return f"{model_type}: {reason}"
         for layer, spec in enumerate(plan.caches):
             found = None if spec is None else _in_the_way(spec)
             if found:

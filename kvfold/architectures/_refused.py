@@ -1,0 +1,36 @@
+"""Families that people bring and kvfold does not fold: why, and what is nearest."""
+
+LATENT = "its cache holds one small latent per token already."
+STATES = "its layers keep states of one size, or a few layers of attention among such; their cache is small already."
+WHERE = "its tokens stand at several positions at once (rows, columns, frames), which kvfold does not store yet."
+SINKS = "its softmax has a sink for every head, which kvfold's kernels do not know yet."
+OWN_TABLES = (
+    "its attention makes its own rotary tables, which kvfold does not know; gpt_neox is the nearest that it does."
+)
+
+REFUSED = {
+    "gpt_oss": SINKS,
+    "llama4": "keys are normalised behind the rotation, and positions cut prompts into chunks; llama (3.x) is folded.",
+    "llama4_text": "keys are normalised behind the rotation, and positions cut prompts into chunks; llama (3.x) is folded.",
+    "mpt": "its masks and ALiBi come in a form of their own; bloom is the family with ALiBi that is folded.",
+    "gptj": OWN_TABLES,
+    "codegen": OWN_TABLES,
+    "gpt_neo": "every other layer attends to a band whose mask it makes itself; gpt_neox and gpt2 are folded.",
+    "qwen2_vl": WHERE + " Its language model alone, saved as qwen2, is folded.",
+    "qwen2_5_vl": WHERE + " Its language model alone, saved as qwen2, is folded.",
+    "qwen3_vl": WHERE + " Its language model alone, saved as qwen3, is folded.",
+    "mllama": "it attends to images by layers of their own; llama (3.x) of text alone is folded.",
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+    "minicpm3": LATENT,
+    **dict.fromkeys(
+        ("mamba", "mamba2", "falcon_mamba", "jamba", "rwkv", "recurrent_gemma", "zamba2", "qwen3_next"), STATES
+    ),
+    **dict.fromkeys(
+        ("t5", "bart", "mbart", "pegasus", "whisper"), "it is no decoder alone; kvfold folds decoders of text."
+    ),
+    **dict.fromkeys(
+        ("bert", "roberta", "modernbert", "deberta-v2"), "it has no KV cache: it reads whole texts at once."
+    ),
+}
+"""model_type -> the reason."""
