@@ -10,8 +10,9 @@ import torch
 from tiny import MODELS, copy_heads, load, logits, make_tiny, save_tiny, tokens
 
 import kvfold
+from kvfold.compression import export_gguf
 from kvfold.compression.export_gqa import export_gqa
-from kvfold.errors import CheckpointError, PlanError
+from kvfold.errors import CheckpointError, OutputError, PlanError, RecipeError
 from kvfold.testing import assert_close, relative_rms
 
 NO_STOCK_CLASS = ("neox_partial", "bloom_alibi", "opt_learned", "gpt2_conv", "olmo2_flat_norm")
@@ -153,3 +154,41 @@ def turned_heads(model):
             turn = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q
             values[head] = turn @ values[head]
     return model
+
+
+STAND_IN = """import sys, pathlib
+folder, option, out = sys.argv[1:]
+assert option == "--outfile"
+{does}
+"""
+
+
+def test_gguf_is_written_by_llama_cpps_converter(fold, tmp_path, monkeypatch):
+    """It gets a stock folder, which is gone afterwards, and what it writes gets its name when it is there."""
+    folded, home, out = (
+        fold("llama_mha", "mean_pool", kv_budget=0.5).out,
+        tmp_path / "llama.cpp",
+        tmp_path / "half.gguf",
+    )
+    home.mkdir()
+    copies = 'pathlib.Path(out).write_bytes((pathlib.Path(folder) / "config.json").read_bytes())'
+    (home / export_gguf.CONVERTER).write_text(STAND_IN.format(does=copies))
+    monkeypatch.setenv(export_gguf.HOME, str(home))
+    assert export_gguf.export_gguf(folded, out) == 4
+    assert json.loads(out.read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert sorted(tmp_path.iterdir()) == sorted([home, out])
+    with pytest.raises(OutputError, match="exists already"):
+        export_gguf.export_gguf(folded, out)
+    (home / export_gguf.CONVERTER).write_text(STAND_IN.format(does='sys.exit("no such architecture")'))
+    before = out.read_bytes()
+    with pytest.raises(OutputError, match="did not write a file: no such architecture"):
+        export_gguf.export_gguf(folded, out, overwrite=True)
+    assert out.read_bytes() == before and sorted(tmp_path.iterdir()) == sorted([home, out])
+
+
+def test_without_a_converter_the_way_by_hand_is_said(fold, tmp_path, monkeypatch):
+    folded = fold("llama_mha", "mean_pool", kv_budget=0.5).out
+    monkeypatch.delenv(export_gguf.HOME, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RecipeError, match=f"kvfold export {folded} --out STOCK, then python llama.cpp/convert_hf"):
+        export_gguf.export_gguf(folded, tmp_path / "half.gguf")
