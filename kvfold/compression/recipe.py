@@ -22,6 +22,7 @@ from kvfold.compression.request import Axes
 from kvfold.errors import RecipeError
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.plan import BUDGET_CONTEXT
+from kvfold.plan.typed import misfits, shortened
 from kvfold.runtimes.base import runtime
 
 ALLOCATIONS = ("uniform", "greedy", "measured")
@@ -30,16 +31,6 @@ PREFERENCES = {"size": "on_read", "speed": "applied"}
 numbers."""
 WHAT = ("depth", "width", "bits")
 """Axes that say what a cache is made of; naming a method of one leaves the default preset aside."""
-TYPES: dict[Any, tuple[type, ...]] = {
-    "int": (int,),
-    "int | None": (int, type(None)),
-    "float": (int, float),
-    "float | None": (int, float, type(None)),
-    "str": (str,),
-    "str | None": (str, type(None)),
-    "bool": (bool,),
-}
-"""Python types by the annotation of a recipe's or method's field."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +89,6 @@ class Recipe:
             )
         if not 0 <= self.min_width <= 1:
             raise RecipeError(f"min_width is {self.min_width}; it is a share of a layer's numbers, 0 to 1.")
-        listed = isinstance(self.keep_layers, list | tuple)
-        if not listed or any(isinstance(i, bool) or not isinstance(i, int) for i in self.keep_layers):
-            raise RecipeError(f"keep_layers = {self.keep_layers!r} is not a list of layer numbers, such as [0, 1].")
         object.__setattr__(self, "keep_layers", tuple(self.keep_layers))
         runtime(self.runtime)
         if self.allocate not in ALLOCATIONS:
@@ -135,7 +123,7 @@ class Recipe:
     def method(self, axis: str) -> Any:
         """The method of an axis, built from its name and fields."""
         fields = dict(getattr(self, axis))
-        cls = registry.load(axis, fields.pop("method"))
+        cls = registry.load(axis, _text(fields.pop("method", None), f"{axis}.method"))
         known = [f.name for f in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
@@ -168,14 +156,14 @@ def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
     """
     tree: dict[str, Any] = {}
     sets = list(sets)
-    chosen = any("method" in (data.get(axis) or {}) for axis in WHAT)
+    chosen = any(isinstance(data.get(axis), Mapping) and "method" in data[axis] for axis in WHAT)
     chosen |= any(assignment.partition("=")[0] in {f"{axis}.method" for axis in WHAT} for assignment in sets)
     asked = {**data, **assignments(s for s in sets if s.startswith("runtime="))}
     where = asked.get("runtime", Recipe.runtime)
     if preset := data.get("preset") or (
         None if chosen else runtime(where).default_preset if isinstance(where, str) else None
     ):
-        data = {**data, "preset": preset}
+        data = {**data, "preset": _text(preset, "preset")}
         _merge(tree, find_preset(preset).fragment)
     _merge(tree, data)
     for assignment in sets:
@@ -189,6 +177,12 @@ def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
         _prefer(tree)
     tree["calibration"] = _build(Calibration, tree.get("calibration", {}), "calibration field")
     return _build(Recipe, tree, "recipe field")
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise RecipeError(f"{name} = {shortened(value)} is not a text.")
+    return value
 
 
 def material_of(recipe: Recipe, source: Source, run_dir: Path, device: str = "cpu") -> Material:
@@ -205,7 +199,7 @@ def material_of(recipe: Recipe, source: Source, run_dir: Path, device: str = "cp
 
 
 def _prefer(tree: dict[str, Any]) -> None:
-    if tree["prefer"] not in PREFERENCES:
+    if _text(tree["prefer"], "prefer") not in PREFERENCES:
         raise RecipeError(registry.unknown("preference", tree["prefer"], PREFERENCES))
     method, rope = tree.get("width", {}).get("method"), PREFERENCES[tree["prefer"]]
     if method not in ("fisher", "mla"):
@@ -304,13 +298,9 @@ def _example(name: str) -> str:
 
 
 def check_types(cls: Any, values: Mapping[str, Any], where: str) -> None:
-    """Raise RecipeError where a value is not of its field's type (numbers, texts and what may be None)."""
-    for f in dataclasses.fields(cls):
-        if f.name not in values or f.type not in TYPES:
-            continue
-        value, types = values[f.name], TYPES[f.type]
-        if not isinstance(value, types) or (isinstance(value, bool) and types != (bool,)):
-            raise RecipeError(f"{where}{f.name} = {value!r} is not {f.type.replace(' | None', '')}.")
+    """Raise RecipeError where a value is not of its field's type."""
+    for name, expected in misfits(cls, values).items():
+        raise RecipeError(f"{where}{name} = {shortened(values[name])} is not {expected}.")
 
 
 def _build(cls: Any, data: Mapping[str, Any], what: str) -> Any:

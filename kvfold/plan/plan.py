@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from kvfold.plan.naming import CONFIG_KEY
 from kvfold.plan.number_format import NumberFormat, tokens_at_once
 from kvfold.plan.reading import Reading
 from kvfold.plan.token_runs import TokenRun, TokenRuns
+from kvfold.plan.typed import misfits, shortened
 
 FORMAT_VERSION = 1
 BUDGET_CONTEXT = 2048
@@ -186,20 +187,26 @@ class CachePlan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CachePlan:
         """The plan that `to_dict` wrote. Raises PlanError on unknown or missing fields."""
+        if not isinstance(data, Mapping):
+            raise PlanError(f"{CONFIG_KEY} is {shortened(data)} where a mapping was expected; fold the model again.")
         if data.get("version") != FORMAT_VERSION:
             raise PlanError(
                 f"{CONFIG_KEY} has version {data.get('version')!r}; this kvfold reads version {FORMAT_VERSION}."
                 " Install the kvfold that wrote the folder, or fold the original model again."
             )
         _check_fields(data, cls, "plan")
-        return cls(
-            version=data["version"],
-            context_len=data.get("context_len", BUDGET_CONTEXT),
-            dtype=data["dtype"],
-            source=tuple(_build(SourceLayer, entry, f"source[{i}]") for i, entry in enumerate(data["source"])),
-            caches=tuple(entry and _build(CacheSpec, entry, f"caches[{i}]") for i, entry in enumerate(data["caches"])),
-            kv_sharing_target_layer=tuple(data["kv_sharing_target_layer"]),
-        )
+        made: dict[str, Any] = {
+            "version": data["version"],
+            "context_len": data.get("context_len", BUDGET_CONTEXT),
+            "dtype": data["dtype"],
+            "source": tuple(_build(SourceLayer, x, f"source[{i}]") for i, x in _entries(data, "source")),
+            "caches": tuple(
+                None if x is None else _build(CacheSpec, x, f"caches[{i}]") for i, x in _entries(data, "caches")
+            ),
+            "kv_sharing_target_layer": tuple(x for _, x in _entries(data, "kv_sharing_target_layer")),
+        }
+        _check_types(cls, made, "plan")
+        return cls(**made)
 
 
 def source_plan(source: Sequence[SourceLayer], dtype: str) -> CachePlan:
@@ -217,33 +224,45 @@ def source_plan(source: Sequence[SourceLayer], dtype: str) -> CachePlan:
     return CachePlan(dtype=dtype, source=tuple(source), caches=caches, kv_sharing_target_layer=(None,) * len(caches))
 
 
-def _build(cls: Any, data: Mapping[str, Any], where: str) -> Any:
-    if data.get("sinks") == 0:  # a field that earlier versions reserved
+INSIDE = dict.fromkeys(FORMATS, NumberFormat) | {"tokens": TokenRuns, "reading": Reading}
+"""Fields of a CacheSpec that have fields of their own."""
+
+
+def _build(cls: Any, data: Any, where: str) -> Any:
+    if (
+        isinstance(data, Mapping) and data.get("sinks") == 0 and cls is CacheSpec
+    ):  # a field that earlier versions reserved
         data = {name: value for name, value in data.items() if name != "sinks"}
     _check_fields(data, cls, where)
-    formats = {name: data[name] for name in FORMATS if isinstance(data.get(name), Mapping)}
-    for name, value in formats.items():
-        _check_fields(value, NumberFormat, f"{where}.{name}")
-    made: dict[str, Any] = {name: NumberFormat(**value) for name, value in formats.items()}
-    if isinstance(data.get("predicted_from"), list):
-        made["predicted_from"] = tuple(data["predicted_from"])
-    if isinstance(data.get("tokens"), Mapping):
-        made["tokens"] = _build_token_runs(data["tokens"], f"{where}.tokens")
-    if isinstance(data.get("reading"), Mapping):
-        _check_fields(data["reading"], Reading, f"{where}.reading")
-        made["reading"] = Reading(**data["reading"])
+    made = {
+        name: _build(INSIDE[name], x, f"{where}.{name}") for name, x in data.items() if name in INSIDE and x is not None
+    }
+    if cls is TokenRuns:
+        made["runs"] = tuple(_build(TokenRun, x, f"{where}.runs[{i}]") for i, x in _entries(data, "runs", where))
+    made |= {name: tuple(x) for name, x in data.items() if isinstance(x, list) and name not in made}
+    _check_types(cls, {**data, **made}, where)
     return cls(**{**data, **made})
 
 
-def _build_token_runs(data: Mapping[str, Any], where: str) -> TokenRuns:
-    _check_fields(data, TokenRuns, where)
-    for i, run in enumerate(data["runs"]):
-        _check_fields(run, TokenRun, f"{where}.runs[{i}]")
-    runs = tuple(TokenRun(**{**run, "heads": tuple(run["heads"])}) for run in data["runs"])
-    return TokenRuns(**{**data, "runs": runs})
+def _check_types(cls: Any, values: Mapping[str, Any], where: str) -> None:
+    for name, expected in misfits(cls, values).items():
+        raise PlanError(
+            f"{CONFIG_KEY}.{where}.{name} = {shortened(values[name])} is not {expected}; fold the model again."
+        )
 
 
-def _check_fields(data: Mapping[str, Any], cls: Any, where: str) -> None:
+def _entries(data: Mapping[str, Any], name: str, where: str = "") -> Iterator[tuple[int, Any]]:
+    """Of a field that is a list."""
+    if not isinstance(data[name], list | tuple):
+        raise PlanError(
+            f"{CONFIG_KEY}.{where}{'.' * bool(where)}{name} = {shortened(data[name])} is no list; fold the model again."
+        )
+    return enumerate(data[name])
+
+
+def _check_fields(data: Any, cls: Any, where: str) -> None:
+    if not isinstance(data, Mapping):
+        raise PlanError(f"{CONFIG_KEY}.{where} is {shortened(data)} where fields were expected; fold the model again.")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if unknown := sorted(set(data) - set(fields)):
         raise PlanError(
