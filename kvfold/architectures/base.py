@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from kvfold import registry
 from kvfold.architectures._refused import REFUSED
 from kvfold.architectures._rotary import rotary_speeds, rotated_numbers
+from kvfold.architectures._sizes import check_sizes
 from kvfold.errors import CheckpointError
 from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
@@ -32,7 +32,8 @@ class Architecture(ABC):
     of the one before; `attn_implementation` names the only one that the family has, if it does not take others from
     transformers' AttentionInterface; `no_stock_gqa` is why the family has no stock grouped-query class, if it has none,
     `not_in_vllm` why kvfold does not serve it there; `mlp_in` and `mlp_out` lead from a layer to the projections whose rows
-    and whose columns are the MLP's neurons. `beside`: parts of the base model that no text passes. `repeats_heads`:
+    and whose columns are the MLP's neurons. `in_gguf`: GGUF files have its projections as kvfold reads them.
+    `beside`: parts of the base model that no text passes. `repeats_heads`:
     transformers' own model caches every key and value once for each of its queries. `sums_late`: vLLM's own model adds up
     what its processes have of attention together with what they have of the MLP. `experts`: the parameters in which current
     models have all experts of a layer -> the names of each one's parts in files, whose rows it stacks.
@@ -51,6 +52,7 @@ class Architecture(ABC):
     not_in_vllm: ClassVar[str | None] = None
     mlp_in: ClassVar[tuple[str, ...]] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_out: ClassVar[str] = "mlp.down_proj"
+    in_gguf: ClassVar[bool] = True
     beside: ClassVar[tuple[str, ...]] = ()
     repeats_heads: ClassVar[bool] = False
     sums_late: ClassVar[bool] = False
@@ -208,9 +210,15 @@ def all_architectures() -> list[Architecture]:
     return [architecture(name) for name in registry.names("architectures")]
 
 
-@functools.cache
 def architecture(model_type: str) -> Architecture:
     """The family of a model_type. Raises CheckpointError with the reason or the list."""
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"config.json: model_type is {str(model_type)[:40]!r}; it is the name of a family.")
+    return _of_type(model_type)
+
+
+@functools.cache
+def _of_type(model_type: str) -> Architecture:
     if model_type.startswith(MODEL_TYPE_PREFIX):
         raise CheckpointError(
             f"model_type is {model_type!r}: this folder is folded already. Fold the original model again instead."
@@ -227,14 +235,15 @@ def architecture(model_type: str) -> Architecture:
 
 
 def source_config(arch: Architecture, config: dict[str, Any]) -> transformers.PretrainedConfig:
-    """The stock config object of a config.json. Raises CheckpointError where head counts do not fit each other."""
+    """The stock config object of a config.json. Raises CheckpointError where sizes are none or do not fit each other."""
+    check_sizes(config)
     try:
         # a copy, since transformers writes its defaults into nested dictionaries
         loaded = arch.config_class.from_dict(copy.deepcopy(config))
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise CheckpointError(f"config.json does not describe a {arch.model_type} model: {error}") from error
-    text = loaded.get_text_config(decoder=True)
-    heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+        text = loaded.get_text_config(decoder=True)
+        heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+    except Exception as error:  # whatever transformers finds wrong
+        raise CheckpointError(f"config.json does not describe a {arch.model_type} model: {_said(error)}") from error
     if kv_heads and heads % kv_heads:
         raise CheckpointError(
             f"config.json: {heads} query heads are not divisible by {kv_heads} key/value heads. Check num_attention_heads"
@@ -255,8 +264,13 @@ def empty_model(arch: Architecture, config: transformers.PretrainedConfig) -> tr
     try:
         with init_empty_weights(include_buffers=False), torch.no_grad():
             return arch.model_class(config).eval()
-    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever its code stumbles over
         raise CheckpointError(
-            f"transformers cannot build the {arch.model_type} model that config.json describes:"
-            f" {type(error).__name__}: {error}"
+            f"transformers cannot build the {arch.model_type} model that config.json describes: {_said(error)}"
         ) from error
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

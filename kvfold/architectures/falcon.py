@@ -27,6 +27,7 @@ class Falcon(Architecture):
     keeps_documents_apart = False
     passes_keywords = False
     repeats_heads = True
+    in_gguf = False  # its fused projection is stored there in another order
     mlp_in = ()
 
     def facts(self, module: Any, index: int) -> AttentionLayer:

@@ -11,7 +11,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
-from kvfold import registry
+from kvfold.architectures.base import all_architectures
 from kvfold.checkpoint.atomic import make_folder, require_space
 from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.folder import MAX_SHARD_BYTES, new_folder, write_files, write_weights
@@ -75,7 +75,7 @@ def _check_architecture(file: Path, reader: Any) -> None:
     """Before the long work."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
-    families = registry.names("architectures")
+    families = [arch.model_type for arch in all_architectures() if arch.in_gguf]
     try:
         known = AutoConfig.from_pretrained(file.parent, gguf_file=file.name).model_type in families
     except (ValueError, KeyError):  # transformers' reader does not know it

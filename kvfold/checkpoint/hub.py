@@ -29,8 +29,8 @@ def headers(model: str | Path) -> Checkpoint:
             f" {error}"
         ) from error
     tensors = {
-        name: StoredTensor(name, file, tensor.dtype, tensor.data_offsets[1] - tensor.data_offsets[0])
+        name: StoredTensor(name, file, x.dtype, x.data_offsets[1] - x.data_offsets[0], tuple(x.shape))
         for file, metadata in files.items()
-        for name, tensor in metadata.tensors.items()
+        for name, x in metadata.tensors.items()
     }
     return Checkpoint(config.parent, read_json(config), tensors)

@@ -55,6 +55,8 @@ def quantized(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Qu
     scheme = config.get("quantization_config")
     if not scheme:
         return {}
+    if not isinstance(scheme, Mapping):
+        raise CheckpointError(f"config.json: quantization_config is {str(scheme)[:40]!r}; fields were expected.")
     method = scheme.get("quant_method")
     if method not in METHODS:
         raise CheckpointError(

@@ -29,6 +29,8 @@ SIDE_FILES = (
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", *SIDE_FILES)
 HUB_NOT = ("consolidated*", "*/*")
 MAX_HEADER_BYTES = 100_000_000
+MOST_LETTERS = 200
+"""Of a weight file's path."""
 
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -42,6 +44,7 @@ class StoredTensor(NamedTuple):
     shard: str
     dtype: str
     nbytes: int
+    shape: tuple[int, ...]
 
     @property
     def itemsize(self) -> int:
@@ -175,8 +178,10 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.parent} has no {path.name}; give a Hugging Face model folder.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}. Download it again.") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {str(error)[:200]}. Download it again.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__} where a JSON object was expected.")
     return data
@@ -191,7 +196,7 @@ def _shard_of(path: Path) -> dict[str, str]:
         pickles = sorted(p.name for p in path.glob("*.bin"))
         hint = f" It has {pickles[0]}: kvfold compress --allow-pickle reads pickles (weights only)." if pickles else ""
         raise CheckpointError(f"{path} has neither {SINGLE} nor {INDEX}.{hint}")
-    if missing := sorted(s for s in set(shard_of.values()) if not (path / s).exists()):
+    if missing := sorted(s for s in set(shard_of.values()) if not (path / s).is_file()):
         raise CheckpointError(f"{path} lacks the weight file {missing[0]} that {INDEX} names; download it again.")
     return shard_of
 
@@ -201,7 +206,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     weight_map = read_json(path / INDEX).get("weight_map")
     pairs = weight_map.items() if isinstance(weight_map, dict) else [("weight_map", weight_map)]
     wrong = [f"{name}: {shard!r}" for name, shard in pairs if not (isinstance(shard, str) and _is_inside(shard))]
-    if wrong or not weight_map:
+    if wrong or not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             f"{path / INDEX} names {len(wrong)} things that are no file of its folder, for example {wrong[:1]}; download it"
             " again."
@@ -211,7 +216,8 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 def _is_inside(shard: str) -> bool:
     """Whether a path leads into the folder that it is given for."""
-    return bool(shard) and not PurePosixPath(shard).is_absolute() and ".." not in PurePosixPath(shard).parts
+    named = bool(shard) and "\0" not in shard and len(shard) <= MOST_LETTERS
+    return named and not PurePosixPath(shard).is_absolute() and ".." not in PurePosixPath(shard).parts
 
 
 def _read_header(path: Path, name_of_shard: str) -> dict[str, StoredTensor]:
@@ -227,14 +233,18 @@ def _read_header(path: Path, name_of_shard: str) -> dict[str, StoredTensor]:
         header.pop("__metadata__", None)
         spans = {name: entry["data_offsets"] for name, entry in header.items()}
         tensors = {
-            name: StoredTensor(name, name_of_shard, header[name]["dtype"], end - start)
+            name: StoredTensor(name, name_of_shard, header[name]["dtype"], end - start, tuple(header[name]["shape"]))
             for name, (start, end) in spans.items()
         }
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{shard} is not a safetensors file or is cut off ({error}). Download it again."
+            f"{shard} is not a safetensors file or is cut off ({str(error)[:200]}). Download it again."
         ) from error
     expected = 8 + header_size + max((end for _, end in spans.values()), default=0)
     if actual != expected:
         raise CheckpointError(f"{shard} has {actual} bytes where its header promises {expected}; download it again.")
-    return tensors
+    try:
+        with safe_open(shard, framework="pt"):  # which looks whether spans, shapes and types agree
+            return tensors
+    except SafetensorError as error:
+        raise CheckpointError(f"{shard} is damaged: {error}. Download it again.") from error

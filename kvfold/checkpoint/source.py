@@ -75,11 +75,32 @@ def open_source(model: str | Path) -> Source:
 def understood(checkpoint: Checkpoint) -> Source:
     """The same of one that was opened."""
     arch = architecture(checkpoint.config.get("model_type", "(none)"))
-    stock = empty_model(arch, source_config(arch, checkpoint.config))
+    config = source_config(arch, checkpoint.config)
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    if layers > len(checkpoint.tensors):
+        raise CheckpointError(
+            f"{checkpoint.path} holds {len(checkpoint.tensors)} tensors, where config.json names {layers:,} layers. Does"
+            " config.json belong to these weights?"
+        )
+    stock = empty_model(arch, config)
     checkpoint = under_current_names(checkpoint, arch, stock)
     stacks = stacked(checkpoint, arch, stock)
     checkpoint = dataclasses.replace(checkpoint, stacks=stacks, aliases=check_names(checkpoint, arch, stock, stacks))
-    return Source(checkpoint, arch, arch.describe(stock))
+    check_shapes(checkpoint, arch, stock)
+    return Source(checkpoint, arch, described(arch, stock))
+
+
+def described(arch: Architecture, stock: PreTrainedModel) -> list[AttentionLayer]:
+    """Facts of every layer. Raises CheckpointError where a family's modules are not what they are in its models."""
+    try:
+        return arch.describe(stock)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever they lack
+        raise CheckpointError(
+            f"config.json describes a {arch.model_type} model whose attention is not understood: {type(error).__name__}:"
+            f" {error}"
+        ) from error
 
 
 def default_seq_len(config: dict[str, Any]) -> int:
@@ -152,6 +173,18 @@ def stacked(checkpoint: Checkpoint, arch: Architecture, model: PreTrainedModel) 
     """Parameters that hold all experts of a layer -> the tensors that files hold of each, unless they hold the parameters."""
     found = {name: arch.parts(name, tensor) for name, tensor in model.state_dict().items()}
     return {name: parts for name, parts in found.items() if parts and name not in checkpoint.tensors}
+
+
+def check_shapes(checkpoint: Checkpoint, arch: Architecture, model: PreTrainedModel) -> None:
+    """Raise CheckpointError where a tensor has another shape than config.json asks for."""
+    wanted = {arch.stored_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, shape in wanted.items():
+        stored = checkpoint.tensors.get(name)
+        if stored is not None and name not in checkpoint.packed and stored.shape != shape:
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} has shape {list(stored.shape)} where config.json asks for {list(shape)}. Does"
+                " config.json belong to these weights?"
+            )
 
 
 def check_names(

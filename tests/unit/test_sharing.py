@@ -93,7 +93,10 @@ class Hub:
 def parse_local(path):
     header = json.loads(path.read_bytes()[8:][: int.from_bytes(path.read_bytes()[:8], "little")])
     header.pop("__metadata__", None)
-    kinds = {n: SimpleNamespace(dtype=e["dtype"], data_offsets=tuple(e["data_offsets"])) for n, e in header.items()}
+    kinds = {
+        n: SimpleNamespace(dtype=e["dtype"], data_offsets=e["data_offsets"], shape=e["shape"])
+        for n, e in header.items()
+    }
     return SimpleNamespace(tensors=kinds)
 
 
