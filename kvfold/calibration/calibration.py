@@ -37,6 +37,8 @@ class Calibration:
             raise RecipeError(
                 f"calibration.num_samples is {self.num_samples} and seq_len {self.seq_len}; neither can be below 0."
             )
+        if self.seq_len == 1:
+            raise RecipeError("calibration.seq_len is 1; nothing looks back in a sequence of one token.")
         if not 0 <= self.own < 1:
             raise RecipeError(
                 f"calibration.own is {self.own}; it is a share of the sequences, from 0 to below 1 (--data self for all)."

@@ -27,7 +27,14 @@ EXPORT_MARKER = "kvfold_export.json"
 
 
 def refuse_out(out: Path, overwrite: bool, keep: Sequence[Path]) -> None:
-    """Raise OutputError where writing `out` would destroy something: a file, what is in `keep`, a foreign folder."""
+    """Raise OutputError where writing `out` would destroy something (a file, what is in `keep`, a foreign folder), and
+    where it is a symbolic link, of which nobody can say which end is meant."""
+    if not out.name:
+        raise OutputError(f"--out {out} is no name of a folder; give another one.")
+    if out.is_symlink():
+        raise OutputError(
+            f"--out {out} is a symbolic link to {os.readlink(out)}; give that folder itself, or another one."
+        )
     for path in keep:
         if path.resolve().is_relative_to(out.resolve()):
             raise OutputError(f"--out {out} is or holds {path}, which is needed; give another folder.")

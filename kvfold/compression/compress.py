@@ -84,7 +84,7 @@ def compress(
     if not isinstance(recipe, Recipe):
         recipe = make_recipe(recipe)
     out = Path(os.path.abspath(recipe.out))
-    run_dir = Path(run_dir) if run_dir else out.with_name(out.name + ".run")
+    run_dir = Path(run_dir) if run_dir else Path(f"{out}.run")
     refuse_out(out, overwrite, keep=(Path(recipe.model), run_dir))
     device = processes.start(processes.own_device(resolve_device(device)))
     processes.wait_for_all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kvfold.errors import DataError
+from kvfold.errors import DataError, RecipeError
 from kvfold.runtimes.transformers.load import load
 
 
@@ -37,6 +38,8 @@ def generate(
     device: str = "auto",
 ) -> Generation:
     """Continue `prompt`, greedily or by sampling. For chats, batches and streams use transformers' generate()."""
+    if not 0 < temperature < math.inf:
+        raise RecipeError(f"temperature is {temperature}; it is a number above 0 (without sampling it says nothing).")
     loaded = load(model, dtype=dtype, device=device)
     torch.manual_seed(seed)
     options = {"do_sample": sample} | ({"temperature": temperature} if sample else {})

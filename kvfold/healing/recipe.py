@@ -89,8 +89,10 @@ class Healing:
             raise RecipeError(f"lora_dropout is {self.lora_dropout}; it is a share below 1.")
         if not 0 <= self.elastic < 1:
             raise RecipeError(f"elastic is {self.elastic}; it is the least share of a stored head, below 1.")
-        if self.learning_rate <= 0 or not 0 <= self.warmup < 1 or self.epochs <= 0:
-            raise RecipeError("learning_rate and epochs must be above 0, warmup a share of the steps below 1.")
+        if self.learning_rate <= 0 or self.weight_decay < 0 or not 0 <= self.warmup < 1 or self.epochs <= 0:
+            raise RecipeError(
+                "learning_rate and epochs must be above 0, weight_decay at least 0, warmup a share of the steps below 1."
+            )
 
 
 def make_healing(data: dict[str, Any]) -> Healing:

@@ -152,8 +152,10 @@ class GrowingLayer(RunsMixin, CacheLayerMixin):
         self.settle_runs()
 
     def removed(self, tokens_to_remove: int) -> int:
-        """How many tokens that is. Raises RuntimeError if they cannot be taken back."""
+        """How many tokens that is. Raises ValueError where there are fewer, RuntimeError if they cannot be taken back."""
         n = -tokens_to_remove if tokens_to_remove <= 0 else max(self.length - tokens_to_remove, 0)
+        if n > self.length:
+            raise ValueError(f"{n} tokens cannot be removed from a cache that holds {self.length}.")
         if self.spec.window is not None and n and self.length >= self.spec.window and not self.record_past:
             raise RuntimeError(
                 f"{n} tokens cannot be removed: the sliding window of {self.spec.window} tokens has already forgotten what"

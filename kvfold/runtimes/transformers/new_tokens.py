@@ -83,6 +83,7 @@ class NewTokens(nn.Module):
                 " past_key_values out, or pass kvfold.FoldedCache(model.kv_plan)."
             )
         if cache is not None and not hasattr(cache, "owned"):
+            _check_foreign(cache, self.layer_idx, new_z)
             _warn_of_floats(type(cache).__name__, self.spec.k_bits is not None or self.spec.v_bits is not None)
         if not hasattr(cache, "owned"):  # without kvfold's own cache numbers lose what it would lose
             z, y = new_z, new_y = self._as_stored(new_z, new_y)
@@ -146,3 +147,15 @@ class NewTokens(nn.Module):
             z = self._aged(z_BCTE, 0)
             return z, z
         return self._aged(z_BCTE, 0), self._aged(y_BUTG, 1)
+
+
+def _check_foreign(cache: Any, layer: int, new_BCTR: Tensor) -> None:
+    """Raise ValueError where a cache that is not ours holds keys that this layer has not made."""
+    layers = getattr(cache, "layers", ())
+    held = getattr(layers[layer], "keys", None) if layer < len(layers) else None
+    if held is not None and held.numel() and held.shape[1::2] != new_BCTR.shape[1::2]:
+        raise ValueError(
+            f"the cache that was passed holds {held.shape[1]} key heads of {held.shape[3]} numbers in layer {layer}, which"
+            f" stores {new_BCTR.shape[1]} of {new_BCTR.shape[3]}. Prefix tuning makes keys of the original's shape: train by"
+            " LoRA or prompt tuning instead."
+        )
