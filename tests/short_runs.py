@@ -31,6 +31,6 @@ def copy_tokenizer(source):
 
 
 def digests(folder):
-    """Bytes of every file but the two that name the folder itself."""
-    names_folder = ("README.md", "recipe.yaml")
+    """Bytes of every file but the two that name the folder itself, and the manifest, which knows one of them."""
+    names_folder = ("README.md", "recipe.yaml", "kvfold_manifest.json")
     return {f.name: f.read_bytes() for f in Path(folder).iterdir() if f.name not in names_folder}

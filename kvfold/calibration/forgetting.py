@@ -42,7 +42,7 @@ from kvfold.plan.token_runs import FORESEEN
 from kvfold.runtimes.reference import alibi_slope
 from kvfold.runtimes.scorers.base import Prompt, Scorer
 
-FORGETTING_VERSION = 4
+FORGETTING_VERSION = 5
 """To be raised when curves are computed differently, so that old ones on disk are not taken for new ones."""
 
 SHARES = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
@@ -151,12 +151,15 @@ def forgetting(
     file = folder / "curves.safetensors"
     if not file.exists():
         make_folder(folder)
-        curves = _measured(source, with_repetition(contexts_BT, seed), folder, device, seed, sinks, choice)
-        nats_L2Cn = torch.stack([seen.sum_2Cn for seen in curves]).flip(-1).cummax(-1).values.flip(-1)
+        _measure(source, with_repetition(contexts_BT, seed), folder, device, seed, sinks, choice)
         if not processes.rank():
+            curves = [load_file(_file_of(folder, layer.index)) for layer in source.layers]
+            nats_L2Cn = torch.stack([seen["sum"] for seen in curves]).flip(-1).cummax(-1).values.flip(-1)
             kinds = {"ordinary": nats_L2Cn[:, 0].contiguous(), "repeated": nats_L2Cn[:, 1].contiguous()}
-            worth = [seen.worth_CD for seen in curves if seen.worth_CD is not None]
+            worth = [seen["worth"] for seen in curves if "worth" in seen]
             write_tensors(file, kinds | ({"worth": torch.stack(worth)} if worth else {}), {})
+            for layer in source.layers:
+                _file_of(folder, layer.index).unlink()
         processes.wait_for_all()
     found = load_file(file)
     return Forgetting(found["ordinary"], found["repeated"], found.get("worth"))
@@ -173,18 +176,25 @@ def with_repetition(contexts_BT: Tensor, seed: int = 0) -> Tensor:
     return torch.cat([contexts_BT, torch.stack(repeated)], dim=1)
 
 
-def _measured(
+def _file_of(folder: Path, layer: int) -> Path:
+    """What is known of a layer that was seen: a run that is interrupted goes on with the others."""
+    return folder / f"layer-{layer:05d}.safetensors"
+
+
+def _measure(
     source: Source, tokens_BT: Tensor, folder: Path, device: str, seed: int, sinks: int, choice: Choice | None
-) -> list[_Curves]:
+) -> None:
+    """Write the curves of every layer, one after the other."""
     model = StreamedModel(source.checkpoint, source.arch, device, outputs=True)
     dtype = getattr(torch, source_dtype(source.checkpoint, source.arch, model.layers[0]))
     passes = Passes(model, own_sequences(tokens_BT), folder, CrossMoments(frozenset(), frozenset()), dtype)
     draws_BT = torch.rand(tokens_BT.shape, generator=torch.Generator().manual_seed(seed))
-    curves: dict[int, _Curves] = {}
 
     def keep(seen: _Curves) -> None:
         seen.gather()
-        curves[seen.layer.index] = seen
+        worth = {} if seen.worth_CD is None else {"worth": seen.worth_CD.cpu().contiguous()}
+        if not processes.rank():
+            write_tensors(_file_of(folder, seen.layer.index), {"sum": seen.sum_2Cn.contiguous()} | worth, {})
 
     def curves_of(layer: AttentionLayer) -> _Curves:
         @functools.cache
@@ -197,7 +207,7 @@ def _measured(
 
     passes.down(curves_of, keep, own_sequences(draws_BT))
     passes.forget()
-    return [curves[layer] for layer in sorted(curves)]
+    processes.wait_for_all()
 
 
 def costs(

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from kvfold.checkpoint.atomic import copy_file, make_folder, write_tensors, write_text
+from kvfold.checkpoint.manifest import write_manifest
 from kvfold.checkpoint.reader import INDEX, Checkpoint, read_json
 from kvfold.checkpoint.remote_code import FILE, class_names, remote_code
 from kvfold.checkpoint.tokenizer import load_tokenizer
@@ -135,8 +136,10 @@ def publish(partial: Path, out: Path, overwrite: bool) -> None:
         raise OutputError(f"{out} appeared meanwhile; the finished model is in {partial}, apart from its name.")
     if (names := class_names(read_json(partial / "config.json"))) is not None:
         write_text(partial / FILE, remote_code(*names))
-    for leftover in (partial / MARKER, *partial.glob("*.unfinished")):
+    for leftover in partial.glob("*.unfinished"):
         leftover.unlink()
+    write_manifest(partial, without=(MARKER,))
+    (partial / MARKER).unlink()
     replaced = out.with_name(out.name + ".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if out.exists():

@@ -15,13 +15,17 @@ def command(
     memory: Annotated[str | None, typer.Option(help="How many sequences fit: 80GB, 24GiB.", show_default=False)] = None,
     context: Annotated[str, typer.Option(help="Tokens per sequence for that: 32k or 32768.")] = "32k",
     sequences: Annotated[int | None, typer.Option(help="Which budget so many need.", min=1, show_default=False)] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare all files with what was written.")] = False,
 ) -> None:
     """Show what a model's cache takes, layer by layer, and how many sequences fit into a memory."""
+    from kvfold.checkpoint.manifest import check_files
     from kvfold.evaluation.inspection import inspect
     from kvfold.evaluation.memory import capacity, parse_size
     from kvfold.report.tables import STDOUT, print_capacity, print_json, print_plan, print_processes
     from kvfold.runtimes.base import servable_by
 
+    if verify:
+        check_files(model)
     found = inspect(model)
     print_plan(found.plan, model)
     for runtime, obstacle in servable_by(found.plan, found.model_type).items():
@@ -34,4 +38,6 @@ def command(
     )
     if fitting:
         print_capacity(fitting)
-    print_json(found.to_json() | ({"capacity": fitting.to_json()} if fitting else {}))
+    print_json(
+        found.to_json() | ({"verified": True} if verify else {}) | ({"capacity": fitting.to_json()} if fitting else {})
+    )

@@ -73,8 +73,8 @@ def test_compress_says_what_it_made(journey):
     card = (root / "svd_a" / "README.md").read_text()
     assert "| per token | 4,608 | 2,304 | 0.5000 |" in card and "from_pretrained" in card
     assert sorted(f.name for f in (root / "svd_a").iterdir()) == [
-        "README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_kvfold.py", "recipe.yaml",
-        "tokenizer.json", "tokenizer_config.json",
+        "README.md", "config.json", "generation_config.json", "kvfold_manifest.json", "model.safetensors",
+        "modeling_kvfold.py", "recipe.yaml", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
 
 

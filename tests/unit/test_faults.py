@@ -1,0 +1,165 @@
+"""Disks that are full, clocks that jump, processes that die or run side by side: the same bytes in the end, or a refusal."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from short_runs import CALIBRATION, digests
+from tiny import make_tiny, save_tiny
+
+import kvfold
+from kvfold.calibration import passes
+from kvfold.checkpoint import atomic
+from kvfold.checkpoint.manifest import check_files
+from kvfold.compression import fold as fold_module
+from kvfold.compression.recipe import make_recipe
+from kvfold.errors import OutputError
+from kvfold.evaluation.demo import MODEL
+
+RECIPES = {
+    "auto": {"preset": "auto", "kv_budget": 0.25, "calibration": CALIBRATION | {"seq_len": 160}},
+    "observed": {
+        "preset": "observed",
+        "kv_budget": 0.5,
+        "context_len": 256,
+        "calibration": CALIBRATION | {"seq_len": 160},
+    },
+    "int4": {"preset": "int4"},
+}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(name, recipe): folds the same model, in many small files."""
+    monkeypatch.setattr(fold_module, "MAX_SHARD_BYTES", 60_000)
+    monkeypatch.setattr(passes, "SECONDS_BETWEEN_SAVES", 0)
+    source = save_tiny(make_tiny("llama_mha"), tmp_path / "source")
+
+    def run(name, recipe):
+        fields = {"model": str(source), "out": str(tmp_path / name)} | RECIPES[recipe]
+        return kvfold.compress(make_recipe(fields), device="cpu").out
+
+    return run
+
+
+def parts():
+    """Every second recipe by default."""
+    return [pytest.param(name, marks=[pytest.mark.rare] * (name == "observed")) for name in RECIPES]
+
+
+@pytest.mark.parametrize("recipe", parts())
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_every_write_may_fail(run, tmp_path, monkeypatch, recipe, code):
+    """A full disk is said; a broken one is its own error. Either way nothing looks finished, and the same call goes on."""
+    expected, writes, limit, failures = digests(run("expected", recipe)), [], 0, 0
+    fsync = os.fsync
+
+    def failing(descriptor):
+        writes.append(descriptor)
+        if len(writes) > limit:
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    monkeypatch.setattr(atomic.os, "fsync", failing)
+    while True:
+        writes.clear()
+        try:
+            run("out", recipe)
+            break
+        except OutputError as error:
+            assert code != errno.EIO and "disk is full" in str(error)
+        except OSError as error:
+            assert error.errno == code == errno.EIO
+        failures += 1
+        limit += failures % 4 == 0  # several times at the same place, then one further
+        assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.unfinished"))
+    assert failures > 8 and digests(tmp_path / "out") == expected
+    check_files(tmp_path / "out")
+    left = {path.name for path in tmp_path.iterdir()} - {"expected.run", "out.run"}
+    assert left == {"source", "expected", "out"}
+
+
+@pytest.mark.parametrize("recipe", parts())
+def test_clocks_may_jump(run, monkeypatch, recipe):
+    """By years, back and forth."""
+    expected, real, ticks = digests(run("expected", recipe)), {}, random.Random(0)
+    for name in ("time", "monotonic", "perf_counter"):
+        real[name] = getattr(time, name)
+        monkeypatch.setattr(time, name, lambda name=name: real[name]() + ticks.choice([-1e9, 0, 1e9]))
+    found = run("out", recipe)
+    monkeypatch.undo()
+    assert digests(found) == expected
+
+
+COMMAND = [
+    sys.executable,
+    "-m",
+    "kvfold",
+    "compress",
+    str(MODEL),
+    "--preset",
+    "svd_a",
+    "--kv-budget",
+    "0.5",
+    "--data",
+    "self",
+]
+COMMAND += ["--num-samples", "4", "--seq-len", "64", "--device", "cpu"]
+
+
+def started(tmp_path, name, run_dir):
+    options = ["--out", str(tmp_path / name), "--run-dir", str(tmp_path / run_dir)]
+    return subprocess.Popen([*COMMAND, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.rare
+def test_two_at_once_share_what_they_gather(tmp_path):
+    """The same statistics, into two folders."""
+    both = [started(tmp_path, name, "run") for name in ("first", "second")]
+    assert [process.wait() for process in both] == [0, 0], [process.stderr.read() for process in both]
+    assert digests(tmp_path / "first") == digests(tmp_path / "second")
+
+
+@pytest.mark.rare
+@pytest.mark.parametrize("delay", [0.0, 0.5, 2.0])
+def test_two_at_once_into_one_folder(tmp_path, delay):
+    """One makes it, the other is refused or finds it made."""
+    first = started(tmp_path, "out", "run")
+    time.sleep(delay)
+    second = started(tmp_path, "out", "run")
+    codes, said = [first.wait(), second.wait()], first.stderr.read() + second.stderr.read()
+    assert sorted(codes) == [0, 1] and (
+        "another process" in said or "exists already" in said or "appeared meanwhile" in said
+    )
+    assert "Traceback" not in said
+    check_files(tmp_path / "out")
+
+
+@pytest.mark.rare
+def test_killed_at_any_time(tmp_path):
+    """SIGKILL at random moments of a run, again and again, then once to the end."""
+    generator, killed = random.Random(int(time.time())), 0
+    fresh = started(tmp_path, "fresh", "fresh.run")
+    before = time.time()
+    assert fresh.wait() == 0
+    whole = time.time() - before
+    while killed < 8:
+        process, pause = started(tmp_path, "out", "run"), generator.uniform(0.3, 0.95) * whole
+        try:
+            process.wait(pause)
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
+            assert not (tmp_path / "out").exists() or check_files(tmp_path / "out") is None, f"killed after {pause} s"
+    if not (tmp_path / "out").exists():
+        assert started(tmp_path, "out", "run").wait() == 0
+    assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
+    assert not list(Path(tmp_path).glob("out.partial"))
