@@ -12,7 +12,7 @@ import torch
 from packed_forms import FORMS, distance
 
 from kvfold.plan.number_format import NumberFormat
-from kvfold.runtimes.kernels import cpu, cpu_decode, dispatch
+from kvfold.runtimes.kernels import cpu, cpu_decode, dispatch, native
 from kvfold.runtimes.kernels.attention import grouped_attention
 from kvfold.runtimes.kernels.codec import pack, roundtrip, unpack
 from kvfold.runtimes.kernels.dispatch import decode_attention
@@ -289,3 +289,41 @@ def test_the_kernel_stays_inside_its_memory(guard, tmp_path):
         settings |= {"LD_PRELOAD": sanitizer, "ASAN_OPTIONS": "detect_leaks=0"}
     done = subprocess.run([sys.executable, "-c", EDGES], env=os.environ | settings, capture_output=True, text=True)
     assert done.stdout == "inside its memory\n", (done.returncode, done.stderr[-3000:])
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The user's cache, in which nothing was compiled."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "kvfold"
+
+
+def test_what_is_compiled_is_the_users_alone(cache):
+    """Whatever the umask; a folder that others may write to is closed, and what lies there is not run."""
+    before = os.umask(0)
+    try:
+        cache.mkdir(mode=0o777)
+        (cache / "decode-0.so").write_text("of somebody else")
+        (cache / "decode-0.so").chmod(0o666)
+        assert native._folder() == cache
+    finally:
+        os.umask(before)
+    assert native.is_private(cache) and not list(cache.iterdir())
+
+
+def test_a_cache_of_somebody_else_is_not_used(cache, monkeypatch):
+    """Nobody but root could give a folder away: so it is somebody else's by another number."""
+    cache.mkdir()
+    monkeypatch.setattr(native, "is_private", lambda path: False)
+    monkeypatch.setattr(native.Path, "chmod", lambda *_: (_ for _ in ()).throw(PermissionError))
+    assert native._folder() != cache
+
+
+@compiler
+def test_the_library_is_private_under_any_umask(cache):
+    before = os.umask(0)
+    try:
+        file = native._compiled()
+    finally:
+        os.umask(before)
+    assert file.parent == cache and native.is_private(file) and native.is_private(cache)

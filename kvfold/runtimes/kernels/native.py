@@ -14,6 +14,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -65,18 +66,33 @@ def _compiled() -> Path:
             made = Path(scratch) / file.name
             command = [*compiler, *FLAGS, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+            made.chmod(0o700)
             os.replace(made, file)
     return file
 
 
 def _folder() -> Path:
-    """Where what was compiled is kept: the user's cache, or a folder of this process where there is none."""
+    """Where what was compiled is kept: the user's cache, or a folder of this process where there is none that is the user's
+    alone. What lies there is code that will run."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvfold"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # no home, or one that cannot be written
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not is_private(folder):
+            folder.chmod(0o700)  # which only its owner may do
+        for file in folder.glob("*.so"):
+            if not is_private(file):  # somebody else may have written it
+                file.unlink()
+    except (OSError, RuntimeError):  # no home, or one that is not ours or cannot be written
         return Path(tempfile.mkdtemp(prefix="kvfold-"))
     return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="kvfold-"))
+
+
+def is_private(path: Path) -> bool:
+    """Whether nobody but this user (and root) can write there."""
+    if not hasattr(os, "getuid"):
+        return True
+    status = path.stat()
+    return status.st_uid in (os.getuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _processor() -> str:
