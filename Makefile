@@ -20,7 +20,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 test-rest: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --rest
+	$(BIN)/python -m pytest -n $(WORKERS) --rest $(REST)
 
 test-all: test test-rest
 

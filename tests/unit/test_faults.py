@@ -127,6 +127,7 @@ def test_two_at_once_share_what_they_gather(tmp_path):
 
 
 @pytest.mark.rare
+@pytest.mark.long
 @pytest.mark.parametrize("delay", [0.0, 0.5, 2.0])
 def test_two_at_once_into_one_folder(tmp_path, delay):
     """One makes it, the other is refused or finds it made."""
@@ -142,6 +143,7 @@ def test_two_at_once_into_one_folder(tmp_path, delay):
 
 
 @pytest.mark.rare
+@pytest.mark.long
 def test_killed_at_any_time(tmp_path):
     """SIGKILL at random moments of a run, again and again, then once to the end."""
     generator, killed = random.Random(int(time.time())), 0
