@@ -22,7 +22,9 @@ from kvfold.errors import KvfoldError
 from kvfold.plan.plan import CachePlan
 
 SECONDS, MEGABYTES = 20, 500
-MANY = pytest.mark.parametrize("many", [False, pytest.param(True, marks=[pytest.mark.rare, pytest.mark.long])], ids=["", "many"])
+MANY = pytest.mark.parametrize(
+    "many", [False, pytest.param(True, marks=[pytest.mark.rare, pytest.mark.long])], ids=["", "many"]
+)
 """A tenth by default, always the same; with --rest others each time."""
 FOLDS = (
     {"preset": "auto", "kv_budget": 0.25},

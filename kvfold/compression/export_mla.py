@@ -1,0 +1,192 @@
+"""A Llama-type model -> a checkpoint of DeepSeek-V3's class, whose cache is a latent and one rotated key head per token.
+
+Servers with kernels for multi-head latent attention run it. Unlike a fold it changes what keys mean: all but one mixture of
+heads per speed stop rotating, so that it loses much and wants training (TransMLA, arXiv 2502.07864).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfold.architectures.base import empty_model
+from kvfold.calibration.calibration import Calibration
+from kvfold.calibration.material import Material
+from kvfold.checkpoint.atomic import write_tensors, write_text
+from kvfold.checkpoint.fingerprint import fingerprint
+from kvfold.checkpoint.folder import EXPORT_MARKER, new_folder, refuse_out, write_files
+from kvfold.checkpoint.reader import INDEX
+from kvfold.checkpoint.source import Source, open_source, read_layer, source_dtype
+from kvfold.errors import BudgetError, CheckpointError
+from kvfold.linalg.block_diagonal import BlockDiagonal
+from kvfold.linalg.decoupled_rotation import decouple
+from kvfold.linalg.eigen import Moment
+from kvfold.linalg.reduced_rank import Term, solve
+from kvfold.linalg.sensitivity import METRIC, WEIGHTED
+from kvfold.methods.width.mla import BOTH, Mla
+from kvfold.plan.layer import AttentionLayer, AttentionWeights
+from kvfold.runtimes.transformers.load import resolve_device
+
+EPSILON = 1e-6
+"""Of DeepSeek's norm over a latent: latents that are far smaller than its root pass it as they are, but for a factor."""
+SMALL = 1e-7
+"""What they are made."""
+DISTANCE = 4096
+"""Tokens that queries look back, at most."""
+CARD = """# {name}
+
+Exported by kvfold from `{source}`: multi-head latent attention, {width} numbers per token and layer where the original caches
+{before}. This is an ordinary `DeepseekV3ForCausalLM`; nothing of kvfold is needed. It was not trained after it was made.
+"""
+
+
+def export_mla(
+    model: str | Path,
+    out: str | Path,
+    *,
+    kv_budget: float,
+    calibration: Mapping[str, Any],
+    run_dir: str | Path | None = None,
+    published: bool = False,
+    overwrite: bool = False,
+    device: str = "cpu",
+) -> int:
+    """Write `out`, and return how many numbers it caches per token and layer. published: mix heads as TransMLA does.
+
+    Raises CheckpointError where the model is none of Llama's type, BudgetError where one rotated head does not fit.
+    """
+    if not 0 < kv_budget <= 1:
+        raise BudgetError(
+            f"kv_budget is {kv_budget}; it is a share of the original cache's bytes, above 0 and at most 1."
+        )
+    source, out, device = open_source(model), Path(os.path.abspath(out)), resolve_device(device)
+    _check(source)
+    layer = source.layers[0]
+    rank = int(kv_budget * 2 * layer.num_kv_heads * layer.head_dim) - layer.head_dim
+    if rank < 1:
+        least = (layer.head_dim + 1) / (2 * layer.num_kv_heads * layer.head_dim)
+        raise BudgetError(
+            f"kv_budget {kv_budget:.4g} leaves nothing beside the rotated head; the least is {least:.4g}."
+        )
+    run_dir = Path(run_dir) if run_dir else Path(f"{out}.run")
+    refuse_out(out, overwrite, keep=(source.checkpoint.path, run_dir))
+    names = frozenset({METRIC + BOTH, WEIGHTED + BOTH})
+    asked = Material(Calibration(**calibration), source, run_dir, Mla(rope="on_read", below=0), "export", device=device)
+    statistics = asked.statistics(names)
+    assert statistics is not None, "the method asks for moments"
+    identity = fingerprint(
+        export="mla", rank=rank, published=published, model=source.checkpoint.fingerprint(), text=statistics.folder.name
+    )
+    with new_folder(out, identity, overwrite=overwrite) as partial:
+        shards: dict[str, str] = {}
+        for index in range(-1, len(source.layers)):
+            file = f"model-{index + 2:05d}-of-{len(source.layers) + 1:05d}.safetensors"
+            tensors = (
+                _outside(source)
+                if index < 0
+                else _layer(source, index, statistics.layer(index, names), rank, published)
+            )
+            shards |= dict.fromkeys(tensors, file)
+            write_tensors(partial / file, tensors, {"format": "pt"})
+        write_text(partial / INDEX, json.dumps({"metadata": {}, "weight_map": shards}, indent=1))
+        facts = {"name": out.name, "source": model, "width": rank + layer.head_dim}
+        write_files(
+            partial,
+            {
+                "config.json": deepseek_config(source, rank),
+                "README.md": CARD.format(before=2 * layer.num_kv_heads * layer.head_dim, **facts),
+                EXPORT_MARKER: {"format": "mla", "source": str(model)},
+            },
+            beside=source.checkpoint,
+        )
+    return rank + layer.head_dim
+
+
+def _check(source: Source) -> None:
+    layer, config = source.layers[0], source.checkpoint.config
+    plain = config.get("hidden_act", "silu") == "silu" and not config.get("mlp_bias")
+    wrong = {
+        "biases of attention": layer.qkv_bias or layer.o_bias,
+        "norms of queries and keys": layer.qk_norm,
+        "another MLP than Llama's": source.arch.mlp_in != ("mlp.gate_proj", "mlp.up_proj") or not plain,
+        "rotation of a part, of neighbours or of no numbers": layer.rotary_dim != layer.head_dim or layer.interleaved,
+        "a rotation whose tables change": not layer.rotary_speeds,
+        "sliding windows": any(x.window for x in source.layers),
+        "capped scores": layer.softcap is not None,
+        "experts": bool(source.arch.experts),
+        "factors of its own (embedding_multiplier and the like)": any("multiplier" in name for name in config),
+        "quantized weights": bool(source.checkpoint.packed),
+    }
+    if found := [name for name, is_so in wrong.items() if is_so]:
+        raise CheckpointError(
+            f"{source.arch.model_type} models with {found[0]} have no place in DeepSeek's class; llama and mistral models do."
+        )
+
+
+def deepseek_config(source: Source, rank: int) -> dict[str, Any]:
+    """config.json: every MLP is dense, queries have no latent."""
+    layer, config = source.layers[0], source.checkpoint.config
+    stock = empty_model(source.arch, source.arch.config_class.from_dict(dict(config))).config.to_dict()
+    kept = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
+        "max_position_embeddings", "initializer_range", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
+        "tie_word_embeddings", "attention_dropout", "dtype",
+    )  # fmt: skip
+    return {name: stock[name] for name in kept if name in stock} | {
+        "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "rms_norm_eps": stock["rms_norm_eps"],
+        "num_key_value_heads": layer.num_attention_heads, "q_lora_rank": None, "kv_lora_rank": rank,
+        "qk_nope_head_dim": layer.head_dim, "qk_rope_head_dim": layer.head_dim, "v_head_dim": layer.head_dim,
+        "head_dim": layer.head_dim, "first_k_dense_replace": len(source.layers), "n_routed_experts": 8, "n_group": 1,
+        "topk_group": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "attention_bias": False,
+        "rope_interleave": True,
+    }  # fmt: skip
+
+
+def _outside(source: Source) -> dict[str, Tensor]:
+    """What is copied: everything outside attention, under the same names."""
+    attention = tuple(source.arch.attention_prefix(layer.index) for layer in source.layers)
+    names = [name for name in source.checkpoint.tensors if not name.startswith(attention)]
+    return {name: source.checkpoint.read(name) for name in names}
+
+
+def _layer(source: Source, index: int, moments: Mapping[str, Moment], rank: int, published: bool) -> dict[str, Tensor]:
+    layer = source.layers[index]
+    dtype = getattr(torch, source_dtype(source.checkpoint, source.arch, layer))
+    made = mla_weights(layer, read_layer(source.checkpoint, source.arch, layer), moments, rank, published)
+    prefix = source.arch.attention_prefix(index)
+    return {f"{prefix}{name}.weight": tensor.to(dtype).contiguous() for name, tensor in made.items()}
+
+
+def mla_weights(
+    layer: AttentionLayer, weights: AttentionWeights, moments: Mapping[str, Moment], rank: int, published: bool = False
+) -> dict[str, Tensor]:
+    """Of one layer, by DeepSeek's names, in float64. moments: of keys before rotation and values, and of what errors cost."""
+    K, N, H = layer.num_kv_heads, layer.num_attention_heads, layer.head_dim
+    metric, second_FF = BlockDiagonal(moments[METRIC + BOTH].second_FF), moments[WEIGHTED + BOTH].second_FF
+    costs_KH = metric.dense().diagonal()[: K * H].unflatten(0, (K, H))
+    parts = decouple(second_FF[: K * H, : K * H], costs_KH, layer.rotary_speeds, DISTANCE, published=published)
+    made_FF = torch.block_diag(parts.rest_FF, torch.eye(K * H, dtype=torch.float64))
+    wanted_FF = made_FF @ second_FF @ made_FF.T
+    latents = solve(lambda _: Term(wanted_FF, wanted_FF, metric), 1, 1, rank)
+    a_RF, back_FR = latents.a_CRF[0] @ made_FF, latents.back(0)[0]
+    stored_RD = a_RF @ torch.cat([weights.k_proj, weights.v_proj])
+    size = (a_RF @ second_FF @ a_RF.T).trace().clamp_min(1e-300).div(rank).sqrt()
+    pairs = torch.arange(H).view(2, -1).T.flatten()  # DeepSeek's rotation turns neighbours
+    q_NHD = weights.q_proj.unflatten(0, (N, H)) * layer.scaling * (2 * H) ** 0.5
+    back_NHH = parts.back_KHH.repeat_interleave(N // K, 0)
+    rotated_NHD = (back_NHH.mT @ q_NHD)[:, pairs]
+    up_KHR, v_KHR = (x.unflatten(0, (K, H)) for x in back_FR.chunk(2))
+    of_heads = torch.cat([up_KHR, v_KHR], 1).repeat_interleave(N // K, 0)
+    return {
+        "q_proj": torch.cat([parts.phase_HH @ q_NHD, rotated_NHD], 1).flatten(0, 1),
+        "kv_a_proj_with_mqa": torch.cat([stored_RD * (SMALL / size), (parts.shared_HF @ weights.k_proj)[pairs]]),
+        "kv_a_layernorm": torch.full((rank,), float(EPSILON**0.5 / (SMALL / size)), dtype=torch.float64),
+        "kv_b_proj": of_heads.flatten(0, 1),
+        "o_proj": weights.o_proj,
+    }
