@@ -42,9 +42,10 @@ def is_a(value: Any, hint: Any) -> bool:
         return len(value) == len(each) and all(map(is_a, value, each))
     if hint is bool or hint is str or hint is types.NoneType:
         return type(value) is hint
+    if hint is float and type(value) is float:
+        return math.isfinite(value)
     if hint is int or hint is float:
-        number = type(value) is int or (hint is float and type(value) is float)
-        return number and math.isfinite(value) and abs(value) <= LARGEST
+        return type(value) is int and abs(value) <= LARGEST
     return isinstance(value, Mapping if origin is not None else hint)
 
 

@@ -285,7 +285,7 @@ def test_a_loss_that_is_no_number_stops_the_run(folded):
         ({"lerning_rate": 1.0}, "Did you mean 'learning_rate'"),
         ({"learning_rate": -1.0}, "above 0"),
         ({"batch_size": 0}, "at least 1"),
-        ({"batch_size": "8"}, "is not int"),
+        ({"batch_size": "8"}, "is not a whole number"),
         ({"objective": "ce", "teacher_top": 5}, "goes with objective kd"),
         ({"objective": "layers", "gradient_checkpointing": True}, "does not go with gradient_checkpointing"),
         ({"lora_dropout": 1.5}, "a share below 1"),

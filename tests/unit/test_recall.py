@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import MODELS, make_tiny
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PretrainedConfig
 from typer.testing import CliRunner
 
 import kvfold
@@ -50,7 +50,7 @@ class Copier:
     """Repeats what followed the last occurrence of the last three tokens among the `memory` latest tokens."""
 
     device = torch.device("cpu")
-    config = SimpleNamespace(vocab_size=VOCAB)
+    config = PretrainedConfig(vocab_size=VOCAB)
 
     def __init__(self, *, memory):
         self.memory = memory
