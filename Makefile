@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/demo_model/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: docs wheel results-real results-real-kivi results-measured results-lab results-real-auto results-real-ablation results-real-tasks results-real-tasks-three results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-real-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long results-dropped results-scored results-real-context results-reading results-read-some results-multi-head real-models clean
+.PHONY: docs wheel results-real results-real-kivi results-measured results-lab results-real-auto results-real-ablation results-real-tasks results-real-tasks-three results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-real-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long results-dropped results-scored results-real-context results-reading results-read-some results-mla-export results-multi-head real-models clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -157,6 +157,10 @@ results-on-read: $(VENV)/installed
 	$(BIN)/kvfold bench $(SHAPE) --steps 4 --preset fast:kv_budget=0.25 --preset auto:kv_budget=0.25,prefer=speed --preset small:kv_budget=0.25 \
 	  --preset small:kv_budget=0.25,width.latent=group,width.group_size=4 --preset auto:kv_budget=0.25 \
 	  --markdown results/decode-step-on-read.md
+
+# What exports to DeepSeek's class lose: make results-mla-export VALID=... CALIBRATION=... SCRATCH=/with/3GB
+results-mla-export: $(VENV)/installed
+	$(BIN)/python benchmarks/mla_loss.py $(REAL) --data $(CALIBRATION) --valid $(VALID) --scratch $(SCRATCH) --markdown results/mla-export-smollm2-135m.md
 
 # Heads merged into stock grouped-query attention: make results-stock VALID=books-valid.txt
 STOCK := --preset gqa --preset procrustes:width.merge=align --preset procrustes --preset procrustes:width.grouping=similar

@@ -37,9 +37,8 @@ def main() -> None:
     windows_WT = first_windows(load_tokenizer(options.model), options.valid, seq_len=1024, max_tokens=options.tokens)
     expected = predictions(options.model, windows_WT)
     rows = [(name, budget, *losses(folder, windows_WT, expected)) for name, budget, folder in exported(options)]
-    table = Table(
-        ("what", "of the bytes", "KL", "loss change"), title=f"{Path(options.model).name}, {options.valid.name}."
-    )
+    title = f"{Path(options.model).name}, {options.valid.name}, {windows_WT.numel():,} tokens, before any training."
+    table = Table(("what", "of the bytes", "KL", "loss change"), title=title)
     for name, budget, kl, change in rows:
         table.add(name, f"{budget:.3f}", f"{kl:.4f}", f"{change:+.4f}")
     print(table.markdown())
