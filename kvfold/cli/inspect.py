@@ -24,9 +24,9 @@ def command(
     from kvfold.report.tables import STDOUT, print_capacity, print_json, print_plan, print_processes
     from kvfold.runtimes.base import servable_by
 
+    found = inspect(model)
     if verify:
         check_files(model)
-    found = inspect(model)
     print_plan(found.plan, model)
     for runtime, obstacle in servable_by(found.plan, found.model_type).items():
         STDOUT.print(f"served by {runtime}: {'yes' if obstacle is None else f'no, {obstacle}'}")
