@@ -10,7 +10,7 @@ SCRATCH ?= $(error give SCRATCH=FOLDER, on a disk with 30 GB free)
 MODEL ?= kvfold/demo_model/books-6l
 PRESETS := --preset gqa --preset svd_w --preset svd_a:width.latent=group --preset svd_a
 
-.PHONY: docs wheel results-real results-real-kivi results-measured results-lab results-real-auto results-real-ablation results-real-tasks results-real-tasks-three results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-real-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long results-dropped results-scored results-real-context results-reading results-read-some results-mla-export results-multi-head real-models clean
+.PHONY: docs wheel results-real results-real-kivi results-measured results-lab results-real-auto results-real-ablation results-real-tasks results-real-tasks-three results-real-recall results-real-healing results-real-speed demo test test-rest test-all test-real test-vllm lint check results results-frontier results-auto results-mla results-bits results-width results-one-side results-ablation results-autoencoder results-on-read results-stock results-depth results-mlkv results-healing results-7b results-7b-layer results-speed results-vllm results-real-vllm results-recall results-real-frontier results-real-calibration results-real-depth results-nats results-long results-dropped results-scored results-scored-4096 results-real-context results-reading results-read-some results-mla-export results-multi-head real-models clean
 
 demo: $(VENV)/installed
 	$(BIN)/kvfold demo --out demo
@@ -316,6 +316,11 @@ runs/scored/%: | $(VENV)/installed
 results-scored: $(SCORED)
 	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 1024 --sequences 16 \
 	  --markdown results/scored-tokens-smollm2-135m.md
+
+# And of 4,096 tokens, by the same folds, in an hour
+results-scored-4096: $(addprefix runs/scored/,observed-quarter foreseen-quarter windows-quarter)
+	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 4096 --sequences 16 \
+	  --markdown results/scored-tokens-4096-smollm2-135m.md
 
 # What a thirty-second of the bytes still knows of 4,096 tokens, by the length of calibration text: make results-real-context VALID=...
 # CALIBRATION=..., in an hour and a half
