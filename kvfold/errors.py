@@ -43,3 +43,8 @@ class OutputError(KvfoldError):
 
 class HealError(KvfoldError):
     """A training run cannot go on."""
+
+
+def one_line(error: Exception, most: int = 200) -> str:
+    """What another library says, as part of a message of ours: without line breaks, and no more than so many letters."""
+    return " ".join(str(error).split())[:most]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvfold.errors import CheckpointError
+from kvfold.plan.typed import shortened
 
 MOST = {
     "num_hidden_layers": 4096, "n_layer": 4096, "num_layers": 4096,
@@ -28,17 +29,17 @@ def check_sizes(config: Mapping[str, Any], where: str = "config.json") -> None:
             least = 0 if name in MAY_BE_ZERO else 1
             if type(value) is not int or not least <= value <= MOST[name]:
                 raise CheckpointError(
-                    f"{where}: {name} is {str(value)[:40]!r}; a number from {least} to {MOST[name]:,} was expected."
+                    f"{where}: {name} is {shortened(value)}; a number from {least} to {MOST[name]:,} was expected."
                 )
         if name.endswith("_config") and value is not None and not isinstance(value, Mapping):
-            raise CheckpointError(f"{where}: {name} is {str(value)[:40]!r} where fields of its own were expected.")
+            raise CheckpointError(f"{where}: {name} is {shortened(value)} where fields of its own were expected.")
         if name == "text_config" and isinstance(value, Mapping):
             check_sizes(value, f"{where}: text_config")
     for name, number in _numbers(config):
         if isinstance(number, float) and not math.isfinite(number):
             raise CheckpointError(f"{where}: {name} is no finite number; download it again.")
         if name in SHARES and not 0 <= number <= 1:
-            raise CheckpointError(f"{where}: {name} is {str(number)[:40]}; a share from 0 to 1 was expected.")
+            raise CheckpointError(f"{where}: {name} is {shortened(number)}; a share from 0 to 1 was expected.")
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int | float]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 from abc import ABC
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -17,10 +18,11 @@ from kvfold import registry
 from kvfold.architectures._refused import REFUSED
 from kvfold.architectures._rotary import rotary_speeds, rotated_numbers
 from kvfold.architectures._sizes import check_sizes
-from kvfold.errors import CheckpointError
+from kvfold.errors import CheckpointError, one_line
 from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
 from kvfold.plan.naming import MODEL_TYPE_PREFIX
+from kvfold.plan.typed import shortened
 
 
 class Architecture(ABC):
@@ -32,11 +34,11 @@ class Architecture(ABC):
     of the one before; `attn_implementation` names the only one that the family has, if it does not take others from
     transformers' AttentionInterface; `no_stock_gqa` is why the family has no stock grouped-query class, if it has none,
     `not_in_vllm` why kvfold does not serve it there; `mlp_in` and `mlp_out` lead from a layer to the projections whose rows
-    and whose columns are the MLP's neurons. `in_gguf`: GGUF files have its projections as kvfold reads them.
-    `beside`: parts of the base model that no text passes. `repeats_heads`:
-    transformers' own model caches every key and value once for each of its queries. `sums_late`: vLLM's own model adds up
-    what its processes have of attention together with what they have of the MLP. `experts`: the parameters in which current
-    models have all experts of a layer -> the names of each one's parts in files, whose rows it stacks.
+    and whose columns are the MLP's neurons. `in_gguf`: GGUF files have its projections as kvfold reads them. `beside`: parts
+    of the base model that no text passes. `repeats_heads`: transformers' own model caches every key and value once for each
+    of its queries. `sums_late`: vLLM's own model adds up what its processes have of attention together with what they have of
+    the MLP. `experts`: the parameters in which current models have all experts of a layer -> the names of each one's parts in
+    files, whose rows it stacks.
     """
 
     model_type: ClassVar[str]
@@ -213,7 +215,7 @@ def all_architectures() -> list[Architecture]:
 def architecture(model_type: str) -> Architecture:
     """The family of a model_type. Raises CheckpointError with the reason or the list."""
     if not isinstance(model_type, str):
-        raise CheckpointError(f"config.json: model_type is {str(model_type)[:40]!r}; it is the name of a family.")
+        raise CheckpointError(f"config.json: model_type is {shortened(model_type)}; it is the name of a family.")
     return _of_type(model_type)
 
 
@@ -223,27 +225,24 @@ def _of_type(model_type: str) -> Architecture:
         raise CheckpointError(
             f"model_type is {model_type!r}: this folder is folded already. Fold the original model again instead."
         )
-    if model_type in REFUSED and model_type not in registry.names("architectures"):
-        raise CheckpointError(f"config.json: models of model_type {model_type!r} are not folded: {REFUSED[model_type]}")
-    if model_type not in registry.names("architectures"):
-        known = registry.names("architectures")
-        raise CheckpointError(
-            f"config.json: models of model_type {model_type!r} are not folded. Those that are: {', '.join(known)}."
-            " A family is one file: docs/add_an_architecture.md shows how to add it."
-        )
-    return registry.load("architectures", model_type)()
+    known = registry.names("architectures")
+    if model_type in known:
+        return registry.load("architectures", model_type)()
+    others = (
+        f"Those that are: {', '.join(known)}. A family is one file: docs/add_an_architecture.md shows how to add it."
+    )
+    reason = f": {REFUSED[model_type]}" if model_type in REFUSED else f". {others}"
+    raise CheckpointError(f"config.json: models of model_type {model_type!r} are not folded{reason}")
 
 
 def source_config(arch: Architecture, config: dict[str, Any]) -> transformers.PretrainedConfig:
     """The stock config object of a config.json. Raises CheckpointError where sizes are none or do not fit each other."""
     check_sizes(config)
-    try:
+    with foreign_faults(f"config.json does not describe a {arch.model_type} model"):
         # a copy, since transformers writes its defaults into nested dictionaries
         loaded = arch.config_class.from_dict(copy.deepcopy(config))
         text = loaded.get_text_config(decoder=True)
         heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
-    except Exception as error:  # whatever transformers finds wrong
-        raise CheckpointError(f"config.json does not describe a {arch.model_type} model: {_said(error)}") from error
     if kv_heads and heads % kv_heads:
         raise CheckpointError(
             f"config.json: {heads} query heads are not divisible by {kv_heads} key/value heads. Check num_attention_heads"
@@ -261,16 +260,17 @@ def empty_model(arch: Architecture, config: transformers.PretrainedConfig) -> tr
     """The stock model with parameters on the meta device and real buffers: facts and code for free, no weights."""
     from accelerate import init_empty_weights
 
+    fault = f"transformers cannot build the {arch.model_type} model that config.json describes"
+    with foreign_faults(fault), init_empty_weights(include_buffers=False), torch.no_grad():
+        return arch.model_class(config).eval()
+
+
+@contextlib.contextmanager
+def foreign_faults(what: str) -> Iterator[None]:
+    """Whatever a family's code in transformers stumbles over becomes a CheckpointError that begins with `what`."""
     try:
-        with init_empty_weights(include_buffers=False), torch.no_grad():
-            return arch.model_class(config).eval()
+        yield
     except CheckpointError:
         raise
-    except Exception as error:  # whatever its code stumbles over
-        raise CheckpointError(
-            f"transformers cannot build the {arch.model_type} model that config.json describes: {_said(error)}"
-        ) from error
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    except Exception as error:
+        raise CheckpointError(f"{what}: {type(error).__name__}: {one_line(error, 300)}") from error

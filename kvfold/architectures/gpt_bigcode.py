@@ -7,20 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from kvfold.architectures.base import Architecture, split_interleaved
+from kvfold.architectures.base import split_interleaved
+from kvfold.architectures.gpt2 import Gpt2
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
 
 
-class GptBigCode(Architecture):
+class GptBigCode(Gpt2):
     model_type = "gpt_bigcode"
     causal_lm = "GPTBigCodeForCausalLM"
     no_stock_gqa = "its own shares one key/value head between all or none."
     not_in_vllm = "vLLM 0.32 has no model of this family; starcoder2 is served."
-    layers = "transformer.h"
-    attention = "attn"
-    output = "c_proj"
-    rotary = None
-    mlp_in = ()
 
     def facts(self, module: Any, index: int) -> AttentionLayer:
         return AttentionLayer(

@@ -17,7 +17,7 @@ from kvfold.architectures.base import Architecture
 from kvfold.calibration.cross_moments import CrossMoments
 from kvfold.calibration.layerwise_model import StreamedModel
 from kvfold.calibration.observing import OF_TOKENS, SENSITIVITIES, STATISTICS, LayerObserver
-from kvfold.calibration.passes import Passes
+from kvfold.calibration.passes import Passes, layer_file
 from kvfold.checkpoint.atomic import make_folder, require_space, write_tensors, write_text
 from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.reader import Checkpoint, read_json
@@ -47,7 +47,7 @@ class Statistics:
 
     def layer(self, index: int, needs: Iterable[str]) -> dict[str, Moment]:
         moments = {}
-        with safe_open(_layer_file(self.folder, index), framework="pt") as file:
+        with safe_open(layer_file(self.folder, index), framework="pt") as file:
             for name in sorted(set(needs) - OF_TOKENS):
                 mean, second = file.get_tensor(f"{name}.mean"), file.get_tensor(f"{name}.second")
                 moments[name] = Moment(mean.clone(), second.clone(), self.tokens)
@@ -55,7 +55,7 @@ class Statistics:
 
     def of_tokens(self, index: int, name: str) -> Tokens:
         """The calibration tokens of one layer, as `TOKENS` + `name` asks for them."""
-        with safe_open(_layer_file(self.folder, index), framework="pt") as file:
+        with safe_open(layer_file(self.folder, index), framework="pt") as file:
             recent = RECENT + WEIGHTS + name
             return Tokens(
                 file.get_tensor(TOKENS + name).float(),
@@ -65,7 +65,7 @@ class Statistics:
 
     def cross(self, layer: int, earlier: int, needs: Iterable[str]) -> dict[str, Tensor]:
         """E[x_layer x_earlier^T] of each statistic."""
-        with safe_open(_layer_file(self.folder, layer), framework="pt") as file:
+        with safe_open(layer_file(self.folder, layer), framework="pt") as file:
             return {name: file.get_tensor(f"{name}.cross.{earlier}").clone() for name in sorted(needs)}
 
 
@@ -113,7 +113,7 @@ def calibrate(
     def keep(seen: LayerObserver) -> None:
         seen.gather()
         if not processes.rank():
-            write_tensors(_layer_file(folder, seen.layer.index), seen.moments(total), {})
+            write_tensors(layer_file(folder, seen.layer.index), seen.moments(total), {})
 
     if downward:
         passes.down(observer, keep, own_sequences(draws_BT))
@@ -177,7 +177,3 @@ def _finished(run_dir: Path, key: str, needs: frozenset[str]) -> Path | None:
         if needs <= set(read_json(file)["needs"]):
             return file.parent
     return None
-
-
-def _layer_file(folder: Path, index: int) -> Path:
-    return folder / f"layer-{index:05d}.safetensors"

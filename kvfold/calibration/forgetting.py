@@ -32,7 +32,7 @@ from kvfold.calibration.calibrate import own_sequences
 from kvfold.calibration.cross_moments import CrossMoments
 from kvfold.calibration.foresight import Foresight, turned_out
 from kvfold.calibration.layerwise_model import StreamedModel
-from kvfold.calibration.passes import Passes
+from kvfold.calibration.passes import Passes, layer_file
 from kvfold.calibration.statistics import Seen
 from kvfold.checkpoint.atomic import make_folder, write_tensors
 from kvfold.checkpoint.fingerprint import fingerprint
@@ -153,13 +153,13 @@ def forgetting(
         make_folder(folder)
         _measure(source, with_repetition(contexts_BT, seed), folder, device, seed, sinks, choice)
         if not processes.rank():
-            curves = [load_file(_file_of(folder, layer.index)) for layer in source.layers]
+            curves = [load_file(layer_file(folder, layer.index)) for layer in source.layers]
             nats_L2Cn = torch.stack([seen["sum"] for seen in curves]).flip(-1).cummax(-1).values.flip(-1)
             kinds = {"ordinary": nats_L2Cn[:, 0].contiguous(), "repeated": nats_L2Cn[:, 1].contiguous()}
             worth = [seen["worth"] for seen in curves if "worth" in seen]
             write_tensors(file, kinds | ({"worth": torch.stack(worth)} if worth else {}), {})
             for layer in source.layers:
-                _file_of(folder, layer.index).unlink()
+                layer_file(folder, layer.index).unlink()
         processes.wait_for_all()
     found = load_file(file)
     return Forgetting(found["ordinary"], found["repeated"], found.get("worth"))
@@ -176,11 +176,6 @@ def with_repetition(contexts_BT: Tensor, seed: int = 0) -> Tensor:
     return torch.cat([contexts_BT, torch.stack(repeated)], dim=1)
 
 
-def _file_of(folder: Path, layer: int) -> Path:
-    """What is known of a layer that was seen: a run that is interrupted goes on with the others."""
-    return folder / f"layer-{layer:05d}.safetensors"
-
-
 def _measure(
     source: Source, tokens_BT: Tensor, folder: Path, device: str, seed: int, sinks: int, choice: Choice | None
 ) -> None:
@@ -194,7 +189,7 @@ def _measure(
         seen.gather()
         worth = {} if seen.worth_CD is None else {"worth": seen.worth_CD.cpu().contiguous()}
         if not processes.rank():
-            write_tensors(_file_of(folder, seen.layer.index), {"sum": seen.sum_2Cn.contiguous()} | worth, {})
+            write_tensors(layer_file(folder, seen.layer.index), {"sum": seen.sum_2Cn.contiguous()} | worth, {})
 
     def curves_of(layer: AttentionLayer) -> _Curves:
         @functools.cache

@@ -137,3 +137,8 @@ class Passes:
         """Of this process."""
         own = "" if processes.world_size() == 1 else f"-{processes.rank()}-of-{processes.world_size()}"
         return self.folder / f"{name}{own}.safetensors"
+
+
+def layer_file(folder: Path, layer: int) -> Path:
+    """What a pass found of one layer: written when the layer has run, so that an interrupted run goes on with the others."""
+    return folder / f"layer-{layer:05d}.safetensors"

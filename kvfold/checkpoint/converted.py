@@ -16,7 +16,7 @@ from kvfold.checkpoint.folder import MAX_SHARD_BYTES, new_folder
 from kvfold.checkpoint.gguf import dequantize
 from kvfold.checkpoint.reader import INDEX, SIDE_FILES, gguf_files, read_json
 from kvfold.checkpoint.tokenizer import load_tokenizer
-from kvfold.errors import CheckpointError
+from kvfold.errors import CheckpointError, one_line
 from kvfold.progress import STDERR, without_bars
 
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -97,7 +97,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a broken or hostile file makes of the unpickler
         raise CheckpointError(
-            f"{file} is no file of weights that torch loads without running code ({' '.join(str(error).split())[:200]})."
+            f"{file} is no file of weights that torch loads without running code ({one_line(error)})."
         ) from error
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
         raise CheckpointError(f"{file} holds other things than named tensors; save the model's state_dict().")
@@ -118,7 +118,7 @@ def _merge(path: Path, folder: Path) -> None:
             merged = PeftModel.from_pretrained(model, path).merge_and_unload(safe_merge=True)
     except Exception as error:  # whatever transformers or peft find wrong with either
         raise CheckpointError(
-            f"{path} is an adapter of {base}, and both together cannot be loaded ({' '.join(str(error).split())[:200]})."
+            f"{path} is an adapter of {base}, and both together cannot be loaded ({one_line(error)})."
             " Merge it yourself (merge_and_unload, then save_pretrained)."
         ) from error
     with new_folder(folder, fingerprint(adapter=path / ADAPTER), overwrite=False) as partial:

@@ -15,7 +15,7 @@ from kvfold.architectures.base import all_architectures
 from kvfold.checkpoint.atomic import make_folder, require_space
 from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.folder import MAX_SHARD_BYTES, new_folder, write_files, write_weights
-from kvfold.errors import CheckpointError
+from kvfold.errors import CheckpointError, one_line
 from kvfold.progress import without_bars
 
 UNQUANTIZED = {"F32": torch.float32, "F16": torch.float16}
@@ -127,8 +127,7 @@ def _load(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as error:  # whatever fails inside transformers' reader
         raise CheckpointError(
-            f"{file}: transformers cannot load it ({' '.join(str(error).split())[:200]}). Give the model's folder of"
-            " safetensors instead."
+            f"{file}: transformers cannot load it ({one_line(error)}). Give the model's folder of safetensors instead."
         ) from error
     if missing := sorted(found["missing_keys"]):
         raise CheckpointError(f"{file} lacks {len(missing)} tensors of its model, for example {missing[0]}.")

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from kvfold.checkpoint.atomic import write_text
 from kvfold.checkpoint.reader import is_model_id, read_json
-from kvfold.errors import CheckpointError, OutputError
+from kvfold.errors import CheckpointError, OutputError, one_line
 from kvfold.plan.naming import CONFIG_KEY
 
 NOT_UPLOADED = ["*.unfinished", "fold.txt", ".cache/*"]
@@ -44,7 +44,7 @@ def push(
         done = api.upload_folder(repo_id=repo, folder_path=path, ignore_patterns=NOT_UPLOADED)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise OutputError(
-            f"the hub did not take {folder} as {repo}: {' '.join(str(error).split())[:300]}. `hf auth login` signs in; then"
+            f"the hub did not take {folder} as {repo}: {one_line(error, 300)}. `hf auth login` signs in; then"
             " the same command goes on where it was."
         ) from error
     return str(getattr(done, "commit_url", done))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvfold.errors import CheckpointError
+from kvfold.plan.typed import shortened
 
 Read = Callable[[str], Tensor]
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -56,7 +57,7 @@ def quantized(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Qu
     if not scheme:
         return {}
     if not isinstance(scheme, Mapping):
-        raise CheckpointError(f"config.json: quantization_config is {str(scheme)[:40]!r}; fields were expected.")
+        raise CheckpointError(f"config.json: quantization_config is {shortened(scheme)}; fields were expected.")
     method = scheme.get("quant_method")
     if method not in METHODS:
         raise CheckpointError(

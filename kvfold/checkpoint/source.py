@@ -12,7 +12,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kvfold.architectures.base import Architecture, architecture, empty_model, source_config, text_fields
+from kvfold.architectures.base import (
+    Architecture,
+    architecture,
+    empty_model,
+    foreign_faults,
+    source_config,
+    text_fields,
+)
 from kvfold.checkpoint.hub import headers
 from kvfold.checkpoint.quantized import quantized
 from kvfold.checkpoint.reader import DTYPES, Checkpoint, StoredTensor, is_model_id, locate, read_json
@@ -87,20 +94,8 @@ def understood(checkpoint: Checkpoint) -> Source:
     stacks = stacked(checkpoint, arch, stock)
     checkpoint = dataclasses.replace(checkpoint, stacks=stacks, aliases=check_names(checkpoint, arch, stock, stacks))
     check_shapes(checkpoint, arch, stock)
-    return Source(checkpoint, arch, described(arch, stock))
-
-
-def described(arch: Architecture, stock: PreTrainedModel) -> list[AttentionLayer]:
-    """Facts of every layer. Raises CheckpointError where a family's modules are not what they are in its models."""
-    try:
-        return arch.describe(stock)
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever they lack
-        raise CheckpointError(
-            f"config.json describes a {arch.model_type} model whose attention is not understood: {type(error).__name__}:"
-            f" {error}"
-        ) from error
+    with foreign_faults(f"config.json describes a {arch.model_type} model whose attention is not understood"):
+        return Source(checkpoint, arch, arch.describe(stock))
 
 
 def default_seq_len(config: dict[str, Any]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvfold.errors import CheckpointError
+from kvfold.errors import CheckpointError, one_line
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -17,6 +17,6 @@ def load_tokenizer(path: str | Path) -> Any:
     except Exception as error:  # transformers raises whatever the missing file's loader raised
         files = sorted(p.name for p in Path(path).iterdir()) if Path(path).is_dir() else []
         raise CheckpointError(
-            f"{path} has no tokenizer that transformers can load ({' '.join(str(error).split())[:160]})."
+            f"{path} has no tokenizer that transformers can load ({one_line(error, 160)})."
             f" It holds {files}. Copy tokenizer.json and tokenizer_config.json of the model into it."
         ) from error

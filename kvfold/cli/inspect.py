@@ -19,6 +19,7 @@ def command(
 ) -> None:
     """Show what a model's cache takes, layer by layer, and how many sequences fit into a memory."""
     from kvfold.checkpoint.manifest import check_files
+    from kvfold.checkpoint.reader import locate
     from kvfold.evaluation.inspection import inspect
     from kvfold.evaluation.memory import capacity, parse_size
     from kvfold.report.tables import STDOUT, print_capacity, print_json, print_plan, print_processes
@@ -26,7 +27,7 @@ def command(
 
     found = inspect(model)
     if verify:
-        check_files(model)
+        check_files(locate(model))
     print_plan(found.plan, model)
     for runtime, obstacle in servable_by(found.plan, found.model_type).items():
         STDOUT.print(f"served by {runtime}: {'yes' if obstacle is None else f'no, {obstacle}'}")

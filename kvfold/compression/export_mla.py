@@ -6,7 +6,6 @@ heads per speed stop rotating, so that it loses much and wants training (TransML
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.architectures.base import empty_model
+from kvfold.architectures.base import source_config
 from kvfold.calibration.calibration import Calibration
 from kvfold.calibration.material import Material
-from kvfold.checkpoint.atomic import write_tensors, write_text
 from kvfold.checkpoint.fingerprint import fingerprint
-from kvfold.checkpoint.folder import EXPORT_MARKER, new_folder, refuse_out, write_files
-from kvfold.checkpoint.reader import INDEX
+from kvfold.checkpoint.folder import EXPORT_MARKER, new_folder, refuse_out, write_files, write_weights
 from kvfold.checkpoint.source import Source, open_source, read_layer, source_dtype
 from kvfold.errors import BudgetError, CheckpointError
 from kvfold.linalg.block_diagonal import BlockDiagonal
@@ -84,17 +81,15 @@ def export_mla(
         export="mla", rank=rank, published=published, model=source.checkpoint.fingerprint(), text=statistics.folder.name
     )
     with new_folder(out, identity, overwrite=overwrite) as partial:
-        shards: dict[str, str] = {}
-        for index in range(-1, len(source.layers)):
-            file = f"model-{index + 2:05d}-of-{len(source.layers) + 1:05d}.safetensors"
-            tensors = (
-                _outside(source)
-                if index < 0
-                else _layer(source, index, statistics.layer(index, names), rank, published)
-            )
-            shards |= dict.fromkeys(tensors, file)
-            write_tensors(partial / file, tensors, {"format": "pt"})
-        write_text(partial / INDEX, json.dumps({"metadata": {}, "weight_map": shards}, indent=1))
+
+        def tensors(names_of_file: list[str]) -> dict[str, Tensor]:
+            copied = {name: source.checkpoint.read(name) for name in names_of_file if name in source.checkpoint.tensors}
+            made = (index for index in range(len(source.layers)) if _names(source, index)[0] in names_of_file)
+            for index in made:
+                copied |= _layer(source, index, statistics.layer(index, names), rank, published)
+            return copied
+
+        write_weights(partial, _files(source), tensors)
         facts = {"name": out.name, "source": model, "width": rank + layer.head_dim}
         write_files(
             partial,
@@ -131,15 +126,15 @@ def _check(source: Source) -> None:
 
 def deepseek_config(source: Source, rank: int) -> dict[str, Any]:
     """config.json: every MLP is dense, queries have no latent."""
-    layer, config = source.layers[0], source.checkpoint.config
-    stock = empty_model(source.arch, source.arch.config_class.from_dict(dict(config))).config.to_dict()
+    layer = source.layers[0]
+    stock = source_config(source.arch, source.checkpoint.config).to_dict()
     kept = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
         "max_position_embeddings", "initializer_range", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
-        "tie_word_embeddings", "attention_dropout", "dtype",
+        "tie_word_embeddings", "attention_dropout", "dtype", "rms_norm_eps",
     )  # fmt: skip
     return {name: stock[name] for name in kept if name in stock} | {
-        "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "rms_norm_eps": stock["rms_norm_eps"],
+        "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"],
         "num_key_value_heads": layer.num_attention_heads, "q_lora_rank": None, "kv_lora_rank": rank,
         "qk_nope_head_dim": layer.head_dim, "qk_rope_head_dim": layer.head_dim, "v_head_dim": layer.head_dim,
         "head_dim": layer.head_dim, "first_k_dense_replace": len(source.layers), "n_routed_experts": 8, "n_group": 1,
@@ -148,19 +143,31 @@ def deepseek_config(source: Source, rank: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _outside(source: Source) -> dict[str, Tensor]:
-    """What is copied: everything outside attention, under the same names."""
-    attention = tuple(source.arch.attention_prefix(layer.index) for layer in source.layers)
-    names = [name for name in source.checkpoint.tensors if not name.startswith(attention)]
-    return {name: source.checkpoint.read(name) for name in names}
+MADE = ("q_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
+"""Of a layer's attention."""
+
+
+def _names(source: Source, index: int) -> list[str]:
+    return [f"{source.arch.attention_prefix(index)}{name}.weight" for name in MADE]
+
+
+def _files(source: Source) -> dict[str, str]:
+    """Name -> file: one for each layer, and the first for all else, which keeps its name."""
+    layers = range(len(source.layers))
+    file = {index: f"model-{index + 2:05d}-of-{len(layers) + 1:05d}.safetensors" for index in range(-1, len(layers))}
+    attention = tuple(map(source.arch.attention_prefix, layers))
+    found = {name: file[index] for index in layers for name in _names(source, index)}
+    for name in source.checkpoint.tensors:
+        if not name.startswith(attention):
+            found[name] = file[next((i for i in layers if name.startswith(source.arch.prefix(i))), -1)]
+    return found
 
 
 def _layer(source: Source, index: int, moments: Mapping[str, Moment], rank: int, published: bool) -> dict[str, Tensor]:
     layer = source.layers[index]
     dtype = getattr(torch, source_dtype(source.checkpoint, source.arch, layer))
     made = mla_weights(layer, read_layer(source.checkpoint, source.arch, layer), moments, rank, published)
-    prefix = source.arch.attention_prefix(index)
-    return {f"{prefix}{name}.weight": tensor.to(dtype).contiguous() for name, tensor in made.items()}
+    return {name: made[part].to(dtype).contiguous() for name, part in zip(_names(source, index), MADE, strict=True)}
 
 
 def mla_weights(

@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
 
-from kvfold.errors import DataError, RecipeError
+from kvfold.errors import DataError, RecipeError, one_line
 from kvfold.evaluation.task_files import TaskFile
 from kvfold.evaluation.texts import logits_step_by_step
 from kvfold.plan.plan import CachePlan
@@ -70,7 +70,7 @@ def run(
     except OSError as error:  # what the hub's clients raise
         names = ", ".join(spec for spec in specs if isinstance(spec, str))
         raise DataError(
-            f"the data of {names} cannot be loaded: {' '.join(str(error).split())[:300]}. Tasks of the harness come from the"
+            f"the data of {names} cannot be loaded: {one_line(error, 300)}. Tasks of the harness come from the"
             " hub; a local .jsonl file needs none."
         ) from error
 

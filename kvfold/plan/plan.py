@@ -229,9 +229,8 @@ INSIDE = dict.fromkeys(FORMATS, NumberFormat) | {"tokens": TokenRuns, "reading":
 
 
 def _build(cls: Any, data: Any, where: str) -> Any:
-    if (
-        isinstance(data, Mapping) and data.get("sinks") == 0 and cls is CacheSpec
-    ):  # a field that earlier versions reserved
+    if cls is CacheSpec and isinstance(data, Mapping) and data.get("sinks") == 0:
+        # a field that earlier versions reserved
         data = {name: value for name, value in data.items() if name != "sinks"}
     _check_fields(data, cls, where)
     made = {

@@ -30,9 +30,15 @@ def misfits(cls: type, values: Mapping[str, Any]) -> dict[str, str]:
 
 def is_a(value: Any, hint: Any) -> bool:
     """Lists stand for tuples, whole numbers for floats; no number is NaN, infinite or larger than any size can be."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
+    if hint is bool or hint is str or hint is types.NoneType:
+        return type(value) is hint
+    if hint is float and type(value) is float:
+        return math.isfinite(value)
+    if hint is int or hint is float:
+        return type(value) is int and abs(value) <= LARGEST
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(is_a(value, one) for one in inner)
     if origin is tuple:
@@ -40,12 +46,6 @@ def is_a(value: Any, hint: Any) -> bool:
             return False
         each = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
         return len(value) == len(each) and all(map(is_a, value, each))
-    if hint is bool or hint is str or hint is types.NoneType:
-        return type(value) is hint
-    if hint is float and type(value) is float:
-        return math.isfinite(value)
-    if hint is int or hint is float:
-        return type(value) is int and abs(value) <= LARGEST
     return isinstance(value, Mapping if origin is not None else hint)
 
 

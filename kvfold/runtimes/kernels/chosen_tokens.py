@@ -14,8 +14,9 @@ from torch import Tensor
 
 from kvfold.runtimes.kernels import cpu_decode
 from kvfold.runtimes.kernels.cpu import StoredTokens, rows_of
+from kvfold.runtimes.kernels.gathering import in_rows, row_numbers
 from kvfold.runtimes.kernels.native import library
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, Stored
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, Stored, recorded
 
 
 class _Leading(ctypes.Structure):
@@ -30,8 +31,8 @@ class _Leading(ctypes.Structure):
 
 
 def chooses(queries: Tensor, keys: Stored) -> bool:
-    """Whether the kernel finds the best tokens of these keys."""
-    return isinstance(keys, Tensor | PackedTokens) and cpu_decode.serves(queries.to(keys.dtype), keys, keys)
+    """Whether the kernel finds the best tokens of these keys, and nobody records what is done with the queries."""
+    return isinstance(keys, Tensor | PackedTokens) and not recorded(queries) and cpu_decode.reads(keys, keys.dtype)
 
 
 def best_by_leading(
@@ -78,15 +79,8 @@ def best_by_leading(
 
 def attends(q: Tensor, keys: Stored, values: Stored) -> bool:
     """Whether the kernel reads chosen ones of these tokens."""
-    return cpu_decode.serves(q, keys, values) and all(map(_lies_in_rows, (keys, values)))
-
-
-def _lies_in_rows(stored: Stored) -> bool:
-    """Every token of every head lies a number of tokens behind the first."""
-    if not isinstance(stored, Tensor | PackedTokens):
-        return False
-    page, head, token = rows_of(stored).stride()[:3]
-    return token > 0 and page % token == 0 and head % token == 0
+    in_one = (isinstance(x, Tensor | PackedTokens) and in_rows(rows_of(x)) for x in (keys, values))
+    return cpu_decode.serves(q, keys, values) and all(in_one)
 
 
 def attend_to(
@@ -117,11 +111,8 @@ def in_pages(stored: Stored, index_BGn: Tensor) -> PagedTokens:
     """Of each group of stored heads tokens of its own, as sequences [B * G] whose pages hold one token each."""
     assert isinstance(stored, Tensor | PackedTokens), "attends() was asked"
     rows_BCSX, (B, G, n) = rows_of(stored), index_BGn.shape
-    (_, C, S, X), (page, head, token, _) = rows_BCSX.shape, rows_BCSX.stride()
-    firsts_B1 = torch.arange(B, device=index_BGn.device)[:, None] * (page // token)
-    firsts_BG = firsts_B1 + torch.arange(G, device=index_BGn.device) * (C // G * head // token)
-    tables_Bn = (index_BGn + firsts_BG[..., None]).to(torch.int32).view(B * G, n)
-    count = int(firsts_BG[-1, -1]) + S
-    pages = rows_BCSX.as_strided((count, C // G, 1, X), (token, head, token, 1))
+    (_, C, _, X), (_, head, row, _) = rows_BCSX.shape, rows_BCSX.stride()
+    numbers_BGn, count = row_numbers(rows_BCSX, index_BGn)
+    pages = rows_BCSX.as_strided((count, C // G, 1, X), (row, head, row, 1))
     format = stored.format if isinstance(stored, PackedTokens) else None
-    return PagedTokens(pages, format, stored.dtype, tables_Bn, stored.shape[3])
+    return PagedTokens(pages, format, stored.dtype, numbers_BGn.to(torch.int32).view(B * G, n), stored.shape[3])

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from kvfold.checkpoint.reader import locate, read_json
 from kvfold.checkpoint.source import load_plan
 from kvfold.checkpoint.tokenizer import load_tokenizer
-from kvfold.errors import CheckpointError, RecipeError
+from kvfold.errors import CheckpointError, RecipeError, one_line
 from kvfold.plan.cache_spec import ITEMSIZE
 from kvfold.plan.naming import CONFIG_KEY
 from kvfold.plan.plan import CachePlan
@@ -79,5 +79,5 @@ def resolve_device(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"--device {device} cannot be used: {' '.join(str(error).split())[:200]}") from error
+        raise RecipeError(f"--device {device} cannot be used: {one_line(error)}") from error
     return device

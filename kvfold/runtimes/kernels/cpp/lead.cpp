@@ -66,13 +66,12 @@ struct Choosing {
   // The softmax of a row of scores, to what tokens are worth.
   void add_weights(const float *bias, float *s) {
     const int tokens = q.tokens, whole = pad(tokens, LANES);
-    std::fill(s + tokens, s + whole, -std::numeric_limits<float>::infinity());
     for (int i = 0; q.softcap > 0 && i < tokens; i += LANES) {
       const Lanes x = tanh_of(load<Lanes>(s + i) / q.softcap) * q.softcap;
       std::memcpy(s + i, &x, sizeof x);
     }
     for (int i = 0; bias && i < tokens; ++i) s[i] += bias[i], shown[i] |= bias[i] > HIDDEN;
-    if (q.softcap > 0) std::fill(s + tokens, s + whole, -std::numeric_limits<float>::infinity());
+    std::fill(s + tokens, s + whole, -std::numeric_limits<float>::infinity());
     Lanes highest = load<Lanes>(s), added = {};
     for (int i = LANES; i < whole; i += LANES) highest = load<Lanes>(s + i) > highest ? load<Lanes>(s + i) : highest;
     float most = highest[0];

@@ -45,7 +45,7 @@ struct Stored {
 
   // Pages that hold few tokens lie anywhere, of which the processor guesses nothing.
   void fetch(int64_t row, int64_t head, int64_t token) const {
-        const char *from = at<char>(row, head, token);
+    const char *from = at<char>(row, head, token);
     const int64_t bytes = packed ? token_stride : width * (narrow ? 2 : 4);
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
   }
