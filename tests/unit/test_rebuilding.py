@@ -7,13 +7,12 @@ import sys
 
 import pytest
 import torch
-from packed_forms import FORMS, distance
+from packed_forms import FORMS, distance, heads, in_pages, numbers_of, packed
 
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels import cpu_decode
 from kvfold.runtimes.kernels.attention import grouped_attention
-from kvfold.runtimes.kernels.codec import pack, unpack
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, SideBySide
+from kvfold.runtimes.kernels.packed_tokens import SideBySide
 from kvfold.runtimes.kernels.rotary import apply_rotary
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="this machine has no C++ compiler")
@@ -26,17 +25,6 @@ def same_numbers_every_time():
     torch.manual_seed(0)
 
 
-def numbers_of(stored):
-    """[B, C, S, R] in float64, as a cache would give them back."""
-    if isinstance(stored, SideBySide):
-        return torch.cat([numbers_of(part) for part in stored.parts], dim=3)
-    return stored.double() if isinstance(stored, torch.Tensor) else unpack(stored.rows, stored.format, torch.float64)
-
-
-def packed(B, C, S, dtype, format):
-    return PackedTokens(pack(torch.randn(B, C, S, format.width).to(dtype), format), format, dtype)
-
-
 def tables(B, S, r, dtype):
     angles = torch.randn(B, S, r // 2, dtype=torch.float64).repeat(1, 1, 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -45,13 +33,6 @@ def tables(B, S, r, dtype):
 def head_map(C, F, R, head_dim, dtype, bias=True):
     weight, offset = (torch.randn(C, F, R) / R**0.5).to(dtype), torch.randn(C, F).to(dtype) if bias else None
     return weight, offset, cpu_decode.HeadMap.of(weight, offset, head_dim)
-
-
-def heads(numbers_BCSR, weight_CFR, offset_CF, head_dim):
-    """[B, K, S, H] of the source, step by step."""
-    x = torch.einsum("bcsr,cfr->bcsf", numbers_BCSR, weight_CFR.double())
-    x = x if offset_CF is None else x + offset_CF.double()[:, None]
-    return x.unflatten(3, (-1, head_dim)).transpose(2, 3).flatten(1, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -139,23 +120,6 @@ def test_ages_and_caps_are_those_of_a_mask(dtype):
         found = cpu_decode.decode_part(q, z, y, scale=0.3, softcap=4.0, ages=(youngest, oldest))
         assert distance(found.averages, wanted) < TOLERANCE[dtype]
         torch.testing.assert_close(found.log_sums.double(), scores.logsumexp(-1), atol=3e-2, rtol=3e-3)
-
-
-def in_pages(stored, lengths, page_tokens, odd):
-    """The tokens of sequences at random places of pages, at odd addresses, beside bytes that are no numbers."""
-    rows = stored.rows if isinstance(stored, PackedTokens) else stored.contiguous().view(torch.uint8)
-    B, C, _, row_bytes = rows.shape
-    pages = -(-max(lengths) // page_tokens)
-    memory = torch.full((B * pages + 3, odd + C * page_tokens * row_bytes + 7), 0xFF, dtype=torch.uint8)
-    region = memory.as_strided(
-        (len(memory), C, page_tokens, row_bytes), (memory.shape[1], page_tokens * row_bytes, row_bytes, 1), odd
-    )
-    tables_Bp = torch.randperm(len(memory))[: B * pages].view(B, pages).to(torch.int32)
-    for row, length in enumerate(lengths):
-        for token in range(length):
-            region[tables_Bp[row, token // page_tokens], :, token % page_tokens] = rows[row, :, token]
-    format = stored.format if isinstance(stored, PackedTokens) else None
-    return PagedTokens(region, format, stored.dtype, tables_Bp)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

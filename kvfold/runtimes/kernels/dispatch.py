@@ -28,7 +28,7 @@ class Way(Enum):
     """How to attend. The first five meet stored numbers with absorbed queries, at few tokens."""
 
     CPU = "cpp/decode.cpp, packed numbers too"
-    TRITON = "triton_kernels.py, over packed numbers"
+    TRITON = "triton_attention.py, over packed numbers"
     ONE_QUERY = "torch's fused kernel, the queries of a stored head as its rows"
     PRODUCTS = "two matrix products per stored head, without copies"
     GROUPED = "two matrix products"
@@ -52,18 +52,19 @@ def choose(
 ) -> Way:
     """The way of one call.
 
-    `on_read`: the source's keys are rebuilt from z, which the CPU's kernel does itself where it `rebuilds`. `eager`:
-    probabilities are wanted, the config asks for it, or scores are capped. `exact`: probabilities are wanted or dropped out.
-    `head_dim`: the source's.
+    `on_read`: the source's keys are rebuilt from z, which the device's kernel does itself or without where it `rebuilds`.
+    `eager`: probabilities are wanted, the config asks for it, or scores are capped. `exact`: probabilities are wanted or
+    dropped out. `head_dim`: the source's.
     """
     T, S = q_BNTH.shape[2], z.shape[2]
     few, several = T <= FEW_TOKENS and not exact, isinstance(z, SideBySide)
-    by_cpu = few and (rebuilds or not on_read) and cpu_decode.serves(q_BNTH, z, y)
+    met = few and (rebuilds or not on_read)
+    by_cpu = met and cpu_decode.serves(q_BNTH, z, y)
     packed = isinstance(z, PackedTokens) or isinstance(y, PackedTokens) or (several and not eager)
     if packed and not exact and (few or T < S):  # decoding, or a prompt that continues a cache
         if by_cpu:
             return Way.CPU
-        if not on_read and few and gpu_decode.serves(q_BNTH, z, y):
+        if met and gpu_decode.serves(q_BNTH, z, y):
             return Way.TRITON
         return Way.PIECES
     if eager:

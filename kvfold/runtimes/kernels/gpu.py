@@ -1,4 +1,4 @@
-"""Whether Triton's kernels for packed numbers (triton_codes.py, triton_kernels.py) can be used where tensors are."""
+"""Whether Triton's kernels for packed numbers (triton_*.py) can be used where tensors are."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from kvfold.runtimes.kernels.rotary import apply_rotary
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRIALS = (NumberFormat(tiers=((24, 8), (40, 5), (33, 3))), NumberFormat(tiers=((65, 8),), scales="float8"))
-QUERIES = (1, 20)
-"""Per stored head: a small tile, and a larger one with more warps."""
+QUERIES = (20, 1)
+"""Per stored head: a larger tile, and a small one."""
 TOLERANCE = 2e-2
 """Of products, relative to the largest."""
 
@@ -55,7 +55,9 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             errors = [
-                error for format in TRIALS for count in QUERIES for error in _errors(format, count, device, dtype)
+                error
+                for format, count in zip(TRIALS, QUERIES, strict=True)
+                for error in _errors(format, count, device, dtype)
             ]
         detail = f"they are off by {max(errors, key=lambda error: (math.isnan(error), error)):.2g}"
     except Exception as problem:
@@ -71,24 +73,19 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _errors(format: NumberFormat, queries: int, device: torch.device, dtype: torch.dtype) -> list[float]:
     """Of all that kernels make on a small case, relative to the largest number; and how much more packing loses."""
+    from kvfold.runtimes.kernels import gpu_decode
     from kvfold.runtimes.kernels import triton_codes as codes
-    from kvfold.runtimes.kernels import triton_kernels as kernels
 
     options: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "device": "cpu", "dtype": torch.float32}
-    x, q = torch.randn(2, 3, 1100, format.width, **options), torch.randn(2, 3 * queries, 1, format.width, **options)
-    packed = PackedTokens(pack(x, format).to(device), format, dtype)
+    x, q = torch.randn(2, 3, 300, format.width, **options), torch.randn(2, 3 * queries, 1, format.width, **options)
+    packed, q = PackedTokens(pack(x, format).to(device), format, dtype), q.to(device, dtype)
     stored = unpack(packed.rows, format, torch.float32)
-    elements, q = stored.repeat_interleave(queries, dim=1), q.to(device, dtype)
-    wanted = q.float() @ elements.transpose(2, 3)
-    weights = wanted.softmax(-1)
-    probabilities = wanted.clone()
-    kernels.softmax_(probabilities, None, scale=1.0, softcap=None, position=x.shape[2], ages=(0, 2 * x.shape[2]))
+    found = gpu_decode.decode_part(q, packed, packed, scale=0.2)
     pairs = [
-        (kernels.scores(q, packed), wanted),
-        (probabilities, weights),
-        (kernels.weighted(weights, packed, dtype), weights @ elements),
+        *zip(found[:2], _attended(q, stored, stored), strict=True),
         (codes.unpack(packed.rows, format, torch.empty_like(stored)), stored),
         _rotated(codes.rotate, device),
+        *_turned(packed, stored, q),
     ]
     errors = [float((found - sought).abs().max() / sought.abs().max()) for found, sought in pairs]
     if format.scales == "exponent":
@@ -96,6 +93,27 @@ def _errors(format: NumberFormat, queries: int, device: torch.device, dtype: tor
         again = unpack(codes.pack(some, format), format, torch.float32)
         errors.append(float((again - some).square().sum() / (stored[:, :, :9] - some).square().sum()) - 1)
     return errors
+
+
+def _attended(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Averages and log-sums, step by step."""
+    heads = q.shape[1] // keys.shape[1]
+    scores = q.float() @ keys.repeat_interleave(heads, dim=1).transpose(2, 3) * 0.2
+    return scores.softmax(-1) @ values.repeat_interleave(heads, dim=1), scores.logsumexp(-1)
+
+
+def _turned(packed: PackedTokens, stored: Tensor, q: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Of queries that are turned instead of keys, which are heads of their first 16 numbers."""
+    from kvfold.runtimes.kernels import gpu_decode
+
+    tokens, speeds = torch.arange(stored.shape[2], device=q.device), (0.0, *(0.01 / 2**i for i in range(7)))
+    angles = (tokens[:, None] * torch.tensor(speeds, device=q.device)).repeat(1, 2)[None]
+    cos, sin, q = angles.cos(), angles.sin(), q[..., :16]
+    weight = torch.eye(16, stored.shape[3], device=q.device, dtype=q.dtype).expand(stored.shape[1], -1, -1)
+    way = gpu_decode.HeadMap.of(weight, None, 16, speeds).rebuild(cos, sin, evenly=True)
+    found = gpu_decode.decode_part(q, packed, packed, scale=0.2, rebuild=way)
+    keys = apply_rotary(stored[..., :16], cos, sin)
+    return list(zip(found[:2], _attended(q, keys, stored), strict=True))
 
 
 def _rotated(rotate: Callable[..., Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,33 +1,79 @@
-"""Attention of few query tokens over packed numbers by the GPU's kernels (triton_kernels.py), as cpu_decode.py has it."""
+"""Attention of few query tokens over packed numbers by the GPU's kernels: over stored keys, or over keys that turn so slowly
+that queries are turned instead."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kvfold.plan.number_format import ELSEWHERE
-from kvfold.runtimes.kernels.cpu_decode import ANY_AGE, Averages
+from kvfold.runtimes.kernels import gpu
+from kvfold.runtimes.kernels.cpu_decode import ANY_AGE, TOLERANCE, Averages
 from kvfold.runtimes.kernels.gpu import works_for
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, SideBySide, Stored, recorded
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, SideBySide, Stored, recorded
+
+if TYPE_CHECKING:
+    from kvfold.runtimes.kernels.triton_attention import Span
+
+LARGEST_AGE = 2**31 - 1
+DTYPES = gpu.DTYPES
+
+
+class HeadMap(NamedTuple):
+    """How keys of the source's heads are made: a linear map [K, H, R] and an offset in float32, or none. speeds: in radians
+    per token, of each pair of a head; nothing where queries cannot be turned instead."""
+
+    weights_KHR: Tensor
+    offset_KH: Tensor | None
+    speeds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, weight_CFR: Tensor, bias_CF: Tensor | None, head_dim: int, speeds: tuple[float, ...] = ()) -> HeadMap:
+        weights = weight_CFR.detach().reshape(-1, head_dim, weight_CFR.shape[2])
+        offset = None if bias_CF is None else bias_CF.detach().float().reshape(-1, head_dim).contiguous()
+        return cls(weights, offset, speeds)
+
+    def rebuild(self, cos: Tensor | None = None, sin: Tensor | None = None, *, evenly: bool = False) -> Rebuild | None:
+        """With tables [B or 1, S, r] of the tokens; None where keys would have to be rebuilt."""
+        if cos is None or sin is None or not evenly or not self.speeds:
+            return None
+        return Rebuild(self, cos, sin)
+
+
+class Rebuild(NamedTuple):
+    """A map and the tables of the tokens that it is for."""
+
+    map: HeadMap
+    cos: Tensor
+    sin: Tensor
+
+    def of_tokens(self, start: int, end: int) -> Rebuild:
+        """Of some of the tokens."""
+        return self._replace(cos=self.cos[:, start:end], sin=self.sin[:, start:end])
 
 
 def serves(q_BNTR: Tensor, keys: Stored, values: Stored) -> bool:
     """Whether the kernels take these tensors, and nobody wants gradients or a graph of it."""
-    parts = [part for x in (keys, values) for part in (x.parts if isinstance(x, SideBySide) else [x])]
-    if not q_BNTR.is_cuda or q_BNTR[..., 0].numel() * keys.shape[2] > ELSEWHERE:  # scores exist
+    parts = [*_parts(keys), *_parts(values)]
+    if not q_BNTR.is_cuda or q_BNTR[..., 0].numel() * keys.shape[2] > ELSEWHERE:  # a number per query and token exists
         return False
     if not all(_is_known(part, q_BNTR) for part in parts) or (torch.is_grad_enabled() and q_BNTR.requires_grad):
         return False
-    return not recorded(q_BNTR, *(part.rows for part in parts)) and works_for(q_BNTR)  # type: ignore[union-attr]
+    return not recorded(q_BNTR, *(part.rows for part in parts)) and works_for(q_BNTR)
 
 
 def _is_known(x: Any, q: Tensor) -> bool:
-    packed = isinstance(x, PackedTokens) and x.format.codec.fused and x.recent is None
-    return packed and x.rows.stride(-1) == 1 and x.device == q.device and x.dtype == q.dtype
+    packed = isinstance(x, PackedTokens | PagedTokens) and x.format is not None
+    known = packed and x.format.codec.fused and x.format.block == 1 and getattr(x, "recent", None) is None
+    return known and x.rows.stride(-1) == 1 and x.rows.device == q.device and x.dtype == q.dtype
+
+
+def _parts(x: Stored) -> list[Any]:
+    return x.parts if isinstance(x, SideBySide) else [x]
 
 
 def decode(q_BNTR: Tensor, keys: Any, values: Any, bias: Tensor | None, *, map: None = None, **sizes: Any) -> Tensor:
@@ -44,18 +90,45 @@ def decode_part(
     *,
     scale: float,
     softcap: float | None = None,
+    sequences_B3: Tensor | None = None,
     position: int | None = None,
     ages: tuple[int, int] = ANY_AGE,
-    rebuild: None = None,
+    rebuild: Rebuild | None = None,
 ) -> Averages:
-    """As `cpu_decode.decode_part`, which alone rebuilds keys."""
-    from kvfold.runtimes.kernels import triton_kernels as kernels
+    """As `cpu_decode.decode_part`; keys are never rebuilt. sequences_B3: on the CPU, which says how large grids are."""
+    from kvfold.runtimes.kernels import triton_attention as kernels
+    from kvfold.runtimes.kernels.triton_turning import functions_of, turned_exponentials
 
-    assert rebuild is None, "nobody asks a GPU's kernels for it"
-    scores_BNTS = kernels.scores(q_BNTR, keys)
-    at = keys.shape[2] - q_BNTR.shape[2] if position is None else position
-    log_sums = kernels.softmax_(scores_BNTS, bias, scale=scale, softcap=softcap, position=at, ages=ages)
-    return Averages(kernels.weighted(scores_BNTS, values, q_BNTR.dtype), log_sums)
+    parts, N, T = _parts(keys), q_BNTR.shape[1], q_BNTR.shape[2]
+    youngest, oldest = (max(-LARGEST_AGE, min(age, LARGEST_AGE)) for age in ages)
+    sizes: dict[str, Any] = {"scale": scale, "softcap": softcap, "ages": (youngest, oldest), "dtype": q_BNTR.dtype}
+    turning = None
+    if rebuild is not None:
+        turning = functions_of(
+            rebuild.map.speeds, TOLERANCE.get(q_BNTR.dtype, TOLERANCE[torch.bfloat16]), q_BNTR.device
+        )
+    aligned = kernels.TOKENS if turning is None else turning.basis.shape[1]
+    span = _span(keys.shape[2], T, position, sequences_B3, aligned, q_BNTR.device)
+    marks = kernels.marks_of(len(q_BNTR), N, T, span, q_BNTR)
+    if rebuild is None or turning is None:
+        kernels.add_exponentials(marks, kernels.arranged(q_BNTR, parts), parts, span, bias, **sizes)
+    else:
+        map, tables = rebuild.map, (rebuild.cos, rebuild.sin)
+        turned_exponentials(marks, q_BNTR, map.weights_KHR, map.offset_KH, turning, tables, parts, span, bias, **sizes)
+    kernels.share_out(marks)
+    return Averages(kernels.averages(marks, _parts(values), span, q_BNTR.dtype), marks.log_sums)
+
+
+def _span(
+    S: int, T: int, position: int | None, sequences_B3: Tensor | None, aligned: int, device: torch.device
+) -> Span:
+    from kvfold.runtimes.kernels.triton_attention import TOKENS, Span
+
+    if sequences_B3 is None:
+        return Span(S, S - T if position is None else position, -(-S // TOKENS), aligned)
+    longest = int((sequences_B3[:, 1] - sequences_B3[:, 0] // aligned * aligned).max())
+    on_device = sequences_B3.to(torch.int32).to(device, non_blocking=True)
+    return Span(S, 0, max(-(-longest // TOKENS), 1), aligned, on_device)
 
 
 def values_of(parts: Sequence[Averages], width: int, dtype: torch.dtype, map: None = None) -> Tensor:

@@ -1,15 +1,12 @@
-"""Packed numbers on a GPU by Triton: packing, unpacking, rotating, and how other kernels read them.
+"""Packed numbers on a GPU by Triton: packing, unpacking, rotating.
 
-Torch's operations take dozens of calls for it (`codec.py`, the obvious version). A byte is read once, and its codes are told
-apart in registers. Tables say where the tiers of a row lie, so that one launch takes all that have the same bits, and layers
-whose tiers differ share one compiled kernel. Triton's interpreter runs the same kernels on a CPU, in the tests.
+Torch's operations take dozens of calls for it (`codec.py`, the obvious version).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,94 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvfold.plan.codecs._codes import packed_bytes, planes
 from kvfold.plan.codecs.exponent import TRIED
 from kvfold.plan.number_format import NumberFormat
+from kvfold.runtimes.kernels.tiles import NUMBERS, TILE_FIELDS, tiers_of, tiles_of
+from kvfold.runtimes.kernels.triton_words import BY_WORDS, numbers_of, words_at
 
-NUMBERS, UNPACKED_TOKENS = 64, 64
-"""Of a tile that is unpacked."""
-ROTATED_TOKENS = 32
-FIELDS = 7
+UNPACKED_TOKENS, ROTATED_TOKENS = 64, 32
 CHANGING = [
-    "tokens", "tiles", "queries", "column", "split", "batch_stride", "head_stride", "row_stride", "out_batch", "out_head",
-    "out_row", "part_stride", "q_width", "out_width",
+    "tokens", "heads", "batch_stride", "head_stride", "row_stride", "row_bytes", "out_batch", "out_head", "out_row",
 ]  # fmt: skip
 """What differs from step to step or layer to layer: kernels are not to be compiled again for it."""
 
 
 @triton.jit
-def _pairs(row, at, begin, width, BITS: tl.constexpr, TOKENS: tl.constexpr, NUMBERS: tl.constexpr):
-    """Codes of a plane of bits, from number `begin` on, two in each of [TOKENS, NUMBERS / 2] (of 8 bits one in each of
-    [TOKENS, NUMBERS]); behind the last byte itself again, since masks would take longer than all else."""
-    PER_BYTE: tl.constexpr = 8 // BITS
-    byte = begin // PER_BYTE + tl.arange(0, NUMBERS // PER_BYTE)
-    byte = tl.minimum(byte, (width + PER_BYTE - 1) // PER_BYTE - 1)
-    byte = tl.max_contiguous(byte, NUMBERS // PER_BYTE)  # for neighbouring threads; single bytes are loaded
-    x = tl.load(row + (at + byte)[None, :]).to(tl.int32)
-    if BITS <= 2:
-        x = tl.reshape(tl.join(x & 15, x >> 4), (TOKENS, NUMBERS * 2 // PER_BYTE))
-    if BITS == 1:
-        x = tl.reshape(tl.join(x & 3, x >> 2), (TOKENS, NUMBERS * 4 // PER_BYTE))
-    return x
-
-
-@triton.jit
-def _plane(row, at, begin, width, BITS: tl.constexpr, TOKENS: tl.constexpr, NUMBERS: tl.constexpr):
-    """Codes [TOKENS, NUMBERS] of a plane of bits, from number `begin` on."""
-    x = _pairs(row, at, begin, width, BITS, TOKENS, NUMBERS)
-    if BITS < 8:
-        x = tl.reshape(tl.join(x & ((1 << BITS) - 1), x >> BITS), (TOKENS, NUMBERS))
-    return x
-
-
-@triton.jit
-def _float8(byte):
-    """e4m3."""
-    normal = (((byte & 0x7F) << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-    size = tl.where((byte & 0x78) != 0, normal, (byte & 7).to(tl.float32) / 512)
-    return tl.where((byte & 0x80) != 0, -size, size)
-
-
-@triton.jit
-def plane_numbers(
-    row, at, begin, width, BITS: tl.constexpr, FLOAT8: tl.constexpr, HALF: tl.constexpr, TOKENS: tl.constexpr,
-    NUMBERS: tl.constexpr,
-):  # fmt: skip
-    """[TOKENS, NUMBERS] of a plane of bits for a product, which `offset_of` is to be taken from: codes around zero, or,
-    HALF, 128 + code in bfloat16, whose bits are those of the code beside others: both of a pair are made at once."""
-    if HALF and BITS < 8:
-        x = _pairs(row, at, begin, width, BITS, TOKENS, NUMBERS)
-        x = (x * (1 + (1 << (16 - BITS)))) & (0x10001 * ((1 << BITS) - 1)) | 0x43004300  # both codes at once
-        x = tl.reshape(tl.join(x.to(tl.uint16), (x >> 16).to(tl.uint16)), (TOKENS, NUMBERS))
-        found = x.to(tl.bfloat16, bitcast=True)
-    elif FLOAT8:
-        found = _float8(_plane(row, at, begin, width, BITS, TOKENS, NUMBERS))
-    else:
-        found = _plane(row, at, begin, width, BITS, TOKENS, NUMBERS).to(tl.float32) - ((1 << BITS) - 1) / 2
-    return found
-
-
-@triton.jit
-def offset_of(BITS: tl.constexpr, FLOAT8: tl.constexpr, HALF: tl.constexpr):
-    """What `plane_numbers` are too large by."""
-    return (128 + ((1 << BITS) - 1) / 2) if HALF and BITS < 8 and not FLOAT8 else 0.0
-
-
-@triton.jit
-def scale_of(rows, token, row_stride, tier, shift, seen, FLOAT8: tl.constexpr):
-    """[TOKENS], of a plane whose lowest bit is a code's bit `shift`."""
-    if FLOAT8:
-        scale = tl.where(seen, 1.0, 1.0)
-    else:
-        exponent = tl.load(rows + token * row_stride + tier, mask=seen, other=0)
-        scale = tl.exp2((exponent.to(tl.float32) - 128) / 8 + shift)
-    return scale
-
-
-@triton.jit
 def tile(table, index, FIELDS: tl.constexpr):
-    """Of numbers of a tier: where its codes or one plane of them begin in a row (bytes) and its numbers in a head, its width
-    and place among the tiers, the lowest bit of the plane; the first number of the tile in it, and how many are wanted."""
+    """As `tiles_of` has it."""
     at = table + index * FIELDS
     return (
         tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5), tl.load(at + 6)
@@ -113,37 +37,29 @@ def tile(table, index, FIELDS: tl.constexpr):
 
 @triton.jit(do_not_specialize=CHANGING)
 def _unpack(
-    rows, out, table, tokens, heads, batch_stride, head_stride, row_stride, out_batch, out_head, out_row,
-    BITS: tl.constexpr, FLOAT8: tl.constexpr, TOKENS: tl.constexpr, NUMBERS: tl.constexpr, FIELDS: tl.constexpr,
+    rows, out, table, tokens, heads, batch_stride, head_stride, row_stride, row_bytes, out_batch, out_head, out_row,
+    KINDS: tl.constexpr, FLOAT8: tl.constexpr, TOKENS: tl.constexpr, NUMBERS: tl.constexpr, FIELDS: tl.constexpr,
+    BY_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """out[b, h, token, number] of a tile."""
+    """out[b, h, token, number] of a tile: the sum of what its planes of bits say."""
     head, start = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64) * TOKENS
     rows += head // heads * batch_stride + head % heads * head_stride + start * row_stride
     out += head // heads * out_batch + head % heads * out_head + start * out_row
-    at, first, width, tier, _, begin, wanted = tile(table, tl.program_id(0), FIELDS)
-    token, number = tl.arange(0, TOKENS), begin + tl.arange(0, NUMBERS)
+    byte, first, size, tier, bits, before, wanted = tile(table, tl.program_id(0), FIELDS)
+    token, number = tl.arange(0, TOKENS), tl.arange(0, NUMBERS)
     seen = token < tokens - start
-    row = rows + (tl.minimum(token, tokens - start - 1) * row_stride)[:, None]
-    if BITS & 8:
-        code = _plane(row, at, begin, width, 8, TOKENS, NUMBERS)
-    elif BITS & 4:
-        code = _plane(row, at, begin, width, 4, TOKENS, NUMBERS)
-        at += (width + 1) // 2
-    elif BITS & 2:
-        code = _plane(row, at, begin, width, 2, TOKENS, NUMBERS)
-        at += (width + 3) // 4
-    else:
-        code = _plane(row, at, begin, width, 1, TOKENS, NUMBERS)
-    if BITS & 2 and BITS > 3:
-        code = (code << 2) | _plane(row, at, begin, width, 2, TOKENS, NUMBERS)
-        at += (width + 3) // 4
-    if BITS & 1 and BITS > 1:
-        code = (code << 1) | _plane(row, at, begin, width, 1, TOKENS, NUMBERS)
-    if FLOAT8:
-        x = _float8(code)
-    else:
-        x = code.to(tl.float32) - ((1 << BITS) - 1) / 2
-        x *= scale_of(rows, token, row_stride, tier, 0, seen, FLOAT8)[:, None]
+    row = rows + tl.minimum(token, tokens - start - 1) * row_stride
+    x = tl.zeros((TOKENS, NUMBERS), tl.float32)
+    for FINER in tl.static_range(4):  # planes of 8, 4, 2 and 1 bits
+        if KINDS & 8 >> FINER:
+            has = bits & 8 >> FINER != 0
+            if has:
+                word = words_at(row, byte + (before >> FINER), row_bytes - 1, NUMBERS >> FINER + 2)
+                plane = numbers_of(word, 8 >> FINER, FLOAT8, False, TOKENS, NUMBERS, BY_WORDS)
+                x += plane * tl.exp2((bits & (8 >> FINER) - 1).to(tl.float32))
+                byte += (size * (8 >> FINER) + 7) // 8
+    if not FLOAT8:
+        x *= tl.exp2((tl.load(row + tier).to(tl.float32) - 128) / 8)[:, None]
     to = out + ((token * out_row)[:, None] + (first + number)[None, :])
     tl.store(to, x.to(out.dtype.element_ty), mask=seen[:, None] & (number < wanted)[None, :])
 
@@ -205,8 +121,8 @@ def pack(x_BCTR: Tensor, format: NumberFormat) -> Tensor:
     x, block = x_BCTR.reshape(-1), triton.next_power_of_2(max(width for width, _ in format.tiers))
     with device_of(x_BCTR):
         _pack[(x.numel() // format.width, len(format.tiers))](
-            x, rows, _tiers(format, x.device), _tried(x.device), format.width, format.row_bytes,
-            FIELDS=FIELDS, BLOCK=max(block, 16),
+            x, rows, tiers_of(format, x.device), _tried(x.device), format.width, format.row_bytes,
+            FIELDS=TILE_FIELDS, BLOCK=max(block, 16),
         )  # fmt: skip
     return rows
 
@@ -214,12 +130,13 @@ def pack(x_BCTR: Tensor, format: NumberFormat) -> Tensor:
 def unpack(rows_BCSX: Tensor, format: NumberFormat, out_BCSR: Tensor) -> Tensor:
     """Rows as numbers, into memory whose last stride is 1: as many as there is room for."""
     B, C, S, _ = rows_BCSX.shape
+    kinds, table = tiles_of(format, out_BCSR.shape[3], out_BCSR.device)
     with device_of(rows_BCSX):
-        for bits, table in tiles_of(format, out_BCSR.shape[3], out_BCSR.device, NUMBERS, planes_apart=False):
-            _unpack[(len(table), triton.cdiv(S, UNPACKED_TOKENS), B * C)](
-                rows_BCSX, out_BCSR, table, S, C, *rows_BCSX.stride()[:3], *out_BCSR.stride()[:3],
-                BITS=bits, FLOAT8=format.scales == "float8", TOKENS=UNPACKED_TOKENS, NUMBERS=NUMBERS, FIELDS=FIELDS,
-            )  # fmt: skip
+        _unpack[(len(table), triton.cdiv(S, UNPACKED_TOKENS), B * C)](
+            rows_BCSX, out_BCSR, table, S, C, *rows_BCSX.stride()[:3], format.row_bytes, *out_BCSR.stride()[:3],
+            KINDS=kinds, FLOAT8=format.scales == "float8", TOKENS=UNPACKED_TOKENS, NUMBERS=NUMBERS, FIELDS=TILE_FIELDS,
+            BY_WORDS=BY_WORDS.value,
+        )  # fmt: skip
     return out_BCSR
 
 
@@ -228,38 +145,6 @@ def device_of(x: Tensor) -> Any:
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
-
-
-@functools.lru_cache(maxsize=4096)
-def tiles_of(
-    format: NumberFormat, width: int, device: torch.device, size: int, *, planes_apart: bool = True
-) -> list[tuple[int, Tensor]]:
-    """The tiles, of `size` numbers, that the first `width` numbers of a head consist of, as `tile` reads them: (bits, those
-    of so many bits), where codes that are cut into planes come once for each."""
-    found: dict[int, list[tuple[int, ...]]] = {}
-    for at, first, numbers, tier, bits in _places(format):
-        shift, wanted = bits, min(numbers, width - first)
-        for part in planes(bits) if planes_apart else [bits]:
-            shift -= part
-            tiles = [(at, first, numbers, tier, shift, begin, wanted) for begin in range(0, wanted, size)]
-            found.setdefault(part, []).extend(tiles)
-            at += packed_bytes(numbers, part)
-    return [(bits, torch.tensor(tiles, dtype=torch.int32, device=device)) for bits, tiles in found.items() if tiles]
-
-
-@functools.lru_cache(maxsize=4096)
-def _tiers(format: NumberFormat, device: torch.device) -> Tensor:
-    """Whole tiers, with their bits in place of a plane's lowest."""
-    tiers = [(*place, 0, place[2]) for place in _places(format)]
-    return torch.tensor(tiers, dtype=torch.int32, device=device)
-
-
-def _places(format: NumberFormat) -> Iterator[tuple[int, int, int, int, int]]:
-    """Of every tier: the first byte of its codes, its first number and how many, its place, and bits."""
-    byte, first = format.row_bytes - format.code_bytes, 0
-    for tier, (numbers, bits) in enumerate(format.tiers):
-        yield byte, first, numbers, tier, bits
-        byte, first = byte + packed_bytes(numbers, bits), first + numbers
 
 
 @functools.lru_cache(maxsize=64)

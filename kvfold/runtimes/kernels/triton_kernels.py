@@ -1,227 +1,273 @@
-"""Attention over packed numbers on a GPU by Triton: scores, their softmax, and weighted sums of values.
+"""Attention over packed numbers on a GPU by Triton: exponentials of scores block by block, what blocks count beside each
+other, and weighted sums of values.
 
-No stored number exists outside the chip, the scores of a step (one float32 per query and token) do: latents of several layers
-side by side are wider than the sums that a program can hold, so that a single pass would have to unpack them several times.
-`attention.py` has the obvious versions.
+No stored number exists outside the chip. What a step needs of every token, one number per query, does: latents of several
+layers side by side are wider than the sums that a program can hold, so that a single pass would have to unpack them several
+times. `attention.py` has the obvious versions, `triton_attention.py` launches these.
 """
 
 from __future__ import annotations
 
-import os
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from kvfold.plan.codecs._codes import planes
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, SideBySide
-from kvfold.runtimes.kernels.triton_codes import (
-    CHANGING,
-    FIELDS,
-    device_of,
-    offset_of,
-    plane_numbers,
-    scale_of,
-    tile,
-    tiles_of,
-)
+from kvfold.runtimes.kernels.triton_words import numbers_of, words_at
 
-SCORED, WEIGHED, WARPS = (64, 64), (32, 128), 4
-"""(tokens, numbers) of a tile: few instructions in few registers, as ptxas counts them; eight warps took longer."""
-MOST_QUERIES, AT_ONCE = 64, 1024
-"""AT_ONCE: scores that a softmax takes."""
-SPLIT, PROGRAMS = 1024, 512
-"""Tokens of a sum that one program takes; fewer where there would be fewer programs than these."""
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""The interpreter cannot multiply matrices of bfloat16."""
+CHANGING = [
+    "tokens", "position", "page_tokens", "pages", "page_stride", "head_stride", "row_stride", "row_bytes", "heads", "queries",
+    "steps", "n8", "n4", "n2", "n1", "q_width", "each", "group_stride", "batch_stride", "tile_stride", "function_stride",
+    "turned_tokens", "blocks", "first_block", "aligned", "bias_batch", "bias_head", "bias_step", "youngest", "oldest",
+    "tiles", "split", "width", "column", "part_stride",
+]  # fmt: skip
+"""What differs from step to step or layer to layer: kernels are not to be compiled again for it."""
+
+
+@triton.jit
+def span_of(sequences, sequence, tokens, position, SPANS: tl.constexpr):
+    """Of a sequence: the first token, the one behind the last, and where its first query stands."""
+    if SPANS:
+        at = sequences + sequence * 3
+        found = tl.load(at).to(tl.int32), tl.load(at + 1).to(tl.int32), tl.load(at + 2).to(tl.int32)
+    else:
+        found = tokens * 0, tokens, position
+    return found
+
+
+@triton.jit
+def _rows_at(
+    rows, tables, sequence, head, token, page_tokens, pages, page_stride, head_stride, row_stride, PAGED: tl.constexpr
+):  # fmt: skip
+    """Where the rows of these tokens begin. A sequence that lies in one piece is a page."""
+    rows += head * head_stride
+    if PAGED:
+        page = tl.load(tables + sequence * pages + token // page_tokens).to(tl.int64)
+        at = page * page_stride + (token % page_tokens).to(tl.int64) * row_stride
+    else:
+        at = sequence * page_stride + token.to(tl.int64) * row_stride
+    return rows + at
+
+
+@triton.jit
+def _scale(row, tier, shift, FLOAT8: tl.constexpr):
+    """[TOKENS], of a plane whose lowest bit is a code's bit `shift`."""
+    return (
+        tl.full(row.shape, 1.0, tl.float32)
+        if FLOAT8
+        else tl.exp2((tl.load(row + tier).to(tl.float32) - 128) / 8 + shift)
+    )
+
+
+@triton.jit
+def _add_products(
+    total, q, function_stride, basis, turned_tokens, row, row_bytes, table, first, count,
+    BITS: tl.constexpr, FLOAT8: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    TURNED: tl.constexpr, FUNCTIONS: tl.constexpr, TOKENS: tl.constexpr, NUMBERS: tl.constexpr, FIELDS: tl.constexpr,
+    BY_WORDS: tl.constexpr,
+):  # fmt: skip
+    """Of planes of these bits. q [QUERIES]: where queries begin, as they meet a tile of numbers; of FUNCTIONS one behind the
+    other, each times what `basis` says of these tokens."""
+    number = tl.arange(0, NUMBERS)
+    for index in range(first, first + count):
+        at = table + index * FIELDS
+        word = words_at(row, tl.load(at), row_bytes - 1, NUMBERS * BITS // 32)
+        x = numbers_of(word, BITS, FLOAT8, HALF, TOKENS, NUMBERS, BY_WORDS).to(PRODUCT)
+        scale = _scale(row, tl.load(at + 2), tl.load(at + 3), FLOAT8)
+        wanted = q + tl.load(at + 1) * NUMBERS
+        for function in tl.static_range(FUNCTIONS):
+            part = tl.load(wanted[None, :] + function * function_stride * NUMBERS + number[:, None]).to(PRODUCT)
+            products = tl.dot(x, part, input_precision=PRECISION)
+            if TURNED:
+                total += products * (scale * tl.load(basis + function * turned_tokens))[:, None]
+            else:
+                total += products * scale[:, None]
+    return total
+
+
+@triton.jit
+def _products(
+    total, q, function_stride, basis, turned_tokens, row, row_bytes, table, n8, n4, n2, n1,
+    KINDS: tl.constexpr, FLOAT8: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    TURNED: tl.constexpr, FUNCTIONS: tl.constexpr, TOKENS: tl.constexpr, NUMBERS: tl.constexpr, FIELDS: tl.constexpr,
+    BY_WORDS: tl.constexpr,
+):  # fmt: skip
+    """Of all planes: so many tiles of each kind."""
+    first = n8 * 0
+    for FINER in tl.static_range(4):  # planes of 8, 4, 2 and 1 bits
+        if KINDS & 8 >> FINER:
+            count = n8 if FINER == 0 else n4 if FINER == 1 else n2 if FINER == 2 else n1
+            total = _add_products(
+                total, q, function_stride, basis, turned_tokens, row, row_bytes, table, first, count,
+                8 >> FINER, FLOAT8, HALF, PRODUCT, PRECISION, TURNED, FUNCTIONS, TOKENS, NUMBERS, FIELDS, BY_WORDS,
+            )  # fmt: skip
+            first += count
+    return total
+
+
+@triton.jit
+def _seen(
+    total, token, step, bias, start, end, position, youngest, oldest, scale, cap, BIASED: tl.constexpr, CAPPED: tl.constexpr
+):  # fmt: skip
+    """Scores as a softmax takes them: -inf where a query does not see a token. bias [QUERIES]: where that of each begins."""
+    total *= scale
+    if CAPPED:
+        total = cap * (2 / (1 + tl.exp(-2 * total / cap)) - 1)
+    if BIASED:
+        total += tl.load(bias[None, :] + tl.maximum(tl.minimum(token, end - 1), 0)[:, None])
+    age = (position + step)[None, :] - token[:, None]
+    seen = ((token >= start) & (token < end))[:, None] & (age >= youngest) & (age < oldest)
+    return tl.where(seen, total, float("-inf"))
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def _scores(
-    q, rows, out, table, tiles, queries, tokens, heads, q_width, column, batch_stride, head_stride, row_stride,
-    BITS: tl.constexpr, FLOAT8: tl.constexpr, HALF: tl.constexpr, ADD: tl.constexpr, PRODUCT: tl.constexpr,
-    PRECISION: tl.constexpr, TOKENS: tl.constexpr, QUERIES: tl.constexpr, NUMBERS: tl.constexpr, FIELDS: tl.constexpr,
+    q, basis, constants, rows, tables, sequences, table, bias, exponentials, raw, counts,
+    tokens, position, page_tokens, pages, page_stride, head_stride, row_stride, row_bytes, heads, queries, steps, n8, n4, n2,
+    n1, q_width, each, group_stride, batch_stride, tile_stride, function_stride, turned_tokens, blocks, first_block,
+    aligned, bias_batch, bias_head, bias_step, youngest, oldest, scale, cap,
+    KINDS: tl.constexpr, FLOAT8: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    TURNED: tl.constexpr, FUNCTIONS: tl.constexpr, OFFSET: tl.constexpr, PAGED: tl.constexpr, SPANS: tl.constexpr,
+    BIASED: tl.constexpr, CAPPED: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, TOKENS: tl.constexpr,
+    QUERIES: tl.constexpr, NUMBERS: tl.constexpr, FIELDS: tl.constexpr, BY_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """out[b, h, query, token] (+)= q[b, h, query] from a column on . numbers[b, h, token] of planes of these bits."""
-    head, start = tl.program_id(2).to(tl.int64), tl.program_id(0).to(tl.int64) * TOKENS
-    rows += head // heads * batch_stride + head % heads * head_stride + start * row_stride
-    q += head * queries * q_width + column
-    token, query = tl.arange(0, TOKENS), tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
-    seen, here = token < tokens - start, (query < queries)[None, :]
-    row = rows + (tl.minimum(token, tokens - start - 1) * row_stride)[:, None]
+    """Of a block of tokens and all queries of a stored head. FIRST and LAST of the places that keys lie in side by side: the
+    last one leaves exp(score - the largest of the block) [B, rows, blocks, TOKENS], and in `counts` [B, rows, blocks, 2] that
+    and their sum."""
+    block, head = first_block + tl.program_id(0), tl.program_id(2).to(tl.int64)
+    sequence, head_of = head // heads, head % heads
+    start, end, at = span_of(sequences, sequence, tokens, position, SPANS)
+    begin = start // aligned * aligned + block * TOKENS
+    token, query = begin + tl.arange(0, TOKENS), tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
+    some = tl.maximum(tl.minimum(token, end - 1), 0)
+    row = _rows_at(
+        rows, tables, sequence, head_of, some, page_tokens, pages, page_stride, head_stride, row_stride, PAGED
+    )  # fmt: skip
+    one = tl.minimum(query, queries - 1)
+    place = (head_of * queries + one) // each * group_stride + sequence * batch_stride
+    if TURNED:
+        place += tl.program_id(0) * TOKENS // turned_tokens * tile_stride
+        basis += token % turned_tokens
+    place += (head_of * queries + one) % each * q_width
+    q += place * NUMBERS  # in tiles, so that the compiler sees where they begin
     total = tl.zeros((TOKENS, QUERIES), tl.float32)
-    for index in range(tiles):
-        at, first, width, tier, shift, begin, wanted = tile(table, index, FIELDS)
-        number = begin + tl.arange(0, NUMBERS)
-        x = plane_numbers(row, at, begin, width, BITS, FLOAT8, HALF, TOKENS, NUMBERS)
-        inside = here & (number < wanted)[:, None]
-        part = tl.load(q + ((query * q_width)[None, :] + (first + number)[:, None]), mask=inside, other=0)
-        products = tl.dot(x.to(PRODUCT), part.to(PRODUCT), input_precision=PRECISION)
-        if HALF and BITS < 8 and not FLOAT8:
-            ones = tl.full((TOKENS, NUMBERS), 1.0, PRODUCT)
-            products -= tl.dot(ones, part.to(PRODUCT)) * offset_of(BITS, FLOAT8, HALF)
-        total += products * scale_of(rows, token, row_stride, tier, shift, seen, FLOAT8)[:, None]
-    to = out + head * queries * tokens + start + (query.to(tl.int64) * tokens)[None, :] + token[:, None]
-    if ADD:
-        total += tl.load(to, mask=here & seen[:, None], other=0)
-    tl.store(to, total, mask=here & seen[:, None])
+    total = _products(
+        total, q, function_stride, basis, turned_tokens, row, row_bytes, table, n8, n4, n2, n1,
+        KINDS, FLOAT8, HALF, PRODUCT, PRECISION, TURNED, FUNCTIONS, TOKENS, NUMBERS, FIELDS, BY_WORDS,
+    )  # fmt: skip
+    if OFFSET:
+        for function in tl.static_range(FUNCTIONS):
+            said = tl.load(constants + (place // q_width + function * (function_stride // q_width)))
+            total += said[None, :] * tl.load(basis + function * turned_tokens)[:, None]
+    here, of_row = query < queries, head * queries + query
+    to = (of_row * blocks * TOKENS)[None, :] + (block * TOKENS + tl.arange(0, TOKENS))[:, None]
+    if not FIRST:
+        total += tl.load(raw + to, mask=here[None, :], other=0)
+    if not LAST:
+        tl.store(raw + to, total, mask=here[None, :])
+    else:
+        bias += sequence * bias_batch + (head_of * queries + one) // steps * bias_head + one % steps * bias_step
+        total = _seen(
+            total, token, one % steps, bias, start, end, at, youngest, oldest, scale, cap, BIASED, CAPPED
+        )  # fmt: skip
+        largest = tl.max(total, axis=0)
+        exponential = tl.exp(total - tl.where(largest == float("-inf"), 0.0, largest)[None, :])
+        tl.store(exponentials + to, exponential.to(exponentials.dtype.element_ty), mask=here[None, :])
+        count = counts + (of_row * blocks + block) * 2
+        tl.store(count, largest, mask=here)
+        tl.store(count + 1, tl.sum(exponential, axis=0), mask=here)
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def _share_out(counts, log_sums, blocks, AT_ONCE: tl.constexpr):
+    """What an exponential of a block weighs, in place of the block's largest score, and the logarithm of the sum of all. A
+    query that sees no token gives them no weight, and has a sum of 0."""
+    row = tl.program_id(0).to(tl.int64)
+    counts += row * blocks * 2
+    largest, total = tl.full((), float("-inf"), tl.float32), tl.full((), 0.0, tl.float32)
+    for begin in range(0, blocks, AT_ONCE):
+        block = begin + tl.arange(0, AT_ONCE)
+        highest = tl.load(counts + 2 * block, mask=block < blocks, other=float("-inf"))
+        higher = tl.maximum(largest, tl.max(highest, axis=0))
+        known = tl.where(higher == float("-inf"), 0.0, higher)
+        sums = tl.load(counts + 2 * block + 1, mask=block < blocks, other=0)
+        total = total * tl.exp(largest - known) + tl.sum(sums * tl.exp(highest - known), axis=0)
+        largest = higher
+    known = tl.where(largest == float("-inf"), 0.0, largest)
+    tl.store(log_sums + row, largest + tl.log(tl.maximum(total, 1e-37)))
+    for begin in range(0, blocks, AT_ONCE):
+        block = begin + tl.arange(0, AT_ONCE)
+        highest = tl.load(counts + 2 * block, mask=block < blocks, other=0)
+        tl.store(counts + 2 * block, tl.exp(highest - known) / tl.maximum(total, 1e-37), mask=block < blocks)
 
 
 @triton.jit
-def _score(scores, bias, begin, tokens, position, youngest, oldest, scale, cap, CAPPED: tl.constexpr, BIASED: tl.constexpr,
-           AT_ONCE: tl.constexpr):  # fmt: skip
-    """As a softmax takes them: -inf where the query does not see the token."""
-    token = begin + tl.arange(0, AT_ONCE)
-    age, inside = position - token, token < tokens
-    x = tl.load(scores + token, mask=inside, other=0) * scale
-    if CAPPED:
-        x = cap * (2 / (1 + tl.exp(-2 * x / cap)) - 1)
-    if BIASED:
-        x += tl.load(bias + token, mask=inside, other=0)
-    return tl.where(inside & (age >= youngest) & (age < oldest), x, float("-inf"))
-
-
-@triton.jit(do_not_specialize=["tokens", "position", "youngest", "oldest", "bias_batch", "bias_head", "bias_step"])
-def _softmax(
-    scores, bias, log_sums, tokens, heads, steps, bias_batch, bias_head, bias_step, position, youngest, oldest, scale, cap,
-    CAPPED: tl.constexpr, BIASED: tl.constexpr, AT_ONCE: tl.constexpr,
+def _add_weighted(
+    total, weights, shares, rows, tables, sequence, head, at, tier, shift, start, begin, stop, end, page_tokens, pages,
+    page_stride, head_stride, row_stride, row_bytes,
+    BITS: tl.constexpr, FLOAT8: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    PAGED: tl.constexpr, TOKENS: tl.constexpr, NUMBERS: tl.constexpr, BY_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """In place, of one query; a query that sees none of the tokens gives them no weight, and a sum of 0."""
-    row = tl.program_id(0).to(tl.int64)
-    scores += row * tokens
-    bias += row // (heads * steps) * bias_batch + row // steps % heads * bias_head + row % steps * bias_step
-    position += row % steps
-    largest, total = tl.full((), float("-inf"), tl.float32), tl.full((), 0.0, tl.float32)
-    for begin in range(0, tokens, AT_ONCE):
-        x = _score(scores, bias, begin, tokens, position, youngest, oldest, scale, cap, CAPPED, BIASED, AT_ONCE)
-        higher = tl.maximum(largest, tl.max(x, axis=0))
-        known = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(largest - known) + tl.sum(tl.exp(x - known), axis=0)
-        largest = higher
-    known = tl.where(largest == float("-inf"), 0.0, largest)
-    tl.store(log_sums + row, largest + tl.log(tl.maximum(total, 1e-38)))
-    for begin in range(0, tokens, AT_ONCE):
-        x = _score(scores, bias, begin, tokens, position, youngest, oldest, scale, cap, CAPPED, BIASED, AT_ONCE)
-        token = begin + tl.arange(0, AT_ONCE)
-        tl.store(scores + token, tl.exp(x - known) / tl.maximum(total, 1e-38), mask=token < tokens)
+    """total [NUMBERS, QUERIES] and the sum over the tokens begin:stop of one plane of bits. weights, shares [QUERIES]: where
+    those of a query begin."""
+    for block in range(begin, stop):
+        token = start + block * TOKENS + tl.arange(0, TOKENS)
+        some = tl.maximum(tl.minimum(token, end - 1), 0)
+        row = _rows_at(
+            rows, tables, sequence, head, some, page_tokens, pages, page_stride, head_stride, row_stride, PAGED
+        )  # fmt: skip
+        x = numbers_of(
+            words_at(row, at, row_bytes - 1, NUMBERS * BITS // 32), BITS, FLOAT8, HALF, TOKENS, NUMBERS, BY_WORDS
+        )
+        weight = tl.load(weights[:, None] + (block * TOKENS + tl.arange(0, TOKENS))[None, :])
+        scale = _scale(row, tier, shift, FLOAT8)
+        weight = weight.to(tl.float32) * tl.load(shares + block * 2)[:, None] * scale[None, :]
+        total = tl.dot(tl.trans(x.to(PRODUCT)), tl.trans(weight.to(PRODUCT)), total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def _weighted(
-    weights, rows, out, table, tiles, queries, tokens, heads, out_width, column, split, part_stride,
-    batch_stride, head_stride, row_stride,
-    BITS: tl.constexpr, FLOAT8: tl.constexpr, HALF: tl.constexpr, ADD: tl.constexpr, PRODUCT: tl.constexpr,
-    PRECISION: tl.constexpr, TOKENS: tl.constexpr, QUERIES: tl.constexpr, NUMBERS: tl.constexpr, FIELDS: tl.constexpr,
+    weights, shares, rows, tables, sequences, table, out,
+    tokens, page_tokens, pages, page_stride, head_stride, row_stride, row_bytes, heads, queries, tiles, blocks, aligned,
+    split, width, column, part_stride,
+    KINDS: tl.constexpr, FLOAT8: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    PAGED: tl.constexpr, SPANS: tl.constexpr, TOKENS: tl.constexpr, QUERIES: tl.constexpr, NUMBERS: tl.constexpr,
+    FIELDS: tl.constexpr, BY_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """out[part, b, h, query] from a column on (+)= sum over the part's tokens of weights[b, h, query, token] numbers[b, h,
-    token] of planes of these bits."""
-    head, part = tl.program_id(2).to(tl.int64), (tl.program_id(0) // tiles).to(tl.int64)
-    rows += head // heads * batch_stride + head % heads * head_stride + part * split * row_stride
-    at, first, width, tier, shift, begin, wanted = tile(table, tl.program_id(0) % tiles, FIELDS)
-    token, query = tl.arange(0, TOKENS), tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
-    weights += head * queries * tokens + part * split + (query.to(tl.int64) * tokens)[:, None]
-    here, number = (query < queries)[:, None], begin + tl.arange(0, NUMBERS)
-    left = tl.minimum(tokens - part * split, split).to(tl.int32)
-    total, sums = tl.zeros((QUERIES, NUMBERS), tl.float32), tl.zeros((QUERIES, TOKENS), tl.float32)
-    for start in range(0, left, TOKENS):
-        among, seen = rows + start * row_stride, token < left - start
-        row = among + (tl.minimum(token, left - start - 1) * row_stride)[:, None]
-        x = plane_numbers(row, at, begin, width, BITS, FLOAT8, HALF, TOKENS, NUMBERS)
-        weight = tl.load(weights + (start + token)[None, :], mask=here & seen[None, :], other=0)
-        weight = (weight * scale_of(among, token, row_stride, tier, shift, seen, FLOAT8)[None, :]).to(PRODUCT)
-        total = tl.dot(weight, x.to(PRODUCT), total, input_precision=PRECISION)
-        sums += weight.to(tl.float32)
-    total -= (tl.sum(sums, axis=1) * offset_of(BITS, FLOAT8, HALF))[:, None]
-    to = out + part * part_stride + head * queries * out_width + column
-    to += (query * out_width)[:, None] + (first + number)[None, :]
-    inside = here & (number < wanted)[None, :]
-    if ADD:
-        total += tl.load(to, mask=inside, other=0)
-    tl.store(to, total, mask=inside)
+    """out[part, b, row, number] = sum over `split` blocks of tokens of weight[b, row, token] number[b, head, token], of a
+    tile of numbers, all of its planes of bits."""
+    head, part = tl.program_id(2).to(tl.int64), tl.program_id(0) // tiles
+    sequence, head_of = head // heads, head % heads
+    start, end, _ = span_of(sequences, sequence, tokens, tokens, SPANS)
+    at = table + tl.program_id(0) % tiles * FIELDS
+    byte, first, size, tier = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    bits, before, wanted = tl.load(at + 4), tl.load(at + 5), tl.load(at + 6)
+    query = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
+    of_row = head * queries + tl.minimum(query, queries - 1)
+    weights += of_row * blocks * TOKENS
+    shares += of_row * blocks * 2
+    start = start // aligned * aligned
+    begin = part * split
+    stop = tl.minimum(begin + split, tl.cdiv(end - start, TOKENS))
+    total = tl.zeros((NUMBERS, QUERIES), tl.float32)
+    for FINER in tl.static_range(4):  # planes of 8, 4, 2 and 1 bits
+        if KINDS & 8 >> FINER:
+            has = bits & 8 >> FINER != 0
+            total = _add_weighted(
+                total, weights, shares, rows, tables, sequence, head_of, byte + (before >> FINER), tier,
+                bits & (8 >> FINER) - 1, start, begin, tl.where(has, stop, begin), end, page_tokens, pages, page_stride,
+                head_stride, row_stride, row_bytes,
+                8 >> FINER, FLOAT8, HALF, PRODUCT, PRECISION, PAGED, TOKENS, NUMBERS, BY_WORDS,
+            )  # fmt: skip
+            byte += tl.where(has, (size * (8 >> FINER) + 7) // 8, 0)
+    number = tl.arange(0, NUMBERS)
+    to = out + part.to(tl.int64) * part_stride + (head * queries + query) * width + column + first
+    tl.store(to[None, :] + number[:, None], total, mask=(query < queries)[None, :] & (number < wanted)[:, None])
 
 
-def scores(q_BNTR: Tensor, keys: PackedTokens | SideBySide) -> Tensor:
-    """q . k [B, N, T, S] in float32."""
-    (B, N, T, R), (C, S) = q_BNTR.shape, keys.shape[1:3]
-    queries, column = N // C * T, 0
-    q, out = q_BNTR.reshape(-1), q_BNTR.new_empty(B, N, T, S, dtype=torch.float32)
-    with device_of(q_BNTR):
-        for part in _parts(keys):
-            for place, (bits, table) in enumerate(tiles_of(part.format, part.width, q.device, SCORED[1])):
-                _scores[triton.cdiv(S, SCORED[0]), triton.cdiv(queries, _tile(queries)), B * C](
-                    q, part.rows, out, table, len(table), queries, S, C, R, column, *part.rows.stride()[:3],
-                    BITS=bits, ADD=column + place > 0, **_constants(part, q_BNTR.dtype, queries, SCORED),
-                )  # fmt: skip
-            column += part.width
-    return out
-
-
-def softmax_(
-    scores_BNTS: Tensor,
-    bias: Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None,
-    position: int,
-    ages: tuple[int, int],
-) -> Tensor:
-    """Probabilities in place of scores, and the logarithms of their sums [B, N, T]. bias: [B or 1, N or 1, T, S] float32, to
-    add. position: of the first query, beside the tokens; a query sees tokens of ages from ages[0] to below ages[1]."""
-    B, N, T, S = scores_BNTS.shape
-    log_sums = scores_BNTS.new_empty(B, N, T)
-    strides: tuple[int, ...] = (0, 0, 0)
-    if bias is not None:
-        bias = bias.expand(B, N, T, S)
-        bias = bias if bias.stride(3) == 1 else bias.contiguous()
-        strides = bias.stride()[:3]
-    with device_of(scores_BNTS):
-        _softmax[(B * N * T,)](
-            scores_BNTS, scores_BNTS if bias is None else bias, log_sums, S, N, T, *strides, position, *ages, scale,
-            softcap or 1.0, CAPPED=softcap is not None, BIASED=bias is not None, AT_ONCE=AT_ONCE,
-        )  # fmt: skip
-    return log_sums
-
-
-def weighted(weights_BNTS: Tensor, values: PackedTokens | SideBySide, dtype: torch.dtype) -> Tensor:
-    """sum_s w_s v_s [B, N, T, V] in float32, of float32 weights; products are taken in `dtype`, or more."""
-    (B, N, T, S), (U, V) = weights_BNTS.shape, values.shape[1::2]
-    queries, weights, column = N // U * T, weights_BNTS.reshape(-1), 0
-    heads = B * U * triton.cdiv(queries, _tile(queries))
-    split = max(min(triton.next_power_of_2(S * heads * triton.cdiv(V, WEIGHED[1]) // PROGRAMS), SPLIT), WEIGHED[0])
-    several = any(len(planes(bits)) > 1 for part in _parts(values) for _, bits in part.format.tiers)
-    parts = (weights_BNTS.new_zeros if several else weights_BNTS.new_empty)(triton.cdiv(S, split), B, N, T, V)
-    with device_of(weights_BNTS):
-        for part in _parts(values):
-            for bits, table in tiles_of(part.format, part.width, weights.device, WEIGHED[1]):
-                _weighted[len(table) * len(parts), triton.cdiv(queries, _tile(queries)), B * U](
-                    weights, part.rows, parts, table, len(table), queries, S, U, V, column, split, parts.stride(0),
-                    *part.rows.stride()[:3], BITS=bits, ADD=several, **_constants(part, dtype, queries, WEIGHED),
-                )  # fmt: skip
-            column += part.width
-    return parts[0] if len(parts) == 1 else parts.sum(0)
-
-
-def _parts(stored: PackedTokens | SideBySide) -> list[PackedTokens]:
-    found = stored.parts if isinstance(stored, SideBySide) else [stored]
-    return [part for part in found if isinstance(part, PackedTokens)]
-
-
-def _constants(part: PackedTokens, dtype: torch.dtype, queries: int, sizes: tuple[int, int]) -> dict[str, object]:
-    """bfloat16 holds codes of 8 bits exactly. Scaled weights can be too small for float16: those products are in TF32."""
-    return {
-        "FLOAT8": part.format.scales == "float8",
-        "HALF": dtype == torch.bfloat16,
-        "PRODUCT": tl.bfloat16 if dtype == torch.bfloat16 and not INTERPRETED else tl.float32,
-        "PRECISION": "tf32" if dtype == torch.float16 else "ieee",
-        "QUERIES": _tile(queries),
-        "TOKENS": sizes[0],
-        "NUMBERS": sizes[1],
-        "FIELDS": FIELDS,
-        "num_warps": WARPS,
-    }
-
-
-def _tile(queries: int) -> int:
-    """tl.dot wants 16 at least."""
-    return min(max(triton.next_power_of_2(queries), 16), MOST_QUERIES)
+@triton.jit(do_not_specialize=CHANGING)
+def _arrange(q, order, out, width, q_width, BLOCK: tl.constexpr):
+    """Queries as they meet tiles of numbers: out[row, i] = q[row, order[i]], 0 where a tile has no number."""
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    number = tl.load(order + at, mask=at < q_width, other=-1)
+    x = tl.load(q + row * width + number, mask=number >= 0, other=0)
+    tl.store(out + row * q_width + at, x.to(out.dtype.element_ty), mask=at < q_width)

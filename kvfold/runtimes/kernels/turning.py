@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,14 +26,15 @@ class TurningFunctions(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def turning_functions(speeds: tuple[float, ...], tolerance: float) -> TurningFunctions:
+def turning_functions(speeds: tuple[float, ...], tolerance: float, tiles: Sequence[int] = TILES) -> TurningFunctions:
     """Chebyshev polynomials T_k(x), x from -1 to 1 over the P tokens: cos(a x) has even ones only, sin(a x) odd ones, and
     their shares fall faster than (a/2)^k / k!, a being half the angle that a pair turns by among the tokens.
 
-    As many as leave an error of at most `tolerance`, for that P for which they and the turned queries they need cost least.
+    As many as leave an error of at most `tolerance`, for that P of `tiles` for which they and the queries that are turned for
+    them cost least.
     """
     speed_P = torch.tensor(speeds, dtype=torch.float64)
-    costs = {P: (1 + 2 * len(speeds) / P) * _needed(float(speed_P.max()) * P / 2, tolerance) for P in TILES}
+    costs = {P: (1 + 2 * len(speeds) / P) * _needed(float(speed_P.max()) * P / 2, tolerance) for P in tiles}
     tokens = min(costs, key=lambda P: costs[P])
     count = _needed(float(speed_P.max()) * tokens / 2, tolerance)
     place = (torch.arange(tokens, dtype=torch.float64) - (tokens - 1) / 2) / (tokens / 2)

@@ -205,7 +205,7 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome
         if way is Way.REBUILT:
             k, v = all_keys(self, z, on_read), all_values(self, y)
             return prefill_attention(q, k, v, mask, scale=self.scaling, dropout=dropout), None
-        if way is Way.CPU:
+        if way in (Way.CPU, Way.TRITON):
             back = value_map(self, q.dtype)
             sizes: dict[str, Any] = {"scale": self.scaling, "softcap": self.layer.softcap}
             out = kernel_attention(q if absorbed is None else absorbed, z, y, mask, rebuild=rebuild, map=back, **sizes)

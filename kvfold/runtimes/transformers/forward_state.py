@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvfold.runtimes.kernels.packed_tokens import Stored
@@ -36,7 +37,7 @@ class ForwardState:
     def turns_evenly(self) -> bool:
         """Whether in every row positions follow each other, from the first token on that is no padding."""
         assert self.positions_BS is not None, "positions were seen"
-        if self.positions_BS.device.type != "cpu":  # whose kernel alone asks, and an answer would be waited for
+        if self.positions_BS.is_cuda and torch.cuda.is_current_stream_capturing():  # nobody can wait for an answer
             return False
         one_more = self.positions_BS.diff(dim=1) == 1
         return bool((one_more[:, 1:] >= one_more[:, :-1]).all())

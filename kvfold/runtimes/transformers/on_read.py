@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvfold.runtimes.kernels import cpu_decode
-from kvfold.runtimes.kernels.cpu import DTYPES
+from kvfold.runtimes.kernels.attention import kernels_for
 from kvfold.runtimes.kernels.dispatch import rotated_heads
 from kvfold.runtimes.kernels.packed_tokens import Stored, read, read_all
 from kvfold.runtimes.kernels.rotary import apply_rotary, slow_tables
@@ -46,8 +46,8 @@ class KeysOnRead:
             return apply_rotary(attention._rebuild(z_BCSR, "k_b", near), *tables)
         return rotated_heads(attention.k_b_proj(z_BCSR, last=near), attention.layer.head_dim, *tables)
 
-    def by_kernel(self, z: Stored, dtype: torch.dtype, near: bool = False) -> cpu_decode.Rebuild | None:
-        """How the CPU's kernel rebuilds them; None where it does not."""
+    def by_kernel(self, z: Stored, dtype: torch.dtype, near: bool = False) -> Any:
+        """How the device's kernel rebuilds them, or turns queries instead; None where it does neither."""
         maps, tables = head_maps(self.attention, "k_b", dtype), self._newest(z.shape[2])
         if maps is None or tables is None:
             return None
@@ -70,19 +70,19 @@ def tables_on_read(
     return state.once(("slow", kind, fast_pairs), lambda: slow_tables(*tables, fast_pairs))
 
 
-def head_maps(attention: Any, way: str, dtype: torch.dtype) -> Callable[[int, bool], cpu_decode.HeadMap] | None:
-    """(width, near) -> the way back ("k_b" or "v_b") to the source's heads as the CPU's kernel takes it; None where it does
-    not."""
+def head_maps(attention: Any, way: str, dtype: torch.dtype) -> Callable[[int, bool], Any] | None:
+    """(width, near) -> the way back ("k_b" or "v_b") to the source's heads as the device's kernel takes it; None where it
+    does not."""
     projection = getattr(attention, f"{way}_proj")
     if attention.spec.hidden or not _is_plain(projection, dtype):
         return None
 
-    def of(width: int, near: bool) -> cpu_decode.HeadMap:
-        def made() -> cpu_decode.HeadMap:
+    def of(width: int, near: bool) -> Any:
+        def made() -> Any:
             weight = projection.of_width(width, last=near)
             fast_pairs = attention.spec.fast_pairs if way == "k_b" else 0
             speeds = attention.layer.speeds_without(fast_pairs) if fast_pairs else ()
-            return cpu_decode.HeadMap.of(weight, projection.bias, attention.layer.head_dim, speeds)
+            return kernels_for(weight).HeadMap.of(weight, projection.bias, attention.layer.head_dim, speeds)
 
         return _kept(projection, (width, near), made)
 
@@ -92,7 +92,7 @@ def head_maps(attention: Any, way: str, dtype: torch.dtype) -> Callable[[int, bo
 def value_map(attention: Any, dtype: torch.dtype) -> cpu_decode.ValueMap | None:
     """The way back to values as the CPU's kernel takes it; None where there is none or it does not."""
     projection = attention.v_b_proj
-    if attention.spec.hidden or not _is_plain(projection, dtype):
+    if attention.spec.hidden or not _is_plain(projection, dtype) or projection.weight.is_cuda:
         return None
     made = functools.partial(cpu_decode.ValueMap.of, projection.weight, attention.layer.head_dim)
     return _kept(projection, "values", made)
@@ -127,12 +127,12 @@ def heads_by_kernel(
 
 def _is_plain(projection: Any, dtype: torch.dtype) -> bool:
     """Whether the kernel knows its numbers, and nobody has to see that it is used."""
-    if dtype not in DTYPES or type(projection) is not GroupedLinear:
+    if type(projection) is not GroupedLinear or dtype not in kernels_for(projection.weight).DTYPES:
         return False
     if torch.is_grad_enabled() and projection.weight.requires_grad:
         return False
     hooked = hasattr(projection, "_hf_hook") or getattr(projection, "_forward_hooks", None)
-    return not hooked and projection.weight.dtype == dtype and projection.weight.device.type == "cpu"
+    return not hooked and projection.weight.dtype == dtype and projection.weight.device.type in ("cpu", "cuda")
 
 
 def _kept(projection: Any, name: Any, make: Callable[[], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Decoding over packed pages where they lie, by the CPU's kernel."""
+"""Decoding over packed pages where they lie, by the device's kernels."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.runtimes.kernels import cpu_decode, native
+from kvfold.runtimes.kernels import cpu_decode, gpu, native
 from kvfold.runtimes.kernels.aged_attention import prefill_by_age
-from kvfold.runtimes.kernels.attention import prefill_attention
+from kvfold.runtimes.kernels.attention import kernels_for, prefill_attention
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS
 from kvfold.runtimes.kernels.packed_tokens import PagedTokens, SideBySide, by_age
 from kvfold.runtimes.transformers.on_read import head_maps, value_map
@@ -23,7 +23,9 @@ AT_ONCE = 1 << 27
 
 def reads_in_place(device: torch.device) -> bool:
     """Whether decoding sequences are read where their pages lie."""
-    return device.type == "cpu" and native.library() is not None
+    if device.type == "cpu":
+        return native.library() is not None
+    return gpu.works_for(torch.empty(0, dtype=torch.bfloat16, device=device))
 
 
 class PageReader:
@@ -51,7 +53,7 @@ class PageReader:
         if any(part is None for part in parts):
             return None
         back = value_map(attention, q_BNTH.dtype)
-        out = cpu_decode.values_of(parts, spec.read_widths[1], q_BNTH.dtype, back)
+        out: Tensor = kernels_for(q).values_of(parts, spec.read_widths[1], q_BNTH.dtype, back)
         return out if back else attention._lead_values_back(out)
 
     def prompt(self, q_BNTH: Tensor, far: Tensor, batch: Batch, place: int) -> Tensor | None:
@@ -113,20 +115,21 @@ class PageReader:
         keys, values = self._lying(kind, pages, batch)
         if not self._serves(kind, q, keys, values):
             return None
-        rebuild = (
-            None
-            if maps is None
-            else maps(keys.shape[3], kind == RECENT).rebuild(*attention.read_tables.of_all, evenly=True)
-        )
-        return cpu_decode.decode_part(
+        rebuild = None
+        if maps is not None:
+            rebuild = maps(keys.shape[3], kind == RECENT).rebuild(*attention.read_tables.of_all, evenly=True)
+            if rebuild is None:
+                return None
+        part: cpu_decode.Averages = kernels_for(q).decode_part(
             q, keys, values, self._bias(batch), scale=attention.scaling, softcap=attention.layer.softcap,
             sequences_B3=batch.seen(ages), ages=ages, rebuild=rebuild,
         )  # fmt: skip
+        return part
 
     def _serves(self, kind: Kind, q: Tensor, keys: Any, values: Any) -> bool:
         """What does not change from step to step is asked once."""
         if (kind, q.dtype) not in self.known:
-            self.known[kind, q.dtype] = cpu_decode.serves(q, keys, values)
+            self.known[kind, q.dtype] = kernels_for(q).serves(q, keys, values)
         return self.known[kind, q.dtype]
 
     def _lying(self, kind: Kind, pages: Tensor, batch: Batch) -> tuple[Any, Any]:
@@ -158,4 +161,4 @@ class PageReader:
 
 def _slopes(slopes_N: Tensor, tokens: int) -> Tensor:
     """[1, N, 1, S]: slopes times positions, the same in all layers."""
-    return (slopes_N[:, None, None] * torch.arange(tokens))[None]
+    return (slopes_N[:, None, None] * torch.arange(tokens, device=slopes_N.device))[None]
