@@ -60,7 +60,7 @@ bench mlkv-pythia-160m --shape pythia-160m --layers 12 --dtype float16 --memory 
   $(printf -- '--preset %s ' MHA-144 GQA-48 MLKV-48 MQA-12 MLKV-12 MLKV-6 MLKV-4 MLKV-2 MLKV-1)
 bench bloomz-7b1-2048 --shape bloomz-7b1 --context 2048 --kv-heads 16 --kv-heads 8 --kv-heads 4
 
-# The same in vLLM, where it is installed: packed pages are copied out by torch so far.
+# The same in vLLM, where it is installed.
 if $python -c "import vllm" 2> /dev/null; then
   BATCH=32 bench llama3-8b-vllm --shape llama3-8b --engine vllm --context 8k --steps 64 --rounds 1 --memory 2GB \
     --preset auto:kv_budget=0.125 --preset auto:kv_budget=0.125,prefer=speed --preset int4:kv_budget=null

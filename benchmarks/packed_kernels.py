@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvfold.plan.number_format import NumberFormat
-from kvfold.runtimes.kernels import triton_codes, triton_kernels
+from kvfold.runtimes.kernels import gpu_decode, triton_codes
+from kvfold.runtimes.kernels import triton_attention as kernels
 from kvfold.runtimes.kernels.codec import pack
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens
 
@@ -45,23 +46,37 @@ def microseconds(run: Callable[[], Any]) -> float:
 
 
 def of_case(batch: int, heads: int, tiers: tuple[tuple[int, int], ...]) -> list[float]:
-    """MB, then microseconds: scores, softmax, weighted sums, unpacking, packing one token, torch's kernel over bfloat16."""
+    """MB, then microseconds: exponentials of scores, what blocks count, averages, all of them with what is around them, the
+    same with queries that are turned, unpacking, packing one token, torch's kernel over bfloat16."""
     format = NumberFormat(tiers=tiers)
     some = torch.randn(batch, heads, 64, format.width, device="cuda", dtype=torch.bfloat16)
     rows = pack(some, format).repeat(1, 1, TOKENS // 64, 1)
     stored, q = PackedTokens(rows, format, torch.bfloat16), some.new_empty(batch, QUERIES, 1, format.width).normal_()
-    scores = triton_kernels.scores(q, stored)
-    weights, out = scores.softmax(-1), some.new_empty(batch, heads, TOKENS, format.width)
-    sizes: dict[str, Any] = {"scale": 1e-3, "softcap": None, "position": TOKENS, "ages": (0, 2 * TOKENS)}
+    span = kernels.Span(TOKENS, TOKENS - 1, TOKENS // kernels.TOKENS)
+    marks, meeting = kernels.marks_of(batch, QUERIES, 1, span, q), kernels.arranged(q, [stored])
+    sizes: dict[str, Any] = {"scale": 1e-3, "softcap": None, "ages": (0, TOKENS), "dtype": torch.bfloat16}
+    way, out = turned(heads, format.width), some.new_empty(batch, heads, TOKENS, format.width)
     runs: list[Callable[[], Any]] = [
-        lambda: triton_kernels.scores(q, stored),
-        lambda: triton_kernels.softmax_(scores, None, **sizes),
-        lambda: triton_kernels.weighted(weights, stored, torch.bfloat16),
+        lambda: kernels.add_exponentials(marks, meeting, [stored], span, None, **sizes),
+        lambda: kernels.share_out(marks),
+        lambda: kernels.averages(marks, [stored], span, torch.bfloat16),
+        lambda: gpu_decode.decode_part(q, stored, stored, scale=1e-3),
+        lambda: gpu_decode.decode_part(q[..., :128], stored, stored, scale=1e-3, rebuild=way),
         lambda: triton_codes.unpack(rows, format, out),
         lambda: triton_codes.pack(some[:, :, :1], format),
     ]
     plain = [torch.randn(batch, 8, TOKENS, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     return [2 * rows.nbytes / 1e6, *map(microseconds, runs), microseconds(lambda: attended(q[..., :128], *plain))]
+
+
+def turned(heads: int, width: int) -> gpu_decode.Rebuild:
+    """Eight key heads of 128 numbers out of a stored width, whose slow pairs turn as Llama-3's."""
+    speeds = tuple(0.0 if i < 21 else 5e5 ** (-i / 64) for i in range(64))
+    weight = torch.randn(heads, 1024 // heads, width, device="cuda", dtype=torch.bfloat16) / width**0.5
+    angles = (torch.arange(TOKENS, device="cuda")[:, None] * torch.tensor(speeds, device="cuda")).repeat(1, 2)[None]
+    way = gpu_decode.HeadMap.of(weight, None, 128, speeds).rebuild(angles.cos(), angles.sin(), evenly=True)
+    assert way is not None, "positions follow each other"
+    return way
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -92,7 +107,17 @@ def main() -> None:
         f"torch's kernel over a cache that grows, ms: {growing(True):.3f} with cuDNN, {growing(False):.3f} without",
         "",
     ]
-    names = ("MB", "scores", "softmax", "sums", "unpacking", "packing a token", "bfloat16, 8 heads")
+    names = (
+        "MB",
+        "exponentials",
+        "shares",
+        "averages",
+        "a step",
+        "queries turned",
+        "unpacking",
+        "packing a token",
+        "bfloat16, 8 heads",
+    )
     lines += ["| batch | heads | tiers | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
     for batch, heads, tiers in CASES:
         numbers = " | ".join(f"{number:,.0f}" for number in of_case(batch, heads, tiers))

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from gpu_kernels import ask_gpu
 from packed_forms import FORMS, distance, heads, in_pages, numbers_of, packed
 from tiny import load, tokens
 
@@ -22,8 +23,6 @@ from kvfold.runtimes.kernels import triton_codes as codes
 from kvfold.runtimes.kernels.attention import grouped_attention, kernel_attention
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, PackedTokens, PagedTokens, SideBySide
 from kvfold.runtimes.kernels.rotary import apply_rotary
-from kvfold.runtimes.transformers import attention as transformers_attention
-from kvfold.runtimes.transformers import attention_by_age, on_read
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -284,37 +283,16 @@ def test_a_cpu_is_not_asked():
     assert not gpu_decode.serves(torch.randn(2, 1, 1, 64), x, x)
 
 
-@pytest.fixture
-def by_gpu(monkeypatch):
-    """Folded models ask the GPU's kernels here; the list of what these were called with."""
-    calls, decode_part = [], gpu_decode.decode_part
-
-    def noted(*args, **options):
-        calls.append(options)
-        return decode_part(*args, **options)
-
-    def serves(q, *sides):
-        return all(gpu_decode._is_known(part, q) for side in sides for part in gpu_decode._parts(side))
-
-    for module in (attention, aged_kernels, on_read):
-        monkeypatch.setattr(module, "kernels_for", lambda q: gpu_decode)
-    for module in (attention_by_age, transformers_attention):
-        monkeypatch.setattr(module, "value_map", lambda *args: None)
-    monkeypatch.setattr(gpu_decode, "serves", serves)
-    monkeypatch.setattr(gpu_decode, "decode_part", noted)
-    monkeypatch.setattr(cpu_decode, "serves", lambda *args: False)
-    return calls
-
-
 @pytest.mark.rare
-def test_a_folded_model_decodes_by_them(tiny_dir, tmp_path, request):
+@pytest.mark.skipif(DEVICE != "cpu", reason="tests/gpu has it where there is a GPU")
+def test_a_folded_model_decodes_by_them(tiny_dir, tmp_path, monkeypatch):
     """The default of `auto`: keys before rotation that turn slowly, the newest tokens in a finer form."""
     recipe = {"preset": "auto", "model": str(tiny_dir / "llama_yarn"), "out": str(tmp_path / "out"), "kv_budget": 0.25}
     recipe["calibration"] = {"data": "self", "num_samples": 8, "seq_len": 128}
     out = kvfold.compress(make_recipe(recipe), device="cpu").out
     ids, found = tokens(2, 74), []
-    for calls in (None, "by_gpu"):
-        calls = calls and request.getfixturevalue(calls)
+    for on_gpu in (False, True):
+        calls = ask_gpu(monkeypatch.setattr) if on_gpu else []
         model = load(out)
         cache = kvfold.FoldedCache(model.kv_plan)
         with torch.no_grad():

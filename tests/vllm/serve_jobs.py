@@ -6,12 +6,17 @@ import sys
 
 from safetensors.torch import save_file
 
+sys.path.append(os.path.join(os.path.dirname(__file__), ".."))
+os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
-def serve(folder, prompts, options, rows=None):
-    """rows: where to write what the last prompt's first layer-by-layer reading found in its pages, if that is wanted."""
+def serve(folder, prompts, options, rows=None, gpu=False):
+    """rows: where to write what the last prompt's first layer-by-layer reading found in its pages, if that is wanted. gpu: by
+    its kernels, interpreted."""
     from vllm import LLM, SamplingParams
+
+    calls = by_gpu() if gpu else []
 
     llm = LLM(
         folder,
@@ -23,7 +28,7 @@ def serve(folder, prompts, options, rows=None):
         **options,
     )
     read = recorded(len(prompts[-1])) if rows else {}
-    sampling = SamplingParams(max_tokens=16, temperature=0, logprobs=1, ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(max_tokens=4 if gpu else 16, temperature=0, logprobs=1, ignore_eos=True, detokenize=False)
     rounds = []
     for _ in range(2):  # the second finds its prompts in the prefix cache
         done = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
@@ -31,7 +36,18 @@ def serve(folder, prompts, options, rows=None):
     if rows:
         save_file(read, rows)
     cache = llm.llm_engine.vllm_config.cache_config
-    return {"rounds": rounds, "cache_tokens": cache.num_gpu_blocks * cache.block_size, "blocks": cache.num_gpu_blocks}
+    sizes = {"cache_tokens": cache.num_gpu_blocks * cache.block_size, "blocks": cache.num_gpu_blocks}
+    return {"rounds": rounds, "calls": len(calls), **sizes}
+
+
+def by_gpu():
+    from gpu_kernels import ask_gpu
+
+    from kvfold.runtimes.vllm import packed_attention, reading
+
+    for module in (packed_attention, reading):
+        module.reads_in_place = lambda device: True
+    return ask_gpu(setattr, vllm=True)
 
 
 def recorded(length):

@@ -85,3 +85,11 @@ def test_the_cache_holds_as_many_more_tokens_as_the_plan_promises(served, folder
     plan = kvfold.inspect(folder("int4")).plan
     promised = plan.source_kv_bytes_per_token("float32") / plan.kv_bytes_per_token("float32")
     assert served["int4"]["cache_tokens"] / served["original"]["cache_tokens"] >= 0.99 * promised
+
+
+@pytest.mark.rare
+def test_the_gpus_kernels_read_the_same_pages(folder, tmp_path):
+    """Interpreted: keys that queries are turned for, recent tokens in a window of their own, sequences of any lengths."""
+    found = serve(tmp_path, {"auto": job(folder("auto"), gpu=True)})["auto"]
+    assert found.get("calls"), found
+    assert_same_tokens(found, folder("auto"), close=1e-3)
