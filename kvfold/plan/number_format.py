@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,17 +65,17 @@ class NumberFormat:
         """What the scheme of its scales means."""
         return codec(self.scales)
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
         """Numbers of one stored head."""
         return sum(elements for elements, _ in self.tiers)
 
-    @property
+    @functools.cached_property
     def code_bytes(self) -> int:
         """Bytes of one token's codes in one head; every plane of bits fills whole bytes."""
         return sum(packed_bytes(elements, bits) for elements, bits in self.tiers)
 
-    @property
+    @functools.cached_property
     def row_bytes(self) -> int:
         """Bytes of one token in one head, scales that are its own included."""
         return self.code_bytes + self.codec.scale_bytes(self)

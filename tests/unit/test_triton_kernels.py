@@ -234,7 +234,7 @@ import torch, triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from kvfold.runtimes.kernels import triton_attention, triton_codes as codes, triton_kernels as kernels, triton_turning
-from kvfold.runtimes.kernels.tiles import NUMBERS, PLANE_FIELDS, TILE_FIELDS
+from kvfold.runtimes.kernels.tiles import NUMBERS, TIER_FIELDS, TILE_FIELDS
 
 FLOATS = "basis constants bias raw counts log_sums shares speeds offset".split()
 HALVES = "q x exponentials weights cos sin".split()
@@ -265,7 +265,7 @@ for kinds, float8, half, several in ((7, False, True, True), (8, True, True, Fal
     codes_of = machine_code(kernels._weighted, common)
     common |= {"TURNED": several, "FUNCTIONS": 5 if several else 1, "OFFSET": several, "BIASED": several, "CAPPED": several}
     for first, last in ((True, not several), (False, True)):
-        both = codes_of, machine_code(kernels._scores, common | {"FIRST": first, "LAST": last, "FIELDS": PLANE_FIELDS})
+        both = codes_of, machine_code(kernels._scores, common | {"FIRST": first, "LAST": last, "FIELDS": TIER_FIELDS})
         assert all("mma" in ptx for ptx in both)
 """
 

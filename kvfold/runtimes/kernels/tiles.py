@@ -11,28 +11,25 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kvfold.plan.codecs._codes import packed_bytes, planes
+from kvfold.plan.codecs._codes import packed_bytes
 from kvfold.plan.number_format import NumberFormat
 
 NUMBERS = 64
-KINDS = (8, 4, 2, 1)
-"""Bits of planes."""
-PLANE_FIELDS, TILE_FIELDS = 4, 7
+TIER_FIELDS, TILE_FIELDS = 6, 7
 
 
 @functools.lru_cache(maxsize=4096)
-def planes_of(format: NumberFormat, width: int, column: int, device: torch.device) -> tuple[list[int], Tensor]:
-    """How many tiles there are of each kind of planes, and of each: where its codes begin in a row (bytes), its place among
-    all tiles, the place of its tier, and the plane's lowest bit. width: numbers that are asked for; column: tiles before."""
-    found: dict[int, list[tuple[int, ...]]] = {kind: [] for kind in KINDS}
+def tiers_in_tiles(format: NumberFormat, width: int, column: int, device: torch.device) -> tuple[int, Tensor]:
+    """The sum of the kinds of planes that there are, and of each tier that has some of the first `width` numbers: where its
+    codes begin in a row (bytes), the place of its first tile among all, how many tiles are wanted, its numbers, place and
+    bits. column: tiles before."""
+    found: list[tuple[int, ...]] = []
+    kinds = 0
     for (at, _, stored, tier, bits), wanted in _within(format, width):
-        shift, tiles = bits, -(-wanted // NUMBERS)
-        for part in planes(bits):
-            shift -= part
-            found[part] += [(at + i * NUMBERS * part // 8, column + i, tier, shift) for i in range(tiles)]
-            at += packed_bytes(stored, part)
-        column += tiles
-    return [len(found[kind]) for kind in KINDS], _table([row for kind in KINDS for row in found[kind]], device)
+        kinds |= bits
+        found.append((at, column, -(-wanted // NUMBERS), stored, tier, bits))
+        column += found[-1][2]
+    return kinds, _table(found, device)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -8,28 +8,26 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens
 from kvfold.runtimes.kernels.tiles import (
-    KINDS,
     NUMBERS,
-    PLANE_FIELDS,
+    TIER_FIELDS,
     TILE_FIELDS,
     count_of,
     order_of,
-    planes_of,
+    tiers_in_tiles,
     tiles_of,
 )
 from kvfold.runtimes.kernels.triton_codes import device_of
 from kvfold.runtimes.kernels.triton_kernels import _arrange, _scores, _share_out, _weighted
-from kvfold.runtimes.kernels.triton_words import BY_WORDS, INTERPRETED
+from kvfold.runtimes.kernels.triton_words import INTERPRETED
 
 TOKENS, WARPS = 128, 4
 """Of a tile, of whose codes each thread has a few words."""
-MOST_QUERIES, AT_ONCE = 64, 128
+MOST_QUERIES, MOST_SHARES, AT_ONCE = 64, 256, 128
 """AT_ONCE: blocks of a row whose shares are told at a time."""
 SPLIT, PROGRAMS = 8, 512
 """Blocks of tokens of a sum that one program takes; fewer where there would be fewer programs than these."""
@@ -83,9 +81,11 @@ def arranged(q_BNTR: Tensor, parts: list[Packed]) -> Meeting:
     """Absorbed queries, as they meet stored keys."""
     (B, N, T, R), C = q_BNTR.shape, parts[0].shape[1]
     order = order_of(tuple((part.format, part.width) for part in parts), q_BNTR.device)
-    out = q_BNTR.new_empty(B, N * T, len(order))
-    with device_of(q_BNTR):
-        _arrange[(B * N * T, triton.cdiv(len(order), 512))](q_BNTR.contiguous(), order, out, R, len(order), BLOCK=512)
+    out = q_BNTR.contiguous()
+    if len(order) > R:  # some tiles are not full
+        out = q_BNTR.new_empty(B, N * T, len(order))
+        with device_of(q_BNTR):
+            _arrange[(B * N * T, -(-len(order) // 512))](q_BNTR.contiguous(), order, out, R, len(order), BLOCK=512)
     each = N // C * T
     tiles = len(order) // NUMBERS
     return Meeting(out, tiles, each, each * tiles, N * T * tiles)
@@ -119,6 +119,7 @@ def add_exponentials(
     C, rows = parts[0].shape[1], marks.exponentials.shape[1]
     first, end = some or (0, span.blocks)
     queries = rows // C
+    tile = tile_of(queries, meeting.functions)
     raw = marks.exponentials
     if len(parts) > 1:
         raw = torch.empty_like(raw, dtype=torch.float32)
@@ -131,21 +132,19 @@ def add_exponentials(
     with device_of(meeting.data):
         for place, part in enumerate(parts):
             assert part.format is not None, "serves() was asked"
-            kinds, table = planes_of(part.format, part.width, column, meeting.data.device)
+            kinds, table = tiers_in_tiles(part.format, part.width, column, meeting.data.device)
             column += count_of(part.format, part.width)
             lying, facts = lies(part)
             last = place == len(parts) - 1
-            _scores[end - first, triton.cdiv(queries, tile_of(queries)), B * C](
+            _scores[end - first, -(-queries // tile), B * C](
                 meeting.data, _or(meeting.basis, nothing), _or(meeting.constants, nothing), part.rows, _or(lying, nothing),
                 _or(span.sequences, nothing), table, _or(bias, nothing), marks.exponentials, raw, marks.shares,
-                *span.facts(), *facts, C, queries, T, *kinds, meeting.width, meeting.each, meeting.group, meeting.batch,
+                *span.facts(), *facts, C, queries, T, len(table), meeting.width, meeting.each, meeting.group, meeting.batch,
                 meeting.tile, meeting.function, meeting.tokens, span.blocks, first, span.aligned,
                 *strides, *ages, scale, softcap or 1.0,
-                KINDS=sum(kind for kind, count in zip(KINDS, kinds, strict=True) if count), TURNED=meeting.basis is not None,
-                FUNCTIONS=meeting.functions,
-                OFFSET=meeting.constants is not None and last, SPANS=span.sequences is not None, BIASED=bias is not None,
-                CAPPED=softcap is not None, FIRST=place == 0, LAST=last, FIELDS=PLANE_FIELDS,
-                **_constants(part, dtype, queries),
+                KINDS=kinds, TURNED=meeting.basis is not None, FUNCTIONS=meeting.functions, SPANS=span.sequences is not None,
+                OFFSET=meeting.constants is not None and last, BIASED=bias is not None, CAPPED=softcap is not None,
+                FIRST=place == 0, LAST=last, FIELDS=TIER_FIELDS, **_constants(part, dtype, tile, meeting.functions),
             )  # fmt: skip
 
 
@@ -161,19 +160,20 @@ def averages(marks: Marks, values: list[Packed], span: Span, dtype: torch.dtype)
     """sum_s p_s v_s [B, N, T, V] in float32; products are taken in `dtype`, or more."""
     (B, N, T), U = marks.log_sums.shape, values[0].shape[1]
     queries, V = N * T // U, sum(part.width for part in values)
-    heads = B * U * triton.cdiv(queries, tile_of(queries))
-    split = max(min(span.blocks * heads * triton.cdiv(V, NUMBERS) // PROGRAMS, SPLIT), 1)
-    sums = marks.log_sums.new_empty(triton.cdiv(span.blocks, split), B, N, T, V)
+    tile = tile_of(queries)
+    tiles = -(-queries // tile)
+    split = max(min(span.blocks * B * U * tiles * -(-V // NUMBERS) // PROGRAMS, SPLIT), 1)
+    sums = marks.log_sums.new_empty(-(-span.blocks // split), B, N, T, V)
     nothing, column = marks.shares, 0
     with device_of(sums):
         for part in values:
             kinds, table = tiles_of(part.format, part.width, sums.device)
             lying, facts = lies(part)
-            _weighted[len(table) * len(sums), triton.cdiv(queries, tile_of(queries)), B * U](
+            _weighted[len(table) * len(sums), tiles, B * U](
                 marks.exponentials, marks.shares, part.rows, _or(lying, nothing), _or(span.sequences, nothing), table, sums,
                 span.tokens, *facts, U, queries, len(table), span.blocks, span.aligned, split, V,
                 column, sums.stride(0), KINDS=kinds, SPANS=span.sequences is not None, FIELDS=TILE_FIELDS,
-                **_constants(part, dtype, queries),
+                **_constants(part, dtype, tile),
             )  # fmt: skip
             column += part.width
     return sums[0] if len(sums) == 1 else sums.sum(0)
@@ -188,9 +188,10 @@ def lies(part: Packed) -> tuple[Tensor | None, tuple[int, ...]]:
     return tables, (tokens, tables.stride(0), page_stride, head_stride, row_stride, part.format.row_bytes)  # type: ignore[union-attr]
 
 
-def tile_of(queries: int) -> int:
-    """tl.dot wants 16 at least."""
-    return min(max(triton.next_power_of_2(queries), 16), MOST_QUERIES)
+def tile_of(queries: int, functions: int = 1) -> int:
+    """Queries that a program takes. tl.dot wants 16 at least, and knows powers of two."""
+    most = MOST_QUERIES if functions == 1 else max(MOST_SHARES // functions, 16)
+    return min(max(1 << (queries - 1).bit_length(), 16), most)
 
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:
@@ -198,8 +199,9 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
     return other if x is None else x
 
 
-def _constants(part: Packed, dtype: torch.dtype, queries: int) -> dict[str, Any]:
-    """bfloat16 holds codes of 8 bits exactly. Scaled weights can be too small for float16: those products are in TF32."""
+def _constants(part: Packed, dtype: torch.dtype, queries: int, functions: int = 1) -> dict[str, Any]:
+    """bfloat16 holds codes of 8 bits exactly. Scaled weights can be too small for float16: those products are in TF32. Loads
+    ahead of products (num_stages) went through shared memory, and took twice as long on an H200."""
     half = dtype == torch.bfloat16
     return {
         "FLOAT8": part.format is not None and part.format.scales == "float8",
@@ -207,9 +209,10 @@ def _constants(part: Packed, dtype: torch.dtype, queries: int) -> dict[str, Any]
         "PRODUCT": tl.bfloat16 if half and not INTERPRETED else tl.float32,
         "PRECISION": "tf32" if dtype == torch.float16 else "ieee",
         "PAGED": isinstance(part, PagedTokens),
-        "QUERIES": tile_of(queries),
+        "QUERIES": queries,
         "TOKENS": TOKENS,
         "NUMBERS": NUMBERS,
-        "BY_WORDS": BY_WORDS.value,
-        "num_warps": WARPS,
+        "BY_WORDS": not INTERPRETED,
+        "num_warps": 2 * WARPS if queries * functions > MOST_QUERIES else WARPS,
+        "num_stages": 1,
     }

@@ -17,7 +17,7 @@ from torch import Tensor
 from kvfold.plan.codecs.exponent import TRIED
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels.tiles import NUMBERS, TILE_FIELDS, tiers_of, tiles_of
-from kvfold.runtimes.kernels.triton_words import BY_WORDS, numbers_of, words_at
+from kvfold.runtimes.kernels.triton_words import INTERPRETED, numbers_of, words_at
 
 UNPACKED_TOKENS, ROTATED_TOKENS = 64, 32
 CHANGING = [
@@ -135,7 +135,7 @@ def unpack(rows_BCSX: Tensor, format: NumberFormat, out_BCSR: Tensor) -> Tensor:
         _unpack[(len(table), triton.cdiv(S, UNPACKED_TOKENS), B * C)](
             rows_BCSX, out_BCSR, table, S, C, *rows_BCSX.stride()[:3], format.row_bytes, *out_BCSR.stride()[:3],
             KINDS=kinds, FLOAT8=format.scales == "float8", TOKENS=UNPACKED_TOKENS, NUMBERS=NUMBERS, FIELDS=TILE_FIELDS,
-            BY_WORDS=BY_WORDS.value,
+            BY_WORDS=not INTERPRETED,
         )  # fmt: skip
     return out_BCSR
 

@@ -15,7 +15,7 @@ from kvfold.runtimes.kernels.triton_words import numbers_of, words_at
 
 CHANGING = [
     "tokens", "position", "page_tokens", "pages", "page_stride", "head_stride", "row_stride", "row_bytes", "heads", "queries",
-    "steps", "n8", "n4", "n2", "n1", "q_width", "each", "group_stride", "batch_stride", "tile_stride", "function_stride",
+    "steps", "tiers", "q_width", "each", "group_stride", "batch_stride", "tile_stride", "function_stride",
     "turned_tokens", "blocks", "first_block", "aligned", "bias_batch", "bias_head", "bias_step", "youngest", "oldest",
     "tiles", "split", "width", "column", "part_stride",
 ]  # fmt: skip
@@ -48,58 +48,47 @@ def _rows_at(
 
 
 @triton.jit
-def _scale(row, tier, shift, FLOAT8: tl.constexpr):
-    """[TOKENS], of a plane whose lowest bit is a code's bit `shift`."""
-    return (
-        tl.full(row.shape, 1.0, tl.float32)
-        if FLOAT8
-        else tl.exp2((tl.load(row + tier).to(tl.float32) - 128) / 8 + shift)
-    )
+def _scale(row, tier, FLOAT8: tl.constexpr):
+    """[TOKENS] of a tier."""
+    return tl.full(row.shape, 1.0, tl.float32) if FLOAT8 else tl.exp2((tl.load(row + tier).to(tl.float32) - 128) / 8)
 
 
 @triton.jit
-def _add_products(
-    total, q, function_stride, basis, turned_tokens, row, row_bytes, table, first, count,
-    BITS: tl.constexpr, FLOAT8: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
-    TURNED: tl.constexpr, FUNCTIONS: tl.constexpr, TOKENS: tl.constexpr, NUMBERS: tl.constexpr, FIELDS: tl.constexpr,
-    BY_WORDS: tl.constexpr,
-):  # fmt: skip
-    """Of planes of these bits. q [QUERIES]: where queries begin, as they meet a tile of numbers; of FUNCTIONS one behind the
-    other, each times what `basis` says of these tokens."""
-    number = tl.arange(0, NUMBERS)
-    for index in range(first, first + count):
-        at = table + index * FIELDS
-        word = words_at(row, tl.load(at), row_bytes - 1, NUMBERS * BITS // 32)
-        x = numbers_of(word, BITS, FLOAT8, HALF, TOKENS, NUMBERS, BY_WORDS).to(PRODUCT)
-        scale = _scale(row, tl.load(at + 2), tl.load(at + 3), FLOAT8)
-        wanted = q + tl.load(at + 1) * NUMBERS
-        for function in tl.static_range(FUNCTIONS):
-            part = tl.load(wanted[None, :] + function * function_stride * NUMBERS + number[:, None]).to(PRODUCT)
-            products = tl.dot(x, part, input_precision=PRECISION)
-            if TURNED:
-                total += products * (scale * tl.load(basis + function * turned_tokens))[:, None]
-            else:
-                total += products * scale[:, None]
-    return total
+def _of_shares(x, said, FUNCTIONS: tl.constexpr, TOKENS: tl.constexpr, QUERIES: tl.constexpr):
+    """[TOKENS, FUNCTIONS * QUERIES] -> [TOKENS, QUERIES], with what `said` [TOKENS, FUNCTIONS] says of a token."""
+    return tl.sum(tl.reshape(x, (TOKENS, FUNCTIONS, QUERIES)) * said[:, :, None], axis=1)
 
 
 @triton.jit
 def _products(
-    total, q, function_stride, basis, turned_tokens, row, row_bytes, table, n8, n4, n2, n1,
+    q, said, row, row_bytes, table, tiers,
     KINDS: tl.constexpr, FLOAT8: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
-    TURNED: tl.constexpr, FUNCTIONS: tl.constexpr, TOKENS: tl.constexpr, NUMBERS: tl.constexpr, FIELDS: tl.constexpr,
-    BY_WORDS: tl.constexpr,
+    TURNED: tl.constexpr, FUNCTIONS: tl.constexpr, TOKENS: tl.constexpr, QUERIES: tl.constexpr, NUMBERS: tl.constexpr,
+    FIELDS: tl.constexpr, BY_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Of all planes: so many tiles of each kind."""
-    first = n8 * 0
-    for FINER in tl.static_range(4):  # planes of 8, 4, 2 and 1 bits
-        if KINDS & 8 >> FINER:
-            count = n8 if FINER == 0 else n4 if FINER == 1 else n2 if FINER == 2 else n1
-            total = _add_products(
-                total, q, function_stride, basis, turned_tokens, row, row_bytes, table, first, count,
-                8 >> FINER, FLOAT8, HALF, PRODUCT, PRECISION, TURNED, FUNCTIONS, TOKENS, NUMBERS, FIELDS, BY_WORDS,
-            )  # fmt: skip
-            first += count
+    """[TOKENS, QUERIES] of all tiers. q [FUNCTIONS * QUERIES]: where the tiles of a query or of one of its shares begin.
+    Planes of a tier, the highest bits first, have one sum, which is worth twice as much for every bit that follows; its scale
+    and what is `said` of shares come last."""
+    number = tl.arange(0, NUMBERS)
+    total = tl.zeros((TOKENS, QUERIES), tl.float32)
+    for index in range(tiers):
+        at = table + index * FIELDS
+        byte, column, tiles = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+        size, tier, bits = tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
+        of_tier = tl.zeros((TOKENS, FUNCTIONS * QUERIES), tl.float32)
+        for FINER in tl.static_range(4):  # planes of 8, 4, 2 and 1 bits
+            if KINDS & 8 >> FINER:
+                has = bits & 8 >> FINER != 0
+                if FINER > 0:
+                    of_tier *= tl.where(has, (1 << (8 >> FINER)) * 1.0, 1.0)
+                for i in range(tl.where(has, tiles, 0)):
+                    word = words_at(row, byte + i * (NUMBERS >> FINER), row_bytes - 1, NUMBERS >> FINER + 2)
+                    x = numbers_of(word, 8 >> FINER, FLOAT8, HALF, TOKENS, NUMBERS, BY_WORDS).to(PRODUCT)
+                    part = tl.load((q + (column + i) * NUMBERS)[None, :] + number[:, None]).to(PRODUCT)
+                    of_tier = tl.dot(x, part, of_tier, input_precision=PRECISION)
+                byte += tl.where(has, (size * (8 >> FINER) + 7) // 8, 0)
+        scale = _scale(row, tier, FLOAT8)[:, None]
+        total += _of_shares(of_tier, said * scale, FUNCTIONS, TOKENS, QUERIES) if TURNED else of_tier * scale
     return total
 
 
@@ -121,17 +110,17 @@ def _seen(
 @triton.jit(do_not_specialize=CHANGING)
 def _scores(
     q, basis, constants, rows, tables, sequences, table, bias, exponentials, raw, counts,
-    tokens, position, page_tokens, pages, page_stride, head_stride, row_stride, row_bytes, heads, queries, steps, n8, n4, n2,
-    n1, q_width, each, group_stride, batch_stride, tile_stride, function_stride, turned_tokens, blocks, first_block,
+    tokens, position, page_tokens, pages, page_stride, head_stride, row_stride, row_bytes, heads, queries, steps, tiers,
+    q_width, each, group_stride, batch_stride, tile_stride, function_stride, turned_tokens, blocks, first_block,
     aligned, bias_batch, bias_head, bias_step, youngest, oldest, scale, cap,
     KINDS: tl.constexpr, FLOAT8: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
     TURNED: tl.constexpr, FUNCTIONS: tl.constexpr, OFFSET: tl.constexpr, PAGED: tl.constexpr, SPANS: tl.constexpr,
     BIASED: tl.constexpr, CAPPED: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, TOKENS: tl.constexpr,
     QUERIES: tl.constexpr, NUMBERS: tl.constexpr, FIELDS: tl.constexpr, BY_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of tokens and all queries of a stored head. FIRST and LAST of the places that keys lie in side by side: the
-    last one leaves exp(score - the largest of the block) [B, rows, blocks, TOKENS], and in `counts` [B, rows, blocks, 2] that
-    and their sum."""
+    """Of a block of tokens and queries of a stored head. FIRST and LAST of the places that keys lie in side by side: the last
+    one leaves exp(score - the largest of the block) [B, rows, blocks, TOKENS], and in `counts` [B, rows, blocks, 2] that and
+    their sum. Of TURNED queries FUNCTIONS shares lie one behind the other, which count as `basis` says of a token."""
     block, head = first_block + tl.program_id(0), tl.program_id(2).to(tl.int64)
     sequence, head_of = head // heads, head % heads
     start, end, at = span_of(sequences, sequence, tokens, position, SPANS)
@@ -142,21 +131,25 @@ def _scores(
         rows, tables, sequence, head_of, some, page_tokens, pages, page_stride, head_stride, row_stride, PAGED
     )  # fmt: skip
     one = tl.minimum(query, queries - 1)
-    place = (head_of * queries + one) // each * group_stride + sequence * batch_stride
     if TURNED:
-        place += tl.program_id(0) * TOKENS // turned_tokens * tile_stride
-        basis += token % turned_tokens
-    place += (head_of * queries + one) % each * q_width
-    q += place * NUMBERS  # in tiles, so that the compiler sees where they begin
-    total = tl.zeros((TOKENS, QUERIES), tl.float32)
+        share = tl.arange(0, FUNCTIONS * QUERIES)
+        of_share = head_of * queries + tl.minimum(tl.program_id(1) * QUERIES + share % QUERIES, queries - 1)
+        place = of_share // each * group_stride + sequence * batch_stride + of_share % each * q_width
+        place += tl.program_id(0) * TOKENS // turned_tokens * tile_stride + share // QUERIES * function_stride
+    else:
+        place = (head_of * queries + one) // each * group_stride + sequence * batch_stride
+        place += (head_of * queries + one) % each * q_width
+    said = tl.zeros((TOKENS, FUNCTIONS), tl.float32)
+    if TURNED:
+        function = tl.arange(0, FUNCTIONS) * turned_tokens
+        said = tl.load(basis + (token % turned_tokens)[:, None] + function[None, :])
     total = _products(
-        total, q, function_stride, basis, turned_tokens, row, row_bytes, table, n8, n4, n2, n1,
-        KINDS, FLOAT8, HALF, PRODUCT, PRECISION, TURNED, FUNCTIONS, TOKENS, NUMBERS, FIELDS, BY_WORDS,
+        q + place * NUMBERS, said, row, row_bytes, table, tiers,
+        KINDS, FLOAT8, HALF, PRODUCT, PRECISION, TURNED, FUNCTIONS, TOKENS, QUERIES, NUMBERS, FIELDS, BY_WORDS,
     )  # fmt: skip
     if OFFSET:
-        for function in tl.static_range(FUNCTIONS):
-            said = tl.load(constants + (place // q_width + function * (function_stride // q_width)))
-            total += said[None, :] * tl.load(basis + function * turned_tokens)[:, None]
+        constant = tl.load(constants + place // q_width)[None, :] + tl.zeros((TOKENS, FUNCTIONS * QUERIES), tl.float32)
+        total += _of_shares(constant, said, FUNCTIONS, TOKENS, QUERIES)
     here, of_row = query < queries, head * queries + query
     to = (of_row * blocks * TOKENS)[None, :] + (block * TOKENS + tl.arange(0, TOKENS))[:, None]
     if not FIRST:
@@ -201,7 +194,7 @@ def _share_out(counts, log_sums, blocks, AT_ONCE: tl.constexpr):
 
 @triton.jit
 def _add_weighted(
-    total, weights, shares, rows, tables, sequence, head, at, tier, shift, start, begin, stop, end, page_tokens, pages,
+    total, weights, shares, rows, tables, sequence, head, at, tier, start, begin, stop, end, page_tokens, pages,
     page_stride, head_stride, row_stride, row_bytes,
     BITS: tl.constexpr, FLOAT8: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
     PAGED: tl.constexpr, TOKENS: tl.constexpr, NUMBERS: tl.constexpr, BY_WORDS: tl.constexpr,
@@ -218,8 +211,7 @@ def _add_weighted(
             words_at(row, at, row_bytes - 1, NUMBERS * BITS // 32), BITS, FLOAT8, HALF, TOKENS, NUMBERS, BY_WORDS
         )
         weight = tl.load(weights[:, None] + (block * TOKENS + tl.arange(0, TOKENS))[None, :])
-        scale = _scale(row, tier, shift, FLOAT8)
-        weight = weight.to(tl.float32) * tl.load(shares + block * 2)[:, None] * scale[None, :]
+        weight = weight.to(tl.float32) * tl.load(shares + block * 2)[:, None] * _scale(row, tier, FLOAT8)[None, :]
         total = tl.dot(tl.trans(x.to(PRODUCT)), tl.trans(weight.to(PRODUCT)), total, input_precision=PRECISION)
     return total
 
@@ -252,10 +244,11 @@ def _weighted(
     for FINER in tl.static_range(4):  # planes of 8, 4, 2 and 1 bits
         if KINDS & 8 >> FINER:
             has = bits & 8 >> FINER != 0
+            if FINER > 0:  # what is there is worth twice as much for every bit that follows
+                total *= tl.where(has, (1 << (8 >> FINER)) * 1.0, 1.0)
             total = _add_weighted(
-                total, weights, shares, rows, tables, sequence, head_of, byte + (before >> FINER), tier,
-                bits & (8 >> FINER) - 1, start, begin, tl.where(has, stop, begin), end, page_tokens, pages, page_stride,
-                head_stride, row_stride, row_bytes,
+                total, weights, shares, rows, tables, sequence, head_of, byte + (before >> FINER), tier, start, begin,
+                tl.where(has, stop, begin), end, page_tokens, pages, page_stride, head_stride, row_stride, row_bytes,
                 8 >> FINER, FLOAT8, HALF, PRODUCT, PRECISION, PAGED, TOKENS, NUMBERS, BY_WORDS,
             )  # fmt: skip
             byte += tl.where(has, (size * (8 >> FINER) + 7) // 8, 0)

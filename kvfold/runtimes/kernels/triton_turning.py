@@ -10,6 +10,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,8 +36,16 @@ class Functions(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def functions_of(speeds: tuple[float, ...], tolerance: float, device: torch.device) -> Functions:
-    """For blocks of tokens."""
-    return Functions(*(x.float().to(device) for x in turning_functions(speeds, tolerance, TILES)))
+    """For as many tokens as make a step cost least; nothing for those beside what is needed, up to a power of two."""
+    found = [turning_functions(speeds, tolerance, (tokens,)) for tokens in TILES]
+    basis, shares, of_pairs = min(found, key=lambda x: _room(x.basis) * (1 + 2 * len(speeds) / x.basis.shape[1]))
+    padded = (F.pad(x, (0, 0, 0, _room(basis) - len(basis))) for x in (basis, shares))
+    return Functions(*(x.float().contiguous().to(device) for x in (*padded, of_pairs)))
+
+
+def _room(basis: Tensor) -> int:
+    """For shares of a product whose sizes are powers of two."""
+    return 1 << (len(basis) - 1).bit_length()
 
 
 @triton.jit(do_not_specialize=[*CHANGING, "rotated", "table_batch", "first_tile", "functions", "kv_heads"])
@@ -100,7 +109,7 @@ def turned_exponentials(
     weights_KHE = _in_tiles(weights_KHR, tuple((part.format, part.width) for part in parts))
     (B, _, _, H), (K, _, E), (m, P) = q_BNTH.shape, weights_KHE.shape, functions.basis.shape
     each = q_BNTH.shape[1] * q_BNTH.shape[2] // K
-    tiles, q = triton.cdiv(span.blocks * TOKENS, P), q_BNTH.contiguous()
+    tiles, q = -(-span.blocks * TOKENS // P), q_BNTH.contiguous()
     cos, sin = (table.contiguous() for table in tables)
     step = max(ELSEWHERE // (K * B * m * each * E), 1)
     for first in range(0, tiles, step):
@@ -113,7 +122,7 @@ def turned_exponentials(
                 functions.shares if span.sequences is None else span.sequences, shares,
                 functions.shares if constants is None else constants,
                 span.tokens, span.aligned, P, first, m, K, each, cos.shape[2], cos[0].numel() if len(cos) > 1 else 0,
-                OFFSET=offset_KH is not None, SPANS=span.sequences is not None, WIDTH=H, BLOCK=triton.next_power_of_2(H),
+                OFFSET=offset_KH is not None, SPANS=span.sequences is not None, WIDTH=H, BLOCK=1 << (H - 1).bit_length(),
                 num_warps=1,
             )  # fmt: skip
         made = torch.bmm(shares.view(K, -1, H), weights_KHE)

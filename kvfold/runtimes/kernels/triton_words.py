@@ -13,7 +13,6 @@ import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """The interpreter cannot multiply matrices of bfloat16, and knows no machine code."""
-BY_WORDS = tl.constexpr(not INTERPRETED)
 
 
 @triton.jit

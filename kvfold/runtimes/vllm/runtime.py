@@ -37,9 +37,9 @@ class Vllm(Runtime):
     def warning(self, plan: CachePlan) -> str | None:
         if is_packed(plan):
             return (
-                "vLLM holds this plan in packed pages, which kvfold's kernels read where they lie. Those for GPUs have not been"
-                " timed yet: where a step takes longer than the original's, --preset served takes vLLM's own kernels, and"
-                " loses more at equal bytes."
+                "vLLM holds this plan in packed pages, which kvfold's kernels read where they lie. On a GPU they have not"
+                " been timed under vLLM: where a step takes longer than the original's, --preset served takes vLLM's own"
+                " kernels, and loses more at equal bytes."
             )
         odd = sorted({spec.head_dim for spec in plan.owned} - {*WIDTHS})
         if not odd:
