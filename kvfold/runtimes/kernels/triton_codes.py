@@ -118,7 +118,7 @@ def _pack(x, rows, table, tried, x_width, row_bytes, FIELDS: tl.constexpr, BLOCK
 def pack(x_BCTR: Tensor, format: NumberFormat) -> Tensor:
     """Numbers -> rows of an `exponent` format [B, C, T, row_bytes]."""
     rows = x_BCTR.new_empty(*x_BCTR.shape[:3], format.row_bytes, dtype=torch.uint8)
-    x, block = x_BCTR.reshape(-1), triton.next_power_of_2(max(width for width, _ in format.tiers))
+    x, block = x_BCTR.reshape(-1), 1 << (max(width for width, _ in format.tiers) - 1).bit_length()
     with device_of(x_BCTR):
         _pack[(x.numel() // format.width, len(format.tiers))](
             x, rows, tiers_of(format, x.device), _tried(x.device), format.width, format.row_bytes,
@@ -132,7 +132,7 @@ def unpack(rows_BCSX: Tensor, format: NumberFormat, out_BCSR: Tensor) -> Tensor:
     B, C, S, _ = rows_BCSX.shape
     kinds, table = tiles_of(format, out_BCSR.shape[3], out_BCSR.device)
     with device_of(rows_BCSX):
-        _unpack[(len(table), triton.cdiv(S, UNPACKED_TOKENS), B * C)](
+        _unpack[(len(table), -(-S // UNPACKED_TOKENS), B * C)](
             rows_BCSX, out_BCSR, table, S, C, *rows_BCSX.stride()[:3], format.row_bytes, *out_BCSR.stride()[:3],
             KINDS=kinds, FLOAT8=format.scales == "float8", TOKENS=UNPACKED_TOKENS, NUMBERS=NUMBERS, FIELDS=TILE_FIELDS,
             BY_WORDS=not INTERPRETED,
@@ -181,8 +181,8 @@ def rotate(x_BCSF: Tensor, cos_BSr: Tensor, sin_BSr: Tensor, head_dim: int) -> T
     cos, sin, heads = cos_BSr.contiguous(), sin_BSr.contiguous(), F // head_dim
     out = x_BCSF.new_empty(B, C * heads, S, head_dim)
     with device_of(x_BCSF):
-        _rotate[triton.cdiv(S, ROTATED_TOKENS), B * C * heads](
+        _rotate[-(-S // ROTATED_TOKENS), B * C * heads](
             x_BCSF, cos, sin, out, S, C, heads, *x_BCSF.stride()[:3], S * r if len(cos) > 1 else 0, r,
-            WIDTH=head_dim, TOKENS=ROTATED_TOKENS, BLOCK=triton.next_power_of_2(head_dim),
+            WIDTH=head_dim, TOKENS=ROTATED_TOKENS, BLOCK=1 << (head_dim - 1).bit_length(),
         )  # fmt: skip
     return out
