@@ -206,7 +206,7 @@ def test_a_part_without_tokens_counts_nothing():
 
 
 def broken(marks, values, span, dtype):
-    return torch.full((*marks.log_sums.shape, values[0].width), torch.nan)
+    return torch.full((1, *marks.log_sums.shape, values[0].width), torch.nan)
 
 
 BROKEN = {
@@ -236,7 +236,7 @@ from triton.backends.compiler import GPUTarget
 from kvfold.runtimes.kernels import triton_attention, triton_codes as codes, triton_kernels as kernels, triton_turning
 from kvfold.runtimes.kernels.tiles import NUMBERS, TIER_FIELDS, TILE_FIELDS
 
-FLOATS = "basis constants bias raw counts log_sums shares speeds offset".split()
+FLOATS = "basis constants bias raw counts log_sums shares speeds offset sums other other_log_sums".split()
 HALVES = "q x exponentials weights cos sin".split()
 INTEGERS = "tables sequences table tried order".split()
 TYPES = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(HALVES, "*bf16") | dict.fromkeys(INTEGERS, "*i32")
@@ -254,6 +254,8 @@ def machine_code(kernel, constants, warps=4):
 sizes = {"FIELDS": TILE_FIELDS, "NUMBERS": NUMBERS, "BY_WORDS": True}
 machine_code(codes._pack, {"FIELDS": TILE_FIELDS, "BLOCK": 1024})
 machine_code(kernels._arrange, {"BLOCK": 512})
+for several in (False, True):
+    machine_code(kernels._join, {"TWO": several, "BLOCK": 512})
 machine_code(kernels._share_out, {"AT_ONCE": triton_attention.AT_ONCE}, 1)
 machine_code(triton_turning._turn, {"OFFSET": True, "SPANS": True, "WIDTH": 80, "BLOCK": 128}, 1)
 for kinds, float8 in ((15, False), (8, True)):
@@ -262,11 +264,14 @@ for kinds, float8, half, several in ((7, False, True, True), (8, True, True, Fal
     common = sizes | {"KINDS": kinds, "FLOAT8": float8, "HALF": half, "PRODUCT": tl.bfloat16 if half else tl.float32}
     common |= {"PRECISION": "ieee" if half else "tf32", "PAGED": several, "SPANS": several, "QUERIES": 32}
     common |= {"TOKENS": triton_attention.TOKENS}
-    codes_of = machine_code(kernels._weighted, common)
-    common |= {"TURNED": several, "FUNCTIONS": 5 if several else 1, "OFFSET": several, "BIASED": several, "CAPPED": several}
+    absent = {} if several else {"tables": None, "sequences": None}
+    codes_of = machine_code(kernels._weighted, common | absent)
+    common |= {"TURNED": several, "FUNCTIONS": 8 if several else 1, "OFFSET": several, "BIASED": several, "CAPPED": several}
+    absent |= {} if several else {"basis": None, "constants": None, "bias": None}
     for first, last in ((True, not several), (False, True)):
-        both = codes_of, machine_code(kernels._scores, common | {"FIRST": first, "LAST": last, "FIELDS": TIER_FIELDS})
-        assert all("mma" in ptx for ptx in both)
+        absent_too = {} if several or not first else {"raw": None}
+        constants = common | absent | absent_too | {"FIRST": first, "LAST": last, "FIELDS": TIER_FIELDS}
+        assert all("mma" in ptx for ptx in (codes_of, machine_code(kernels._scores, constants)))
 """
 
 

@@ -82,7 +82,7 @@ def _errors(format: NumberFormat, queries: int, device: torch.device, dtype: tor
     stored = unpack(packed.rows, format, torch.float32)
     found = gpu_decode.decode_part(q, packed, packed, scale=0.2)
     pairs = [
-        *zip(found[:2], _attended(q, stored, stored), strict=True),
+        *zip((found.averages, found.log_sums), _attended(q, stored, stored), strict=True),
         (codes.unpack(packed.rows, format, torch.empty_like(stored)), stored),
         _rotated(codes.rotate, device),
         *_turned(packed, stored, q),
@@ -113,7 +113,7 @@ def _turned(packed: PackedTokens, stored: Tensor, q: Tensor) -> list[tuple[Tenso
     way = gpu_decode.HeadMap.of(weight, None, 16, speeds).rebuild(cos, sin, evenly=True)
     found = gpu_decode.decode_part(q, packed, packed, scale=0.2, rebuild=way)
     keys = apply_rotary(stored[..., :16], cos, sin)
-    return list(zip(found[:2], _attended(q, keys, stored), strict=True))
+    return list(zip((found.averages, found.log_sums), _attended(q, keys, stored), strict=True))
 
 
 def _rotated(rotate: Callable[..., Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kvfold.plan.number_format import ELSEWHERE
 from kvfold.runtimes.kernels import gpu
-from kvfold.runtimes.kernels.cpu_decode import ANY_AGE, TOLERANCE, Averages
+from kvfold.runtimes.kernels.cpu_decode import ANY_AGE, TOLERANCE
 from kvfold.runtimes.kernels.gpu import works_for
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, SideBySide, Stored, recorded
 
@@ -56,6 +55,19 @@ class Rebuild(NamedTuple):
         return self._replace(cos=self.cos[:, start:end], sin=self.sin[:, start:end])
 
 
+class Part(NamedTuple):
+    """As `cpu_decode.Averages`, in splits [splits, B, N, T, V] that are still to be added."""
+
+    sums: Tensor
+    log_sums: Tensor
+    last: bool = False
+
+    @property
+    def averages(self) -> Tensor:
+        """[B, N, T, V]."""
+        return self.sums.sum(0)
+
+
 def serves(q_BNTR: Tensor, keys: Stored, values: Stored) -> bool:
     """Whether the kernels take these tensors, and nobody wants gradients or a graph of it."""
     parts = [*_parts(keys), *_parts(values)]
@@ -79,7 +91,8 @@ def _parts(x: Stored) -> list[Any]:
 def decode(q_BNTR: Tensor, keys: Any, values: Any, bias: Tensor | None, *, map: None = None, **sizes: Any) -> Tensor:
     """[B, T, N, V] over all tokens, the queries being at their end."""
     assert map is None, "nobody asks a GPU's kernels for it"
-    return decode_part(q_BNTR, keys, values, bias, **sizes).averages.to(q_BNTR.dtype).transpose(1, 2)
+    part = decode_part(q_BNTR, keys, values, bias, **sizes)
+    return values_of([part], values.shape[3], q_BNTR.dtype)
 
 
 def decode_part(
@@ -94,7 +107,7 @@ def decode_part(
     position: int | None = None,
     ages: tuple[int, int] = ANY_AGE,
     rebuild: Rebuild | None = None,
-) -> Averages:
+) -> Part:
     """As `cpu_decode.decode_part`; keys are never rebuilt. sequences_B3: on the CPU, which says how large grids are."""
     from kvfold.runtimes.kernels import triton_attention as kernels
     from kvfold.runtimes.kernels.triton_turning import functions_of, turned_exponentials
@@ -116,7 +129,7 @@ def decode_part(
         map, tables = rebuild.map, (rebuild.cos, rebuild.sin)
         turned_exponentials(marks, q_BNTR, map.weights_KHR, map.offset_KH, turning, tables, parts, span, bias, **sizes)
     kernels.share_out(marks)
-    return Averages(kernels.averages(marks, _parts(values), span, q_BNTR.dtype), marks.log_sums)
+    return Part(kernels.averages(marks, _parts(values), span, q_BNTR.dtype), marks.log_sums)
 
 
 def _span(
@@ -131,12 +144,9 @@ def _span(
     return Span(S, 0, max(-(-longest // TOKENS), 1), aligned, on_device)
 
 
-def values_of(parts: Sequence[Averages], width: int, dtype: torch.dtype, map: None = None) -> Tensor:
+def values_of(parts: Sequence[Part], width: int, dtype: torch.dtype, map: None = None) -> Tensor:
     """As `cpu_decode.values_of`, which alone has maps: [B, T, N, width]."""
+    from kvfold.runtimes.kernels.triton_attention import join
+
     assert map is None, "nobody asks a GPU's kernels for it"
-    shares = torch.stack([part.log_sums for part in parts], dim=-1).softmax(-1).unbind(-1)
-    total: Any = 0
-    for (averages, _, last), share in zip(parts, shares, strict=True):
-        beside = width - averages.shape[-1]
-        total = total + F.pad(averages * share.unsqueeze(-1), (beside, 0) if last else (0, beside))
-    return total.to(dtype).transpose(1, 2)
+    return join([(x.sums, x.log_sums, width - x.sums.shape[4] if x.last else 0) for x in parts], width, dtype)

@@ -5,6 +5,7 @@ One launch for each place that keys or values lie in, however many widths of bit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from kvfold.runtimes.kernels.tiles import (
     tiles_of,
 )
 from kvfold.runtimes.kernels.triton_codes import device_of
-from kvfold.runtimes.kernels.triton_kernels import _arrange, _scores, _share_out, _weighted
+from kvfold.runtimes.kernels.triton_kernels import _arrange, _join, _scores, _share_out, _weighted
 from kvfold.runtimes.kernels.triton_words import INTERPRETED
 
 TOKENS, WARPS = 128, 4
@@ -120,15 +121,13 @@ def add_exponentials(
     first, end = some or (0, span.blocks)
     queries = rows // C
     tile = tile_of(queries, meeting.functions)
-    raw = marks.exponentials
-    if len(parts) > 1:
-        raw = torch.empty_like(raw, dtype=torch.float32)
+    raw = torch.empty_like(marks.exponentials, dtype=torch.float32) if len(parts) > 1 else None
     strides: tuple[int, ...] = (0, 0, 0)
     if bias is not None:
         bias = bias.expand(B, N, T, bias.shape[-1])
         bias = bias if bias.stride(3) == 1 else bias.contiguous()
         strides = bias.stride()[:3]
-    nothing, column = marks.shares, 0
+    column = 0
     with device_of(meeting.data):
         for place, part in enumerate(parts):
             assert part.format is not None, "serves() was asked"
@@ -137,8 +136,8 @@ def add_exponentials(
             lying, facts = lies(part)
             last = place == len(parts) - 1
             _scores[end - first, -(-queries // tile), B * C](
-                meeting.data, _or(meeting.basis, nothing), _or(meeting.constants, nothing), part.rows, _or(lying, nothing),
-                _or(span.sequences, nothing), table, _or(bias, nothing), marks.exponentials, raw, marks.shares,
+                meeting.data, meeting.basis, meeting.constants, part.rows, lying,
+                span.sequences, table, bias, marks.exponentials, raw, marks.shares,
                 *span.facts(), *facts, C, queries, T, len(table), meeting.width, meeting.each, meeting.group, meeting.batch,
                 meeting.tile, meeting.function, meeting.tokens, span.blocks, first, span.aligned,
                 *strides, *ages, scale, softcap or 1.0,
@@ -157,26 +156,42 @@ def share_out(marks: Marks) -> None:
 
 
 def averages(marks: Marks, values: list[Packed], span: Span, dtype: torch.dtype) -> Tensor:
-    """sum_s p_s v_s [B, N, T, V] in float32; products are taken in `dtype`, or more."""
+    """sum_s p_s v_s [splits, B, N, T, V] in float32, of a part of the tokens each; products are taken in `dtype`, or more."""
     (B, N, T), U = marks.log_sums.shape, values[0].shape[1]
     queries, V = N * T // U, sum(part.width for part in values)
     tile = tile_of(queries)
     tiles = -(-queries // tile)
     split = max(min(span.blocks * B * U * tiles * -(-V // NUMBERS) // PROGRAMS, SPLIT), 1)
     sums = marks.log_sums.new_empty(-(-span.blocks // split), B, N, T, V)
-    nothing, column = marks.shares, 0
+    column = 0
     with device_of(sums):
         for part in values:
             kinds, table = tiles_of(part.format, part.width, sums.device)
             lying, facts = lies(part)
             _weighted[len(table) * len(sums), tiles, B * U](
-                marks.exponentials, marks.shares, part.rows, _or(lying, nothing), _or(span.sequences, nothing), table, sums,
+                marks.exponentials, marks.shares, part.rows, lying, span.sequences, table, sums,
                 span.tokens, *facts, U, queries, len(table), span.blocks, span.aligned, split, V,
                 column, sums.stride(0), KINDS=kinds, SPANS=span.sequences is not None, FIELDS=TILE_FIELDS,
                 **_constants(part, dtype, tile),
             )  # fmt: skip
             column += part.width
-    return sums[0] if len(sums) == 1 else sums.sum(0)
+    return sums
+
+
+def join(parts: Sequence[tuple[Tensor, Tensor, int]], width: int, dtype: torch.dtype) -> Tensor:
+    """[B, T, N, width] of one part of the tokens or two: (what `averages` gives, log-sums, the place of its first number)."""
+    first, *more = parts
+    sums, log_sums, beside = first
+    other, other_log_sums, other_beside = more[0] if more else (None, None, 0)
+    _, B, N, T, V = sums.shape
+    out, block = sums.new_empty(B, T, N, width, dtype=dtype), min(1 << (width - 1).bit_length(), 1024)
+    sizes = (0, 0, 0) if other is None else (len(other), other.stride(0), other.shape[4])
+    with device_of(sums):
+        _join[B * N * T, -(-width // block)](
+            sums, log_sums, other, other_log_sums, out, len(sums), sums.stride(0), V, beside, *sizes, other_beside, N, T,
+            width, TWO=other is not None, BLOCK=block,
+        )  # fmt: skip
+    return out
 
 
 def lies(part: Packed) -> tuple[Tensor | None, tuple[int, ...]]:
@@ -192,11 +207,6 @@ def tile_of(queries: int, functions: int = 1) -> int:
     """Queries that a program takes. tl.dot wants 16 at least, and knows powers of two."""
     most = MOST_QUERIES if functions == 1 else max(MOST_SHARES // functions, 16)
     return min(max(1 << (queries - 1).bit_length(), 16), most)
-
-
-def _or(x: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer that is not followed, where there is nothing."""
-    return other if x is None else x
 
 
 def _constants(part: Packed, dtype: torch.dtype, queries: int, functions: int = 1) -> dict[str, Any]:

@@ -157,7 +157,8 @@ def _scores(
     if not LAST:
         tl.store(raw + to, total, mask=here[None, :])
     else:
-        bias += sequence * bias_batch + (head_of * queries + one) // steps * bias_head + one % steps * bias_step
+        if BIASED:
+            bias += sequence * bias_batch + (head_of * queries + one) // steps * bias_head + one % steps * bias_step
         total = _seen(
             total, token, one % steps, bias, start, end, at, youngest, oldest, scale, cap, BIASED, CAPPED
         )  # fmt: skip
@@ -264,3 +265,40 @@ def _arrange(q, order, out, width, q_width, BLOCK: tl.constexpr):
     number = tl.load(order + at, mask=at < q_width, other=-1)
     x = tl.load(q + row * width + number, mask=number >= 0, other=0)
     tl.store(out + row * q_width + at, x.to(out.dtype.element_ty), mask=at < q_width)
+
+
+@triton.jit
+def _part_of(sums, splits, split_stride, row, width, column, BLOCK: tl.constexpr):
+    """[BLOCK] numbers from `column` on of the sum of all splits, 0 beside them."""
+    number = column + tl.arange(0, BLOCK)
+    inside = (number >= 0) & (number < width)
+    total = tl.zeros((BLOCK,), tl.float32)
+    at = sums + row * width + number
+    for _ in range(splits):
+        total += tl.load(at, mask=inside, other=0)
+        at += split_stride
+    return total
+
+
+@triton.jit(
+    do_not_specialize=[*CHANGING, "splits", "split_stride", "beside", "other_splits", "other_stride", "other_width"]
+)
+def _join(
+    sums, log_sums, other, other_log_sums, out, splits, split_stride, width, beside, other_splits, other_stride, other_width,
+    other_beside, heads, steps, out_width, TWO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[b, step, head, number] of averages [splits, b, head, step, number] over one part of the tokens or TWO, each by what
+    it counts; `beside`: numbers of `out` before the first of a part."""
+    row, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
+    total = _part_of(sums, splits, split_stride, row, width, begin - beside, BLOCK)
+    if TWO:
+        one, two = tl.load(log_sums + row), tl.load(other_log_sums + row)
+        share = 1 / (1 + tl.exp(two - one))
+        total = total * share
+        total += _part_of(other, other_splits, other_stride, row, other_width, begin - other_beside, BLOCK) * (
+            1 - share
+        )
+    batch, head, step = row // (heads * steps), row // steps % heads, row % steps
+    number = begin + tl.arange(0, BLOCK)
+    to = out + ((batch * steps + step) * heads + head) * out_width + number
+    tl.store(to, total.to(out.dtype.element_ty), mask=number < out_width)

@@ -118,9 +118,9 @@ def turned_exponentials(
         constants = None if offset_KH is None else q.new_empty(K, B, count, m, each, dtype=torch.float32)
         with device_of(q):
             _turn[count, K * each, B](
-                q, cos, sin, functions.shares, functions.speeds, functions.shares if offset_KH is None else offset_KH,
-                functions.shares if span.sequences is None else span.sequences, shares,
-                functions.shares if constants is None else constants,
+                q, cos, sin, functions.shares, functions.speeds, offset_KH,
+                span.sequences, shares,
+                constants,
                 span.tokens, span.aligned, P, first, m, K, each, cos.shape[2], cos[0].numel() if len(cos) > 1 else 0,
                 OFFSET=offset_KH is not None, SPANS=span.sequences is not None, WIDTH=H, BLOCK=1 << (H - 1).bit_length(),
                 num_warps=1,
