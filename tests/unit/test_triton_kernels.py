@@ -73,12 +73,14 @@ def test_packing_is_that_of_torch(name):
     torch.testing.assert_close(*lost, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(("heads", "softcap"), [((2, 2, 2), None), ((8, 2, 1), 5.0), ((9, 1, 3), None)])
-def test_attention_of_a_step(heads, softcap, monkeypatch):
+@pytest.mark.parametrize(
+    ("heads", "softcap", "form"), [((2, 2, 2), None, "tiers"), ((8, 2, 1), 5.0, "3_bits"), ((9, 1, 3), None, "4_bits")]
+)
+def test_attention_of_a_step(heads, softcap, form, monkeypatch):
     monkeypatch.setattr(attention, "kernels_for", lambda q: gpu_decode)
     N, C, U = heads
-    (z, keys), (y, values) = (strided(FORMS["tiers"], n, 140, torch.float32, seed=n) for n in (C, U))
-    q = torch.randn(2, N, 3, FORMS["tiers"].width, device=DEVICE)
+    (z, keys), (y, values) = (strided(FORMS[form], n, 140, torch.float32, seed=n) for n in (C, U))
+    q = torch.randn(2, N, 3, FORMS[form].width, device=DEVICE)
     seen = torch.ones(2, 1, 3, 140, dtype=torch.bool, device=DEVICE).tril(137)
     seen[0, ..., :50] = False
     for mask in (None, seen, torch.zeros(seen.shape, device=DEVICE).masked_fill(~seen, torch.finfo(torch.float32).min)):
@@ -177,7 +179,7 @@ def test_pages_hold_what_a_contiguous_cache_holds(page_tokens, odd):
     """Sequences of 1 token, a page, a token more and less, and of a window: the same numbers, so the same result."""
     lengths, C = [1, page_tokens, page_tokens + 1, 2 * page_tokens - 1, 3], 2
     B, S = len(lengths), 2 * page_tokens
-    parts = [packed(B, C, S, torch.float32, FORMS[name]) for name in ("tiers", "float8")]
+    parts = [packed(B, C, S, torch.float32, FORMS[name]) for name in ("5_bits", "float8")]
     paged = [in_pages(part, lengths, page_tokens, odd) for part in parts]
     sequences = torch.tensor([[length // 3, length, length - 1] for length in lengths])
     q, sizes = torch.randn(B, 8, 1, sum(part.width for part in parts)), {"scale": 0.2, "sequences_B3": sequences}
