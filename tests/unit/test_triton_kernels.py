@@ -174,9 +174,11 @@ def test_queries_that_are_turned_meet_keys_that_are_not(B, C, S, within, H, r, N
     assert gpu_decode.HeadMap.of(weight, offset, H, speeds).rebuild(cos, sin) is None  # for positions that jump
 
 
-@pytest.mark.parametrize(("page_tokens", "odd"), [(7, 3), (16, 0)])
-def test_pages_hold_what_a_contiguous_cache_holds(page_tokens, odd):
-    """Sequences of 1 token, a page, a token more and less, and of a window: the same numbers, so the same result."""
+@pytest.mark.parametrize(("page_tokens", "odd", "room"), [(7, 3, 1 << 26), (16, 0, 600)])
+def test_pages_hold_what_a_contiguous_cache_holds(page_tokens, odd, room, monkeypatch):
+    """Sequences of 1 token, a page, a token more and less, and of a window: the same result; all at once, and
+    few at a time where there is no room for more."""
+    monkeypatch.setattr(gpu_decode, "ELSEWHERE", room)
     lengths, C = [1, page_tokens, page_tokens + 1, 2 * page_tokens - 1, 3], 2
     B, S = len(lengths), 2 * page_tokens
     parts = [packed(B, C, S, torch.float32, FORMS[name]) for name in ("5_bits", "float8")]

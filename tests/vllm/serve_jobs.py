@@ -46,7 +46,7 @@ def by_gpu():
     from kvfold.runtimes.vllm import packed_attention, reading
 
     for module in (packed_attention, reading):
-        module.reads_in_place = lambda device: True
+        module.reads_in_place = lambda *args: True
     return ask_gpu(setattr, vllm=True)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvfold.runtimes.kernels.cpu import DTYPES, StoredTokens, rows_of
 from kvfold.runtimes.kernels.native import library
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, SideBySide, Stored, recorded
-from kvfold.runtimes.kernels.turning import TurningFunctions, turning_functions
+from kvfold.runtimes.kernels.turning import TurningFunctions, turning_functions, turns_slowly
 
 TOLERANCE = {torch.bfloat16: 1e-3, torch.float32: 1e-6}
 """By how much cosines and sines of queries that are turned may be off, as numbers of these types are."""
@@ -41,7 +41,7 @@ class HeadMap(NamedTuple):
     def of(cls, weight_CFR: Tensor, bias_CF: Tensor | None, head_dim: int, speeds: tuple[float, ...] = ()) -> HeadMap:
         """speeds: of keys that turn slowly, in radians per token, for each pair."""
         offset = None if bias_CF is None else bias_CF.detach().float().contiguous()
-        turn = Turn.of(weight_CFR.detach(), head_dim, speeds) if speeds else None
+        turn = Turn.of(weight_CFR.detach(), head_dim, speeds) if turns_slowly(speeds) else None
         return cls(pack_map(weight_CFR.detach()), offset, weight_CFR.shape[1] // head_dim, head_dim, turn)
 
     def rebuild(self, cos: Tensor | None = None, sin: Tensor | None = None, *, evenly: bool = False) -> Rebuild:

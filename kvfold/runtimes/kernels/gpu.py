@@ -21,6 +21,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRIALS = (NumberFormat(tiers=((24, 8), (40, 5), (33, 3))), NumberFormat(tiers=((65, 8),), scales="float8"))
 QUERIES = (20, 1)
 """Per stored head: a larger tile, and a small one."""
+LARGEST_GRID = 65_535
+"""Along all dimensions of a grid but the first, where kernels have sequences times heads."""
 TOLERANCE = 2e-2
 """Of products, relative to the largest."""
 
@@ -34,6 +36,8 @@ def unpacks(rows_BCSX: Tensor, format: NumberFormat, dtype: torch.dtype) -> bool
     """Whether the kernels turn these rows into numbers."""
     if rows_BCSX.device.type != "cuda" or rows_BCSX.stride(-1) != 1 or recorded(rows_BCSX) or dtype not in DTYPES:
         return False
+    if rows_BCSX.shape[0] * rows_BCSX.shape[1] > LARGEST_GRID:
+        return False
     return format.codec.fused and format.block == 1 and works(rows_BCSX.device, dtype)
 
 
@@ -41,7 +45,8 @@ def rotates(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether the kernel turns these numbers, and nobody wants gradients or a graph of it."""
     if recorded(x, cos, sin) or (torch.is_grad_enabled() and x.requires_grad):
         return False
-    return x.stride(-1) == 1 and cos.device == sin.device == x.device and works_for(x)
+    heads = x.shape[0] * x.shape[1] * x.shape[3]  # at most
+    return x.stride(-1) == 1 and cos.device == sin.device == x.device and heads <= LARGEST_GRID * 16 and works_for(x)
 
 
 @functools.cache

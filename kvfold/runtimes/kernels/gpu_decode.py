@@ -14,6 +14,7 @@ from kvfold.runtimes.kernels import gpu
 from kvfold.runtimes.kernels.cpu_decode import ANY_AGE, TOLERANCE
 from kvfold.runtimes.kernels.gpu import works_for
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, SideBySide, Stored, recorded
+from kvfold.runtimes.kernels.turning import turns_slowly
 
 if TYPE_CHECKING:
     from kvfold.runtimes.kernels.triton_attention import Span
@@ -38,7 +39,7 @@ class HeadMap(NamedTuple):
 
     def rebuild(self, cos: Tensor | None = None, sin: Tensor | None = None, *, evenly: bool = False) -> Rebuild | None:
         """With tables [B or 1, S, r] of the tokens; None where keys would have to be rebuilt."""
-        if cos is None or sin is None or not evenly or not self.speeds:
+        if cos is None or sin is None or not evenly or not turns_slowly(self.speeds):
             return None
         return Rebuild(self, cos, sin)
 
@@ -54,6 +55,10 @@ class Rebuild(NamedTuple):
         """Of some of the tokens."""
         return self._replace(cos=self.cos[:, start:end], sin=self.sin[:, start:end])
 
+    def of_sequences(self, rows: slice) -> Rebuild:
+        """Of some of the sequences."""
+        return self if len(self.cos) == 1 else self._replace(cos=self.cos[rows], sin=self.sin[rows])
+
 
 class Part(NamedTuple):
     """As `cpu_decode.Averages`, in splits [splits, B, N, T, V] that are still to be added."""
@@ -67,12 +72,18 @@ class Part(NamedTuple):
         """[B, N, T, V]."""
         return self.sums.sum(0)
 
+    @classmethod
+    def of_all(cls, parts: Sequence[Part]) -> Part:
+        """Of several batches as one."""
+        return cls(torch.cat([x.averages for x in parts])[None], torch.cat([x.log_sums for x in parts]))
+
 
 def serves(q_BNTR: Tensor, keys: Stored, values: Stored) -> bool:
     """Whether the kernels take these tensors, and nobody wants gradients or a graph of it."""
     parts = [*_parts(keys), *_parts(values)]
-    if not q_BNTR.is_cuda or q_BNTR[..., 0].numel() * keys.shape[2] > ELSEWHERE:  # a number per query and token exists
-        return False
+    heads = len(q_BNTR) * max(keys.shape[1], values.shape[1])
+    if not q_BNTR.is_cuda or q_BNTR[:1, ..., 0].numel() * keys.shape[2] > ELSEWHERE or heads > gpu.LARGEST_GRID:
+        return False  # a number per query and token of a sequence exists
     if not all(_is_known(part, q_BNTR) for part in parts) or (torch.is_grad_enabled() and q_BNTR.requires_grad):
         return False
     return not recorded(q_BNTR, *(part.rows for part in parts)) and works_for(q_BNTR)
@@ -112,6 +123,13 @@ def decode_part(
     from kvfold.runtimes.kernels import triton_attention as kernels
     from kvfold.runtimes.kernels.triton_turning import functions_of, turned_exponentials
 
+    tokens = keys.shape[2] if sequences_B3 is None else int((sequences_B3[:, 1] - sequences_B3[:, 0]).max())
+    if len(q_BNTR) > 1 and q_BNTR[..., 0].numel() * tokens > ELSEWHERE:
+        halves = [slice(len(q_BNTR) // 2), slice(len(q_BNTR) // 2, None)]
+        options = {"scale": scale, "softcap": softcap, "position": position, "ages": ages}
+        return Part.of_all(
+            [_of_some(rows, q_BNTR, keys, values, bias, sequences_B3, rebuild, options) for rows in halves]
+        )
     parts, N, T = _parts(keys), q_BNTR.shape[1], q_BNTR.shape[2]
     youngest, oldest = (max(-LARGEST_AGE, min(age, LARGEST_AGE)) for age in ages)
     sizes: dict[str, Any] = {"scale": scale, "softcap": softcap, "ages": (youngest, oldest), "dtype": q_BNTR.dtype}
@@ -130,6 +148,34 @@ def decode_part(
         turned_exponentials(marks, q_BNTR, map.weights_KHR, map.offset_KH, turning, tables, parts, span, bias, **sizes)
     kernels.share_out(marks)
     return Part(kernels.averages(marks, _parts(values), span, q_BNTR.dtype), marks.log_sums)
+
+
+def _of_some(
+    rows: slice,
+    q_BNTR: Tensor,
+    keys: Any,
+    values: Any,
+    bias: Tensor | None,
+    sequences_B3: Tensor | None,
+    rebuild: Rebuild | None,
+    options: dict[str, Any],
+) -> Part:
+    """Of some sequences of a batch: what exists of every token would be too much for all."""
+    some_keys = _sequences(keys, rows)
+    return decode_part(
+        q_BNTR[rows], some_keys, some_keys if values is keys else _sequences(values, rows),
+        bias if bias is None or bias.dim() < 4 or len(bias) == 1 else bias[rows],
+        sequences_B3=None if sequences_B3 is None else sequences_B3[rows],
+        rebuild=rebuild and rebuild.of_sequences(rows), **options,
+    )  # fmt: skip
+
+
+def _sequences(stored: Any, rows: slice) -> Any:
+    if isinstance(stored, SideBySide):
+        return SideBySide([_sequences(part, rows) for part in stored.parts])
+    if isinstance(stored, PagedTokens):
+        return stored.of(stored.tables_Bp[rows])
+    return PackedTokens(stored.rows[rows], stored.format, stored.dtype, width=stored.width)
 
 
 def _span(

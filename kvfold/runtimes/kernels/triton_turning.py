@@ -111,7 +111,7 @@ def turned_exponentials(
     each = q_BNTH.shape[1] * q_BNTH.shape[2] // K
     tiles, q = -(-span.blocks * TOKENS // P), q_BNTH.contiguous()
     cos, sin = (table.contiguous() for table in tables)
-    step = max(ELSEWHERE // (K * B * m * each * E), 1)
+    step = max(ELSEWHERE // (K * B * m * each * max(E, H)), 1)
     for first in range(0, tiles, step):
         count = min(step, tiles - first)
         shares = q.new_empty(K, B, count, m, each, H)

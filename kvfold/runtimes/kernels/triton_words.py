@@ -62,21 +62,36 @@ def _float8(byte):
 @triton.jit
 def _pairs(x, BITS: tl.constexpr, TOKENS: tl.constexpr, NUMBERS: tl.constexpr, BY_WORDS: tl.constexpr):
     """Two codes each -> bfloat16 numbers around zero. 64 + code is exact there, its code one bit above the lowest, and so is
-    the half of the largest code that is taken off; both of a pair at once."""
+    the half of the largest code that is taken off; both of a pair at once, times 1, since adding alone needs an H100."""
     CODE: tl.constexpr = (1 << BITS) - 1
     x = ((x << 1) | (x << (17 - BITS))) & (CODE << 1 | CODE << 17) | 0x42804280
     if BY_WORDS:
         if BITS == 4:
             x = tl.inline_asm_elementwise(
-                "{.reg .b32 c; mov.b32 c, 0xC28FC28F; add.rn.bf16x2 $0, $1, c;}", "=r,r", [x], tl.uint32, True, 1
+                "{.reg .b32 a, c; mov.b32 a, 0x3F803F80; mov.b32 c, 0xC28FC28F; fma.rn.bf16x2 $0, $1, a, c;}",
+                "=r,r",
+                [x],
+                tl.uint32,
+                True,
+                1,
             )
         elif BITS == 2:
             x = tl.inline_asm_elementwise(
-                "{.reg .b32 c; mov.b32 c, 0xC283C283; add.rn.bf16x2 $0, $1, c;}", "=r,r", [x], tl.uint32, True, 1
+                "{.reg .b32 a, c; mov.b32 a, 0x3F803F80; mov.b32 c, 0xC283C283; fma.rn.bf16x2 $0, $1, a, c;}",
+                "=r,r",
+                [x],
+                tl.uint32,
+                True,
+                1,
             )
         else:
             x = tl.inline_asm_elementwise(
-                "{.reg .b32 c; mov.b32 c, 0xC281C281; add.rn.bf16x2 $0, $1, c;}", "=r,r", [x], tl.uint32, True, 1
+                "{.reg .b32 a, c; mov.b32 a, 0x3F803F80; mov.b32 c, 0xC281C281; fma.rn.bf16x2 $0, $1, a, c;}",
+                "=r,r",
+                [x],
+                tl.uint32,
+                True,
+                1,
             )
     x = tl.reshape(tl.join(x.to(tl.uint16), (x >> 16).to(tl.uint16)), (TOKENS, NUMBERS)).to(tl.bfloat16, bitcast=True)
     if not BY_WORDS:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SLOW = 1 / 16
+"""Radians per token."""
 NODES, POINTS = 64, 257
 """Of the interpolation, and points in between at which it is compared with what it stands for."""
 TILES = range(32, 513, 32)
@@ -35,16 +37,17 @@ def turning_functions(speeds: tuple[float, ...], tolerance: float, tiles: Sequen
     """
     speed_P = torch.tensor(speeds, dtype=torch.float64)
     costs = {P: (1 + 2 * len(speeds) / P) * _needed(float(speed_P.max()) * P / 2, tolerance) for P in tiles}
+    assert min(costs.values()) < math.inf, "turns_slowly() was asked"
     tokens = min(costs, key=lambda P: costs[P])
-    count = _needed(float(speed_P.max()) * tokens / 2, tolerance)
+    count = int(_needed(float(speed_P.max()) * tokens / 2, tolerance))
     place = (torch.arange(tokens, dtype=torch.float64) - (tokens - 1) / 2) / (tokens / 2)
     shares = _shares(speed_P * tokens / 2)[:count].float().contiguous()
     return TurningFunctions(_chebyshev(place)[:count].float().contiguous(), shares, speed_P)
 
 
 @functools.lru_cache(maxsize=1024)
-def _needed(angle: float, tolerance: float) -> int:
-    """How many functions leave no larger error, for angles from -angle to angle."""
+def _needed(angle: float, tolerance: float) -> float:
+    """How many functions leave no larger error, for angles from -angle to angle; infinity if these are too many."""
     x = torch.linspace(-1, 1, POINTS, dtype=torch.float64)
     exact, basis, shares = (
         torch.stack([(angle * x).cos(), (angle * x).sin()]),
@@ -56,7 +59,13 @@ def _needed(angle: float, tolerance: float) -> int:
         found = torch.stack([parts[0:count:2].sum(0), parts[1:count:2].sum(0)])
         if float((found - exact).abs().max()) <= tolerance:
             return count
-    raise AssertionError(f"angles up to {angle} need more than {NODES} functions")
+    return math.inf
+
+
+def turns_slowly(speeds: tuple[float, ...]) -> bool:
+    """Whether queries can be turned instead of keys: pairs that are stored before rotation turn by a few radians at most
+    among the tokens that queries are turned for."""
+    return bool(speeds) and max(speeds) <= SLOW
 
 
 def _shares(angle_P: Tensor) -> Tensor:

@@ -137,8 +137,9 @@ def _is_plain(projection: Any, dtype: torch.dtype) -> bool:
 
 def _kept(projection: Any, name: Any, make: Callable[[], Any]) -> Any:
     """What was made of the weight as it is now, beside it."""
-    weight, kept = projection.weight, projection.__dict__.setdefault("packed", {})
-    state = (weight.data_ptr(), weight._version)
-    if kept.get(name, (None,))[0] != state:
+    kept = projection.__dict__.setdefault("packed", {})
+    tensors = [x for x in (projection.weight, projection.bias) if x is not None]
+    state = tuple((x.data_ptr(), x._version) for x in tensors)
+    if kept.get(name, ((),))[0] != state:
         kept[name] = state, make()
     return kept[name][1]

@@ -105,7 +105,8 @@ class _Folded:
                     continue
                 place = f"{self.attentions[prefix]}.{name.removeprefix(prefix)}"
                 part = getattr(parameters[place], "of_rank", whole)(tensor)
-                parameters[place].data.copy_(part)
+                with torch.no_grad():  # which counts versions, by which what was made of weights is made anew
+                    parameters[place].copy_(part)
                 loaded.add(place)
 
         return super().load_weights(others()) | loaded  # type: ignore[misc]

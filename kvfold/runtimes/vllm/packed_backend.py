@@ -16,6 +16,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from kvfold.plan.naming import CONFIG_KEY
+from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.vllm import BACKEND
 from kvfold.runtimes.vllm.batches import Batch, batches
 from kvfold.runtimes.vllm.reading import reads_in_place
@@ -35,13 +37,16 @@ class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        config = vllm_config.model_config
+        plan = CachePlan.from_dict(getattr(config.hf_config, CONFIG_KEY))
+        self.in_place = reads_in_place(torch.device(device), config.dtype, plan.owned)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> PackedMetadata:
         """Of what vLLM says of all sequences."""
         common = common_attn_metadata
         starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
         tables = common.block_table_tensor
-        return PackedMetadata(batches(starts, lengths, tables, in_place=reads_in_place(tables.device)))
+        return PackedMetadata(batches(starts, lengths, tables, in_place=self.in_place))
 
 
 class PackedImpl(AttentionImpl[PackedMetadata]):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvfold.plan.cache_spec import CacheSpec
 from kvfold.runtimes.kernels import cpu_decode, gpu, native
 from kvfold.runtimes.kernels.aged_attention import prefill_by_age
 from kvfold.runtimes.kernels.attention import kernels_for, prefill_attention
@@ -21,11 +23,18 @@ AT_ONCE = 1 << 27
 """Numbers of keys, and of values, of a prompt that may be there at once."""
 
 
-def reads_in_place(device: torch.device) -> bool:
-    """Whether decoding sequences are read where their pages lie."""
+def reads_in_place(device: torch.device, dtype: torch.dtype = torch.bfloat16, specs: Sequence[CacheSpec] = ()) -> bool:
+    """Whether decoding sequences are read where their pages lie, of layers with these specs."""
     if device.type == "cpu":
         return native.library() is not None
-    return gpu.works_for(torch.empty(0, dtype=torch.bfloat16, device=device))
+    return all(map(_by_gpu, specs)) and gpu.works_for(torch.empty(0, dtype=dtype, device=device))
+
+
+def _by_gpu(spec: CacheSpec) -> bool:
+    """Whether the GPU's kernels read what is stored: packed numbers, keys that queries meet as they are or turned."""
+    sides = spec.sides[: 1 if spec.shared_latent else 2]
+    packed = all(side.format is not None and side.format.codec.fused for side in sides)
+    return packed and not spec.hidden and (spec.rope != "on_read" or spec.fast_pairs > 0)
 
 
 class PageReader:
@@ -128,9 +137,10 @@ class PageReader:
 
     def _serves(self, kind: Kind, q: Tensor, keys: Any, values: Any) -> bool:
         """What does not change from step to step is asked once."""
-        if (kind, q.dtype) not in self.known:
-            self.known[kind, q.dtype] = kernels_for(q).serves(q, keys, values)
-        return self.known[kind, q.dtype]
+        asked = kind, q.dtype, q.shape[2]
+        if asked not in self.known:
+            self.known[asked] = kernels_for(q).serves(q[:1], keys, values)
+        return self.known[asked]
 
     def _lying(self, kind: Kind, pages: Tensor, batch: Batch) -> tuple[Any, Any]:
         """Keys and values, the same object where a layer has one latent of both."""
