@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes with two threads each would crawl
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,20 +30,29 @@ CALIBRATION = {"data": "self", "num_samples": 16, "seq_len": 64}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rest", action="store_true", help="what does not run by default: tests/pairwise.py and `rare`")
+    parser.addoption(
+        "--part", default="0/1", help="K/N: of those, every N-th from K on, by names, so that N runs try all"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """By default every pair of test, model and variant, and no rare test; with --rest the others; all that is named by ::."""
+    """By default every pair of test, model and variant, and no rare test; with --rest the others; all that :: names."""
     if any("::" in str(argument) for argument in config.args):
         return
+    part, parts = map(int, str(config.getoption("--part")).split("/"))
     default = [
         runs and item.get_closest_marker("rare") is None
         for item, runs in zip(items, chosen([cell(item) for item in items]), strict=True)
     ]
     rest = bool(config.getoption("--rest"))
-    dropped = [item for item, runs in zip(items, default, strict=True) if runs == rest]
-    config.hook.pytest_deselected(items=dropped)
-    items[:] = [item for item, runs in zip(items, default, strict=True) if runs != rest]
+    kept = [runs != rest and of_part(item, part, parts) for item, runs in zip(items, default, strict=True)]
+    config.hook.pytest_deselected(items=[item for item, keep in zip(items, kept, strict=True) if not keep])
+    items[:] = [item for item, keep in zip(items, kept, strict=True) if keep]
+
+
+def of_part(item: pytest.Item, part: int, parts: int) -> bool:
+    """Whether an item is in a part: by its name, the same in every process and run."""
+    return zlib.crc32(item.nodeid.encode()) % parts == part % parts
 
 
 @pytest.fixture(scope="session")
