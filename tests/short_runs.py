@@ -1,5 +1,6 @@
 """Folds of tiny models with the least of everything."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,9 +40,10 @@ def digests(folder):
     return {f.name: f.read_bytes() for f in Path(folder).iterdir() if f.name not in names_folder}
 
 
-def started(out, *options, samples="4", tokens="64"):
-    """`kvfold compress` of the packaged model, as a process."""
-    command = [sys.executable, "-m", "kvfold", "compress", str(MODEL), "--preset", "svd_a", "--kv-budget", "0.5"]
+def started(out, *options, samples="4", tokens="64", model=MODEL, environment=None):
+    """`kvfold compress` of a model, as a process."""
+    command = [sys.executable, "-m", "kvfold", "compress", str(model), "--preset", "svd_a", "--kv-budget", "0.5"]
     command += ["--data", "self", "--num-samples", samples, "--seq-len", tokens, "--device", "cpu"]
     command += ["--out", str(out), *map(str, options)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, **(environment or {})}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

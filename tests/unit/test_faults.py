@@ -3,6 +3,8 @@
 import errno
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import time
@@ -19,6 +21,7 @@ from kvfold.checkpoint.manifest import check_files
 from kvfold.compression import fold as fold_module
 from kvfold.compression.recipe import make_recipe
 from kvfold.errors import OutputError
+from kvfold.evaluation.demo import MODEL
 
 RECIPES = {
     "auto": {"preset": "auto", "kv_budget": 0.25, "calibration": CALIBRATION | {"seq_len": 160}},
@@ -30,6 +33,38 @@ RECIPES = {
     },
     "int4": {"preset": "int4"},
 }
+SHORT = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+static long calls;
+static size_t half(int file, size_t count) {
+  char link[32], path[4096] = "", *folder = getenv("FOLDER");
+  snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+  if (count < 2 || readlink(link, path, sizeof path - 1) < 0 || strncmp(path, folder, strlen(folder))) return count;
+  __atomic_add_fetch(&calls, 1, __ATOMIC_RELAXED);
+  return (count + 1) / 2;
+}
+#define SHORTER(name, data, more, ...)                                             \\
+  ssize_t name(int file, data bytes, size_t count more) {                          \\
+    static ssize_t (*real)(int, data, size_t more);                                \\
+    if (!real) real = (ssize_t(*)(int, data, size_t more))dlsym(RTLD_NEXT, #name); \\
+    return real(file, bytes, half(file, count) __VA_ARGS__);                             \\
+  }
+#define AT , off_t at
+SHORTER(read, void *, , )
+SHORTER(write, const void *, , )
+SHORTER(pread, void *, AT, , at)
+SHORTER(pwrite, const void *, AT, , at)
+SHORTER(pread64, void *, AT, , at)
+SHORTER(pwrite64, const void *, AT, , at)
+__attribute__((destructor)) static void say(void) {
+  fprintf(stderr, "%ld calls were cut short\\n", calls);
+}
+"""
 
 
 @pytest.fixture
@@ -93,6 +128,28 @@ def test_clocks_may_jump(run, monkeypatch, recipe):
     found = run("out", recipe)
     monkeypatch.undo()
     assert digests(found) == expected
+
+
+@pytest.mark.rare
+def test_reads_and_writes_may_be_short(tmp_path):
+    """The system may do less of a file than it was asked for, at every call: the same bytes, from Python, Rust and C++."""
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    first = started(tmp_path / "expected", model=model)
+    assert first.wait() == 0, first.stderr.read()
+    second = started(tmp_path / "out", model=model, environment=halving(tmp_path))
+    _, said = second.communicate()
+    assert second.returncode == 0, said
+    assert int(re.findall(r"(\d+) calls were cut short", said)[-1]) > 100
+    assert digests(tmp_path / "out") == digests(tmp_path / "expected")
+    check_files(tmp_path / "out")
+
+
+def halving(folder):
+    """An environment in which read, pread, write and pwrite do half of what they are asked with files below a folder."""
+    (folder / "short.c").write_text(SHORT)
+    command = ["cc", "-shared", "-fPIC", "-O1", "-o", str(folder / "short.so"), str(folder / "short.c"), "-ldl"]
+    subprocess.run(command, check=True)
+    return {"LD_PRELOAD": str(folder / "short.so"), "FOLDER": str(folder)}
 
 
 @pytest.mark.rare
