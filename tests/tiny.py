@@ -115,6 +115,18 @@ FAMILIES |= {
     ),
     "olmoe_experts": (tf.OlmoeConfig, {"num_experts": 4, "num_experts_per_tok": 2, "rms_norm_eps": 1e-6}),
 }
+FAMILIES |= {
+    "gpt_oss_experts": (
+        tf.GptOssConfig,
+        EXPERTS
+        | {
+            "head_dim": 16,
+            "sliding_window": 9,
+            "intermediate_size": 32,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+}
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -154,6 +166,9 @@ FAMILIES |= {
     ),
 }
 """Families that differ from those above in what surrounds attention, or little: test_families.py."""
+
+EXPERTS_IN_TURN = {"experts_implementation": "eager"}
+"""In float64, which torch's grouped products do not know."""
 
 SINKS = {
     "llama_sink": (

@@ -3,13 +3,11 @@
 LATENT = "its cache holds one small latent per token already."
 STATES = "its layers keep states of one size, or a few layers of attention among such; their cache is small already."
 WHERE = "its tokens stand at several positions at once (rows, columns, frames), which kvfold does not store yet."
-SINKS = "its softmax has a sink for every head, which kvfold's kernels do not know yet."
 OWN_TABLES = (
     "its attention makes its own rotary tables, which kvfold does not know; gpt_neox is the nearest that it does."
 )
 
 REFUSED = {
-    "gpt_oss": SINKS,
     "llama4": "keys are normalised behind the rotation, and positions cut prompts into chunks; llama (3.x) is folded.",
     "llama4_text": "keys are normalised behind the rotation, and positions cut prompts into chunks; llama (3.x) is folded.",
     "mpt": "its masks and ALiBi come in a form of their own; bloom is the family with ALiBi that is folded.",

@@ -22,7 +22,7 @@ from kvfold.checkpoint.reader import Checkpoint
 from kvfold.checkpoint.source import source_dtype
 from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.kernels.aged_attention import Aged, aged_attention, prefill_by_age
-from kvfold.runtimes.kernels.attention import grouped_attention
+from kvfold.runtimes.kernels.attention import grouped_attention, prefill_attention
 from kvfold.runtimes.kernels.rotary import own_tables
 
 OBSERVED = "kvfold_observed"
@@ -68,7 +68,9 @@ class StreamedModel:
         self.recent, self.outputs = recent, outputs
         config = source_config(arch, checkpoint.config)
         self.checkpoint, self.arch, self.device = checkpoint, arch, device
-        config._attn_implementation = arch.attn_implementation or "sdpa"
+        config._attn_implementation = arch.attn_implementation or (
+            "sdpa" if arch.model_class._supports_sdpa else "eager"
+        )
         self.model: PreTrainedModel = empty_model(arch, config)
         if not arch.attn_implementation:
             arch.observable(self.model)
@@ -285,8 +287,10 @@ def _observed_attention(
     *,
     scaling: float,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    """`s_aux`: transformers' name of sinks."""
     observer, recent, order = WATCHING.get()
     if order is not None:
         query, key = query[..., order], key[..., order]
@@ -296,12 +300,19 @@ def _observed_attention(
         observer(query, far_key, far_value, scaling, recent_k=near_key, recent_v=near_value)
         keys, values = (far_key, near_key), (far_value, near_value)
         if softcap is None:
-            return prefill_by_age(query, keys, values, attention_mask, recent=recent, scale=scaling), None
+            return prefill_by_age(query, keys, values, attention_mask, recent=recent, scale=scaling, sinks=s_aux), None
         aged = _of_two_ages(*keys, recent), _of_two_ages(*values, recent)
-        sizes: dict[str, Any] = {"elements": key.shape[1] * key.shape[3], "scale": scaling, "softcap": softcap}
+        sizes: dict[str, Any] = {
+            "elements": key.shape[1] * key.shape[3],
+            "scale": scaling,
+            "softcap": softcap,
+            "sinks": s_aux,
+        }
         return aged_attention((query, query), *aged, attention_mask, value.shape[3], **sizes), None
     observer(query, key, value, scaling)
     if softcap is not None:  # which torch's fused kernel would ignore
         return grouped_attention(query, key, value, attention_mask, scale=scaling, softcap=softcap)[0], None
+    if s_aux is not None:
+        return prefill_attention(query, key, value, attention_mask, scale=scaling, sinks=s_aux), None
     kwargs |= {"attention_mask": attention_mask, "scaling": scaling}
     return sdpa_attention_forward(module, query, key, value, **kwargs)

@@ -1,7 +1,7 @@
 """Checkpoints whose weights are quantized: what their numbers mean, and how a config says that attention's are not any more.
 
-Read one matrix at a time, by the layouts that compressed-tensors, AWQ, GPTQ and block-wise FP8 document. Everything outside
-attention is copied as it lies; attention is folded from the numbers that its codes mean.
+Read one matrix at a time, by the layouts that compressed-tensors, AWQ, GPTQ, block-wise FP8 and MXFP4 document. Everything
+outside attention is copied as it lies; attention is folded from the numbers that its codes mean.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from kvfold.plan.typed import shortened
 Read = Callable[[str], Tensor]
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which of the eight codes of a word each column of AWQ has."""
-MARKS = {".weight_scale": "scaled", ".weight_scale_inv": "blocks", ".qweight": "words", ".weight_packed": "packed"}
+MARKS = {
+    ".weight_scale": "scaled", ".weight_scale_inv": "blocks", ".qweight": "words", ".weight_packed": "packed",
+    "_blocks": "mxfp4",
+}  # fmt: skip
 """By what a quantized matrix is known -> the kind of its layout; later ones say more."""
 PARTS = {
     "scaled": ("weight", "weight_scale"),
@@ -27,23 +30,35 @@ PARTS = {
     "awq_words": ("qweight", "qzeros", "scales"),
     "gptq_words": ("qweight", "qzeros", "scales"),
     "packed": ("weight_packed", "weight_scale", "weight_shape"),
+    "mxfp4": ("blocks", "scales"),
 }
 """Kind -> what every matrix of it has."""
+FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""What the codes of E2M1 say, behind a bit that is their sign."""
 
 
 class Quantized(NamedTuple):
-    """A matrix. module: what the names of its parts begin with."""
+    """A matrix, or (MXFP4) those of all experts. module: what the names of its parts begin with."""
 
     module: str
     kind: str
 
     def numbers(self, read: Read, has: Collection[str], scheme: Mapping[str, Any]) -> Tensor:
-        """[out, in] in float32."""
+        """[out, in] in float32; of experts as the model holds them."""
 
         def part(name: str) -> Tensor | None:
-            return read(f"{self.module}.{name}") if f"{self.module}.{name}" in has else None
+            return read(self.stored(name)) if self.stored(name) in has else None
 
         return KINDS[self.kind](part, scheme)
+
+    @property
+    def name(self) -> str:
+        """Of the parameter."""
+        return self.module if self.kind == "mxfp4" else f"{self.module}.weight"
+
+    def stored(self, part: str) -> str:
+        """The name of a part in files."""
+        return f"{self.module}{'_' if self.kind == 'mxfp4' else '.'}{part}"
 
 
 Part = Callable[[str], Any]
@@ -68,12 +83,10 @@ def quantized(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Qu
     for mark, kind in MARKS.items():
         modules = [name.removesuffix(mark) for name in names if name.endswith(mark)]
         kind = f"{method}_words" if kind == "words" else kind
-        found |= {f"{module}.weight": Quantized(module, kind) for module in modules}
+        found |= {one.name: one for one in (Quantized(module, kind) for module in modules)}
     for one in found.values():
-        if missing := [part for part in PARTS[one.kind] if f"{one.module}.{part}" not in names]:
-            raise CheckpointError(
-                f"the quantized matrix {one.module}.weight lacks {missing[0]}; download the folder again."
-            )
+        if missing := [part for part in PARTS[one.kind] if one.stored(part) not in names]:
+            raise CheckpointError(f"the quantized matrix {one.name} lacks {missing[0]}; download the folder again.")
     return found
 
 
@@ -98,6 +111,7 @@ def _dynamic(scheme: dict[str, Any], attention: str) -> None:
 
 METHODS: dict[str, Callable[[dict[str, Any], str], None]] = {
     "compressed-tensors": _ignore, "awq": _not_converted, "gptq": _dynamic, "fp8": _not_converted,
+    "mxfp4": _not_converted,
 }  # fmt: skip
 """quant_method -> how its config leaves modules out."""
 
@@ -181,6 +195,16 @@ def _gptq(part: Part, scheme: Mapping[str, Any]) -> Tensor:
     return ((codes - zeros[group.long()]).float() * scales[group.long()]).T
 
 
+def _mxfp4(part: Part, scheme: Mapping[str, Any]) -> Tensor:
+    """Two codes of E2M1 in each byte, the lower first, and a power of two for 32 of them. Rows become columns: experts are
+    stored as [experts, out, in / 32, 16], and held as [experts, in, out]."""
+    blocks, exponents = part("blocks"), part("scales").int() - 127
+    values = torch.tensor([*FLOAT4, *(-value for value in FLOAT4)])
+    codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2).long()
+    return torch.ldexp(values[codes], exponents[..., None]).flatten(-2).transpose(-2, -1)
+
+
 KINDS: dict[str, Callable[[Part, Mapping[str, Any]], Tensor]] = {
     "packed": _packed, "scaled": _scaled, "blocks": _blocks, "awq_words": _awq, "gptq_words": _gptq,
+    "mxfp4": _mxfp4,
 }  # fmt: skip

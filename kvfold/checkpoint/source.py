@@ -190,9 +190,9 @@ def check_names(
     Raises CheckpointError unless the folder holds exactly the tensors of its model type, tied ones at least once.
     """
     stored = {name: arch.stored_name(name) for name in set(model.state_dict()) - set(stacks)}
-    modules = tuple(f"{packed.module}." for packed in checkpoint.packed.values())
+    modules = tuple(packed.stored("") for packed in checkpoint.packed.values())
     found = {name for name in checkpoint.tensors if not name.startswith(modules)} | set(checkpoint.packed)
-    found |= {name for name in checkpoint.tensors if name.endswith(".bias")}
+    found |= {name for name in checkpoint.tensors if name.endswith((".bias", "_proj_bias"))}
     old = {name: other for name, other in stored.items() if other != name and other in found}
     expected = set(stored) - set(old) | set(old.values())
     expected |= {part for parts in stacks.values() for names in parts for part in names}

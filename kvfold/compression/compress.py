@@ -47,6 +47,7 @@ from kvfold.compression.widen_mlp import SIZE, widened_size
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.methods.width.base import LayerGroup
 from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.checks import check_sinks
 from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.base import runtime
 from kvfold.runtimes.transformers.load import resolve_device
@@ -154,8 +155,10 @@ def _request(recipe: Recipe, source: Source, material: Material) -> Request:
 
 
 def _check_runtime(recipe: Recipe, request: Request, model_type: str) -> None:
-    """Raise RecipeError if what is asked for is not what the runtime serves, whatever the budget."""
+    """Raise RecipeError or PlanError if what is asked for is not what the runtime serves, whatever the budget."""
     widest = request.plan({key: options[-1] for key, options in request.options.items()})
+    for layer in request.layers:
+        check_sinks(layer, widest.cache_of(layer.index))
     if obstacle := runtime(recipe.runtime).obstacle(widest, model_type):
         raise RecipeError(f"runtime {recipe.runtime!r}: {obstacle}")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from kvfold import registry
 from kvfold.errors import PlanError
 from kvfold.plan.cache_spec import CACHE_BLOCK, ITEMSIZE, CacheSpec, SourceLayer, divisors
+from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.number_format import NumberFormat, StoredShape
 from kvfold.plan.reading import MOST_BITS, Reading
 from kvfold.plan.token_runs import FORESEEN, PROMPTS, RECENCY, TokenRuns
@@ -37,6 +38,16 @@ def check_plan(plan: CachePlan) -> None:
             _check_predictors(plan, index, spec)
         elif target is not None:
             _check_target(plan, index, target)
+
+
+def check_sinks(layer: AttentionLayer, spec: CacheSpec) -> None:
+    """Raise PlanError where a softmax with a score of its own for every head meets what does not know of it."""
+    if layer.sinks and (spec.tokens is not None or spec.reading is not None or spec.joint):
+        raise PlanError(
+            f"layer {layer.index}: the softmax of these models has a score of its own for every head (sinks), beside which"
+            " kvfold neither drops tokens, nor reads some of them, nor stores several layers as one; choose methods of"
+            " width, bits and shared layers."
+        )
 
 
 def _check_cache(index: int, source: SourceLayer, spec: CacheSpec) -> None:

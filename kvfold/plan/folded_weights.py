@@ -29,7 +29,8 @@ class FoldedWeights:
     heads. With `predicted_from` k_b_proj and v_b_proj have a column for each of the P numbers of layers below, behind those
     of the form that they belong to, and k_p_proj [R, P] takes what these numbers say from what is stored. With `stored_bias`
     v_proj has a bias, and so has k_a_proj (k_a_bias [C, R]) or, where there is none, k_proj. Where tokens stay by the rule
-    `foreseen`, s_proj [C, D] says of the layer's input what a token will be worth to each stored head.
+    `foreseen`, s_proj [C, D] says of the layer's input what a token will be worth to each stored head. sinks [N] are
+    the original's.
     """
 
     q_proj: Tensor
@@ -64,6 +65,7 @@ class FoldedWeights:
     v_b_down_proj: Tensor | None = None
     k_p_proj: Tensor | None = None
     s_proj: Tensor | None = None
+    sinks: Tensor | None = None
 
     @classmethod
     def of(cls, weights: AttentionWeights, **changes: Tensor | None) -> FoldedWeights:
@@ -86,7 +88,9 @@ class FoldedWeights:
 
 
 def parameter_name(field: str) -> str:
-    """`q_bias` -> `q_proj.bias`, anything else -> `<field>.weight`."""
+    """`q_bias` -> `q_proj.bias`, anything else but `sinks` -> `<field>.weight`."""
+    if field == "sinks":
+        return field
     return f"{field.removesuffix('_bias')}_proj.bias" if field.endswith("_bias") else f"{field}.weight"
 
 

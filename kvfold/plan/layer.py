@@ -24,8 +24,9 @@ class AttentionLayer:
     are rotated, 0 for none; `rotary_kind`: which of the family's rotations, if it has several; `rotary_speeds`: radians per
     token of each pair, nothing where they change with the length of a sequence. `interleaved`: the family's own code rotates
     neighbours, and its weights are read in another order (`order_of_numbers`); `tables_interleaved`: so are its tables.
-    `alibi`: scores get a bias by distance. `softcap`: scores are capped by tanh. `output_dropout`: of the layer's output,
-    which some families apply inside attention.
+    `alibi`: scores get a bias by distance. `softcap`: scores are capped by tanh. `sinks`: each query head's softmax has one
+    more score, a parameter of its own, which no token goes with. `output_dropout`: of the layer's output, which some families
+    apply inside attention.
     """
 
     index: int
@@ -45,6 +46,7 @@ class AttentionLayer:
     norm_offset: float = 0.0
     alibi: bool = False
     softcap: float | None = None
+    sinks: bool = False
     output_dropout: float = 0.0
     qkv_bias: bool = False
     o_bias: bool = False
@@ -74,7 +76,7 @@ class AttentionWeights:
     """Tensors of one layer of the original model, [out_features, in_features] as in nn.Linear.
 
     q_proj [N*H, D], k_proj and v_proj [K*H, D], o_proj [D, N*H]; biases [out] or None; q_norm, k_norm [H] (flat norms [N*H]
-    and [K*H]) or None.
+    and [K*H]) or None; sinks [N] or None.
     """
 
     q_proj: Tensor
@@ -87,3 +89,4 @@ class AttentionWeights:
     o_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    sinks: Tensor | None = None

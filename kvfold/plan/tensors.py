@@ -42,6 +42,7 @@ TENSORS = (
     ("o_proj.weight", "D, N*H", "v_projection"),
     ("o_proj.bias", "", "o_bias"),
     ("s_proj.weight", "C, D", "makes foreseen"),
+    ("sinks", "N", "sinks"),
     ("q_norm.weight", "H", "head_norm"),
     ("q_norm.weight", "N*H", "flat_norm"),
     ("k_norm.weight", "H", "makes head_norm"),
@@ -127,6 +128,7 @@ def conditions(layer: AttentionLayer, spec: CacheSpec, *, owns: bool) -> dict[st
         "foreseen": spec.tokens is not None and spec.tokens.foreseen,
         "qkv_bias": layer.qkv_bias,
         "o_bias": layer.o_bias or spec.output_bias,
+        "sinks": layer.sinks,
         "head_norm": layer.qk_norm and not layer.flat_norm,
         "flat_norm": layer.qk_norm and layer.flat_norm,
     }

@@ -82,7 +82,7 @@ def attention(
     heads = []
     for n, q_TH in enumerate(queries):
         kv = n * layer.num_kv_heads // layer.num_attention_heads
-        heads.append(_attend(layer, n, rotate(q_TH, cos_Tr, sin_Tr), keys[kv], values[kv], seen_TS))
+        heads.append(_attend(layer, weights, n, rotate(q_TH, cos_Tr, sin_Tr), keys[kv], values[kv], seen_TS))
     return _linear(torch.cat(heads, dim=1), weights.o_proj, weights.o_bias)
 
 
@@ -179,9 +179,9 @@ def folded_attention(
             assert weights.v_b_proj is not None, "networks stand beside linear ways"
             whole = stored_values[u] @ weights.v_b_proj[u].T + _network(weights, "v_b", u, stored_values[u])
             v_SH = whole.split(H, dim=1)[kv % (K // spec.num_v_heads)]
-            heads.append(_attend(layer, n, q_TH, k_SH, v_SH, seen_TS))
+            heads.append(_attend(layer, weights, n, q_TH, k_SH, v_SH, seen_TS))
             continue
-        head = _attend(layer, n, q_TH, k_SH, stored_values[u], seen_TS & stays(spec, c, len(q_TH)))
+        head = _attend(layer, weights, n, q_TH, k_SH, stored_values[u], seen_TS & stays(spec, c, len(q_TH)))
         if weights.v_b_proj is not None:
             head = head @ weights.v_b_proj[u].split(H, dim=0)[kv % (K // spec.num_v_heads)].T
         heads.append(head)
@@ -242,7 +242,7 @@ def joint_attention(
         kv = n * K // N
         q_TH = rotate(q_TH, cos_Tr, sin_Tr)
         k_SH, v_SH = torch.cat([past_keys[kv], keys[kv]]), torch.cat([past_values[kv], values[kv]])
-        heads.append(_attend(layer, n, q_TH, k_SH, v_SH, seen_TS))
+        heads.append(_attend(layer, weights, n, q_TH, k_SH, v_SH, seen_TS))
     share = torch.cat(keys, dim=1) @ weights.k_a_proj[0].T, torch.cat(list(values), dim=1) @ weights.v_a_proj[0].T
     return _linear(torch.cat(heads, dim=1), weights.o_proj, weights.o_bias), share
 
@@ -285,13 +285,25 @@ def alibi_slope(head: int, heads: int) -> float:
     return 2 ** (-4 * (2 * (head - power) + 1) / power)
 
 
-def _attend(layer: AttentionLayer, head: int, q_TR: Tensor, z_SR: Tensor, y_SV: Tensor, seen_TS: Tensor) -> Tensor:
+def _attend(
+    layer: AttentionLayer,
+    weights: AttentionWeights | FoldedWeights,
+    head: int,
+    q_TR: Tensor,
+    z_SR: Tensor,
+    y_SV: Tensor,
+    seen_TS: Tensor,
+) -> Tensor:
     scores = q_TR @ z_SR.T * layer.scaling
     if layer.softcap is not None:
         scores = layer.softcap * torch.tanh(scores / layer.softcap)
     if layer.alibi:
         scores = scores + alibi_slope(head, layer.num_attention_heads) * torch.arange(len(z_SR)).to(scores)
-    return scores.masked_fill(~seen_TS, float("-inf")).softmax(-1) @ y_SV
+    scores = scores.masked_fill(~seen_TS, float("-inf"))
+    if weights.sinks is not None:  # as if a token in front of all had this score, and a value of zeros
+        sink_T1 = weights.sinks[head].expand(len(q_TR), 1).to(scores)
+        scores, y_SV = torch.cat([sink_T1, scores], dim=1), torch.cat([torch.zeros_like(y_SV[:1]), y_SV])
+    return scores.softmax(-1) @ y_SV
 
 
 def _linear(x_TD: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import FAMILIES, in_steps, load, logits, make_tiny, save_tiny, step, tokens
+from tiny import EXPERTS_IN_TURN, FAMILIES, in_steps, load, logits, make_tiny, save_tiny, step, tokens
 
 import kvfold
 from kvfold.architectures._refused import REFUSED
@@ -30,8 +30,6 @@ METHODS = {
     "small": {"preset": "auto", "kv_budget": 0.25, "prefer": "size"},
     "shared": {"preset": "cla", "depth": {"owners": 2}},
 }
-EXPERTS = {"experts_implementation": "eager"}
-"""In float64, which torch's grouped products do not know."""
 CASES = [pytest.param(model, method, id=f"{method}-{model}") for method in METHODS for model in FAMILIES]
 of_every_family = pytest.mark.parametrize(("model", "method"), CASES)
 
@@ -84,7 +82,7 @@ def test_folds(folded, model, method):
 
 def exact(folder, model):
     """In float64, where nothing depends on how a product was rounded."""
-    return load(folder, dtype=torch.float64, **(EXPERTS if "experts" in model else {}))
+    return load(folder, dtype=torch.float64, **(EXPERTS_IN_TURN if "experts" in model else {}))
 
 
 def position_bytes(plan):
@@ -212,7 +210,7 @@ def test_what_vllm_does_not_serve_is_refused_before_work(folded, tmp_path, model
     assert reason in inspect(made.out).to_json()["servable_by"]["vllm"]
 
 
-@pytest.mark.parametrize("model_type", ["gpt_oss", "qwen2_5_vl", "mamba", "t5", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", ["llama4", "qwen2_5_vl", "mamba", "t5", "deepseek_v3"])
 def test_what_is_not_folded_says_why(tmp_path, model_type):
     save_tiny(make_tiny("olmo_plain"), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -55,14 +55,15 @@ def attend_by_age(
     scale: float,
     dropout: float = 0.0,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """[B, T, N, V] and, `by_masks`, probabilities. q: as queries meet far and near keys. keys: make the source's keys of far
     and of near ones, where they are rebuilt on read; otherwise queries are absorbed. width: V, of which far values are the
     first numbers and near ones the last. A prompt reads all tokens several times, so they are made once."""
     k, v = _aged(z, keys, q[0]), _aged(y, None, q[0])
     if by_masks:
-        return aged_attention_by_masks(q, k, v, mask, width, scale=scale, dropout=dropout, softcap=softcap)
-    return aged_attention(q, k, v, mask, width, elements=elements, scale=scale, softcap=softcap), None
+        return aged_attention_by_masks(q, k, v, mask, width, scale=scale, dropout=dropout, softcap=softcap, sinks=sinks)
+    return aged_attention(q, k, v, mask, width, elements=elements, scale=scale, softcap=softcap, sinks=sinks), None
 
 
 def _aged(x: AgedTokens, makers: tuple[Callable[[Stored], Piece], ...] | None, q: Tensor) -> Aged:
@@ -98,6 +99,7 @@ def aged_attention(
     elements: int,
     scale: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Queries (as they meet far and near keys, [B, N, T, R and E]) over tokens whose form their age gives: equal to
     `aged_attention_by_masks`, by pieces with a running maximum and sum, for QUERIES_AT_ONCE queries at a time."""
@@ -107,7 +109,7 @@ def aged_attention(
         last = min(first + QUERIES_AT_ONCE, T)
         some = tuple(x[:, :, first:last] for x in q)
         seen = _rows(mask, T, S, first, last, q[0])
-        parts.append(_aged_rows(some, keys, values, seen, S - T + first, width, elements, scale, softcap))
+        parts.append(_aged_rows(some, keys, values, seen, S - T + first, width, elements, scale, softcap, sinks))
     return torch.cat(parts, dim=1)
 
 
@@ -121,6 +123,7 @@ def _aged_rows(
     elements: int,
     scale: float,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Of queries that lie together, the first at `position`. mask_TS: to add, of all tokens; None: a query that sees all."""
     B, N, T, _ = q[0].shape
@@ -143,7 +146,7 @@ def _aged_rows(
             of_age = _of_age(T, position, at, to, end, keys.recent, is_near, scores)
             scores = scores if of_age is None else scores.masked_fill(~of_age, float("-inf"))
             running.add(scores, v(at - shift, to - shift), last=is_near)
-    return running.result()
+    return running.result(sinks)
 
 
 def _of_age(
@@ -166,6 +169,7 @@ def prefill_by_age(
     *,
     recent: int,
     scale: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The same for many queries over the source's far and near heads, [B, K, S, H] and [B, K, n, H], by torch's fused kernel:
     QUERIES_AT_ONCE at a time, over what one of them sees far and behind it what one of them sees near."""
@@ -187,7 +191,7 @@ def prefill_by_age(
         bias = torch.cat([bias[..., :old], bias[..., new:end]], dim=-1).masked_fill(
             other, torch.finfo(q_BNTH.dtype).min
         )
-        parts.append(prefill_attention(q_BNTH[:, :, first:last], k, v, bias, scale=scale))
+        parts.append(prefill_attention(q_BNTH[:, :, first:last], k, v, bias, scale=scale, sinks=sinks))
     return torch.cat(parts, dim=1)
 
 
@@ -206,6 +210,7 @@ def aged_attention_by_masks(
     scale: float,
     dropout: float = 0.0,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The obvious version: all scores in both forms, and a mask that chooses. Also the probabilities [B, N, T, S]."""
     S, T = keys.tokens, q[0].shape[2]
@@ -215,7 +220,7 @@ def aged_attention_by_masks(
     fine = torch.arange(S - T, S, device=far.device)[:, None] - torch.arange(S, device=far.device) < keys.recent
     scores = torch.where(fine, near, far)
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    probs = softmax(scores, mask)
+    probs = softmax(scores, mask, sinks)
     used = F.dropout(probs, dropout) if dropout else probs
     old = weighted(used * ~fine, values.far(0, S), q[0].dtype)
     new = weighted((used * fine)[..., lead:], values.near(0, keys.kept), q[0].dtype)

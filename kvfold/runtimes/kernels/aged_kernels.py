@@ -9,6 +9,7 @@ from torch import Tensor
 from kvfold.runtimes.kernels import cpu_decode
 from kvfold.runtimes.kernels.attention import additive, kernels_for
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, part
+from kvfold.runtimes.kernels.sinks import beside_sinks
 
 
 def serves(q: tuple[Tensor, Tensor], z: AgedTokens, y: AgedTokens) -> bool:
@@ -26,6 +27,7 @@ def attend(
     *,
     scale: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     rebuild: tuple[Any, Any] | None = None,
     map: cpu_decode.ValueMap | None = None,
 ) -> Tensor:
@@ -41,7 +43,7 @@ def attend(
             _part(q[0], z.far, y.far, mask, 0, S - recent, S, (recent, cpu_decode.ALL_OLDER), rebuild=ways[0], **sizes),
         )
     values: Tensor = kernels_for(q[0]).values_of(parts, width, q[0].dtype, map)
-    return values
+    return beside_sinks(values, [part.log_sums for part in parts], sinks)
 
 
 def _part(

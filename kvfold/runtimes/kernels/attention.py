@@ -1,7 +1,7 @@
 """Attention over stored heads: the obvious way (`grouped_attention`) and the fast ways that are compared with it.
 
 Keys z [B, C, S, R] and values y [B, U, S, V] may differ in head count and width; C and U divide the N query heads, and
-nothing is ever expanded to N heads. Queries q [B, N, T, R] are already absorbed. Results are [B, T, N, V].
+nothing is ever expanded to N heads. Queries q [B, N, T, R] are already absorbed. Results are [B, T, N, V]. `sinks`: sinks.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kvfold.plan.number_format import tokens_at_once
 from kvfold.runtimes.kernels import cpu_decode, gpu_decode
 from kvfold.runtimes.kernels.packed_tokens import Operand, Stored
+from kvfold.runtimes.kernels.sinks import beside_sinks, sink_tokens, with_sinks
 
 LARGEST_CODE = 128
 
@@ -35,6 +36,7 @@ def grouped_attention(
     scale: float,
     dropout: float = 0.0,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Any widths and head counts, by two matrix products. Returns the output and the probabilities [B, N, T, S]."""
     B, N, T, R = q_BNTR.shape
@@ -44,7 +46,7 @@ def grouped_attention(
     scores_BNTS = (queries @ z_BCSR.transpose(2, 3)).view(B, N, T, S)
     if softcap is not None:
         scores_BNTS = softcap * torch.tanh(scores_BNTS / softcap)
-    probs_BNTS = softmax(scores_BNTS, mask)
+    probs_BNTS = softmax(scores_BNTS, mask, sinks)
     used = F.dropout(probs_BNTS, dropout) if dropout else probs_BNTS
     out_BNTV = (used.reshape(B, U, N // U * T, S) @ y_BUSV).view(B, N, T, V)
     return out_BNTV.transpose(1, 2), probs_BNTS
@@ -83,16 +85,17 @@ def kernel_attention(
     *,
     scale: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     rebuild: cpu_decode.Rebuild | None = None,
     map: cpu_decode.ValueMap | None = None,
 ) -> Tensor:
     """Few query tokens over numbers or packed ones that the device's kernels serve, which never exist as numbers; `rebuild`
-    says how keys are made of them on read, `map` how values are made of averages (both on a CPU)."""
-    T, S = q_BNTR.shape[2], z.shape[2]
+    says how keys are made of them on read, `map` how values are made of averages (on a CPU)."""
+    T, S, kernels = q_BNTR.shape[2], z.shape[2], kernels_for(q_BNTR)
     bias = additive(mask, T, S, 0, S, q_BNTR)
     added = None if bias is None else bias.float()
-    decode = kernels_for(q_BNTR).decode
-    return decode(q_BNTR, z, y, added, scale=scale, softcap=softcap, rebuild=rebuild, map=map)
+    part = kernels.decode_part(q_BNTR, z, y, added, scale=scale, softcap=softcap, rebuild=rebuild)
+    return beside_sinks(kernels.values_of([part], y.shape[3], q_BNTR.dtype, map), [part.log_sums], sinks)
 
 
 def products_attention(q_BN1R: Tensor, z_BCSR: Tensor, y_BUSV: Tensor, mask: Tensor | None, *, scale: float) -> Tensor:
@@ -124,6 +127,7 @@ def chunked_attention(
     elements: int,
     scale: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Query tokens over `tokens` keys and values made piece by piece. elements: the most of a side, per token and row.
 
@@ -138,7 +142,7 @@ def chunked_attention(
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
         part = additive(mask, T, tokens, start, end, q_BNTH)
         running.add(scores if part is None else scores + part, values(start, end))
-    return running.result()
+    return running.result(sinks)
 
 
 class RunningSoftmax:
@@ -162,10 +166,11 @@ class RunningSoftmax:
         self.out, self.largest = new if self.out is None else self.out * shrink + new, highest
         self.total = self.total * shrink + weights.sum(-1, keepdim=True)
 
-    def result(self) -> Tensor:
+    def result(self, sinks: Tensor | None = None) -> Tensor:
         """[B, T, N, V]."""
         assert self.out is not None, "a query sees at least itself"
-        return (self.out / self.total).to(self.dtype).transpose(1, 2)
+        log_sums_BNT = [] if sinks is None else [(self.largest + self.total.log())[..., 0]]
+        return beside_sinks((self.out / self.total).transpose(1, 2), log_sums_BNT, sinks).to(self.dtype)
 
 
 def scores_of(q_BNTH: Tensor, keys: Operand) -> Tensor:
@@ -226,9 +231,18 @@ def with_alibi(mask: Tensor | None, alibi: Tensor | None, heads: int) -> Tensor 
 
 
 def prefill_attention(
-    q_BNTR: Tensor, k_BKSR: Tensor, y_BUSV: Tensor, mask: Tensor | None, *, scale: float, dropout: float = 0.0
+    q_BNTR: Tensor,
+    k_BKSR: Tensor,
+    y_BUSV: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Many query tokens: torch's fused kernel, on heads and widths made equal for the duration of this call."""
+    if sinks is not None:
+        q_BNTR, k_BKSR, y_BUSV, mask = sink_tokens(q_BNTR, k_BKSR, y_BUSV, mask, sinks, scale)
     N, T, R = q_BNTR.shape[1:]
     K, U, V = k_BKSR.shape[1], y_BUSV.shape[1], y_BUSV.shape[3]
     # with a mask, torch shares heads between queries only in its slow kernel; transformers repeats them there as well
@@ -249,7 +263,7 @@ def _repeat_heads(x_BCSR: Tensor, heads: int) -> Tensor:
     return x_BCSR if repeats == 1 else x_BCSR.repeat_interleave(repeats, dim=1)
 
 
-def softmax(scores_BNTS: Tensor, mask: Tensor | None) -> Tensor:
+def softmax(scores_BNTS: Tensor, mask: Tensor | None, sinks: Tensor | None = None) -> Tensor:
     """Softmax in float32 under a mask: None (causal), bool (True = seen) or additive."""
     T, S = scores_BNTS.shape[2:]
     if mask is None and T > 1:
@@ -258,7 +272,8 @@ def softmax(scores_BNTS: Tensor, mask: Tensor | None) -> Tensor:
         scores_BNTS = scores_BNTS.masked_fill(~mask, torch.finfo(scores_BNTS.dtype).min)
     elif mask is not None:
         scores_BNTS = scores_BNTS + mask
-    return scores_BNTS.softmax(dim=-1, dtype=exact(scores_BNTS)).to(scores_BNTS.dtype)
+    probs = with_sinks(scores_BNTS, sinks).softmax(dim=-1, dtype=exact(scores_BNTS))
+    return probs[..., :S].to(scores_BNTS.dtype)
 
 
 def exact(x: Tensor) -> torch.dtype:

@@ -100,18 +100,19 @@ def decode_attention(
     *,
     scale: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     way: Way | None = None,
 ) -> Tensor:
     """Few absorbed query tokens over stored numbers, by one of the first five ways: [B, T, N, V]."""
     way = way or _over_numbers(q_BNTR, z_BCSR, y_BUSV)
     if way in (Way.CPU, Way.TRITON):
-        return kernel_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale, softcap=softcap)
+        return kernel_attention(q_BNTR, z_BCSR, y_BUSV, mask, scale=scale, softcap=softcap, sinks=sinks)
     z, y = read_all(z_BCSR), read_all(y_BUSV)
-    if way is Way.ONE_QUERY:
+    if way is Way.ONE_QUERY and sinks is None:
         return one_query_attention(q_BNTR, z, y, mask, scale=scale)
-    if way is Way.PRODUCTS:
+    if way is Way.PRODUCTS and sinks is None:
         return products_attention(q_BNTR, z, y, mask, scale=scale)
-    return grouped_attention(q_BNTR, z, y, mask, scale=scale)[0]
+    return grouped_attention(q_BNTR, z, y, mask, scale=scale, sinks=sinks)[0]
 
 
 def pack(x_BCTR: Tensor, format: NumberFormat) -> Tensor:

@@ -15,9 +15,10 @@ def own_tables(layer: AttentionLayer, tables: Tables | None) -> Tables | None:
     """A family's tables as they are used here: none of a layer that does not rotate, and numbers i and i + r/2 of a pair."""
     if tables is None or not layer.rotary_dim:
         return None
-    if not layer.tables_interleaved:
+    once = tables[0].shape[-1] == layer.rotary_dim // 2  # a number for each pair
+    if not layer.tables_interleaved and not once:
         return tables
-    cos, sin = (torch.cat([table[..., ::2]] * 2, dim=-1) for table in tables)
+    cos, sin = (torch.cat([table if once else table[..., ::2]] * 2, dim=-1) for table in tables)
     return cos, sin
 
 

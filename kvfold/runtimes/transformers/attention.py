@@ -6,11 +6,13 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from kvfold.errors import PlanError
 from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.checks import check_sinks
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.tensors import Shape, tensor_shapes
 from kvfold.plan.token_runs import RECENCY
@@ -77,12 +79,14 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome
         self.made_heads = layer.num_kv_heads
         for name, module in projections(shapes, **options).items():
             setattr(self, name, module)
+        self.sinks = nn.Parameter(torch.empty(shapes["sinks"][0].size, **options)) if "sinks" in shapes else None
         self.q_norm, self.k_norm = norms[0], norms[1] if "k_norm.weight" in shapes else None
         if layer.alibi and spec.tokens is not None and spec.tokens.rule != RECENCY and not spec.tokens.columns:
             raise PlanError(
                 f"layer {layer.index}: with ALiBi it has to be stored where tokens stood of which {spec.tokens.rule} chooses"
                 " (tokens.columns); fold the model again."
             )
+        check_sinks(layer, spec)
         if self.s_proj is not None:  # which chooses, and gets no gradient
             self.s_proj.requires_grad_(False)
 
@@ -204,10 +208,10 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome
         )  # fmt: skip
         if way is Way.REBUILT:
             k, v = all_keys(self, z, on_read), all_values(self, y)
-            return prefill_attention(q, k, v, mask, scale=self.scaling, dropout=dropout), None
+            return prefill_attention(q, k, v, mask, scale=self.scaling, dropout=dropout, sinks=self.sinks), None
         if way in (Way.CPU, Way.TRITON):
             back = value_map(self, q.dtype)
-            sizes: dict[str, Any] = {"scale": self.scaling, "softcap": self.layer.softcap}
+            sizes = self._scores
             out = kernel_attention(q if absorbed is None else absorbed, z, y, mask, rebuild=rebuild, map=back, **sizes)
             return out if back else self._lead_values_back(out), None
         if self.spec.hidden:  # a network's values are rebuilt before they are averaged
@@ -222,39 +226,43 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome
         self, way: Way, q: Tensor, z: Stored, y: Stored, mask: Tensor | None, keys: Heads | None, dropout: float
     ) -> tuple[Tensor, Tensor | None]:
         """Averages of stored values."""
-        softcap, scale = self.layer.softcap, self.scaling
         if way is Way.PIECES:
             of_values = read if self.spec.shared_latent else read_for_product
             pieces, values = keys or functools.partial(read_for_product, z), functools.partial(of_values, y)
-            sizes = {"tokens": z.shape[2], "elements": self._elements_at_a_time}
-            return chunked_attention(q, pieces, values, mask=mask, scale=scale, softcap=softcap, **sizes), None
+            sizes = {"tokens": z.shape[2], "elements": self._elements_at_a_time} | self._scores
+            return chunked_attention(q, pieces, values, mask=mask, **sizes), None
         if way is Way.EAGER:
             k = read_all(z) if keys is None else keys(0, z.shape[2])
-            return grouped_attention(q, k, read_all(y), mask, scale=scale, dropout=dropout, softcap=softcap)
+            return grouped_attention(q, k, read_all(y), mask, dropout=dropout, **self._scores)
         if way is Way.STORED:
-            return prefill_attention(q, read_all(z), read_all(y), mask, scale=scale, dropout=dropout), None
-        return decode_attention(q, z, y, mask, scale=scale, softcap=softcap, way=way), None
+            sizes = {"scale": self.scaling, "dropout": dropout, "sinks": self.sinks}
+            return prefill_attention(q, read_all(z), read_all(y), mask, **sizes), None
+        return decode_attention(q, z, y, mask, way=way, **self._scores), None
 
     def _over_rebuilt(
         self, way: Way, q: Tensor, keys: Heads, y: Stored, mask: Tensor | None, dropout: float
     ) -> tuple[Tensor, Tensor | None]:
         """Averages of values that are rebuilt."""
-        S, softcap = y.shape[2], self.layer.softcap
+        S = y.shape[2]
 
         def values(start: int, end: int) -> Tensor:
             return self._rebuild(read(y, start, end), "v_b")
 
         if way is Way.EAGER:
-            sizes = {"scale": self.scaling, "dropout": dropout}
-            return grouped_attention(q, keys(0, S), values(0, S), mask, softcap=softcap, **sizes)
+            return grouped_attention(q, keys(0, S), values(0, S), mask, dropout=dropout, **self._scores)
         elements = self._elements_at_a_time
-        out = chunked_attention(q, keys, values, S, mask, elements=elements, scale=self.scaling, softcap=softcap)
-        return out, None
+        return chunked_attention(q, keys, values, S, mask, elements=elements, **self._scores), None
+
+    @property
+    def _scores(self) -> dict[str, Any]:
+        """How products of queries and keys become probabilities."""
+        return {"scale": self.scaling, "softcap": self.layer.softcap, "sinks": self.sinks}
 
     def _eager(self) -> bool:
-        """The fused kernels cap no scores. A family with alibi only knows eager, and means by it
+        """The fused kernels cap no scores. Families with alibi or sinks only know eager, and mean by it
         that masks are numbers to add, which they take as well."""
-        asked = self.config._attn_implementation == "eager" and not self.layer.alibi
+        known = self.layer.alibi or self.layer.sinks
+        asked = self.config._attn_implementation == "eager" and not known
         return asked or self.layer.softcap is not None
 
     def _absorb(self, q_BNTH: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ class AttentionByAge(nn.Module):
     spec: CacheSpec
     layer: AttentionLayer
     scaling: float
+    sinks: nn.Parameter | None
     k_b_proj: Any
     v_b_proj: Any
     _absorb: Callable[[Tensor], Tensor]
@@ -64,14 +65,14 @@ class AttentionByAge(nn.Module):
         ways = (keys.by_kernel(z.far, q.dtype), keys.by_kernel(z.near, q.dtype, near=True)) if keys else None
         capped = self.layer.softcap is not None and not wants_probs and not dropout  # which the kernel does as well
         if few and (capped or not by_masks) and (ways is None or all(ways)) and aged_kernels.serves(meeting, z, y):
-            sizes: dict[str, Any] = {"scale": self.scaling, "softcap": self.layer.softcap}
+            sizes: dict[str, Any] = {"scale": self.scaling, "softcap": self.layer.softcap, "sinks": self.sinks}
             back, width = value_map(self, q.dtype), self.spec.read_widths[1]
             out = aged_kernels.attend(meeting, z, y, mask, width, rebuild=ways, map=back, **sizes)
             return out if back else self._lead_values_back(out), None
         out, probs = attend_by_age(
             meeting, z, y, mask, keys=rebuilt, width=self.spec.read_widths[1], dropout=dropout,
             by_masks=by_masks, elements=self._elements_at_a_time, scale=self.scaling,
-            softcap=self.layer.softcap,
+            softcap=self.layer.softcap, sinks=self.sinks,
         )  # fmt: skip
         return self._lead_values_back(out), probs
 
@@ -86,4 +87,6 @@ class AttentionByAge(nn.Module):
             far_k, near_k = beside(far_k, near_k, keys_width)
         if self.v_b_proj is None:  # o_proj too
             far_v, near_v = beside(far_v, near_v, width)
-        return prefill_by_age(q, (far_k, near_k), (far_v, near_v), mask, recent=z.recent, scale=self.scaling)
+        return prefill_by_age(
+            q, (far_k, near_k), (far_v, near_v), mask, recent=z.recent, scale=self.scaling, sinks=self.sinks
+        )

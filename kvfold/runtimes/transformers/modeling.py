@@ -123,7 +123,10 @@ class FoldedModel:
             init.normal_(module.weight, std=self.config.get_text_config().initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif not isinstance(module, FoldedAttention):  # the family's rule would look for the family's tensors in it
+        elif isinstance(module, FoldedAttention):
+            if module.sinks is not None:
+                init.normal_(module.sinks, std=self.config.get_text_config().initializer_range)
+        else:  # the family's rule would look for the family's tensors in it
             super()._init_weights(module)  # type: ignore[misc]
 
     @classmethod
