@@ -83,6 +83,8 @@ FAMILIES = {
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     ),
     "stablelm_partial": (tf.StableLmConfig, {"use_qkv_bias": True}),
+    "stablelm_norms": (tf.StableLmConfig, {"qk_layernorm": True}),
+    "cohere_norms": (tf.CohereConfig, {"use_qk_norm": True}),
     "smollm3_nope": (tf.SmolLM3Config, {"no_rope_layers": [1, 0, 1]}),
     "exaone4_nope": (tf.Exaone4Config, {"sliding_window": 9, "sliding_window_pattern": 2}),
     "olmo_plain": (tf.OlmoConfig, {}),
@@ -165,6 +167,35 @@ FAMILIES |= {
         },
     ),
 }
+ALONG_AXES = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+QWEN_VISION = {"depth": 2, "num_heads": 2, "patch_size": 14, "out_hidden_size": 64, "hidden_size": 32}
+QWEN_TOKENS = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
+FAMILIES |= {
+    "qwen2_vl_beside_vision": (
+        tf.Qwen2VLConfig,
+        {
+            "text_config": {"rope_parameters": ALONG_AXES},
+            "vision_config": QWEN_VISION | {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
+        }
+        | QWEN_TOKENS,
+    ),
+    "qwen2_5_vl_beside_vision": (
+        tf.Qwen2_5_VLConfig,
+        {
+            "text_config": {"rope_parameters": ALONG_AXES},
+            "vision_config": QWEN_VISION | {"intermediate_size": 48, "fullatt_block_indexes": [1], "window_size": 56},
+        }
+        | QWEN_TOKENS,
+    ),
+    "qwen3_vl_beside_vision": (
+        tf.Qwen3VLConfig,
+        {
+            "text_config": {"head_dim": 16, "rope_parameters": ALONG_AXES | {"mrope_section": [4, 2, 2]}},
+            "vision_config": QWEN_VISION | {"intermediate_size": 48, "deepstack_visual_indexes": [0, 1]},
+        }
+        | QWEN_TOKENS,
+    ),
+}
 """Families that differ from those above in what surrounds attention, or little: test_families.py."""
 
 EXPERTS_IN_TURN = {"experts_implementation": "eager"}
@@ -193,8 +224,8 @@ def make_tiny(name: str, *, seed: int = 0, **changes: object) -> tf.PreTrainedMo
     eager = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
     model = architecture(config.model_type).model_class._from_config(config, **eager).float().eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or name.endswith("_norm.weight"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return add_sink(model) if name in SINKS else model
 

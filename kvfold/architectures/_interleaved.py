@@ -36,4 +36,5 @@ class Interleaved(Architecture):
             for name, part in parts.items()
             if part is not None
         }
-        return dataclasses.replace(found, **ordered)
+        norms = {name: getattr(found, name)[:, order] for name in ("q_norm", "k_norm") if layer.head_norms}
+        return dataclasses.replace(found, **ordered, **norms)

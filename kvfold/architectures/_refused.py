@@ -2,7 +2,6 @@
 
 LATENT = "its cache holds one small latent per token already."
 STATES = "its layers keep states of one size, or a few layers of attention among such; their cache is small already."
-WHERE = "its tokens stand at several positions at once (rows, columns, frames), which kvfold does not store yet."
 OWN_TABLES = (
     "its attention makes its own rotary tables, which kvfold does not know; gpt_neox is the nearest that it does."
 )
@@ -14,9 +13,6 @@ REFUSED = {
     "gptj": OWN_TABLES,
     "codegen": OWN_TABLES,
     "gpt_neo": "every other layer attends to a band whose mask it makes itself; gpt_neox and gpt2 are folded.",
-    "qwen2_vl": WHERE + " Its language model alone, saved as qwen2, is folded.",
-    "qwen2_5_vl": WHERE + " Its language model alone, saved as qwen2, is folded.",
-    "qwen3_vl": WHERE + " Its language model alone, saved as qwen3, is folded.",
     "mllama": "it attends to images by layers of their own; llama (3.x) of text alone is folded.",
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,

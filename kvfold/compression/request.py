@@ -184,7 +184,8 @@ class Request:
         counted = sum(self.total({key: shape}) for key, shape in chosen.items() if key[1].startswith(RECENT))
         recent = sum(spec.recent_bytes(self.context_len, self.itemsize) for spec in specs) / self.context_len
         beside = self.kept * sum(spec.bytes_beside(self.itemsize) for spec in specs)
-        return recent - counted + beside + POSITION_BYTES * any(spec.rope == "on_read" for spec in specs)
+        positions = POSITION_BYTES * self.layers[0].position_axes
+        return recent - counted + beside + positions * any(spec.rope == "on_read" for spec in specs)
 
     @cached_property
     def smallest(self) -> Choice:

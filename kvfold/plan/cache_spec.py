@@ -30,13 +30,15 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 class SourceLayer:
     """What one layer of the original model caches, under stock transformers.
 
-    `window` is the sliding window in tokens, None where a layer sees everything.
+    `window` is the sliding window in tokens, None where a layer sees everything; `position_axes` the positions of one token
+    (a time, a row and a column of images).
     """
 
     num_attention_heads: int
     num_kv_heads: int
     head_dim: int
     window: int | None = None
+    position_axes: int = 1
 
     @property
     def elements_per_token(self) -> int:

@@ -99,7 +99,8 @@ class CachePlan:
     @property
     def position_bytes(self) -> int:
         """Bytes per token of the positions that rotation on read needs; one cache of them serves all layers."""
-        return POSITION_BYTES if any(spec.rope == "on_read" for spec in self.owned) else 0
+        axes = max(layer.position_axes for layer in self.source)
+        return POSITION_BYTES * axes if any(spec.rope == "on_read" for spec in self.owned) else 0
 
     def source_kv_bytes_per_token(self, dtype: str | None = None) -> int:
         """The same for the original model."""
@@ -280,4 +281,5 @@ def source_layer(layer: AttentionLayer) -> SourceLayer:
         num_kv_heads=layer.num_kv_heads,
         head_dim=layer.head_dim,
         window=layer.window,
+        position_axes=layer.position_axes,
     )

@@ -45,8 +45,10 @@ TENSORS = (
     ("sinks", "N", "sinks"),
     ("q_norm.weight", "H", "head_norm"),
     ("q_norm.weight", "N*H", "flat_norm"),
+    ("q_norm.weight", "N, H", "head_norms"),
     ("k_norm.weight", "H", "makes head_norm"),
     ("k_norm.weight", "K*H", "makes flat_norm"),
+    ("k_norm.weight", "K, H", "makes head_norms"),
     ("k_a_up_proj.weight", "C, h, K/C*H", "hidden"),
     ("k_a_up_proj.bias", "", "hidden"),
     ("k_a_down_proj.weight", "C, E, h", "hidden"),
@@ -61,6 +63,8 @@ TENSORS = (
     ("v_b_down_proj.weight", "U, K/U*H, h", "hidden"),
 )
 """(name, axes, conditions that must all hold; `!` negates). A bias has the axes of its weight, without the last one."""
+
+HEADS = ("N", "K", "C", "U")
 
 PROJECTIONS = tuple(dict.fromkeys(name.split(".")[0] for name, *_ in TENSORS if "_proj." in name))
 
@@ -81,13 +85,13 @@ class Axis:
     def head_letter(self) -> str:
         """N, K, C or U where the axis counts heads of the whole layer, else nothing."""
         first = self.name.split("*")[0]
-        return first if first in ("N", "K", "C", "U") else ""
+        return first if first in HEADS else ""
 
     @property
     def width_letter(self) -> str:
         """What one head has of it: H, r, E and G (stored keys and values, as made), P (of layers below), D or h; nothing for
-        C and U alone."""
-        return "" if self.name in ("C", "U") else self.name.rpartition("*")[2][0]
+        heads alone."""
+        return "" if self.name in HEADS else self.name.rpartition("*")[2][0]
 
 
 Shape = tuple[Axis, ...]
@@ -129,7 +133,8 @@ def conditions(layer: AttentionLayer, spec: CacheSpec, *, owns: bool) -> dict[st
         "qkv_bias": layer.qkv_bias,
         "o_bias": layer.o_bias or spec.output_bias,
         "sinks": layer.sinks,
-        "head_norm": layer.qk_norm and not layer.flat_norm,
+        "head_norm": layer.qk_norm and not layer.norm_tells_heads_apart,
+        "head_norms": layer.qk_norm and layer.head_norms,
         "flat_norm": layer.qk_norm and layer.flat_norm,
     }
 
@@ -166,6 +171,6 @@ def _sizes(layer: AttentionLayer, spec: CacheSpec) -> dict[str, int]:
 
 def _axis(name: str, sizes: dict[str, int]) -> Axis:
     heads, _, width = name.rpartition("*")
-    if not heads and name in ("C", "U"):
+    if not heads and name in HEADS:
         return Axis(name, sizes[name], 1)
     return Axis(name, sizes[heads] if heads else 1, sizes[width])

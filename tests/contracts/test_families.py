@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 
@@ -82,7 +83,17 @@ def test_folds(folded, model, method):
 
 def exact(folder, model):
     """In float64, where nothing depends on how a product was rounded."""
-    return load(folder, dtype=torch.float64, **(EXPERTS_IN_TURN if "experts" in model else {}))
+    network = load(folder, dtype=torch.float64, **(EXPERTS_IN_TURN if "experts" in model else {}))
+    if "_vl_" in model:  # tables in float32 depend on how many there are, and a last bit decides between two codes
+        rotary = network.model.language_model.rotary_emb
+        rotary.forward = functools.partial(tables_along_axes, rotary)
+    return network
+
+
+def tables_along_axes(rotary, hidden, positions):
+    """cos and sin as the family makes them, in float64."""
+    angles = positions.expand(3, -1, -1)[..., None].double() * rotary.inv_freq.double()
+    return rotary.recomposition_frequencies(angles.cos()), rotary.recomposition_frequencies(angles.sin())
 
 
 def position_bytes(plan):
@@ -135,8 +146,6 @@ def test_generation(folded, model):
     ("model", "changes", "named"),
     [
         ("phi_partial", {"qk_layernorm": True}, "qk_layernorm"),
-        ("stablelm_partial", {"qk_layernorm": True}, "qk_layernorm"),
-        ("cohere_interleaved", {"use_qk_norm": True}, "use_qk_norm"),
         ("olmo_plain", {"clip_qkv": 8.0}, "clip_qkv"),
         ("olmoe_experts", {"clip_qkv": 8.0}, "clip_qkv"),
     ],
@@ -170,25 +179,43 @@ def test_stock_exports(folded, tmp_path, model):
         return
     recipe = make_recipe({"model": str(source), "out": str(tmp_path / "half"), "preset": "gqa", "kv_budget": 0.5})
     half = kvfold.compress(recipe, device="cpu").out
+    if model == "stablelm_norms":  # a mean of heads whose norms differ is no head with a norm
+        assert export_gqa(whole.out, tmp_path / "out") == 4
+        assert_close(logits(load(tmp_path / "out"), tokens()), logits(load(source), tokens()), tolerance=1e-5)
+        with pytest.raises(PlanError, match="keeps projections beside its weights"):
+            export_gqa(half, tmp_path / "other")
+        return
     assert export_gqa(half, tmp_path / "out") == 2
     assert_close(logits(load(tmp_path / "out"), tokens()), logits(load(half), tokens()), tolerance=1e-5)
 
 
-IMAGES = {"gemma3_beside_vision": 28, "mistral3_beside_vision": 56}
+IMAGES = ["gemma3_beside_vision", "mistral3_beside_vision", *(name for name in FAMILIES if "_vl_" in name)]
 
 
-@pytest.mark.parametrize("method", ["identity", "int4", "auto"])
+def with_image(model, network):
+    """A text with an image in it, and what the model is given beside it."""
+    ids, noise = tokens(1, 20), torch.Generator().manual_seed(0)
+    ids[0, 3:7] = 3  # the image's
+    if "_vl_" in model:
+        ids[0, 2], ids[0, 7] = 5, 6  # where it begins and ends
+        vision = network.config.vision_config
+        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        image = {"pixel_values": torch.randn(16, values, generator=noise), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+        return ids, image | {"mm_token_type_ids": (ids == 3).int()}
+    size = 56 if "mistral" in model else 28
+    image = {"pixel_values": torch.randn(1, 3, size, size, generator=noise)}
+    kind = {"image_sizes": torch.tensor([[size, size]])} if size == 56 else {"token_type_ids": (ids == 3).long()}
+    return ids, image | kind
+
+
+@pytest.mark.filterwarnings("ignore:kv_budget")
+@pytest.mark.parametrize("method", ["identity", "int4", "auto", "small"])
 @pytest.mark.parametrize("model", IMAGES)
 def test_images_pass_beside_text(folded, model, method):
     """Kept whole as the original; otherwise cached as uncached, and as what the original makes of them."""
     source, made = folded(model, method)
-    size, ids = IMAGES[model], tokens(1, 20)
-    ids[0, 3:7] = 3  # the image's
-    image = {"pixel_values": torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))}
-    image |= (
-        {"image_sizes": torch.tensor([[size, size]])} if "mistral" in model else {"token_type_ids": (ids == 3).long()}
-    )
     network, original = load(made.out), load(source)
+    ids, image = with_image(model, original)
     found = logits(network, ids, **image)
     if method == "identity":
         assert torch.equal(found, logits(original, ids, **image))
@@ -210,7 +237,7 @@ def test_what_vllm_does_not_serve_is_refused_before_work(folded, tmp_path, model
     assert reason in inspect(made.out).to_json()["servable_by"]["vllm"]
 
 
-@pytest.mark.parametrize("model_type", ["llama4", "qwen2_5_vl", "mamba", "t5", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", ["llama4", "mllama", "mamba", "t5", "deepseek_v3"])
 def test_what_is_not_folded_says_why(tmp_path, model_type):
     save_tiny(make_tiny("olmo_plain"), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -17,6 +17,7 @@ import kvfold
 from kvfold.evaluation.demo import MODEL
 
 OPTIONS = ["--max-model-len", "192", "--block-size", "16", "--num-gpu-blocks-override", "40", "--max-num-seqs", "8"]
+OPTIONS += ["--gpu-memory-utilization", "0.2"]  # of which it asks how much is free, on a CPU too
 OPTIONS += ["--dtype", "float32"]  # in bfloat16 what runs beside a request decides between equals
 PROMPTS = [f"{beginning} {number}" for number in range(5) for beginning in ("The old man", "In the year", "She said")]
 PLANS = [

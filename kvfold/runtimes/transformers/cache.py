@@ -270,11 +270,14 @@ class FoldedCache(Cache):
         self.positions = GrowingBuffer() if plan.position_bytes else None
 
     def see(self, positions_BT: Tensor, rows: int) -> Tensor:
-        """Note the positions of new tokens; return those of all tokens [B, S]. Once per forward."""
+        """Note the positions of new tokens, [B, T] or along several axes [A, B, T]; return those of all tokens, with S for T.
+        Once per forward."""
         assert self.positions is not None, "this plan does not rotate on read"
-        new = positions_BT.expand(rows, -1).to(torch.int32)[:, None, :, None]
+        along_ABT = positions_BT.expand(*positions_BT.shape[:-2], rows, -1).reshape(-1, rows, positions_BT.shape[-1])
+        new = along_ABT.transpose(0, 1).to(torch.int32)[..., None]
         self.positions.append(new, round_up(self.positions.end + new.shape[2]))
-        return self.positions.tensor()[:, 0, :, 0].long()
+        seen_ABS = self.positions.tensor()[..., 0].transpose(0, 1).long()
+        return seen_ABS if positions_BT.ndim == 3 else seen_ABS[0]
 
     def crop(self, tokens_to_remove: int) -> None:
         for layer in self.owned:  # all or none

@@ -25,6 +25,7 @@ class ForwardState:
         self.rotary = rotary
         self.past: dict[int, tuple[Stored, Stored] | None] = {}
         self.positions_BS: Tensor | None = None
+        self.along_ABT: Tensor | None = None
         self.tables: dict[str | None, tuple[Tensor, Tensor]] = {}
         self.made: dict[Any, Any] = {}
 
@@ -39,14 +40,19 @@ class ForwardState:
         assert self.positions_BS is not None, "positions were seen"
         if self.positions_BS.is_cuda and torch.cuda.is_current_stream_capturing():  # nobody can wait for an answer
             return False
-        one_more = self.positions_BS.diff(dim=1) == 1
-        return bool((one_more[:, 1:] >= one_more[:, :-1]).all())
+        one_more = self.positions_BS.diff(dim=-1) == 1
+        return bool((one_more[..., 1:] >= one_more[..., :-1]).all())
+
+    def note(self, positions_ABT: Tensor) -> None:
+        """Where the tokens of this forward stand along several axes: what the model's own tables are made for."""
+        self.along_ABT = positions_ABT if self.along_ABT is None else self.along_ABT
 
     def tables_of_all(
         self, hidden_BTD: Tensor, positions_BT: Tensor | None, cache: Any, kind: str | None
     ) -> tuple[Tensor, Tensor]:
         """cos and sin [B, S, r] of every token that is or was seen, made once per forward and kind of layer."""
         if kind not in self.tables:
+            positions_BT = positions_BT if self.along_ABT is None else self.along_ABT
             if positions_BT is None or self.rotary is None or not hasattr(cache, "see"):
                 raise ValueError(
                     "keys that are rotated on read need the whole ...ForCausalLM model and kvfold's own cache: leave"
@@ -56,6 +62,12 @@ class ForwardState:
                 self.positions_BS = cache.see(positions_BT, len(hidden_BTD))
             self.tables[kind] = self.rotary(hidden_BTD, self.positions_BS, *([] if kind is None else [kind]))
         return self.tables[kind]
+
+
+def note_positions(rotary: Any, arguments: tuple[Any, ...]) -> None:
+    """A hook before rotary modules that take positions along several axes, which layers are not told."""
+    if (state := CURRENT_STATE.get()) is not None:
+        state.note(arguments[1])
 
 
 CURRENT_STATE: ContextVar[ForwardState | None] = ContextVar("kvfold_state", default=None)

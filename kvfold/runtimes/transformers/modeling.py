@@ -28,7 +28,7 @@ from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
 from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.transformers.attention import FoldedAttention, attention_class
 from kvfold.runtimes.transformers.cache import FoldedCache
-from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
+from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState, note_positions
 from kvfold.runtimes.transformers.joint import JointAttention
 from kvfold.runtimes.transformers.projections import GroupedLinear
 
@@ -105,6 +105,8 @@ class FoldedModel:
             )
         self.needs_state = self.has_readers or plan.position_bytes > 0 or plan.joint
         layers = self.architecture.describe(self)  # type: ignore[arg-type]
+        if self.architecture.rotary and layers[0].position_axes > 1:
+            self.get_submodule(self.architecture.rotary).register_forward_pre_hook(note_positions)  # type: ignore[attr-defined]
         for facts, old in zip(layers, self.architecture.modules(self), strict=True):  # type: ignore[arg-type]
             weight = next(old.parameters())
             spec, norms, owner = plan.cache_of(facts.index), self.architecture.norms(old), plan.owner(facts.index)
@@ -218,6 +220,7 @@ def _folded_forward(stock_class: type[PreTrainedModel]) -> Any:
     @functools.wraps(stock_class.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind_partial(self, *args, **kwargs).arguments
+        bound |= bound.pop("kwargs", {})  # some families name use_cache, some do not
         use_cache = bound.get("use_cache")
         wanted = self.config.get_text_config().use_cache if use_cache is None else use_cache
         if self.training and use_cache is None:  # the stock forward would make a cache that nobody reads
@@ -225,10 +228,7 @@ def _folded_forward(stock_class: type[PreTrainedModel]) -> Any:
         if wanted and bound.get("past_key_values") is None:
             bound["past_key_values"] = FoldedCache(self.kv_plan)
         bound.pop("self")
-        extra = bound.pop("kwargs", {})
-        if self.repeats:
-            return self._and_again(stock_class, bound | extra)
-        return self._in_state(stock_class, bound | extra)
+        return self._and_again(stock_class, bound) if self.repeats else self._in_state(stock_class, bound)
 
     return forward
 
