@@ -36,5 +36,4 @@ class Interleaved(Architecture):
             for name, part in parts.items()
             if part is not None
         }
-        norms = {name: getattr(found, name)[:, order] for name in ("q_norm", "k_norm") if layer.head_norms}
-        return dataclasses.replace(found, **ordered, **norms)
+        return dataclasses.replace(found, **ordered)

@@ -1,11 +1,11 @@
-"""cohere (Command R): as llama, with interleaved rotation; in larger ones (Command R+) with norms of each head."""
+"""cohere (Command R): as llama, with interleaved rotation."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from kvfold.architectures._interleaved import Interleaved
+from kvfold.architectures.base import refuse_norms
 from kvfold.plan.layer import AttentionLayer
 
 
@@ -16,4 +16,5 @@ class Cohere(Interleaved):
     sums_late = True
 
     def facts(self, module: Any, index: int) -> AttentionLayer:
-        return dataclasses.replace(super().facts(module, index), head_norms=module.use_qk_norm)
+        refuse_norms(module, "use_qk_norm")
+        return super().facts(module, index)

@@ -20,14 +20,13 @@ class AttentionLayer:
     """Facts of one layer of the original model.
 
     `window`: sliding window in tokens. `qk_norm`: queries and keys are normalised before rotation, per head or (`flat_norm`)
-    all heads of a token at once; `head_norms`: every head by weights of its own, and without its mean (LayerNorm);
-    `norm_offset` is added to the norm's weight. `rotary_dim`: numbers of each head that are rotated, 0 for none;
-    `rotary_kind`: which of the family's rotations, if it has several; `rotary_speeds`: radians per token of each pair,
-    nothing where they change with the length of a sequence. `interleaved`: the family's own code rotates neighbours, and its
-    weights are read in another order (`order_of_numbers`); `tables_interleaved`: so are its tables. `alibi`: scores get a
-    bias by distance. `softcap`: scores are capped by tanh. `sinks`: each query head's softmax has one more score, a parameter
-    of its own, which no token goes with. `output_dropout`: of the layer's output, which some families apply inside attention.
-    `position_axes`: positions of one token, more than one where it stands in an image.
+    all heads of a token at once; `norm_offset` is added to the norm's weight. `rotary_dim`: numbers of each head that are
+    rotated, 0 for none; `rotary_kind`: which of the family's rotations, if it has several; `rotary_speeds`: radians per token
+    of each pair, nothing where they change with the length of a sequence. `interleaved`: the family's own code rotates
+    neighbours, and its weights are read in another order (`order_of_numbers`); `tables_interleaved`: so are its tables.
+    `alibi`: scores get a bias by distance. `softcap`: scores are capped by tanh. `sinks`: each query head's softmax has one
+    more score, a parameter of its own, which no token goes with. `output_dropout`: of the layer's output, which some families
+    apply inside attention. `position_axes`: positions of one token, more than one where it stands in an image.
     """
 
     index: int
@@ -44,7 +43,6 @@ class AttentionLayer:
     tables_interleaved: bool = False
     qk_norm: bool = False
     flat_norm: bool = False
-    head_norms: bool = False
     norm_offset: float = 0.0
     position_axes: int = 1
     alibi: bool = False
@@ -64,11 +62,6 @@ class AttentionLayer:
         return (*numbers[: self.rotary_dim : 2], *numbers[1 : self.rotary_dim : 2], *numbers[self.rotary_dim :])
 
     @property
-    def norm_tells_heads_apart(self) -> bool:
-        """Whether a norm does other things to one head than to the next."""
-        return self.flat_norm or self.head_norms
-
-    @property
     def fast_pairs(self) -> int:
         """How many of the first pairs of a head turn by more than FAST."""
         slow = (i for i, speed in enumerate(self.rotary_speeds) if speed <= FAST)
@@ -84,7 +77,7 @@ class AttentionWeights:
     """Tensors of one layer of the original model, [out_features, in_features] as in nn.Linear.
 
     q_proj [N*H, D], k_proj and v_proj [K*H, D], o_proj [D, N*H]; biases [out] or None; q_norm, k_norm [H] (flat norms [N*H]
-    and [K*H], norms by head [N, H] and [K, H]) or None; sinks [N] or None.
+    and [K*H]) or None; sinks [N] or None.
     """
 
     q_proj: Tensor

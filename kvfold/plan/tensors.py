@@ -45,10 +45,8 @@ TENSORS = (
     ("sinks", "N", "sinks"),
     ("q_norm.weight", "H", "head_norm"),
     ("q_norm.weight", "N*H", "flat_norm"),
-    ("q_norm.weight", "N, H", "head_norms"),
     ("k_norm.weight", "H", "makes head_norm"),
     ("k_norm.weight", "K*H", "makes flat_norm"),
-    ("k_norm.weight", "K, H", "makes head_norms"),
     ("k_a_up_proj.weight", "C, h, K/C*H", "hidden"),
     ("k_a_up_proj.bias", "", "hidden"),
     ("k_a_down_proj.weight", "C, E, h", "hidden"),
@@ -133,8 +131,7 @@ def conditions(layer: AttentionLayer, spec: CacheSpec, *, owns: bool) -> dict[st
         "qkv_bias": layer.qkv_bias,
         "o_bias": layer.o_bias or spec.output_bias,
         "sinks": layer.sinks,
-        "head_norm": layer.qk_norm and not layer.norm_tells_heads_apart,
-        "head_norms": layer.qk_norm and layer.head_norms,
+        "head_norm": layer.qk_norm and not layer.flat_norm,
         "flat_norm": layer.qk_norm and layer.flat_norm,
     }
 

@@ -51,15 +51,11 @@ def causal(tokens: int, window: int | None = None) -> Tensor:
 
 
 def normalised_heads(layer: AttentionLayer, x_TF: Tensor, width: int | None, weight: Tensor | None) -> list[Tensor]:
-    """Heads of `width` numbers (None: as many as there are query heads), after RMSNorm over each or over all of a token, or
-    LayerNorm with weights of each head."""
+    """Heads of `width` numbers (None: as many as there are query heads), after RMSNorm over each or over all of a token."""
     width = width or x_TF.shape[1] // layer.num_attention_heads
     if weight is None:
         return list(x_TF.split(width, dim=1))
     weight = weight + layer.norm_offset
-    if layer.head_norms:
-        heads = [head - head.mean(-1, keepdim=True) for head in x_TF.split(width, dim=1)]
-        return [_normalise(head, own) for head, own in zip(heads, weight, strict=True)]
     if layer.flat_norm:
         return list(_normalise(x_TF, weight).split(width, dim=1))
     return [_normalise(head, weight) for head in x_TF.split(width, dim=1)]

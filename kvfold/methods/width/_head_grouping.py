@@ -109,7 +109,7 @@ def reordered_weights(layer: AttentionLayer, weights: AttentionWeights, order: l
         "k_bias",
         "v_bias",
         "sinks",
-        *(("q_norm", "k_norm") * layer.norm_tells_heads_apart),
+        *(("q_norm", "k_norm") * layer.flat_norm),
     )
     o_proj = weights.o_proj.unflatten(1, (K, -1))[:, kv].flatten(1)
     return dataclasses.replace(weights, o_proj=o_proj, **{name: rows(getattr(weights, name)) for name in names})  # type: ignore[arg-type]

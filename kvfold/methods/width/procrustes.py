@@ -57,9 +57,9 @@ class Procrustes(WidthMethod):
             raise RecipeError(
                 "width method 'procrustes' does not span layers; use mean_pool or logit with a depth method."
             )
-        if layer.norm_tells_heads_apart:
+        if layer.flat_norm:
             raise RecipeError(
-                "a norm that tells heads apart leaves no ordinary grouped-query form; use svd_a or logit."
+                "a norm over all heads of a token leaves no ordinary grouped-query form; use svd_a or logit."
             )
         heads = divisors(layer.num_kv_heads)
         if self.kv_heads and self.kv_heads not in heads:

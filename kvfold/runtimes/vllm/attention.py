@@ -52,14 +52,6 @@ class FamilyCall(nn.Module):
         return out if self.o_proj.bias is None else out + self.o_proj.bias
 
 
-def check_norms(layer: AttentionLayer, ranks: int) -> None:
-    """Raise PlanError where vLLM's norms of queries and keys are not those of the family, or need all heads at once."""
-    if layer.head_norms:
-        raise PlanError("queries and keys pass norms of each head, which kvfold does not run in vLLM; use generate().")
-    if layer.flat_norm and ranks > 1:
-        raise PlanError("tensor_parallel_size: this family normalises all heads together; serve it with 1.")
-
-
 class FoldedAttention(FamilyCall):
     """Takes the place of a family's attention module; keeps its rotation and norms. Tokens [T] of all sequences in a row.
 
@@ -82,7 +74,8 @@ class FoldedAttention(FamilyCall):
         super().__init__()
         self.layer, self.spec, self.owns = layer, spec, target is None
         ranks, self.rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
-        check_norms(layer, ranks)
+        if layer.flat_norm and ranks > 1:
+            raise PlanError("tensor_parallel_size: this family normalises all heads together; serve it with 1.")
         self.num_heads = layer.num_attention_heads // ranks
         self.groups = max(spec.num_kv_heads // ranks, 1)
         self.rotary_emb = in_halves(getattr(old, "rotary_emb", None)) if layer.rotary_dim else None

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 
+from kvfold.errors import PlanError
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, by_age, first_numbers, newest, read_all, side_by_side
 from kvfold.runtimes.kernels.rotary import own_tables
 from kvfold.runtimes.transformers.attention import FoldedAttention
-from kvfold.runtimes.vllm.attention import FamilyCall, check_norms, window_of
+from kvfold.runtimes.vllm.attention import FamilyCall, window_of
 from kvfold.runtimes.vllm.batches import Batch
 from kvfold.runtimes.vllm.linear import Linear
 from kvfold.runtimes.vllm.packed_layers import PackedAttention, PackedPages
@@ -40,7 +41,8 @@ class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
         norms = getattr(old, "q_norm", None), getattr(old, "k_norm", None)
         config: Any = SimpleNamespace(_attn_implementation="sdpa")
         rank, owns = pages.rank, owner == layer.index
-        check_norms(layer, rank.count)
+        if layer.flat_norm and rank.count > 1:
+            raise PlanError("tensor_parallel_size: this family normalises all heads together; serve it with 1.")
         shapes = rank.shapes(layer, spec, owns=owns)
         super().__init__(config, rank.reader(layer), rank.spec(spec), norms, owner, shapes, linear=Linear)
         self.pages, self.tables, self.made_heads = pages, tables, rank.made_heads(layer, spec)
