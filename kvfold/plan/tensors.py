@@ -44,8 +44,12 @@ TENSORS = (
     ("s_proj.weight", "C, D", "makes foreseen"),
     ("q_norm.weight", "H", "head_norm"),
     ("q_norm.weight", "N*H", "flat_norm"),
+    ("q_norm.weight", "N*H", "own_norms"),
+    ("q_norm.bias", "H", "head_norm norm_bias"),
     ("k_norm.weight", "H", "makes head_norm"),
     ("k_norm.weight", "K*H", "makes flat_norm"),
+    ("k_norm.weight", "K*H", "makes own_norms"),
+    ("k_norm.bias", "H", "makes head_norm norm_bias"),
     ("k_a_up_proj.weight", "C, h, K/C*H", "hidden"),
     ("k_a_up_proj.bias", "", "hidden"),
     ("k_a_down_proj.weight", "C, E, h", "hidden"),
@@ -59,7 +63,8 @@ TENSORS = (
     ("v_b_up_proj.bias", "", "hidden"),
     ("v_b_down_proj.weight", "U, K/U*H, h", "hidden"),
 )
-"""(name, axes, conditions that must all hold; `!` negates). A bias has the axes of its weight, without the last one."""
+"""(name, axes, conditions that must all hold; `!` negates). A bias without axes here has those of its weight, without the
+last one."""
 
 PROJECTIONS = tuple(dict.fromkeys(name.split(".")[0] for name, *_ in TENSORS if "_proj." in name))
 
@@ -127,8 +132,10 @@ def conditions(layer: AttentionLayer, spec: CacheSpec, *, owns: bool) -> dict[st
         "foreseen": spec.tokens is not None and spec.tokens.foreseen,
         "qkv_bias": layer.qkv_bias,
         "o_bias": layer.o_bias or spec.output_bias,
-        "head_norm": layer.qk_norm and not layer.flat_norm,
+        "head_norm": layer.qk_norm and not layer.flat_norm and not layer.own_norms,
         "flat_norm": layer.qk_norm and layer.flat_norm,
+        "own_norms": layer.qk_norm and layer.own_norms,
+        "norm_bias": layer.norm_bias,
     }
 
 

@@ -8,15 +8,18 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import FAMILIES, in_steps, load, logits, make_tiny, save_tiny, step, tokens
+from tiny import FAMILIES, in_steps, load, logits, make_tiny, rotation, save_tiny, step, tokens
 
 import kvfold
 from kvfold.architectures._refused import REFUSED
-from kvfold.checkpoint.source import open_source
+from kvfold.checkpoint.source import open_source, read_layer
 from kvfold.compression.export_gqa import export_gqa
 from kvfold.compression.recipe import make_recipe
 from kvfold.errors import CheckpointError, PlanError, RecipeError
 from kvfold.evaluation.inspection import inspect
+from kvfold.methods.width._head_grouping import reordered_weights
+from kvfold.runtimes import reference
+from kvfold.runtimes.kernels.rotary import own_tables
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.testing import assert_close
 
@@ -92,7 +95,9 @@ def position_bytes(plan):
 
 
 @pytest.mark.filterwarnings("ignore:kv_budget")
-@pytest.mark.parametrize("model", ["cohere_interleaved", "glm_interleaved", "smollm3_nope", "phi_partial"])
+@pytest.mark.parametrize(
+    "model", ["cohere_interleaved", "glm_interleaved", "smollm3_nope", "phi_partial", "phi_norms", "cohere_own_norms"]
+)
 def test_latents_that_several_layers_fill(folded, tmp_path, model):
     """Rotated as the family does, at full width the original, however tokens come."""
     source, _ = folded(model, "identity")
@@ -136,9 +141,6 @@ def test_generation(folded, model):
 @pytest.mark.parametrize(
     ("model", "changes", "named"),
     [
-        ("phi_partial", {"qk_layernorm": True}, "qk_layernorm"),
-        ("stablelm_partial", {"qk_layernorm": True}, "qk_layernorm"),
-        ("cohere_interleaved", {"use_qk_norm": True}, "use_qk_norm"),
         ("olmo_plain", {"clip_qkv": 8.0}, "clip_qkv"),
         ("olmoe_experts", {"clip_qkv": 8.0}, "clip_qkv"),
     ],
@@ -147,6 +149,22 @@ def test_what_a_family_may_have_and_kvfold_does_not_know(tmp_path, model, change
     save_tiny(make_tiny(model, **changes), tmp_path / "source")
     with pytest.raises(CheckpointError, match=f"config.json: {named}"):
         open_source(tmp_path / "source")
+
+
+@pytest.mark.parametrize("model", ["phi_norms", "stablelm_own_norms", "cohere_own_norms"])
+def test_norms_equal_the_oracle(folded, model):
+    """Of each head, before rotation, with weights (and biases) as the stock model keeps them; in any order of heads."""
+    source, _ = folded(model, "identity")
+    opened, network, ids = open_source(source), load(source).double(), tokens(1, 12)
+    layer, found = opened.layers[0], {}
+    module = opened.arch.modules(network)[0]
+    module.register_forward_hook(lambda m, args, kwargs, out: found.update(kwargs, out=out[0]), with_kwargs=True)
+    logits(network, ids)
+    cos, sin = rotation({"position_embeddings": own_tables(layer, found["position_embeddings"])})
+    weights = read_layer(opened.checkpoint, opened.arch, layer)
+    for same in (weights, reordered_weights(layer, weights, [2, 0, 3, 1])):
+        expected = reference.attention(layer, same, found["hidden_states"][0], cos, sin, reference.causal(12))
+        assert_close(found["out"][0], expected, tolerance=1e-5)
 
 
 def test_experts_that_are_missing_are_named(tmp_path):
@@ -170,10 +188,15 @@ def test_stock_exports(folded, tmp_path, model):
         with pytest.raises(PlanError, match=reason.split(",")[0]):
             export_gqa(whole.out, tmp_path / "out")
         return
-    recipe = make_recipe({"model": str(source), "out": str(tmp_path / "half"), "preset": "gqa", "kv_budget": 0.5})
-    half = kvfold.compress(recipe, device="cpu").out
-    assert export_gqa(half, tmp_path / "out") == 2
-    assert_close(logits(load(tmp_path / "out"), tokens()), logits(load(half), tokens()), tolerance=1e-5)
+    recipe = {"model": str(source), "out": str(tmp_path / "half"), "preset": "gqa", "kv_budget": 0.5}
+    if open_source(source).layers[0].own_norms:  # which no head can have in the place of two
+        with pytest.raises(RecipeError, match="norms that heads have of their own"):
+            kvfold.compress(make_recipe(recipe | {"preset": "procrustes"}), device="cpu")
+        made, heads = whole.out, 4
+    else:
+        made, heads = kvfold.compress(make_recipe(recipe), device="cpu").out, 2
+    assert export_gqa(made, tmp_path / "out") == heads
+    assert_close(logits(load(tmp_path / "out"), tokens()), logits(load(made), tokens()), tolerance=1e-5)
 
 
 IMAGES = {"gemma3_beside_vision": 28, "mistral3_beside_vision": 56}
@@ -200,11 +223,15 @@ def test_images_pass_beside_text(folded, model, method):
     assert torch.equal(with_cache, network.generate(ids, use_cache=False, **options))
 
 
-@pytest.mark.parametrize("model", [*IMAGES, "falcon_groups", "bigcode_one_head"])
+NOT_IN_VLLM = [*IMAGES, "falcon_groups", "bigcode_one_head", "phi_norms", "stablelm_own_norms", "cohere_own_norms"]
+
+
+@pytest.mark.parametrize("model", NOT_IN_VLLM)
 def test_what_vllm_does_not_serve_is_refused_before_work(folded, tmp_path, model):
     """And the model's card and `kvfold inspect` say so."""
     source, made = folded(model, "identity")
-    reason = open_source(source).arch.not_in_vllm
+    opened = open_source(source)
+    reason = opened.arch.not_served_by_vllm(opened.checkpoint.config)
     recipe = make_recipe({"model": str(source), "out": str(tmp_path / "out"), "runtime": "vllm", "preset": "int8"})
     with pytest.raises(RecipeError, match=reason.split(";")[0]):
         kvfold.compress(recipe, device="cpu")
