@@ -132,6 +132,8 @@ FAMILIES |= {
         {"num_key_value_heads": 1, "num_attention_heads": 4, "n_head": 4, "n_layer": 3, "n_embd": 64},
     ),
     "falcon_one_head": (tf.FalconConfig, {"num_key_value_heads": 1, "num_attention_heads": 4, "bias": True}),
+    "gptj_partial": (tf.GPTJConfig, {"num_attention_heads": 4, "num_key_value_heads": 4, "rotary_dim": 8}),
+    "codegen_partial": (tf.CodeGenConfig, {"num_key_value_heads": 8, "rotary_dim": 4}),
     "falcon_groups": (tf.FalconConfig, {"new_decoder_architecture": True, "num_kv_heads": 4}),
     "gemma3_beside_vision": (
         tf.Gemma3Config,

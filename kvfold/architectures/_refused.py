@@ -4,17 +4,12 @@ LATENT = "its cache holds one small latent per token already."
 STATES = "its layers keep states of one size, or a few layers of attention among such; their cache is small already."
 WHERE = "its tokens stand at several positions at once (rows, columns, frames), which kvfold does not store yet."
 SINKS = "its softmax has a sink for every head, which kvfold's kernels do not know yet."
-OWN_TABLES = (
-    "its attention makes its own rotary tables, which kvfold does not know; gpt_neox is the nearest that it does."
-)
 
 REFUSED = {
     "gpt_oss": SINKS,
     "llama4": "keys are normalised behind the rotation, and positions cut prompts into chunks; llama (3.x) is folded.",
     "llama4_text": "keys are normalised behind the rotation, and positions cut prompts into chunks; llama (3.x) is folded.",
     "mpt": "its masks and ALiBi come in a form of their own; bloom is the family with ALiBi that is folded.",
-    "gptj": OWN_TABLES,
-    "codegen": OWN_TABLES,
     "gpt_neo": "every other layer attends to a band whose mask it makes itself; gpt_neox and gpt2 are folded.",
     "qwen2_vl": WHERE + " Its language model alone, saved as qwen2, is folded.",
     "qwen2_5_vl": WHERE + " Its language model alone, saved as qwen2, is folded.",

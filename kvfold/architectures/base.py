@@ -30,15 +30,16 @@ class Architecture(ABC):
 
     `layers` and `attention` lead from the causal model to one layer's attention module, `output` from there to the projection
     behind its heads, `rotary` to the module that makes cos and sin; `passes_keywords` says whether a forward's keyword
-    arguments reach attention, `keeps_documents_apart` whether positions that begin again start a document that sees nothing
-    of the one before; `attn_implementation` names the only one that the family has, if it does not take others from
-    transformers' AttentionInterface; `no_stock_gqa` is why the family has no stock grouped-query class, if it has none,
-    `not_in_vllm` why kvfold does not serve it there; `mlp_in` and `mlp_out` lead from a layer to the projections whose rows
-    and whose columns are the MLP's neurons. `in_gguf`: GGUF files have its projections as kvfold reads them. `beside`: parts
-    of the base model that no text passes. `repeats_heads`: transformers' own model caches every key and value once for each
-    of its queries. `sums_late`: vLLM's own model adds up what its processes have of attention together with what they have of
-    the MLP. `norm_names`: of the modules that normalise queries and keys, where there are such. `experts`: the parameters in
-    which current models have all experts of a layer -> the names of each one's parts in files, whose rows it stacks.
+    arguments reach attention, `dead` are patterns of tensors in old files that no current model reads,
+    `keeps_documents_apart` whether positions that begin again start a document that sees nothing of the one before;
+    `attn_implementation` names the only one that the family has, if it does not take others from transformers'
+    AttentionInterface; `no_stock_gqa` is why the family has no stock grouped-query class, if it has none, `not_in_vllm` why
+    kvfold does not serve it there; `mlp_in` and `mlp_out` lead from a layer to the projections whose rows and whose columns
+    are the MLP's neurons. `in_gguf`: GGUF files have its projections as kvfold reads them. `beside`: parts of the base model
+    that no text passes. `repeats_heads`: transformers' own model caches every key and value once for each of its queries.
+    `sums_late`: vLLM's own model adds up what its processes have of attention together with what they have of the MLP.
+    `norm_names`: of the modules that normalise queries and keys, where there are such. `experts`: the parameters in which
+    current models have all experts of a layer -> the names of each one's parts in files, whose rows it stacks.
     """
 
     model_type: ClassVar[str]
@@ -48,6 +49,7 @@ class Architecture(ABC):
     output: ClassVar[str] = "o_proj"
     rotary: ClassVar[str | None] = "model.rotary_emb"
     passes_keywords: ClassVar[bool] = True
+    dead: ClassVar[tuple[str, ...]] = ()
     keeps_documents_apart: ClassVar[bool] = True
     attn_implementation: ClassVar[str | None] = None
     no_stock_gqa: ClassVar[str | None] = None
@@ -143,9 +145,9 @@ class Architecture(ABC):
         factor = (getattr(module.config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
         return int(module.head_dim * factor)
 
-    def observable(self, model: nn.Module) -> None:
-        """Let attention go through transformers' AttentionInterface, where the family's own does not."""
-        return None
+    def observable(self, model: nn.Module) -> bool:
+        """Let attention go through transformers' AttentionInterface, where the family's own does not; whether it now does."""
+        return self.attn_implementation is None
 
     def watch(self, module: Any, observer: Callable[[Tensor, Tensor, Tensor], None]) -> Any:
         """A hook that shows q, k and v [B, heads, T, H] of a stock attention module that AttentionInterface does not see."""

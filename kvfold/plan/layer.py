@@ -25,7 +25,9 @@ class AttentionLayer:
     are rotated, 0 for none; `rotary_kind`: which of the family's rotations, if it has several; `rotary_speeds`: radians per
     token of each pair, nothing where they change with the length of a sequence. `interleaved`: the family's own code rotates
     neighbours, and its weights are read in another order (`order_of_numbers`); `tables_interleaved`: so are its tables.
-    `alibi`: scores get a bias by distance. `softcap`: scores are capped by tanh. `output_dropout`: of the layer's output,
+    `makes_tables`: attention makes them itself, of positions and `rotary_speeds`. `only_eager`: the family's own code knows
+    no other attention than eager, and means by it no more than that masks are numbers to add. `alibi`: scores get a bias by
+    distance. `softcap`: scores are capped by tanh. `output_dropout`: of the layer's output,
     which some families apply inside attention.
     """
 
@@ -41,6 +43,8 @@ class AttentionLayer:
     rotary_speeds: tuple[float, ...] = ()
     interleaved: bool = False
     tables_interleaved: bool = False
+    makes_tables: bool = False
+    only_eager: bool = False
     qk_norm: bool = False
     flat_norm: bool = False
     norm_offset: float = 0.0
