@@ -83,10 +83,13 @@ FAMILIES = {
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     ),
     "stablelm_partial": (tf.StableLmConfig, {"use_qkv_bias": True}),
+    "phi_norms": (tf.PhiConfig, {"qk_layernorm": True, "layer_norm_eps": 1e-6}),
+    "stablelm_own_norms": (tf.StableLmConfig, {"qk_layernorm": True, "layer_norm_eps": 1e-6}),
     "smollm3_nope": (tf.SmolLM3Config, {"no_rope_layers": [1, 0, 1]}),
     "exaone4_nope": (tf.Exaone4Config, {"sliding_window": 9, "sliding_window_pattern": 2}),
     "olmo_plain": (tf.OlmoConfig, {}),
     "cohere_interleaved": (tf.CohereConfig, {}),
+    "cohere_own_norms": (tf.CohereConfig, {"use_qk_norm": True, "layer_norm_eps": 1e-6}),
     "cohere2_nope": (tf.Cohere2Config, {"sliding_window": 9, "sliding_window_pattern": 3}),
     "glm_interleaved": (tf.GlmConfig, {"head_dim": 16, "attention_bias": True}),
     "glm4_interleaved": (tf.Glm4Config, {"head_dim": 16, "attention_bias": True}),
@@ -141,6 +144,8 @@ FAMILIES |= {
         {"num_key_value_heads": 1, "num_attention_heads": 4, "n_head": 4, "n_layer": 3, "n_embd": 64},
     ),
     "falcon_one_head": (tf.FalconConfig, {"num_key_value_heads": 1, "num_attention_heads": 4, "bias": True}),
+    "gptj_partial": (tf.GPTJConfig, {"num_attention_heads": 4, "num_key_value_heads": 4, "rotary_dim": 8}),
+    "codegen_partial": (tf.CodeGenConfig, {"num_key_value_heads": 8, "rotary_dim": 4}),
     "falcon_groups": (tf.FalconConfig, {"new_decoder_architecture": True, "num_kv_heads": 4}),
     "gemma3_beside_vision": (
         tf.Gemma3Config,
@@ -222,8 +227,8 @@ def make_tiny(name: str, *, seed: int = 0, **changes: object) -> tf.PreTrainedMo
     eager = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
     model = architecture(config.model_type).model_class._from_config(config, **eager).float().eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or name.endswith("_norm.weight"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return add_sink(model) if name in SINKS else model
 

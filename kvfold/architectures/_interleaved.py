@@ -15,7 +15,7 @@ from torch import Tensor
 from kvfold.architectures.base import Architecture
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
 
-REORDERED = ("q_proj", "k_proj", "q_bias", "k_bias")
+REORDERED = ("q_proj", "k_proj", "q_bias", "k_bias", "q_norm", "k_norm")
 
 
 class Interleaved(Architecture):

@@ -30,15 +30,16 @@ class Architecture(ABC):
 
     `layers` and `attention` lead from the causal model to one layer's attention module, `output` from there to the projection
     behind its heads, `rotary` to the module that makes cos and sin; `passes_keywords` says whether a forward's keyword
-    arguments reach attention, `keeps_documents_apart` whether positions that begin again start a document that sees nothing
-    of the one before; `attn_implementation` names the only one that the family has, if it does not take others from
-    transformers' AttentionInterface; `no_stock_gqa` is why the family has no stock grouped-query class, if it has none,
-    `not_in_vllm` why kvfold does not serve it there; `mlp_in` and `mlp_out` lead from a layer to the projections whose rows
-    and whose columns are the MLP's neurons. `in_gguf`: GGUF files have its projections as kvfold reads them. `beside`: parts
-    of the base model that no text passes. `repeats_heads`: transformers' own model caches every key and value once for each
-    of its queries. `sums_late`: vLLM's own model adds up what its processes have of attention together with what they have of
-    the MLP. `experts`: the parameters in which current models have all experts of a layer -> the names of each one's parts in
-    files, whose rows it stacks.
+    arguments reach attention, `dead` are patterns of tensors in old files that no current model reads,
+    `keeps_documents_apart` whether positions that begin again start a document that sees nothing of the one before;
+    `attn_implementation` names the only one that the family has, if it does not take others from transformers'
+    AttentionInterface; `no_stock_gqa` is why the family has no stock grouped-query class, if it has none, `not_in_vllm` why
+    kvfold does not serve it there; `mlp_in` and `mlp_out` lead from a layer to the projections whose rows and whose columns
+    are the MLP's neurons. `in_gguf`: GGUF files have its projections as kvfold reads them. `beside`: parts of the base model
+    that no text passes. `repeats_heads`: transformers' own model caches every key and value once for each of its queries.
+    `sums_late`: vLLM's own model adds up what its processes have of attention together with what they have of the MLP.
+    `norm_names`: of the modules that normalise queries and keys, where there are such. `experts`: the parameters in which
+    current models have all experts of a layer -> the names of each one's parts in files, whose rows it stacks.
     """
 
     model_type: ClassVar[str]
@@ -48,6 +49,7 @@ class Architecture(ABC):
     output: ClassVar[str] = "o_proj"
     rotary: ClassVar[str | None] = "model.rotary_emb"
     passes_keywords: ClassVar[bool] = True
+    dead: ClassVar[tuple[str, ...]] = ()
     keeps_documents_apart: ClassVar[bool] = True
     attn_implementation: ClassVar[str | None] = None
     no_stock_gqa: ClassVar[str | None] = None
@@ -58,6 +60,7 @@ class Architecture(ABC):
     beside: ClassVar[tuple[str, ...]] = ()
     repeats_heads: ClassVar[bool] = False
     sums_late: ClassVar[bool] = False
+    norm_names: ClassVar[tuple[str, str]] = ("q_norm", "k_norm")
     experts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @property
@@ -131,7 +134,7 @@ class Architecture(ABC):
             scaling=module.scaling,
             rotary_dim=self.rotary_dim(module),
             window=self.window(module),
-            qk_norm=hasattr(module, "q_norm"),
+            qk_norm=hasattr(module, self.norm_names[0]),
             qkv_bias=module.q_proj.bias is not None,
             o_bias=getattr(module, self.output).bias is not None,
             attention_dropout=module.attention_dropout,
@@ -142,9 +145,9 @@ class Architecture(ABC):
         factor = (getattr(module.config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
         return int(module.head_dim * factor)
 
-    def observable(self, model: nn.Module) -> None:
-        """Let attention go through transformers' AttentionInterface, where the family's own does not."""
-        return None
+    def observable(self, model: nn.Module) -> bool:
+        """Let attention go through transformers' AttentionInterface, where the family's own does not; whether it now does."""
+        return self.attn_implementation is None
 
     def watch(self, module: Any, observer: Callable[[Tensor, Tensor, Tensor], None]) -> Any:
         """A hook that shows q, k and v [B, heads, T, H] of a stock attention module that AttentionInterface does not see."""
@@ -164,40 +167,41 @@ class Architecture(ABC):
 
     def norms(self, module: Any) -> tuple[nn.Module | None, nn.Module | None]:
         """The modules that normalise each head of queries and keys, or None."""
-        return getattr(module, "q_norm", None), getattr(module, "k_norm", None)
+        q_norm, k_norm = (getattr(module, name, None) for name in self.norm_names)
+        return q_norm, k_norm
 
     def weights(self, read: Callable[[str], Tensor], layer: AttentionLayer) -> AttentionWeights:
         """One layer's tensors. `read` takes a name inside the layer's attention, such as `q_proj.weight`."""
         names = {f"{p}_proj": f"{p}_proj.weight" for p in "qkv"} | {"o_proj": f"{self.output}.weight"}
         names |= {f"{p}_bias": f"{p}_proj.bias" for p in "qkv" if layer.qkv_bias}
         names |= {"o_bias": f"{self.output}.bias"} if layer.o_bias else {}
-        names |= {f"{p}_norm": f"{p}_norm.weight" for p in "qk"} if layer.qk_norm else {}
+        norms = list(zip("qk", self.norm_names, strict=True)) if layer.qk_norm else []
+        names |= {f"{p}_norm": f"{name}.weight" for p, name in norms}
+        names |= {f"{p}_norm_bias": f"{name}.bias" for p, name in norms if layer.norm_bias}
         return AttentionWeights(**{field: read(name) for field, name in names.items()})
 
-    def stock_attention(self, folded: FoldedWeights) -> dict[str, Tensor]:
+    def stock_attention(self, folded: FoldedWeights, head_dim: int) -> dict[str, Tensor]:
         """The tensors of a stock attention module, by their names in it."""
-        tensors = folded.state_dict(folded.q_proj.dtype)
-        return {name.replace("o_proj.", f"{self.output}."): tensor for name, tensor in tensors.items()}
+        names = dict(zip(("o_proj", "q_norm", "k_norm"), (self.output, *self.norm_names), strict=True))
+        tensors = folded.state_dict(folded.q_proj.dtype).items()
+        parts = ((name.split("."), tensor) for name, tensor in tensors)
+        return {f"{names.get(module, module)}.{parameter}": tensor for (module, parameter), tensor in parts}
+
+    def not_served_by_vllm(self, config: Mapping[str, Any]) -> str | None:
+        """Why kvfold does not serve a model of this config.json there; None if it does."""
+        return self.not_in_vllm
 
 
 CONTRACT = Architecture
-
-
-def refuse_norms(module: Any, field: str) -> None:
-    """Raise CheckpointError where queries and keys pass norms that every head has of its own."""
-    if getattr(module, field):
-        raise CheckpointError(
-            f"config.json: {field} is true: every head has a norm of its own, with which kvfold does not fold"
-            f" {module.config.model_type} models. Those without it are folded."
-        )
 
 
 def refuse_clipping(module: Any) -> None:
     """Raise CheckpointError where queries, keys and values are clipped."""
     if module.config.clip_qkv is not None:
         raise CheckpointError(
-            f"config.json: clip_qkv is {module.config.clip_qkv}; kvfold folds {module.config.model_type} models that do not"
-            " clip queries, keys and values."
+            f"config.json: clip_qkv is {module.config.clip_qkv}: values would have to be made at full width and clipped"
+            f" before they become latents, which kvfold does not do yet. It folds {module.config.model_type} models that do"
+            " not clip queries, keys and values."
         )
 
 

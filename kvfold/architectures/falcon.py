@@ -56,11 +56,12 @@ class Falcon(Architecture):
             parts["o_bias"] = read("dense.bias")
         return AttentionWeights(o_proj=read("dense.weight"), **parts)
 
-    def observable(self, model: nn.Module) -> None:
+    def observable(self, model: nn.Module) -> bool:
         modules: list[Any] = self.modules(model)
         for module in modules:
             module.num_key_value_groups = module.num_heads // module.num_kv_heads
             module.forward = functools.partial(_attend, module)
+        return True
 
     def layer_output(self, hidden_BTD: Tensor) -> Any:
         return hidden_BTD, None

@@ -37,7 +37,7 @@ class Phi3(Architecture):
         q, k, v = read("qkv_proj.weight").split([count * layer.head_dim for count in heads])
         return AttentionWeights(q_proj=q, k_proj=k, v_proj=v, o_proj=read("o_proj.weight"))
 
-    def stock_attention(self, folded: FoldedWeights) -> dict[str, Tensor]:
+    def stock_attention(self, folded: FoldedWeights, head_dim: int) -> dict[str, Tensor]:
         assert folded.k_proj is not None and folded.v_proj is not None, (
             "no layer of a stock model reads another's cache"
         )

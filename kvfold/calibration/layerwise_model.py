@@ -23,7 +23,7 @@ from kvfold.checkpoint.source import source_dtype
 from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.kernels.aged_attention import Aged, aged_attention, prefill_by_age
 from kvfold.runtimes.kernels.attention import grouped_attention, prefill_attention
-from kvfold.runtimes.kernels.rotary import own_tables
+from kvfold.runtimes.kernels.rotary import tables_of
 
 OBSERVED = "kvfold_observed"
 """Name under which attention that shows its queries, keys and values is registered with transformers."""
@@ -72,8 +72,8 @@ class StreamedModel:
             "sdpa" if arch.model_class._supports_sdpa else "eager"
         )
         self.model: PreTrainedModel = empty_model(arch, config)
-        if not arch.attn_implementation:
-            arch.observable(self.model)
+        self.observed = arch.observable(self.model)
+        if self.observed:
             self.model.config._attn_implementation = _register_observed_attention()
         self.layers = arch.describe(self.model)
         self.is_bfloat16 = source_dtype(checkpoint, arch, self.layers[0]) == "bfloat16"
@@ -198,7 +198,9 @@ class StreamedModel:
         module = self.model.get_submodule(self.arch.prefix(layer.index).rstrip("."))
         self._load(module, self.arch.prefix(layer.index))
         call = self.calls[layer.index]
-        cos, sin = own_tables(layer, call.get("position_embeddings")) or (None, None)
+        in_float32 = torch.empty(0)  # as weights are
+        tables = tables_of(layer, in_float32, call.get("position_embeddings"), call.get("position_ids"))
+        cos, sin = tables or (None, None)
         found: list[Seen] = []
         entered: list[Tensor] = []
 
@@ -217,7 +219,7 @@ class StreamedModel:
         if self.outputs:
             hooks.append(attention.register_forward_pre_hook(with_input, with_kwargs=True))
             hooks.append(getattr(attention, self.arch.output).register_forward_pre_hook(with_output))
-        if self.arch.attn_implementation:
+        if not self.observed:
             hooks.append(self.arch.watch(attention, observer))
         watching = Watching(observer, self.recent, list(layer.order_of_numbers) if layer.interleaved else None)
 

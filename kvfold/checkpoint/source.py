@@ -25,7 +25,7 @@ from kvfold.checkpoint.quantized import quantized
 from kvfold.checkpoint.reader import DTYPES, Checkpoint, StoredTensor, is_model_id, locate, read_json
 from kvfold.errors import CheckpointError
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
-from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
+from kvfold.plan.naming import CONFIG_KEY
 from kvfold.plan.plan import CachePlan, source_layer, source_plan
 
 MAX_SEQ_LEN = 2048
@@ -59,15 +59,14 @@ def load_plan(model: str | Path) -> tuple[CachePlan, bool]:
     return _own_plan(open_source(path))
 
 
-def plan_of_headers(model: str | Path) -> tuple[CachePlan, bool, str]:
-    """The same of a folder, or of a model on the hub, of which no weights are fetched; and the original's model_type."""
+def plan_of_headers(model: str | Path) -> tuple[CachePlan, bool, Mapping[str, Any]]:
+    """The same of a folder, or of a model on the hub, of which no weights are fetched; and its config.json."""
     checkpoint = headers(model) if is_model_id(model) else None
     config = read_json(locate(model) / "config.json") if checkpoint is None else checkpoint.config
-    model_type = str(config.get("model_type")).removeprefix(MODEL_TYPE_PREFIX)
     if config.get(CONFIG_KEY):
-        return CachePlan.from_dict(config[CONFIG_KEY]), True, model_type
+        return CachePlan.from_dict(config[CONFIG_KEY]), True, config
     plan, folded = load_plan(model) if checkpoint is None else _own_plan(understood(checkpoint))
-    return plan, folded, model_type
+    return plan, folded, config
 
 
 def _own_plan(source: Source) -> tuple[CachePlan, bool]:
@@ -147,7 +146,7 @@ def source_dtype(checkpoint: Checkpoint, arch: Architecture, layer: AttentionLay
 def under_current_names(checkpoint: Checkpoint, arch: Architecture, model: PreTrainedModel) -> Checkpoint:
     """The checkpoint with its tensors under the names of the current model, and without the masks and tables that old files
     of its family carry and no current model reads."""
-    dead = [DEAD_BUFFER, *(model._keys_to_ignore_on_load_unexpected or [])]
+    dead = [DEAD_BUFFER, *arch.dead, *(model._keys_to_ignore_on_load_unexpected or [])]
     expected, base = set(model.state_dict()), f"{model.base_model_prefix}."
     tensors = {arch.current_name(name): stored for name, stored in _without_wrapper(checkpoint.tensors).items()}
     # of a base model that was saved alone

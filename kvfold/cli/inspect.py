@@ -29,7 +29,7 @@ def command(
     if verify:
         check_files(locate(model))
     print_plan(found.plan, model)
-    for runtime, obstacle in servable_by(found.plan, found.model_type).items():
+    for runtime, obstacle in servable_by(found.plan, found.config).items():
         STDOUT.print(f"served by {runtime}: {'yes' if obstacle is None else f'no, {obstacle}'}")
     print_processes(found.plan)
     if sequences and not memory:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from kvfold.compression.recipe import Recipe
 from kvfold.plan.plan import CachePlan
@@ -58,9 +59,9 @@ tokenizer = AutoTokenizer.from_pretrained("{out}")
 
 
 def write_card_text(
-    recipe: Recipe, plan: CachePlan, *, model_type: str, version: str, parameters: tuple[int, int]
+    recipe: Recipe, plan: CachePlan, *, config: Mapping[str, Any], version: str, parameters: tuple[int, int]
 ) -> str:
-    """The card. `parameters`: numbers in attention weights before and after."""
+    """The card of a model with this config.json. `parameters`: numbers in attention weights before and after."""
     contexts = [
         f"| {n:,} tokens | {plan.source_kv_bytes(n):,} | {plan.kv_bytes(n):,} |"
         f" {plan.kv_bytes(n) / plan.source_kv_bytes(n):.4f} |"
@@ -87,13 +88,13 @@ def write_card_text(
         parameters=parameters[1],
         version=version,
         recipe=recipe.to_yaml(),
-        serving=" ".join(_serving(plan, model_type, recipe.out)),
+        serving=" ".join(_serving(plan, config, recipe.out)),
     )
 
 
-def _serving(plan: CachePlan, model_type: str, out: str) -> Iterator[str]:
+def _serving(plan: CachePlan, config: Mapping[str, Any], out: str) -> Iterator[str]:
     """A sentence per runtime that has a command to serve with."""
-    for name, obstacle in servable_by(plan, model_type).items():
+    for name, obstacle in servable_by(plan, config).items():
         command = runtime(name).serve_command(out)
         if command:
             serves = f"{name} serves it without flags (`pip install 'kvfold[{name}]'`): `{command}`."

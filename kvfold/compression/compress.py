@@ -146,7 +146,7 @@ def _request(recipe: Recipe, source: Source, material: Material) -> Request:
     request = dataclasses.replace(asked, targets=choose_layout(asked, kv_budget=budget, sample=sample))
     check_tokens(request, recipe.kv_budget, in_nats=asked.axes.width.in_nats or recipe.allocate == "measured")
     check_request(request, 1.0 if recipe.target_kl else budget)
-    _check_runtime(recipe, request, source.arch.model_type)
+    _check_runtime(recipe, request, source.checkpoint.config)
     if recipe.keep_parameters:
         if source.checkpoint.packed:
             raise RecipeError("keep_parameters widens MLPs, whose weights are quantized here; leave it out.")
@@ -154,12 +154,12 @@ def _request(recipe: Recipe, source: Source, material: Material) -> Request:
     return request
 
 
-def _check_runtime(recipe: Recipe, request: Request, model_type: str) -> None:
+def _check_runtime(recipe: Recipe, request: Request, config: Mapping[str, Any]) -> None:
     """Raise RecipeError or PlanError if what is asked for is not what the runtime serves, whatever the budget."""
     widest = request.plan({key: options[-1] for key, options in request.options.items()})
     for layer in request.layers:
         check_sinks(layer, widest.cache_of(layer.index))
-    if obstacle := runtime(recipe.runtime).obstacle(widest, model_type):
+    if obstacle := runtime(recipe.runtime).obstacle(widest, config):
         raise RecipeError(f"runtime {recipe.runtime!r}: {obstacle}")
 
 
@@ -294,7 +294,7 @@ def _complete(partial: Path, recipe: Recipe, source: Source, plan: CachePlan) ->
     card = write_card_text(
         recipe,
         plan,
-        model_type=source.arch.model_type,
+        config=source.checkpoint.config,
         version=__version__,
         parameters=_attention_parameters(source, plan),
     )

@@ -150,8 +150,8 @@ def _stock_tensors(checkpoint: Checkpoint, arch: Architecture, names: list[str],
         else:
             inside.setdefault(prefix, {})[name.removeprefix(prefix)] = checkpoint.read(name)
     for prefix, state in inside.items():
-        layer = FoldedWeights.from_state_dict(state)
-        tensors |= {prefix + name: tensor.contiguous() for name, tensor in arch.stock_attention(layer).items()}
+        stock = arch.stock_attention(FoldedWeights.from_state_dict(state), plan.source[0].head_dim)
+        tensors |= {prefix + name: tensor.contiguous() for name, tensor in stock.items()}
     return tensors
 
 

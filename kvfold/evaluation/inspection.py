@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,14 @@ PROCESSES = (2, 4, 8)
 
 @dataclass(frozen=True)
 class Inspection:
-    """A plan and the numbers that people ask of it."""
+    """A plan and the numbers that people ask of it. `config`: the model's config.json."""
 
     plan: CachePlan
     folded: bool
-    model_type: str
+    config: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        plan, servable = self.plan, servable_by(self.plan, self.model_type)
+        plan, servable = self.plan, servable_by(self.plan, self.config)
         return {
             "folded": self.folded,
             "kv_budget": plan.kv_budget,

@@ -15,7 +15,7 @@ from kvfold.plan.tensors import Shape
 @dataclass(frozen=True, kw_only=True)
 class FoldedWeights:
     """Tensors of one folded layer, named as the runtime names them. A layer that reads another's cache has no k_proj, v_proj,
-    k_norm and k_a_proj.
+    k_norm (nor its bias) and k_a_proj.
 
     k_proj gives the source's K heads where the plan has `k_projection`, else the C stored ones. k_a_proj [C, R, t*H] takes
     the rotated keys of a group to what is stored; k_b_proj [C, t*H, R] leads back, and k_b_bias [C, t*H] is added where the
@@ -43,6 +43,8 @@ class FoldedWeights:
     o_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    q_norm_bias: Tensor | None = None
+    k_norm_bias: Tensor | None = None
     k_a_proj: Tensor | None = None
     k_b_proj: Tensor | None = None
     v_b_proj: Tensor | None = None
@@ -88,10 +90,11 @@ class FoldedWeights:
 
 
 def parameter_name(field: str) -> str:
-    """`q_bias` -> `q_proj.bias`, anything else but `sinks` -> `<field>.weight`."""
-    if field == "sinks":
-        return field
-    return f"{field.removesuffix('_bias')}_proj.bias" if field.endswith("_bias") else f"{field}.weight"
+    """`q_bias` -> `q_proj.bias`, `q_norm_bias` -> `q_norm.bias`, anything else but `sinks` -> `<field>.weight`."""
+    if not field.endswith("_bias"):
+        return field if field == "sinks" else f"{field}.weight"
+    stem = field.removesuffix("_bias")
+    return f"{stem}.bias" if stem.endswith("_norm") else f"{stem}_proj.bias"
 
 
 def beside(shapes: Mapping[str, Shape], far: FoldedWeights, near: FoldedWeights) -> FoldedWeights:

@@ -20,13 +20,16 @@ class AttentionLayer:
     """Facts of one layer of the original model.
 
     `window`: sliding window in tokens. `qk_norm`: queries and keys are normalised before rotation, per head or (`flat_norm`)
-    all heads of a token at once; `norm_offset` is added to the norm's weight. `rotary_dim`: numbers of each head that are
-    rotated, 0 for none; `rotary_kind`: which of the family's rotations, if it has several; `rotary_speeds`: radians per token
-    of each pair, nothing where they change with the length of a sequence. `interleaved`: the family's own code rotates
+    all heads of a token at once; `norm_offset` is added to the norm's weight. `own_norms`: every head has weights of its own
+    for that; `centred_norm`: the mean is taken off first; `norm_bias`: there is one. `rotary_dim`: numbers of each head that
+    are rotated, 0 for none; `rotary_kind`: which of the family's rotations, if it has several; `rotary_speeds`: radians per
+    token of each pair, nothing where they change with the length of a sequence. `interleaved`: the family's own code rotates
     neighbours, and its weights are read in another order (`order_of_numbers`); `tables_interleaved`: so are its tables.
-    `alibi`: scores get a bias by distance. `softcap`: scores are capped by tanh. `sinks`: each query head's softmax has one
-    more score, a parameter of its own, which no token goes with. `output_dropout`: of the layer's output, which some families
-    apply inside attention. `position_axes`: positions of one token, more than one where it stands in an image.
+    `makes_tables`: attention makes them itself, of positions and `rotary_speeds`. `position_axes`: positions of one token,
+    more than one where it stands in an image. `only_eager`: the family's own code knows no other attention than eager, and
+    means by it no more than that masks are numbers to add. `alibi`: scores get a bias by distance. `softcap`: scores are
+    capped by tanh. `sinks`: each query head's softmax has one more score, a parameter of its own, which no token goes with.
+    `output_dropout`: of the layer's output, which some families apply inside attention.
     """
 
     index: int
@@ -41,9 +44,14 @@ class AttentionLayer:
     rotary_speeds: tuple[float, ...] = ()
     interleaved: bool = False
     tables_interleaved: bool = False
+    makes_tables: bool = False
+    only_eager: bool = False
     qk_norm: bool = False
     flat_norm: bool = False
     norm_offset: float = 0.0
+    own_norms: bool = False
+    centred_norm: bool = False
+    norm_bias: bool = False
     position_axes: int = 1
     alibi: bool = False
     softcap: float | None = None
@@ -76,8 +84,8 @@ class AttentionLayer:
 class AttentionWeights:
     """Tensors of one layer of the original model, [out_features, in_features] as in nn.Linear.
 
-    q_proj [N*H, D], k_proj and v_proj [K*H, D], o_proj [D, N*H]; biases [out] or None; q_norm, k_norm [H] (flat norms [N*H]
-    and [K*H]) or None; sinks [N] or None.
+    q_proj [N*H, D], k_proj and v_proj [K*H, D], o_proj [D, N*H]; biases [out] or None; q_norm, k_norm [H] (flat norms, and
+    where every head has its own, [N*H] and [K*H]) or None, and so their biases; sinks [N] or None.
     """
 
     q_proj: Tensor
@@ -90,4 +98,6 @@ class AttentionWeights:
     o_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    q_norm_bias: Tensor | None = None
+    k_norm_bias: Tensor | None = None
     sinks: Tensor | None = None

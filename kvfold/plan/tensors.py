@@ -45,8 +45,12 @@ TENSORS = (
     ("sinks", "N", "sinks"),
     ("q_norm.weight", "H", "head_norm"),
     ("q_norm.weight", "N*H", "flat_norm"),
+    ("q_norm.weight", "N*H", "own_norms"),
+    ("q_norm.bias", "H", "head_norm norm_bias"),
     ("k_norm.weight", "H", "makes head_norm"),
     ("k_norm.weight", "K*H", "makes flat_norm"),
+    ("k_norm.weight", "K*H", "makes own_norms"),
+    ("k_norm.bias", "H", "makes head_norm norm_bias"),
     ("k_a_up_proj.weight", "C, h, K/C*H", "hidden"),
     ("k_a_up_proj.bias", "", "hidden"),
     ("k_a_down_proj.weight", "C, E, h", "hidden"),
@@ -60,7 +64,8 @@ TENSORS = (
     ("v_b_up_proj.bias", "", "hidden"),
     ("v_b_down_proj.weight", "U, K/U*H, h", "hidden"),
 )
-"""(name, axes, conditions that must all hold; `!` negates). A bias has the axes of its weight, without the last one."""
+"""(name, axes, conditions that must all hold; `!` negates). A bias without axes here has those of its weight, without the
+last one."""
 
 HEADS = ("N", "K", "C", "U")
 
@@ -131,8 +136,10 @@ def conditions(layer: AttentionLayer, spec: CacheSpec, *, owns: bool) -> dict[st
         "qkv_bias": layer.qkv_bias,
         "o_bias": layer.o_bias or spec.output_bias,
         "sinks": layer.sinks,
-        "head_norm": layer.qk_norm and not layer.flat_norm,
+        "head_norm": layer.qk_norm and not layer.flat_norm and not layer.own_norms,
         "flat_norm": layer.qk_norm and layer.flat_norm,
+        "own_norms": layer.qk_norm and layer.own_norms,
+        "norm_bias": layer.norm_bias,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,8 +27,8 @@ class Runtime(ABC):
     measured_by: ClassVar[str] = ""
 
     @abstractmethod
-    def obstacle(self, plan: CachePlan, model_type: str | None = None) -> str | None:
-        """Why it cannot serve a plan, of a model of this type: the field, and the way out. None if it can."""
+    def obstacle(self, plan: CachePlan, config: Mapping[str, Any] | None = None) -> str | None:
+        """Why it cannot serve a plan, of a model with this config.json: the field, and the way out. None if it can."""
 
     def warning(self, plan: CachePlan) -> str | None:
         """What a plan that it serves loses there."""
@@ -52,6 +53,6 @@ def runtime(name: str) -> Runtime:
     return registry.load("runtimes", name)()
 
 
-def servable_by(plan: CachePlan, model_type: str | None = None) -> dict[str, str | None]:
-    """Runtime -> None if it serves this plan of a model of this type, else the obstacle and what to change."""
-    return {name: runtime(name).obstacle(plan, model_type) for name in registry.names("runtimes")}
+def servable_by(plan: CachePlan, config: Mapping[str, Any] | None = None) -> dict[str, str | None]:
+    """Runtime -> None if it serves this plan of a model with this config.json, else the obstacle and what to change."""
+    return {name: runtime(name).obstacle(plan, config) for name in registry.names("runtimes")}

@@ -50,15 +50,27 @@ def causal(tokens: int, window: int | None = None) -> Tensor:
     return seen if window is None else seen & (distance < window)
 
 
-def normalised_heads(layer: AttentionLayer, x_TF: Tensor, width: int | None, weight: Tensor | None) -> list[Tensor]:
-    """Heads of `width` numbers (None: as many as there are query heads), after RMSNorm over each or over all of a token."""
+def made_heads(
+    layer: AttentionLayer, weights: AttentionWeights | FoldedWeights, side: str, x_TD: Tensor, width: int | None
+) -> list[Tensor]:
+    """Queries (side q) or keys (k) as heads of `width` numbers (None: as many heads as there are query heads), after a norm
+    over each or over all of a token."""
+    projection, bias, norm, norm_bias = (
+        getattr(weights, side + part) for part in ("_proj", "_bias", "_norm", "_norm_bias")
+    )
+    x_TF = _linear(x_TD, projection, bias)
     width = width or x_TF.shape[1] // layer.num_attention_heads
-    if weight is None:
+    if norm is None:
         return list(x_TF.split(width, dim=1))
-    weight = weight + layer.norm_offset
+    norm = norm + layer.norm_offset
     if layer.flat_norm:
-        return list(_normalise(x_TF, weight).split(width, dim=1))
-    return [_normalise(head, weight) for head in x_TF.split(width, dim=1)]
+        return list(_normalise(x_TF, norm).split(width, dim=1))
+    heads = list(x_TF.split(width, dim=1))
+    if layer.centred_norm:
+        heads = [head - head.mean(-1, keepdim=True) for head in heads]
+    of_heads = norm.split(width) if layer.own_norms else [norm] * len(heads)
+    normalised = [_normalise(head, own) for head, own in zip(heads, of_heads, strict=True)]
+    return normalised if norm_bias is None else [head + norm_bias for head in normalised]
 
 
 def _normalise(x_TF: Tensor, weight_F: Tensor, eps: float = NORM_EPS) -> Tensor:
@@ -75,8 +87,8 @@ def attention(
 ) -> Tensor:
     """The original layer's attention output [T, D] for one sequence."""
     H = layer.head_dim
-    queries = normalised_heads(layer, _linear(hidden_TD, weights.q_proj, weights.q_bias), H, weights.q_norm)
-    keys = normalised_heads(layer, _linear(hidden_TD, weights.k_proj, weights.k_bias), H, weights.k_norm)
+    queries = made_heads(layer, weights, "q", hidden_TD, H)
+    keys = made_heads(layer, weights, "k", hidden_TD, H)
     values = _linear(hidden_TD, weights.v_proj, weights.v_bias).split(H, dim=1)
     keys = [rotate(k, cos_Tr, sin_Tr) for k in keys]
     heads = []
@@ -99,9 +111,8 @@ def stored(
     are stored for all tokens (E = R and G = V without recent ones), the last for the newest. known_TP: what caches give back
     that predict this one, of all tokens and then in the form of recent ones."""
     assert weights.k_proj is not None, "a reader stores nothing"
-    flat = _linear(hidden_TD, weights.k_proj, weights.k_bias)
     width = spec.made_widths[0] if weights.k_a_proj is None else layer.rotary_dim if spec.k_partial else layer.head_dim
-    keys = normalised_heads(layer, flat, width, weights.k_norm)
+    keys = made_heads(layer, weights, "k", hidden_TD, width)
     if spec.rope == "applied":
         keys = [rotate(k, cos_Tr, sin_Tr) for k in keys]
     if spec.fast_pairs:
@@ -160,7 +171,7 @@ def folded_attention(
     """
     H, K, N = layer.head_dim, layer.num_kv_heads, layer.num_attention_heads
     stored_keys, stored_values = cache
-    queries = normalised_heads(layer, _linear(hidden_TD, weights.q_proj, weights.q_bias), None, weights.q_norm)
+    queries = made_heads(layer, weights, "q", hidden_TD, None)
     heads = []
     for n, q_TH in enumerate(queries):
         kv = n * K // N
@@ -229,7 +240,7 @@ def joint_attention(
         "joint layers have a way to the latents and back"
     )
     assert weights.v_a_proj is not None and weights.v_b_proj is not None, "the same for values"
-    keys = normalised_heads(layer, _linear(hidden_TD, weights.k_proj, weights.k_bias), H, weights.k_norm)
+    keys = made_heads(layer, weights, "k", hidden_TD, H)
     keys = [rotate(k, cos_Tr, sin_Tr) for k in keys]
     values = _linear(hidden_TD, weights.v_proj, weights.v_bias).split(H, dim=1)
     past_keys = (past[0] @ weights.k_b_proj[0].T).split(H, dim=1)
@@ -237,7 +248,7 @@ def joint_attention(
     S, T = len(past[0]), len(hidden_TD)
     seen_TS = torch.cat([torch.ones(T, S, dtype=torch.bool), causal(T)], dim=1)
     heads = []
-    queries = normalised_heads(layer, _linear(hidden_TD, weights.q_proj, weights.q_bias), H, weights.q_norm)
+    queries = made_heads(layer, weights, "q", hidden_TD, H)
     for n, q_TH in enumerate(queries):
         kv = n * K // N
         q_TH = rotate(q_TH, cos_Tr, sin_Tr)

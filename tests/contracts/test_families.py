@@ -8,16 +8,20 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny import EXPERTS_IN_TURN, FAMILIES, in_steps, load, logits, make_tiny, save_tiny, step, tokens
+from safetensors.torch import load_file, save_file
+from tiny import EXPERTS_IN_TURN, FAMILIES, in_steps, load, logits, make_tiny, rotation, save_tiny, step, tokens
 
 import kvfold
 from kvfold.architectures._refused import REFUSED
-from kvfold.checkpoint.source import open_source
+from kvfold.calibration.layerwise_model import StreamedModel
+from kvfold.checkpoint.source import open_source, read_layer
 from kvfold.compression.export_gqa import export_gqa
 from kvfold.compression.recipe import make_recipe
 from kvfold.errors import CheckpointError, PlanError, RecipeError
 from kvfold.evaluation.inspection import inspect
+from kvfold.methods.width._head_grouping import reordered_weights
+from kvfold.runtimes import reference
+from kvfold.runtimes.kernels.rotary import tables_of
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.testing import assert_close
 
@@ -31,6 +35,7 @@ METHODS = {
     "small": {"preset": "auto", "kv_budget": 0.25, "prefer": "size"},
     "shared": {"preset": "cla", "depth": {"owners": 2}},
 }
+NORMS = ("phi_norms", "stablelm_own_norms", "cohere_own_norms")
 CASES = [pytest.param(model, method, id=f"{method}-{model}") for method in METHODS for model in FAMILIES]
 of_every_family = pytest.mark.parametrize(("model", "method"), CASES)
 
@@ -101,7 +106,18 @@ def position_bytes(plan):
 
 
 @pytest.mark.filterwarnings("ignore:kv_budget")
-@pytest.mark.parametrize("model", ["cohere_interleaved", "glm_interleaved", "smollm3_nope", "phi_partial"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "cohere_interleaved",
+        "glm_interleaved",
+        "smollm3_nope",
+        "phi_partial",
+        "phi_norms",
+        "cohere_own_norms",
+        "gptj_partial",
+    ],
+)
 def test_latents_that_several_layers_fill(folded, tmp_path, model):
     """Rotated as the family does, at full width the original, however tokens come."""
     source, _ = folded(model, "identity")
@@ -145,9 +161,6 @@ def test_generation(folded, model):
 @pytest.mark.parametrize(
     ("model", "changes", "named"),
     [
-        ("phi_partial", {"qk_layernorm": True}, "qk_layernorm"),
-        ("stablelm_partial", {"qk_layernorm": True}, "qk_layernorm"),
-        ("cohere_interleaved", {"use_qk_norm": True}, "use_qk_norm"),
         ("olmo_plain", {"clip_qkv": 8.0}, "clip_qkv"),
         ("olmoe_experts", {"clip_qkv": 8.0}, "clip_qkv"),
     ],
@@ -158,10 +171,44 @@ def test_what_a_family_may_have_and_kvfold_does_not_know(tmp_path, model, change
         open_source(tmp_path / "source")
 
 
+@pytest.mark.parametrize("model", [*NORMS, "gptj_partial", "codegen_partial"])
+def test_what_heads_pass_equals_the_oracle(folded, model):
+    """Norms with weights (and biases) as the stock model keeps them, in any order of heads; rotation by whoever makes its
+    tables. Statistics are of the same keys."""
+    source, _ = folded(model, "identity")
+    opened, network, ids = open_source(source), load(source).double(), tokens(1, 12)
+    layer, found = opened.layers[0], {}
+    module = opened.arch.modules(network)[0]
+    module.register_forward_hook(lambda m, args, kwargs, out: found.update(kwargs, out=out[0]), with_kwargs=True)
+    logits(network, ids)
+    hidden_1TD = found["hidden_states"]
+    tables = tables_of(layer, hidden_1TD, found.get("position_embeddings"), found.get("position_ids"))
+    cos, sin = rotation({"position_embeddings": tables})
+    weights = read_layer(opened.checkpoint, opened.arch, layer)
+    streamed, seen = StreamedModel(opened.checkpoint, opened.arch, "cpu"), []
+    with torch.no_grad():
+        streamed.advance(layer, streamed.embed(ids), seen.append)
+    keys = reference.made_heads(layer, weights, "k", hidden_1TD[0], layer.head_dim)
+    assert_close(seen[0].k[0].double(), torch.stack([reference.rotate(k, cos, sin) for k in keys]), tolerance=1e-5)
+    for same in (weights, reordered_weights(layer, weights, [*range(1, layer.num_kv_heads), 0])):
+        expected = reference.attention(layer, same, hidden_1TD[0], cos, sin, reference.causal(12))
+        assert_close(found["out"][0], expected, tolerance=1e-5)
+
+
+def test_buffers_of_old_files_are_left_out(folded, tmp_path):
+    """Masks that gptj files carry, which end as biases do."""
+    source, _ = folded("gptj_partial", "identity")
+    tensors = load_file(source / "model.safetensors")
+    for layer in range(3):
+        tensors[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+        tensors[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e9)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    assert set(open_source(tmp_path).checkpoint.tensors) == set(open_source(source).checkpoint.tensors)
+
+
 def test_experts_that_are_missing_are_named(tmp_path):
     """One of many parts of one parameter."""
-    from safetensors.torch import save_file
-
     source = save_tiny(make_tiny("mixtral_experts"), tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
     gone = next(name for name in tensors if ".experts.2.w3." in name)
@@ -179,10 +226,15 @@ def test_stock_exports(folded, tmp_path, model):
         with pytest.raises(PlanError, match=reason.split(",")[0]):
             export_gqa(whole.out, tmp_path / "out")
         return
-    recipe = make_recipe({"model": str(source), "out": str(tmp_path / "half"), "preset": "gqa", "kv_budget": 0.5})
-    half = kvfold.compress(recipe, device="cpu").out
-    assert export_gqa(half, tmp_path / "out") == 2
-    assert_close(logits(load(tmp_path / "out"), tokens()), logits(load(half), tokens()), tolerance=1e-5)
+    recipe = {"model": str(source), "out": str(tmp_path / "half"), "preset": "gqa", "kv_budget": 0.5}
+    if open_source(source).layers[0].own_norms:  # which no head can have in the place of two
+        with pytest.raises(RecipeError, match="norms that heads have of their own"):
+            kvfold.compress(make_recipe(recipe | {"preset": "procrustes"}), device="cpu")
+        made, heads = whole.out, 4
+    else:
+        made, heads = kvfold.compress(make_recipe(recipe), device="cpu").out, 2
+    assert export_gqa(made, tmp_path / "out") == heads
+    assert_close(logits(load(tmp_path / "out"), tokens()), logits(load(made), tokens()), tolerance=1e-5)
 
 
 IMAGES = ["gemma3_beside_vision", "mistral3_beside_vision", *(name for name in FAMILIES if "_vl_" in name)]
@@ -221,11 +273,15 @@ def test_images_pass_beside_text(folded, model, method):
     assert torch.equal(with_cache, network.generate(ids, use_cache=False, **options))
 
 
-@pytest.mark.parametrize("model", [*IMAGES, "falcon_groups", "bigcode_one_head"])
+NOT_IN_VLLM = [*IMAGES, *NORMS, "falcon_groups", "bigcode_one_head", "gptj_partial"]
+
+
+@pytest.mark.parametrize("model", NOT_IN_VLLM)
 def test_what_vllm_does_not_serve_is_refused_before_work(folded, tmp_path, model):
     """And the model's card and `kvfold inspect` say so."""
     source, made = folded(model, "identity")
-    reason = open_source(source).arch.not_in_vllm
+    opened = open_source(source)
+    reason = opened.arch.not_served_by_vllm(opened.checkpoint.config)
     recipe = make_recipe({"model": str(source), "out": str(tmp_path / "out"), "runtime": "vllm", "preset": "int8"})
     with pytest.raises(RecipeError, match=reason.split(";")[0]):
         kvfold.compress(recipe, device="cpu")

@@ -8,7 +8,9 @@ from kvfold.architectures.base import architecture
 
 DEFAULT = ("mixtral_experts", "qwen3_moe_experts", "cohere2_nope", "glm4_interleaved", "smollm3_nope", "phi_partial")
 TYPES = {name: config_class.model_type for name, (config_class, _) in FAMILIES.items()}
-SERVED = [name for name in FAMILIES if architecture(TYPES[name]).not_in_vllm is None]
+SERVED = [
+    name for name, (_, fields) in FAMILIES.items() if architecture(TYPES[name]).not_served_by_vllm(fields) is None
+]
 CASES = [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.rare) for name in SERVED]
 
 

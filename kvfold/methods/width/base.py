@@ -201,5 +201,6 @@ def plain_spec(layer: AttentionLayer, keys: StoredShape, values: StoredShape) ->
 
 def as_reader(folded: FoldedWeights) -> FoldedWeights:
     """Without what only the owner of a cache has: the way from hidden states to what is stored."""
-    owners = ("k_proj", "v_proj", "k_bias", "v_bias", "k_norm", "k_a_proj", "k_a_bias", "k_u_proj", "k_u_bias")
+    made = ("k_proj", "v_proj", "k_bias", "v_bias", "k_norm", "k_norm_bias", "k_a_proj", "k_a_bias")
+    owners = (*made, "k_u_proj", "k_u_bias")
     return dataclasses.replace(folded, **dict.fromkeys(owners))  # type: ignore[arg-type]

@@ -48,7 +48,7 @@ class MeanPool(WidthMethod):
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
         return dataclasses.replace(
             plain_spec(layer, keys, values),
-            k_projection=layer.flat_norm and keys.num_heads < layer.num_kv_heads,
+            k_projection=(layer.flat_norm or layer.own_norms) and keys.num_heads < layer.num_kv_heads,
         )
 
     def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
@@ -60,8 +60,9 @@ class MeanPool(WidthMethod):
             "k_bias": _mean(group, lambda w: _pool(w.k_bias, key_heads, H)),
             "v_bias": _mean(group, lambda w: _pool(w.v_bias, spec.num_v_heads, H)),
             "k_norm": _mean(group, lambda w: w.k_norm),
+            "k_norm_bias": _mean(group, lambda w: w.k_norm_bias),
         }
-        if spec.k_projection:  # a norm over all heads of a token stands before the mean
+        if spec.k_projection:  # norms of all heads of a token, or of each one's own, stand before the mean
             each = torch.eye(H, dtype=torch.float64).repeat(1, group.owner.num_kv_heads // spec.num_kv_heads)
             pooled["k_a_proj"] = (each * spec.num_kv_heads / group.owner.num_kv_heads).expand(spec.num_kv_heads, -1, -1)
             pooled["k_b_proj"] = each.T.expand(spec.num_kv_heads, -1, -1)

@@ -57,10 +57,13 @@ class Procrustes(WidthMethod):
             raise RecipeError(
                 "width method 'procrustes' does not span layers; use mean_pool or logit with a depth method."
             )
-        if layer.flat_norm:
-            raise RecipeError(
-                "a norm over all heads of a token leaves no ordinary grouped-query form; use svd_a or logit."
+        if layer.flat_norm or layer.own_norms:
+            norm = (
+                "a norm over all heads of a token leaves"
+                if layer.flat_norm
+                else "norms that heads have of their own leave"
             )
+            raise RecipeError(f"{norm} no ordinary grouped-query form; use svd_a or logit.")
         heads = divisors(layer.num_kv_heads)
         if self.kv_heads and self.kv_heads not in heads:
             raise RecipeError(

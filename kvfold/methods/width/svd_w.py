@@ -37,8 +37,15 @@ def _keys(layer: AttentionLayer, weights: AttentionWeights) -> Tensor:
     if weights.k_norm is None:
         return keys
     heads = 1 if layer.flat_norm else layer.num_kv_heads
+    if layer.centred_norm:
+        per_head = keys.unflatten(0, (heads, -1))
+        keys = (per_head - per_head.mean(1, keepdim=True)).flatten(0, 1)
     rms = keys.square().sum(1).unflatten(0, (heads, -1)).mean(1).clamp_min(1e-30).sqrt()
-    return keys * torch.outer(1 / rms, weights.k_norm.double() + layer.norm_offset).flatten()[:, None]
+    scales = (weights.k_norm.double() + layer.norm_offset).unflatten(0, (heads if layer.own_norms else 1, -1))
+    keys = keys * ((1 / rms)[:, None] * scales).flatten()[:, None]
+    if weights.k_norm_bias is not None:
+        keys[:, -1] += weights.k_norm_bias.double().repeat(heads)
+    return keys
 
 
 def _with_bias(weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:

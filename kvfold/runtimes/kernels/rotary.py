@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,29 @@ def own_tables(layer: AttentionLayer, tables: Tables | None) -> Tables | None:
         return tables
     cos, sin = (torch.cat([table if once else table[..., ::2]] * 2, dim=-1) for table in tables)
     return cos, sin
+
+
+def tables_of(
+    layer: AttentionLayer, hidden_BTD: Tensor, tables: Tables | None, positions_BT: Tensor | None
+) -> Tables | None:
+    """The same, whoever makes a family's tables."""
+    if not layer.makes_tables:
+        return own_tables(layer, tables)
+    if positions_BT is None:
+        raise ValueError(f"layer {layer.index} rotates by position_ids; call the whole ...ForCausalLM model.")
+    return made_tables(layer.rotary_speeds, hidden_BTD, positions_BT)
+
+
+def made_tables(speeds: tuple[float, ...], hidden_BTD: Tensor, positions_BT: Tensor) -> Tables:
+    """cos and sin of pairs that turn by so many radians per token, in the dtype of hidden states."""
+    angles = positions_BT[..., None].float() * _on_device(speeds, positions_BT.device)
+    cos, sin = (torch.cat([table, table], dim=-1).to(hidden_BTD.dtype) for table in (angles.cos(), angles.sin()))
+    return cos, sin
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(speeds: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(speeds, dtype=torch.float32, device=device)
 
 
 def slow_tables(cos: Tensor, sin: Tensor, fast_pairs: int) -> tuple[Tensor, Tensor]:

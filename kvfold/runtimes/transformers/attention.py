@@ -34,7 +34,7 @@ from kvfold.runtimes.kernels.packed_tokens import (
     read_for_product,
     read_once,
 )
-from kvfold.runtimes.kernels.rotary import apply_rotary, own_tables
+from kvfold.runtimes.kernels.rotary import apply_rotary, own_tables, tables_of
 from kvfold.runtimes.transformers.attention_by_age import AttentionByAge
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
 from kvfold.runtimes.transformers.head_runs import AttentionByRun
@@ -115,7 +115,7 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome
         cache = layer_past if past_key_values is None else past_key_values
         state = CURRENT_STATE.get() if kv_state is None else kv_state
         mask = with_alibi(attention_mask, alibi, self.layer.num_attention_heads)
-        position_embeddings = own_tables(self.layer, position_embeddings)
+        position_embeddings = tables_of(self.layer, hidden_states, position_embeddings, kwargs.get("position_ids"))
         q = self._queries(hidden_states, position_embeddings)
         z, y = self._keys_values(hidden_states, position_embeddings, cache, state, mask)
         tables = None
@@ -259,10 +259,9 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome
         return {"scale": self.scaling, "softcap": self.layer.softcap, "sinks": self.sinks}
 
     def _eager(self) -> bool:
-        """The fused kernels cap no scores. Families with alibi or sinks only know eager, and mean by it
-        that masks are numbers to add, which they take as well."""
-        known = self.layer.alibi or self.layer.sinks
-        asked = self.config._attn_implementation == "eager" and not known
+        """The fused kernels cap no scores. What a family that only knows eager means by it, masks that are numbers to add,
+        they take as well."""
+        asked = self.config._attn_implementation == "eager" and not self.layer.only_eager
         return asked or self.layer.softcap is not None
 
     def _absorb(self, q_BNTH: Tensor) -> Tensor:

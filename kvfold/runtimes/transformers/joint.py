@@ -12,7 +12,7 @@ from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.kernels.attention import grouped_attention, prefill_attention, softmax, with_alibi
 from kvfold.runtimes.kernels.packed_tokens import read_all
-from kvfold.runtimes.kernels.rotary import apply_rotary, own_tables
+from kvfold.runtimes.kernels.rotary import apply_rotary, tables_of
 from kvfold.runtimes.transformers.attention import FoldedAttention
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
 from kvfold.runtimes.transformers.projections import GroupedLinear
@@ -50,7 +50,7 @@ class JointAttention(FoldedAttention):
         kv_state: ForwardState | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        position_embeddings = own_tables(self.layer, position_embeddings)
+        position_embeddings = tables_of(self.layer, hidden_states, position_embeddings, kwargs.get("position_ids"))
         q = self._queries(hidden_states, position_embeddings)
         k = self._heads(self.k_proj(hidden_states), self.layer.num_kv_heads, self.k_norm)
         k = k if position_embeddings is None else apply_rotary(k, *position_embeddings)

@@ -26,6 +26,7 @@ from kvfold.checkpoint.remote_code import FILE, auto_map, remote_code
 from kvfold.errors import CheckpointError, PlanError
 from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
 from kvfold.plan.plan import CachePlan
+from kvfold.runtimes.kernels.rotary import made_tables
 from kvfold.runtimes.transformers.attention import FoldedAttention, attention_class
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState, note_positions
@@ -52,8 +53,7 @@ class FoldedModel:
         """The stock forward, whose layers share what they have to."""
         if not self.needs_state:
             return stock_class.forward(self, **arguments)
-        rotary = self.architecture.rotary
-        state = ForwardState(self.get_submodule(rotary) if rotary else None)  # type: ignore[attr-defined]
+        state = ForwardState(self._rotation())
         if self.architecture.passes_keywords:
             return stock_class.forward(self, **arguments, kv_state=state)
         token = CURRENT_STATE.set(state)
@@ -61,6 +61,13 @@ class FoldedModel:
             return stock_class.forward(self, **arguments)
         finally:
             CURRENT_STATE.reset(token)
+
+    def _rotation(self) -> Any:
+        """(hidden states, positions) -> cos and sin; None in families that do not rotate."""
+        if self.makes_tables:
+            return functools.partial(made_tables, self.makes_tables)
+        rotary = self.architecture.rotary
+        return self.get_submodule(rotary) if rotary else None  # type: ignore[attr-defined]
 
     def _and_again(self, stock_class: Any, arguments: dict[str, Any]) -> Any:
         """The same; a prompt that a scorer asks for is read a second time behind itself, to choose what of it stays."""
@@ -105,6 +112,7 @@ class FoldedModel:
             )
         self.needs_state = self.has_readers or plan.position_bytes > 0 or plan.joint
         layers = self.architecture.describe(self)  # type: ignore[arg-type]
+        self.makes_tables = layers[0].rotary_speeds if layers[0].makes_tables else ()
         if self.architecture.rotary and layers[0].position_axes > 1:
             self.get_submodule(self.architecture.rotary).register_forward_pre_hook(note_positions)  # type: ignore[attr-defined]
         for facts, old in zip(layers, self.architecture.modules(self), strict=True):  # type: ignore[arg-type]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.base import Runtime
 
@@ -11,5 +14,5 @@ class Transformers(Runtime):
 
     measured_by = "steps"
 
-    def obstacle(self, plan: CachePlan, model_type: str | None = None) -> str | None:
+    def obstacle(self, plan: CachePlan, config: Mapping[str, Any] | None = None) -> str | None:
         return None

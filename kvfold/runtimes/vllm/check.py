@@ -23,9 +23,10 @@ class CheckedConfig(VerifyAndUpdateConfig):
 
 def check_servable(vllm_config: Any) -> None:
     """Raise PlanError that names the obstacle."""
-    plan = CachePlan.from_dict(getattr(vllm_config.model_config.hf_config, CONFIG_KEY))
-    arch = architecture(vllm_config.model_config.hf_config.model_type.removeprefix(MODEL_TYPE_PREFIX))
-    if obstacle := Vllm().obstacle(plan, arch.model_type):
+    config = vllm_config.model_config.hf_config
+    plan = CachePlan.from_dict(getattr(config, CONFIG_KEY))
+    arch = architecture(config.model_type.removeprefix(MODEL_TYPE_PREFIX))
+    if obstacle := Vllm().obstacle(plan, config.to_dict()):
         raise PlanError(obstacle)
     if is_packed(plan):
         _check_packed(vllm_config)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kvfold.architectures.base import architecture
 from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.naming import MODEL_TYPE_PREFIX
 from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.base import Runtime
 
@@ -25,9 +27,11 @@ class Vllm(Runtime):
     widths = WIDTHS
     measured_by = "requests"
 
-    def obstacle(self, plan: CachePlan, model_type: str | None = None) -> str | None:
-        if model_type is not None and (reason := architecture(model_type).not_in_vllm):
-            return f"{model_type}: {reason}"
+    def obstacle(self, plan: CachePlan, config: Mapping[str, Any] | None = None) -> str | None:
+        if config is not None:
+            arch = architecture(str(config.get("model_type")).removeprefix(MODEL_TYPE_PREFIX))
+            if reason := arch.not_served_by_vllm(config):
+                return f"{arch.model_type}: {reason}"
         for layer, spec in enumerate(plan.caches):
             found = None if spec is None else _in_the_way(spec)
             if found:
