@@ -184,8 +184,8 @@ class Architecture(ABC):
         """The tensors of a stock attention module, by their names in it."""
         names = dict(zip(("o_proj", "q_norm", "k_norm"), (self.output, *self.norm_names), strict=True))
         tensors = folded.state_dict(folded.q_proj.dtype).items()
-        parts = ((name.split("."), tensor) for name, tensor in tensors)
-        return {f"{names.get(module, module)}.{parameter}": tensor for (module, parameter), tensor in parts}
+        parts = ((name.partition("."), tensor) for name, tensor in tensors)
+        return {f"{names.get(module, module)}{dot}{parameter}": x for (module, dot, parameter), x in parts}
 
     def not_served_by_vllm(self, config: Mapping[str, Any]) -> str | None:
         """Why kvfold does not serve a model of this config.json there; None if it does."""
