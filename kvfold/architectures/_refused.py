@@ -9,7 +9,6 @@ REFUSED = {
     "gpt_oss": SINKS,
     "llama4": "keys are normalised behind the rotation, and positions cut prompts into chunks; llama (3.x) is folded.",
     "llama4_text": "keys are normalised behind the rotation, and positions cut prompts into chunks; llama (3.x) is folded.",
-    "mpt": "its masks and ALiBi come in a form of their own; bloom is the family with ALiBi that is folded.",
     "gpt_neo": "every other layer attends to a band whose mask it makes itself; gpt_neox and gpt2 are folded.",
     "qwen2_vl": WHERE + " Its language model alone, saved as qwen2, is folded.",
     "qwen2_5_vl": WHERE + " Its language model alone, saved as qwen2, is folded.",

@@ -26,17 +26,16 @@ class Gptj(Interleaved):
     output = "out_proj"
     rotary = None
     dead = (r"\.attn\.(bias|masked_bias|embed_positions)$",)
-    keeps_documents_apart = False
     passes_keywords = False
     attn_implementation = "eager"
     in_gguf = False
     mlp_in = ()
 
     def facts(self, module: Any, index: int) -> AttentionLayer:
-        if not module.rotary_dim:
+        if not module.rotary_dim or module.rotary_dim > module.head_dim or module.rotary_dim % 2:
             raise CheckpointError(
-                f"config.json: rotary_dim is {module.rotary_dim}; kvfold folds {self.model_type} models that say how many"
-                " numbers of each head are rotated."
+                f"config.json: rotary_dim is {module.rotary_dim}; kvfold folds {self.model_type} models that rotate pairs of"
+                f" the {module.head_dim} numbers of each head, so many of them."
             )
         return AttentionLayer(
             index=index,
