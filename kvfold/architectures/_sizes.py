@@ -18,8 +18,6 @@ MOST = {
     "num_experts": 2**14, "num_local_experts": 2**14, "num_experts_per_tok": 2**14,
 }  # fmt: skip
 """Field -> far more than any model has."""
-MOST_IN_TABLES = 2**28
-"""Numbers that a family's own code makes before anything of it is known."""
 SHARES = frozenset({"partial_rotary_factor", "rotary_pct", "rotary_emb_fraction"})
 """Of a head's numbers."""
 MAY_BE_ZERO = frozenset({"num_experts", "num_local_experts"})
@@ -38,11 +36,6 @@ def check_sizes(config: Mapping[str, Any], where: str = "config.json") -> None:
             raise CheckpointError(f"{where}: {name} is {shortened(value)} where fields of its own were expected.")
         if name == "text_config" and isinstance(value, Mapping):
             check_sizes(value, f"{where}: text_config")
-    of_one_layer = (config.get("rotary_dim") or 0) * (config.get("n_positions") or 0)
-    if of_one_layer * (config.get("n_layer") or 1) > MOST_IN_TABLES:
-        raise CheckpointError(
-            f"{where}: n_layer, n_positions and rotary_dim ask for rotary tables of more than {MOST_IN_TABLES:,} numbers."
-        )
     for name, number in _numbers(config):
         if isinstance(number, float) and not math.isfinite(number):
             raise CheckpointError(f"{where}: {name} is no finite number; download it again.")

@@ -12,6 +12,7 @@ from tiny import FAMILIES, in_steps, load, logits, make_tiny, rotation, save_tin
 
 import kvfold
 from kvfold.architectures._refused import REFUSED
+from kvfold.architectures.base import architecture, source_config
 from kvfold.calibration.layerwise_model import StreamedModel
 from kvfold.checkpoint.source import open_source, read_layer
 from kvfold.compression.export_gqa import export_gqa
@@ -193,6 +194,16 @@ def test_what_heads_pass_equals_the_oracle(folded, model):
         assert_close(found["out"][0], expected, tolerance=1e-5)
 
 
+def test_tables_that_take_all_memory_are_refused(folded):
+    """Which the family's own code would make before anything else is known."""
+    source, _ = folded("gptj_partial", "identity")
+    config = json.loads((source / "config.json").read_text())
+    for name, other in (("n_positions", "max_position_embeddings"), ("max_position_embeddings", "n_positions")):
+        fields = {field: value for field, value in config.items() if field != other} | {name: 2**28}
+        with pytest.raises(CheckpointError, match="rotary tables"):
+            source_config(architecture("gptj"), fields)
+
+
 def test_buffers_of_old_files_are_left_out(folded, tmp_path):
     """Masks that gptj files carry, which end as biases do."""
     source, _ = folded("gptj_partial", "identity")
@@ -228,6 +239,8 @@ def test_stock_exports(folded, tmp_path, model):
     if open_source(source).layers[0].own_norms:  # which no head can have in the place of two
         with pytest.raises(RecipeError, match="norms that heads have of their own"):
             kvfold.compress(make_recipe(recipe | {"preset": "procrustes"}), device="cpu")
+        with pytest.raises(PlanError, match="only plans with all 4 heads"):
+            export_gqa(kvfold.compress(make_recipe(recipe), device="cpu").out, tmp_path / "out")
         made, heads = whole.out, 4
     else:
         made, heads = kvfold.compress(make_recipe(recipe), device="cpu").out, 2
