@@ -145,6 +145,7 @@ FAMILIES |= {
     ),
     "falcon_one_head": (tf.FalconConfig, {"num_key_value_heads": 1, "num_attention_heads": 4, "bias": True}),
     "gptj_partial": (tf.GPTJConfig, {"num_attention_heads": 4, "num_key_value_heads": 4, "rotary_dim": 8}),
+    "mpt_alibi": (tf.MptConfig, {"num_key_value_heads": 8, "max_seq_len": 512}),
     "codegen_partial": (tf.CodeGenConfig, {"num_key_value_heads": 8, "rotary_dim": 4}),
     "falcon_groups": (tf.FalconConfig, {"new_decoder_architecture": True, "num_kv_heads": 4}),
     "gemma3_beside_vision": (

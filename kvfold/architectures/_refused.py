@@ -6,7 +6,6 @@ STATES = "its layers keep states of one size, or a few layers of attention among
 REFUSED = {
     "llama4": "keys are normalised behind the rotation, and positions cut prompts into chunks; llama (3.x) is folded.",
     "llama4_text": "keys are normalised behind the rotation, and positions cut prompts into chunks; llama (3.x) is folded.",
-    "mpt": "its masks and ALiBi come in a form of their own; bloom is the family with ALiBi that is folded.",
     "gpt_neo": "every other layer attends to a band whose mask it makes itself; gpt_neox and gpt2 are folded.",
     "mllama": "it attends to images by layers of their own; llama (3.x) of text alone is folded.",
     "deepseek_v2": LATENT,

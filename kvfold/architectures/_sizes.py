@@ -14,6 +14,7 @@ MOST = {
     "hidden_size": 2**18, "n_embd": 2**18,
     "num_attention_heads": 2**14, "n_head": 2**14, "num_key_value_heads": 2**14, "num_kv_heads": 2**14, "head_dim": 2**14,
     "intermediate_size": 2**22, "vocab_size": 2**26, "max_position_embeddings": 2**28, "n_positions": 2**28,
+    "n_layers": 4096, "d_model": 2**18, "n_heads": 2**14, "max_seq_len": 2**28, "rotary_dim": 2**14,
     "num_experts": 2**14, "num_local_experts": 2**14, "num_experts_per_tok": 2**14,
 }  # fmt: skip
 """Field -> far more than any model has."""

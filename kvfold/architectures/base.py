@@ -72,6 +72,10 @@ class Architecture(ABC):
     def config_class(self) -> type[transformers.PretrainedConfig]:
         return self.model_class.config_class
 
+    def check_sizes(self, config: Mapping[str, Any]) -> None:
+        """Raise CheckpointError on sizes in a config.json for which the family's own code would take all memory."""
+        return None
+
     def prefix(self, layer: int) -> str:
         """What the names of one layer's tensors begin with, in the checkpoint."""
         return f"{self.layers}.{layer}."
@@ -242,6 +246,7 @@ def _of_type(model_type: str) -> Architecture:
 def source_config(arch: Architecture, config: dict[str, Any]) -> transformers.PretrainedConfig:
     """The stock config object of a config.json. Raises CheckpointError where sizes are none or do not fit each other."""
     check_sizes(config)
+    arch.check_sizes(config)
     with foreign_faults(f"config.json does not describe a {arch.model_type} model"):
         # a copy, since transformers writes its defaults into nested dictionaries
         loaded = arch.config_class.from_dict(copy.deepcopy(config))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from kvfold.errors import CheckpointError
 from kvfold.plan.layer import AttentionLayer
 
 BASE = 10000
+SIZES = (("n_layer", "num_hidden_layers"), ("n_positions", "max_position_embeddings"), ("rotary_dim",))
+"""By whichever name a config.json has them."""
+MOST_IN_TABLES = 2**28
 
 
 class Gptj(Interleaved):
@@ -26,17 +31,24 @@ class Gptj(Interleaved):
     output = "out_proj"
     rotary = None
     dead = (r"\.attn\.(bias|masked_bias|embed_positions)$",)
-    keeps_documents_apart = False
     passes_keywords = False
     attn_implementation = "eager"
     in_gguf = False
     mlp_in = ()
 
-    def facts(self, module: Any, index: int) -> AttentionLayer:
-        if not module.rotary_dim:
+    def check_sizes(self, config: Mapping[str, Any]) -> None:
+        numbers = math.prod(next((config[name] for name in names if config.get(name)), 1) for names in SIZES)
+        if numbers > MOST_IN_TABLES:
             raise CheckpointError(
-                f"config.json: rotary_dim is {module.rotary_dim}; kvfold folds {self.model_type} models that say how many"
-                " numbers of each head are rotated."
+                "config.json: n_layer, n_positions and rotary_dim ask for rotary tables of more than"
+                f" {MOST_IN_TABLES:,} numbers."
+            )
+
+    def facts(self, module: Any, index: int) -> AttentionLayer:
+        if not module.rotary_dim or module.rotary_dim > module.head_dim or module.rotary_dim % 2:
+            raise CheckpointError(
+                f"config.json: rotary_dim is {module.rotary_dim}; kvfold folds {self.model_type} models that rotate pairs of"
+                f" the {module.head_dim} numbers of each head, so many of them."
             )
         return AttentionLayer(
             index=index,

@@ -105,7 +105,7 @@ def default_seq_len(config: dict[str, Any]) -> int:
 def context_len(config: dict[str, Any]) -> int | None:
     """Tokens that a model has positions for; None where nothing limits them."""
     text = text_fields(config)
-    return text.get("max_position_embeddings") or text.get("n_positions")
+    return text.get("max_position_embeddings") or text.get("n_positions") or text.get("max_seq_len")
 
 
 def warn_if_too_long(seq_len: int, config: dict[str, Any]) -> None:

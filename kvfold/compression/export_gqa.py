@@ -43,7 +43,7 @@ def export_gqa(folder: str | Path, out: str | Path, *, overwrite: bool = False) 
         raise CheckpointError(f"{folder} is not a folded model; it needs no export.")
     plan = CachePlan.from_dict(checkpoint.config[CONFIG_KEY])
     arch = architecture(checkpoint.config["model_type"].removeprefix(MODEL_TYPE_PREFIX))
-    heads = _uniform_heads(plan, arch)
+    heads = _uniform_heads(plan, arch, checkpoint.config)
     refuse_out(out, overwrite, keep=(checkpoint.path,))
     config = _stock_config(checkpoint.config, arch, heads)
     stock = empty_model(arch, source_config(arch, config))
@@ -67,7 +67,7 @@ def export_gqa(folder: str | Path, out: str | Path, *, overwrite: bool = False) 
     return heads
 
 
-def _uniform_heads(plan: CachePlan, arch: Architecture) -> int:
+def _uniform_heads(plan: CachePlan, arch: Architecture, config: dict[str, Any]) -> int:
     """The number of key/value heads of every layer, or a PlanError that names what is in the way."""
     if arch.no_stock_gqa:
         raise PlanError(
@@ -76,10 +76,10 @@ def _uniform_heads(plan: CachePlan, arch: Architecture) -> int:
         )
     for layer in range(plan.num_layers):
         if obstacle := _obstacle(plan, layer):
-            raise PlanError(f"layer {layer} {obstacle}; {_nearest(plan)}")
+            raise PlanError(f"layer {layer} {obstacle}; {_nearest(plan, arch, config)}")
     counts = {spec.num_kv_heads for spec in plan.owned}
     if len(counts) > 1:
-        raise PlanError(f"layers keep different numbers of heads, {sorted(counts)}; {_nearest(plan)}")
+        raise PlanError(f"layers keep different numbers of heads, {sorted(counts)}; {_nearest(plan, arch, config)}")
     return counts.pop()
 
 
@@ -109,8 +109,10 @@ def _obstacle(plan: CachePlan, layer: int) -> str | None:
     return None
 
 
-def _nearest(plan: CachePlan) -> str:
+def _nearest(plan: CachePlan, arch: Architecture, config: dict[str, Any]) -> str:
     heads = plan.source[0].num_kv_heads
+    if arch.describe(empty_model(arch, source_config(arch, _stock_config(config, arch, heads))))[0].own_norms:
+        return f"every head has a norm of its own, so that only plans with all {heads} heads can be exported."
     nearest = min(divisors(heads), key=lambda count: abs(count / heads - plan.kv_budget))
     return (
         f"the nearest plan that can be exported is {nearest} heads per layer: kvfold compress MODEL --preset procrustes"

@@ -40,8 +40,8 @@ class LowRankWidth(WidthMethod):
         size, since bigger groups lose less.
     kv_heads: keys and values take as many numbers as so many source heads; 0 leaves the choice to the budget.
     multiple: stored widths are multiples of this, as attention kernels want them.
-    grouping: `neighbours`, or `similar`, which lets those heads share a latent that lose least together (heads are reordered;
-        where keys and values are grouped differently, keys decide).
+    grouping: `neighbours`, or `similar`, which lets those heads share a latent that lose least together (heads are reordered,
+        but not with ALiBi, which goes by head; where keys and values are grouped differently, keys decide).
     `centres_values`: the terms are about values without their mean, which becomes one output bias.
     `centres_keys`: the terms are about keys without their mean, which is given back where keys are rebuilt on read. Keys that
     are stored after rotation do without it: softmax ignores what is added to all scores of a query.
@@ -152,7 +152,7 @@ class LowRankWidth(WidthMethod):
         )
 
     def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:
-        if self.grouping == "similar":
+        if self.grouping == "similar" and not group.owner.alibi:
             group = reordered(group, self._order(group, spec))
         keys, values = self._stored_latents(group, spec)
         for position, layer in enumerate(group.layers):

@@ -13,6 +13,7 @@ from tiny import EXPERTS_IN_TURN, FAMILIES, in_steps, load, logits, make_tiny, r
 
 import kvfold
 from kvfold.architectures._refused import REFUSED
+from kvfold.architectures.base import architecture, source_config
 from kvfold.calibration.layerwise_model import StreamedModel
 from kvfold.checkpoint.source import open_source, read_layer
 from kvfold.compression.export_gqa import export_gqa
@@ -116,6 +117,7 @@ def position_bytes(plan):
         "phi_norms",
         "cohere_own_norms",
         "gptj_partial",
+        "mpt_alibi",
     ],
 )
 def test_latents_that_several_layers_fill(folded, tmp_path, model):
@@ -163,6 +165,9 @@ def test_generation(folded, model):
     [
         ("olmo_plain", {"clip_qkv": 8.0}, "clip_qkv"),
         ("olmoe_experts", {"clip_qkv": 8.0}, "clip_qkv"),
+        ("mpt_alibi", {"attn_config": {"clip_qkv": 6.0}}, "attn_config.clip_qkv"),
+        ("mpt_alibi", {"attn_config": {"qk_ln": True}}, "attn_config.qk_ln"),
+        ("gptj_partial", {"rotary_dim": None}, "rotary_dim"),
     ],
 )
 def test_what_a_family_may_have_and_kvfold_does_not_know(tmp_path, model, changes, named):
@@ -171,7 +176,7 @@ def test_what_a_family_may_have_and_kvfold_does_not_know(tmp_path, model, change
         open_source(tmp_path / "source")
 
 
-@pytest.mark.parametrize("model", [*NORMS, "gptj_partial", "codegen_partial"])
+@pytest.mark.parametrize("model", [*NORMS, "gptj_partial", "codegen_partial", "mpt_alibi"])
 def test_what_heads_pass_equals_the_oracle(folded, model):
     """Norms with weights (and biases) as the stock model keeps them, in any order of heads; rotation by whoever makes its
     tables. Statistics are of the same keys."""
@@ -179,9 +184,11 @@ def test_what_heads_pass_equals_the_oracle(folded, model):
     opened, network, ids = open_source(source), load(source).double(), tokens(1, 12)
     layer, found = opened.layers[0], {}
     module = opened.arch.modules(network)[0]
-    module.register_forward_hook(lambda m, args, kwargs, out: found.update(kwargs, out=out[0]), with_kwargs=True)
+    module.register_forward_hook(
+        lambda m, args, kwargs, out: found.update(kwargs, out=out[0], args=args), with_kwargs=True
+    )
     logits(network, ids)
-    hidden_1TD = found["hidden_states"]
+    hidden_1TD = found["args"][0] if found["args"] else found["hidden_states"]
     tables = tables_of(layer, hidden_1TD, found.get("position_embeddings"), found.get("position_ids"))
     cos, sin = rotation({"position_embeddings": tables})
     weights = read_layer(opened.checkpoint, opened.arch, layer)
@@ -190,9 +197,20 @@ def test_what_heads_pass_equals_the_oracle(folded, model):
         streamed.advance(layer, streamed.embed(ids), seen.append)
     keys = reference.made_heads(layer, weights, "k", hidden_1TD[0], layer.head_dim)
     assert_close(seen[0].k[0].double(), torch.stack([reference.rotate(k, cos, sin) for k in keys]), tolerance=1e-5)
-    for same in (weights, reordered_weights(layer, weights, [*range(1, layer.num_kv_heads), 0])):
+    others = [] if layer.alibi else [reordered_weights(layer, weights, [*range(1, layer.num_kv_heads), 0])]
+    for same in (weights, *others):
         expected = reference.attention(layer, same, hidden_1TD[0], cos, sin, reference.causal(12))
         assert_close(found["out"][0], expected, tolerance=1e-5)
+
+
+def test_tables_that_take_all_memory_are_refused(folded):
+    """Which the family's own code would make before anything else is known."""
+    source, _ = folded("gptj_partial", "identity")
+    config = json.loads((source / "config.json").read_text())
+    for name, other in (("n_positions", "max_position_embeddings"), ("max_position_embeddings", "n_positions")):
+        fields = {field: value for field, value in config.items() if field != other} | {name: 2**28}
+        with pytest.raises(CheckpointError, match="rotary tables"):
+            source_config(architecture("gptj"), fields)
 
 
 def test_buffers_of_old_files_are_left_out(folded, tmp_path):
@@ -230,6 +248,8 @@ def test_stock_exports(folded, tmp_path, model):
     if open_source(source).layers[0].own_norms:  # which no head can have in the place of two
         with pytest.raises(RecipeError, match="norms that heads have of their own"):
             kvfold.compress(make_recipe(recipe | {"preset": "procrustes"}), device="cpu")
+        with pytest.raises(PlanError, match="only plans with all 4 heads"):
+            export_gqa(kvfold.compress(make_recipe(recipe), device="cpu").out, tmp_path / "out")
         made, heads = whole.out, 4
     else:
         made, heads = kvfold.compress(make_recipe(recipe), device="cpu").out, 2

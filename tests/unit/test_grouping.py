@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from tiny import FULL_ATTENTION, load, logits, make_tiny, save_tiny, tokens
+from tiny import FULL_ATTENTION, key_value_heads, load, logits, make_tiny, save_tiny, tokens
 
 import kvfold
 from kvfold.compression.recipe import make_recipe
@@ -63,3 +63,19 @@ def test_similar_heads_are_put_together(tmp_path, model):
         error[grouping] = relative_rms(logits(load(folded.out), tokens()), logits(network, tokens()))
     assert error["neighbours"] > 1e-2
     assert_close(logits(load(tmp_path / "similar"), tokens()), logits(network, tokens()), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("method", [{"method": "svd_a", "latent": "group", "group_size": 2}, {"method": "procrustes"}])
+def test_heads_with_alibi_stay_where_they_are(tmp_path, method):
+    """Each has a slope of its own, by its place: in another order a head would get that of another one."""
+    network = make_tiny("bloom_alibi")
+    for attention in network.transformer.h:
+        for heads_KHD in key_value_heads(attention.self_attention):
+            heads_KHD.copy_(heads_KHD[[*range(4), *range(4)]].clone())
+    source, found = save_tiny(network, tmp_path / "source"), []
+    for grouping in ("neighbours", "similar"):
+        recipe = {"model": str(source), "out": str(tmp_path / grouping), "width": method | {"grouping": grouping}}
+        recipe |= {"kv_budget": 0.5, "calibration": {"data": "self", "num_samples": 4, "seq_len": 32}}
+        folded = kvfold.compress(make_recipe(recipe), run_dir=tmp_path / "run", device="cpu")
+        found.append(logits(load(folded.out), tokens()))
+    assert torch.equal(*found)

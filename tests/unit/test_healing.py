@@ -72,7 +72,7 @@ def test_a_stream_crosses_documents_and_is_full(documents):
         pack(Words(), str(documents[0]), seq_len=4096, max_tokens=10_000, seed=0, cross=True)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, "gptj_partial", "codegen_partial", "mpt_alibi"])
 def test_packed_documents_see_nothing_of_each_other(documents, model):
     """Every family: a row gives what its documents give alone; the folded model too."""
     network = make_tiny(model)

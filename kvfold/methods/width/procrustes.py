@@ -35,7 +35,8 @@ class Procrustes(WidthMethod):
     merge: `align` is the paper's: orthogonal maps, then the mean. `svd` keeps, per frequency pair, the leading complex
         direction of the group's heads weighed by the energy of their queries, and of values the leading directions weighed
         by W_O: the best that ordinary weights can hold.
-    grouping: `neighbours`, or `similar`, which puts heads together that merge with least loss (heads are reordered).
+    grouping: `neighbours`, or `similar`, which puts heads together that merge with least loss (heads are reordered, but
+        not with ALiBi, which goes by head).
     kv_heads: stored heads per layer; 0 leaves the choice to the budget.
 
     Families with a norm on keys keep the plain mean of their heads' keys, since nothing passes a norm.
@@ -98,7 +99,7 @@ class Procrustes(WidthMethod):
     def _order(self, group: LayerGroup, heads: int) -> list[int]:
         """Key/value heads, group after group."""
         K = group.owner.num_kv_heads
-        if self.grouping == "neighbours" or heads in (1, K):
+        if self.grouping == "neighbours" or group.owner.alibi or heads in (1, K):
             return list(range(K))
         return best_order(K, heads, lambda members: self._loss_of(group, list(members)))
 

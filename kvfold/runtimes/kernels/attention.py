@@ -219,6 +219,20 @@ def additive(mask: Tensor | None, T: int, S: int, start: int, end: int, like: Te
     return torch.zeros(seen.shape, dtype=exact(like), device=like.device).masked_fill(~seen, lowest)
 
 
+def mask_of(
+    hidden_BTD: Tensor, mask: Tensor | None, alibi: Tensor | None, position_bias: Tensor | None, heads: int
+) -> Tensor | None:
+    """One mask out of what a family hands over: alibi of a batch beside a mask to add, or a bias of positions [N, 1, tokens],
+    of which the last is the newest key's, beside a mask [B, 1, T, S] of what is not seen."""
+    if position_bias is None:
+        return with_alibi(mask, alibi, heads)
+    assert mask is not None, "such families always make one"
+    distance_S = torch.arange(1 - mask.shape[-1], 1, device=mask.device)
+    slopes_N11 = -position_bias[:, :, -2:-1]
+    bias_NTS = (slopes_N11 * distance_S).to(hidden_BTD.dtype)
+    return bias_NTS.where(~mask, torch.finfo(hidden_BTD.dtype).min)
+
+
 def with_alibi(mask: Tensor | None, alibi: Tensor | None, heads: int) -> Tensor | None:
     """Alibi [B*N, 1, S] and a mask of numbers to add (or none) as one mask [B, N, T, S]."""
     if alibi is None:

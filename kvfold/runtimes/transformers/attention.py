@@ -20,8 +20,8 @@ from kvfold.runtimes.kernels.attention import (
     chunked_attention,
     grouped_attention,
     kernel_attention,
+    mask_of,
     prefill_attention,
-    with_alibi,
 )
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose, decode_attention
 from kvfold.runtimes.kernels.packed_tokens import (
@@ -106,15 +106,17 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome
         past_key_values: Any = None,
         layer_past: Any = None,
         alibi: Tensor | None = None,
+        position_bias: Tensor | None = None,
         kv_state: ForwardState | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Takes the arguments of every family: some call the cache layer_past, BLOOM hands over alibi and the residual."""
+        """Takes the arguments of every family: some call the cache layer_past, BLOOM hands over alibi and the residual, MPT a
+        bias of positions."""
         if kwargs.get("cache") is not None:
             raise ValueError("continuous batching pages full-width keys; use generate() with a folded model.")
         cache = layer_past if past_key_values is None else past_key_values
         state = CURRENT_STATE.get() if kv_state is None else kv_state
-        mask = with_alibi(attention_mask, alibi, self.layer.num_attention_heads)
+        mask = mask_of(hidden_states, attention_mask, alibi, position_bias, self.layer.num_attention_heads)
         position_embeddings = tables_of(self.layer, hidden_states, position_embeddings, kwargs.get("position_ids"))
         q = self._queries(hidden_states, position_embeddings)
         z, y = self._keys_values(hidden_states, position_embeddings, cache, state, mask)

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
-from kvfold.runtimes.kernels.attention import grouped_attention, prefill_attention, softmax, with_alibi
+from kvfold.runtimes.kernels.attention import grouped_attention, mask_of, prefill_attention, softmax
 from kvfold.runtimes.kernels.packed_tokens import read_all
 from kvfold.runtimes.kernels.rotary import apply_rotary, tables_of
 from kvfold.runtimes.transformers.attention import FoldedAttention
@@ -47,6 +47,7 @@ class JointAttention(FoldedAttention):
         past_key_values: Any = None,
         layer_past: Any = None,
         alibi: Tensor | None = None,
+        position_bias: Tensor | None = None,
         kv_state: ForwardState | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -57,7 +58,7 @@ class JointAttention(FoldedAttention):
         v = self._heads(self.v_proj(hidden_states), self.layer.num_kv_heads, None)
         cache = layer_past if past_key_values is None else past_key_values
         state = CURRENT_STATE.get() if kv_state is None else kv_state
-        mask = with_alibi(attention_mask, alibi, self.layer.num_attention_heads)
+        mask = mask_of(hidden_states, attention_mask, alibi, position_bias, self.layer.num_attention_heads)
         past = self._store(k, v, cache, state)
         if past is None:
             out, probs = self._attend_exact(q, k, v, mask, wants_probs=bool(kwargs.get("output_attentions")))
