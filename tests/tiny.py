@@ -228,8 +228,8 @@ def make_tiny(name: str, *, seed: int = 0, **changes: object) -> tf.PreTrainedMo
     eager = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
     model = architecture(config.model_type).model_class._from_config(config, **eager).float().eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 or name.endswith("_norm.weight"):
+        for inner, parameter in model.named_parameters():
+            if parameter.ndim == 1 or inner.endswith("_norm.weight"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return add_sink(model) if name in SINKS else model
 

@@ -94,7 +94,7 @@ def attention(
     heads = []
     for n, q_TH in enumerate(queries):
         kv = n * layer.num_kv_heads // layer.num_attention_heads
-        heads.append(_attend(layer, weights, n, rotate(q_TH, cos_Tr, sin_Tr), keys[kv], values[kv], seen_TS))
+        heads.append(_attend(layer, n, rotate(q_TH, cos_Tr, sin_Tr), keys[kv], values[kv], seen_TS, weights.sinks))
     return _linear(torch.cat(heads, dim=1), weights.o_proj, weights.o_bias)
 
 
@@ -190,9 +190,10 @@ def folded_attention(
             assert weights.v_b_proj is not None, "networks stand beside linear ways"
             whole = stored_values[u] @ weights.v_b_proj[u].T + _network(weights, "v_b", u, stored_values[u])
             v_SH = whole.split(H, dim=1)[kv % (K // spec.num_v_heads)]
-            heads.append(_attend(layer, weights, n, q_TH, k_SH, v_SH, seen_TS))
+            heads.append(_attend(layer, n, q_TH, k_SH, v_SH, seen_TS, weights.sinks))
             continue
-        head = _attend(layer, weights, n, q_TH, k_SH, stored_values[u], seen_TS & stays(spec, c, len(q_TH)))
+        seen = seen_TS & stays(spec, c, len(q_TH))
+        head = _attend(layer, n, q_TH, k_SH, stored_values[u], seen, weights.sinks)
         if weights.v_b_proj is not None:
             head = head @ weights.v_b_proj[u].split(H, dim=0)[kv % (K // spec.num_v_heads)].T
         heads.append(head)
@@ -253,7 +254,7 @@ def joint_attention(
         kv = n * K // N
         q_TH = rotate(q_TH, cos_Tr, sin_Tr)
         k_SH, v_SH = torch.cat([past_keys[kv], keys[kv]]), torch.cat([past_values[kv], values[kv]])
-        heads.append(_attend(layer, weights, n, q_TH, k_SH, v_SH, seen_TS))
+        heads.append(_attend(layer, n, q_TH, k_SH, v_SH, seen_TS, weights.sinks))
     share = torch.cat(keys, dim=1) @ weights.k_a_proj[0].T, torch.cat(list(values), dim=1) @ weights.v_a_proj[0].T
     return _linear(torch.cat(heads, dim=1), weights.o_proj, weights.o_bias), share
 
@@ -298,12 +299,12 @@ def alibi_slope(head: int, heads: int) -> float:
 
 def _attend(
     layer: AttentionLayer,
-    weights: AttentionWeights | FoldedWeights,
     head: int,
     q_TR: Tensor,
     z_SR: Tensor,
     y_SV: Tensor,
     seen_TS: Tensor,
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
     scores = q_TR @ z_SR.T * layer.scaling
     if layer.softcap is not None:
@@ -311,8 +312,8 @@ def _attend(
     if layer.alibi:
         scores = scores + alibi_slope(head, layer.num_attention_heads) * torch.arange(len(z_SR)).to(scores)
     scores = scores.masked_fill(~seen_TS, float("-inf"))
-    if weights.sinks is not None:  # as if a token in front of all had this score, and a value of zeros
-        sink_T1 = weights.sinks[head].expand(len(q_TR), 1).to(scores)
+    if sinks_N is not None:  # as if a token in front of all had this score, and a value of zeros
+        sink_T1 = sinks_N[head].expand(len(q_TR), 1).to(scores)
         scores, y_SV = torch.cat([sink_T1, scores], dim=1), torch.cat([torch.zeros_like(y_SV[:1]), y_SV])
     return scores.softmax(-1) @ y_SV
 

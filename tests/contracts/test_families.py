@@ -293,7 +293,7 @@ def test_images_pass_beside_text(folded, model, method):
     assert torch.equal(with_cache, network.generate(ids, use_cache=False, **options))
 
 
-NOT_IN_VLLM = [*IMAGES, *NORMS, "falcon_groups", "bigcode_one_head", "gptj_partial"]
+NOT_IN_VLLM = [*IMAGES, *NORMS, "gpt_oss_experts", "falcon_groups", "bigcode_one_head", "gptj_partial"]
 
 
 @pytest.mark.parametrize("model", NOT_IN_VLLM)
