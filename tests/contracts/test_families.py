@@ -167,7 +167,7 @@ def test_generation(folded, model):
         ("olmoe_experts", {"clip_qkv": 8.0}, "clip_qkv"),
         ("mpt_alibi", {"attn_config": {"clip_qkv": 6.0}}, "attn_config.clip_qkv"),
         ("mpt_alibi", {"attn_config": {"qk_ln": True}}, "attn_config.qk_ln"),
-        ("gptj_partial", {"rotary_dim": None}, "rotary_dim"),
+        ("gptj_partial", {"rotary_dim": 18}, "rotary_dim"),
     ],
 )
 def test_what_a_family_may_have_and_kvfold_does_not_know(tmp_path, model, changes, named):
