@@ -16,23 +16,24 @@ from engines import BIND, ENVIRONMENT, free_port, wait_for
 import kvfold
 from kvfold.evaluation.demo import MODEL
 
-OPTIONS = ["--max-model-len", "192", "--block-size", "16", "--num-gpu-blocks-override", "40", "--max-num-seqs", "8"]
+OPTIONS = ["--max-model-len", "192", "--block-size", "16", "--max-num-seqs", "8"]
 OPTIONS += ["--gpu-memory-utilization", "0.2"]  # of which it asks how much is free, on a CPU too
 OPTIONS += ["--dtype", "float32"]  # in bfloat16 what runs beside a request decides between equals
 PROMPTS = [f"{beginning} {number}" for number in range(5) for beginning in ("The old man", "In the year", "She said")]
 PLANS = [
-    pytest.param({"preset": "int8", "runtime": "vllm"}, id="int8"),
-    pytest.param({"preset": "auto", "runtime": "vllm", "kv_budget": 0.25}, id="auto", marks=pytest.mark.rare),
+    pytest.param(({"preset": "int8", "runtime": "vllm"}, 40), id="int8"),
+    pytest.param(({"preset": "auto", "runtime": "vllm", "kv_budget": 0.25}, 150), id="auto", marks=pytest.mark.rare),
 ]
+"""And blocks of the cache, enough for three requests: one of `auto` takes more of them, as layers have their own."""
 
 
 class Server:
     """One that runs, and what it answers."""
 
-    def __init__(self, folder, log):
+    def __init__(self, folder, log, blocks):
         self.folder, self.port = str(folder), free_port()
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.folder]
-        command += ["--port", str(self.port), *OPTIONS]
+        command += ["--port", str(self.port), "--num-gpu-blocks-override", str(blocks)]
         environment = {**os.environ, **ENVIRONMENT, BIND: "0"}
         with log.open("w") as said:
             self.process = subprocess.Popen(
@@ -87,9 +88,10 @@ class Server:
 def server(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("served")
     calibration = {"data": "self", "num_samples": 4, "seq_len": 256}
-    fields = {"model": str(MODEL), "out": str(root / "out"), "calibration": calibration} | request.param
+    recipe, blocks = request.param
+    fields = {"model": str(MODEL), "out": str(root / "out"), "calibration": calibration} | recipe
     folder = kvfold.compress(fields, device="cpu").out
-    running = Server(folder, root / "log.txt")
+    running = Server(folder, root / "log.txt", blocks)
     yield running
     running.process.terminate()
     running.process.wait(60)
