@@ -72,6 +72,11 @@ class Architecture(ABC):
     def config_class(self) -> type[transformers.PretrainedConfig]:
         return self.model_class.config_class
 
+    @property
+    def only_eager(self) -> bool:
+        """Whether transformers' own model attends by torch's operations alone."""
+        return not self.model_class._supports_sdpa
+
     def check_sizes(self, config: Mapping[str, Any]) -> None:
         """Raise CheckpointError on sizes in a config.json for which the family's own code would take all memory."""
         return None
@@ -116,7 +121,8 @@ class Architecture(ABC):
 
     def describe(self, model: nn.Module) -> list[AttentionLayer]:
         """Facts of every layer, read off a stock model (on the meta device it costs nothing)."""
-        layers = [self.facts(module, index) for index, module in enumerate(self.modules(model))]
+        facts = [self.facts(module, index) for index, module in enumerate(self.modules(model))]
+        layers = [dataclasses.replace(layer, only_eager=self.only_eager) for layer in facts]
         rotary = None if self.rotary is None else model.get_submodule(self.rotary)
         speeds, turned = rotary_speeds(rotary), rotated_numbers(rotary)
         return [

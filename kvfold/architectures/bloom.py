@@ -41,7 +41,6 @@ class Bloom(Architecture):
             scaling=module.inv_norm_factor,
             rotary_dim=0,
             alibi=True,
-            only_eager=True,
             qkv_bias=True,
             o_bias=True,
             attention_dropout=module.attention_dropout.p,

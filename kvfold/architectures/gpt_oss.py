@@ -20,7 +20,7 @@ class GptOss(Architecture):
     mlp_in = ()
 
     def facts(self, module: Any, index: int) -> AttentionLayer:
-        return dataclasses.replace(super().facts(module, index), sinks=True, only_eager=True)
+        return dataclasses.replace(super().facts(module, index), sinks=True)
 
     def weights(self, read: Callable[[str], Tensor], layer: AttentionLayer) -> AttentionWeights:
         return dataclasses.replace(super().weights(read, layer), sinks=read("sinks"))

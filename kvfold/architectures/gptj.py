@@ -61,7 +61,6 @@ class Gptj(Interleaved):
             rotary_speeds=_speeds(module.rotary_dim),
             interleaved=True,
             makes_tables=True,
-            only_eager=True,
             attention_dropout=module.attn_dropout.p,
             output_dropout=module.resid_dropout.p,
         )

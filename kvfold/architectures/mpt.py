@@ -47,7 +47,6 @@ class Mpt(Architecture):
             scaling=module.softmax_scale,
             rotary_dim=0,
             alibi=True,
-            only_eager=True,
             attention_dropout=module.attn_dropout_p,
         )
 

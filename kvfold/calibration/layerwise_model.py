@@ -68,9 +68,7 @@ class StreamedModel:
         self.recent, self.outputs = recent, outputs
         config = source_config(arch, checkpoint.config)
         self.checkpoint, self.arch, self.device = checkpoint, arch, device
-        config._attn_implementation = arch.attn_implementation or (
-            "sdpa" if arch.model_class._supports_sdpa else "eager"
-        )
+        config._attn_implementation = "eager" if arch.only_eager else "sdpa"
         self.model: PreTrainedModel = empty_model(arch, config)
         self.observed = arch.observable(self.model)
         if self.observed:

@@ -70,6 +70,11 @@ class AttentionLayer:
         return (*numbers[: self.rotary_dim : 2], *numbers[1 : self.rotary_dim : 2], *numbers[self.rotary_dim :])
 
     @property
+    def norms_tell_heads_apart(self) -> bool:
+        """Whether a norm does other things to one head than to the next."""
+        return self.flat_norm or self.own_norms
+
+    @property
     def fast_pairs(self) -> int:
         """How many of the first pairs of a head turn by more than FAST."""
         slow = (i for i, speed in enumerate(self.rotary_speeds) if speed <= FAST)

@@ -136,7 +136,7 @@ def conditions(layer: AttentionLayer, spec: CacheSpec, *, owns: bool) -> dict[st
         "qkv_bias": layer.qkv_bias,
         "o_bias": layer.o_bias or spec.output_bias,
         "sinks": layer.sinks,
-        "head_norm": layer.qk_norm and not layer.flat_norm and not layer.own_norms,
+        "head_norm": layer.qk_norm and not layer.norms_tell_heads_apart,
         "flat_norm": layer.qk_norm and layer.flat_norm,
         "own_norms": layer.qk_norm and layer.own_norms,
         "norm_bias": layer.norm_bias,

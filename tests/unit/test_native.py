@@ -13,7 +13,7 @@ from packed_forms import FORMS, distance
 
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels import cpu, cpu_decode, dispatch, native
-from kvfold.runtimes.kernels.attention import grouped_attention
+from kvfold.runtimes.kernels.attention import grouped_attention, kernel_attention
 from kvfold.runtimes.kernels.codec import pack, roundtrip, unpack
 from kvfold.runtimes.kernels.dispatch import decode_attention
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens
@@ -99,7 +99,7 @@ def test_any_number_of_queries_per_stored_head(rows, tokens, packed, dtype):
         exact = [unpack(x.rows, format, torch.float64) for x in stored]
     assert cpu_decode.serves(q, *stored)
     wanted, _ = grouped_attention(q.double(), *exact, None, scale=0.2)
-    found = cpu_decode.decode(q, *stored, None, scale=0.2)
+    found = kernel_attention(q, *stored, None, scale=0.2)
     assert distance(found, wanted) < (3e-6 if dtype == torch.float32 else 2e-2)
 
 
@@ -247,6 +247,7 @@ import torch
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels.codec import pack
 from kvfold.runtimes.kernels import cpu_decode, native
+from kvfold.runtimes.kernels.attention import kernel_attention
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, SideBySide
 
 native.SECONDS = 600  # other tests may keep the processor busy
@@ -257,13 +258,13 @@ for dtype in (torch.float32, torch.bfloat16):
             for heads, tokens in ((1, 1), (3, 1), (1, 35), (3, 37)):
                 shapes = ((heads * rows, 1), (heads, tokens), (heads, tokens))
                 q, z, y = (torch.randn(1, n, s, form.width, dtype=dtype) for n, s in shapes)
-                cpu_decode.decode(q, z, y, None, scale=0.1)
-                cpu_decode.decode(q, *(PackedTokens(pack(x, form), form, dtype) for x in (z, y)), None, scale=0.1)
+                kernel_attention(q, z, y, None, scale=0.1)
+                kernel_attention(q, *(PackedTokens(pack(x, form), form, dtype) for x in (z, y)), None, scale=0.1)
                 x, several = PackedTokens(pack(z[:, :1], form), form, dtype), heads * rows
                 for stored in (x, SideBySide([x, z[:, :1, :, 8:], x])):
                     back = torch.randn(1, several * 24, stored.shape[3], dtype=dtype)
                     made = cpu_decode.HeadMap.of(back, None, 24).rebuild(*torch.randn(2, 1, tokens, 16))
-                    cpu_decode.decode(torch.randn(1, several, 1, 24).to(dtype), stored, stored, None, scale=0.1, rebuild=made)
+                    kernel_attention(torch.randn(1, several, 1, 24).to(dtype), stored, stored, None, scale=0.1, rebuild=made)
 print("inside its memory")
 """
 

@@ -101,7 +101,7 @@ def reordered_weights(layer: AttentionLayer, weights: AttentionWeights, order: l
     def rows(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.unflatten(0, (K, -1))[kv].flatten(0, 1)
 
-    norms = ("q_norm", "k_norm") if layer.flat_norm or layer.own_norms else ()
+    norms = ("q_norm", "k_norm") if layer.norms_tell_heads_apart else ()
     names = ("q_proj", "k_proj", "v_proj", "q_bias", "k_bias", "v_bias", "sinks", *norms)
     o_proj = weights.o_proj.unflatten(1, (K, -1))[:, kv].flatten(1)
     return dataclasses.replace(weights, o_proj=o_proj, **{name: rows(getattr(weights, name)) for name in names})  # type: ignore[arg-type]

@@ -48,7 +48,7 @@ class MeanPool(WidthMethod):
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
         return dataclasses.replace(
             plain_spec(layer, keys, values),
-            k_projection=(layer.flat_norm or layer.own_norms) and keys.num_heads < layer.num_kv_heads,
+            k_projection=layer.norms_tell_heads_apart and keys.num_heads < layer.num_kv_heads,
         )
 
     def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:

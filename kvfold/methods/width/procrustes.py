@@ -58,7 +58,7 @@ class Procrustes(WidthMethod):
             raise RecipeError(
                 "width method 'procrustes' does not span layers; use mean_pool or logit with a depth method."
             )
-        if layer.flat_norm or layer.own_norms:
+        if layer.norms_tell_heads_apart:
             norm = (
                 "a norm over all heads of a token leaves"
                 if layer.flat_norm

@@ -220,23 +220,6 @@ def _parts(x: Stored) -> Sequence[Any]:
     return x.parts if isinstance(x, SideBySide) else [x]
 
 
-def decode(
-    q_BNTR: Tensor,
-    z: Stored,
-    y: Stored,
-    bias: Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    rebuild: Rebuild | None = None,
-    map: ValueMap | None = None,
-) -> Tensor:
-    """Attention [B, T, N, V] of few query tokens, with averages led back by `map` where there is one. bias: float32 [B or 1,
-    N or 1, T, S] to add to the scores, or none."""
-    part = decode_part(q_BNTR, z, y, bias, scale=scale, softcap=softcap, rebuild=rebuild)
-    return values_of([part], y.shape[3], q_BNTR.dtype, map)
-
-
 def decode_part(
     q_BNTR: Tensor,
     keys: Stored,

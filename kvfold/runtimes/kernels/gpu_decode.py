@@ -99,13 +99,6 @@ def _parts(x: Stored) -> list[Any]:
     return x.parts if isinstance(x, SideBySide) else [x]
 
 
-def decode(q_BNTR: Tensor, keys: Any, values: Any, bias: Tensor | None, *, map: None = None, **sizes: Any) -> Tensor:
-    """[B, T, N, V] over all tokens, the queries being at their end."""
-    assert map is None, "nobody asks a GPU's kernels for it"
-    part = decode_part(q_BNTR, keys, values, bias, **sizes)
-    return values_of([part], values.shape[3], q_BNTR.dtype)
-
-
 def decode_part(
     q_BNTR: Tensor,
     keys: Any,
