@@ -54,7 +54,7 @@ def exported(options: argparse.Namespace) -> list[tuple[str, float, Path]]:
     for budget in BUDGETS:
         for name, published in (("mla", False), ("mla, heads mixed as TransMLA", True)):
             folder = options.scratch / f"mla-{budget}-{published}"
-            choice = {"kv_budget": budget, "published": published, "run_dir": run_dir}
+            choice = {"kv_budget": budget, "published": published, "run_dir": run_dir, "runtime": "transformers"}
             if not folder.exists():
                 export_mla(options.model, folder, calibration=calibration, **choice)
             made.append((name, budget, folder))

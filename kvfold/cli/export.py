@@ -27,6 +27,9 @@ def command(
     num_samples: NumSamples = None,
     seq_len: SeqLen = None,
     run_dir: RunDir = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="For mla, where they differ: transformers, or vllm.", show_default=False)
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     device: Device = "auto",
 ) -> None:
@@ -41,17 +44,17 @@ def command(
         raise typer.BadParameter(f"{format_!r} is not a format; there are: {', '.join(FORMATS)}", param_hint="--format")
     asked = given({"data": data, "num_samples": num_samples, "seq_len": seq_len})
     if format_ != "mla":
-        if asked or kv_budget or run_dir:
+        if asked or kv_budget or run_dir or runtime:
             raise typer.BadParameter(
-                f"{format_} takes the folder as it is; --kv-budget and --data go with --format mla"
+                f"{format_} takes the folder as it is; --kv-budget, --data and --runtime go with --format mla"
             )
         heads = (export_gguf if format_ == "gguf" else export_gqa)(folder, out, overwrite=overwrite)
         print_json({"out": str(out), "format": format_, "num_key_value_heads": heads})
         return
     if kv_budget is None or data is None:
         raise typer.BadParameter("--format mla needs --kv-budget and --data (a text, or self)")
-    budget = parse_budget(kv_budget)
-    numbers = export_mla(
-        folder, out, kv_budget=budget, calibration=asked, run_dir=run_dir, overwrite=overwrite, device=device
-    )
+    if runtime not in (None, "transformers", "vllm"):
+        raise typer.BadParameter(f"{runtime!r} is neither transformers nor vllm", param_hint="--runtime")
+    where = {"run_dir": run_dir, "runtime": runtime, "overwrite": overwrite, "device": device}
+    numbers = export_mla(folder, out, kv_budget=parse_budget(kv_budget), calibration=asked, **where)
     print_json({"out": str(out), "format": format_, "numbers_per_token_and_layer": numbers})

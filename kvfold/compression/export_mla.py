@@ -20,7 +20,7 @@ from kvfold.calibration.material import Material
 from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.folder import EXPORT_MARKER, new_folder, refuse_out, write_files, write_weights
 from kvfold.checkpoint.source import Source, open_source, read_layer, source_dtype
-from kvfold.errors import BudgetError, CheckpointError
+from kvfold.errors import BudgetError, CheckpointError, RecipeError
 from kvfold.linalg.block_diagonal import BlockDiagonal
 from kvfold.linalg.decoupled_rotation import decouple
 from kvfold.linalg.eigen import Moment
@@ -31,7 +31,8 @@ from kvfold.plan.layer import AttentionLayer, AttentionWeights
 from kvfold.runtimes.transformers.load import resolve_device
 
 EPSILON = 1e-6
-"""Of DeepSeek's norm over a latent: latents that are far smaller than its root pass it as they are, but for a factor."""
+"""Of transformers' norm over DeepSeek's latent, which other runtimes give `rms_norm_eps`: latents that are far smaller than
+its root pass it as they are, but for a factor."""
 SMALL = 1e-7
 """What they are made."""
 DISTANCE = 4096
@@ -51,12 +52,15 @@ def export_mla(
     calibration: Mapping[str, Any],
     run_dir: str | Path | None = None,
     published: bool = False,
+    runtime: str | None = None,
     overwrite: bool = False,
     device: str = "cpu",
 ) -> int:
-    """Write `out`, and return how many numbers it caches per token and layer. published: mix heads as TransMLA does.
+    """Write `out`, and return how many numbers it caches per token and layer. published: mix heads as TransMLA does. runtime:
+    which is to read it, where they differ: transformers, or vllm as servers do.
 
-    Raises CheckpointError where the model is none of Llama's type, BudgetError where one rotated head does not fit.
+    Raises CheckpointError where the model is none of Llama's type or the runtime would read it wrongly, RecipeError where
+    runtimes differ and none is named, BudgetError where one rotated head does not fit.
     """
     if not 0 < kv_budget <= 1:
         raise BudgetError(
@@ -64,6 +68,7 @@ def export_mla(
         )
     source, out, device = open_source(model), Path(os.path.abspath(out)), resolve_device(device)
     _check(source)
+    epsilon = epsilon_of(source, runtime)
     layer = source.layers[0]
     rank = int(kv_budget * 2 * layer.num_kv_heads * layer.head_dim) - layer.head_dim
     if rank < 1:
@@ -77,16 +82,15 @@ def export_mla(
     asked = Material(Calibration(**calibration), source, run_dir, Mla(rope="on_read", below=0), "export", device=device)
     statistics = asked.statistics(names)
     assert statistics is not None, "the method asks for moments"
-    identity = fingerprint(
-        export="mla", rank=rank, published=published, model=source.checkpoint.fingerprint(), text=statistics.folder.name
-    )
+    of_whom = {"model": source.checkpoint.fingerprint(), "text": statistics.folder.name}
+    identity = fingerprint(export="mla", rank=rank, published=published, epsilon=epsilon, **of_whom)
     with new_folder(out, identity, overwrite=overwrite) as partial:
 
         def tensors(names_of_file: list[str]) -> dict[str, Tensor]:
             copied = {name: source.checkpoint.read(name) for name in names_of_file if name in source.checkpoint.tensors}
             made = (index for index in range(len(source.layers)) if _names(source, index)[0] in names_of_file)
             for index in made:
-                copied |= _layer(source, index, statistics.layer(index, names), rank, published)
+                copied |= _layer(source, index, statistics.layer(index, names), rank, published, epsilon)
             return copied
 
         write_weights(partial, _files(source), tensors)
@@ -124,6 +128,31 @@ def _check(source: Source) -> None:
         )
 
 
+def epsilon_of(source: Source, runtime: str | None) -> float:
+    """Of the norm over the latent, as `runtime` has it."""
+    config = source_config(source.arch, source.checkpoint.config)
+    theirs, rope = float(config.rms_norm_eps), config.rope_parameters["rope_type"]
+    differ = {
+        f"rms_norm_eps {theirs:g} is not what transformers takes for the norm over a latent ({EPSILON:g}), and vLLM takes it":
+            theirs != EPSILON,
+        f"vLLM reads rope_type {rope!r} of DeepSeek's class as YaRN's": rope != "default",
+    }  # fmt: skip
+    found = "; ".join(why for why, is_so in differ.items() if is_so)
+    if runtime == "vllm" and rope != "default":
+        raise CheckpointError(f"{source.checkpoint.path}: {found}. --runtime transformers is read rightly.")
+    if runtime is None and found:
+        raise RecipeError(
+            f"{source.checkpoint.path}: {found}. Say which is to read it: --runtime transformers, or vllm."
+        )
+    return theirs if runtime == "vllm" else EPSILON
+
+
+def _dtype(source: Source, layer: AttentionLayer) -> str:
+    """Of what is made: float16 has no numbers that small."""
+    dtype = source_dtype(source.checkpoint, source.arch, layer)
+    return "bfloat16" if dtype == "float16" else dtype
+
+
 def deepseek_config(source: Source, rank: int) -> dict[str, Any]:
     """config.json: every MLP is dense, queries have no latent."""
     layer = source.layers[0]
@@ -131,10 +160,10 @@ def deepseek_config(source: Source, rank: int) -> dict[str, Any]:
     kept = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
         "max_position_embeddings", "initializer_range", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
-        "tie_word_embeddings", "attention_dropout", "dtype", "rms_norm_eps",
+        "tie_word_embeddings", "attention_dropout", "rms_norm_eps",
     )  # fmt: skip
     return {name: stock[name] for name in kept if name in stock} | {
-        "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"],
+        "dtype": _dtype(source, layer), "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"],
         "num_key_value_heads": layer.num_attention_heads, "q_lora_rank": None, "kv_lora_rank": rank,
         "qk_nope_head_dim": layer.head_dim, "qk_rope_head_dim": layer.head_dim, "v_head_dim": layer.head_dim,
         "head_dim": layer.head_dim, "first_k_dense_replace": len(source.layers), "n_routed_experts": 8, "n_group": 1,
@@ -163,15 +192,23 @@ def _files(source: Source) -> dict[str, str]:
     return found
 
 
-def _layer(source: Source, index: int, moments: Mapping[str, Moment], rank: int, published: bool) -> dict[str, Tensor]:
+def _layer(
+    source: Source, index: int, moments: Mapping[str, Moment], rank: int, published: bool, epsilon: float
+) -> dict[str, Tensor]:
     layer = source.layers[index]
-    dtype = getattr(torch, source_dtype(source.checkpoint, source.arch, layer))
-    made = mla_weights(layer, read_layer(source.checkpoint, source.arch, layer), moments, rank, published)
+    dtype = getattr(torch, _dtype(source, layer))
+    weights = read_layer(source.checkpoint, source.arch, layer)
+    made = mla_weights(layer, weights, moments, rank, published, epsilon)
     return {name: made[part].to(dtype).contiguous() for name, part in zip(_names(source, index), MADE, strict=True)}
 
 
 def mla_weights(
-    layer: AttentionLayer, weights: AttentionWeights, moments: Mapping[str, Moment], rank: int, published: bool = False
+    layer: AttentionLayer,
+    weights: AttentionWeights,
+    moments: Mapping[str, Moment],
+    rank: int,
+    published: bool = False,
+    epsilon: float = EPSILON,
 ) -> dict[str, Tensor]:
     """Of one layer, by DeepSeek's names, in float64. moments: of keys before rotation and values, and of what errors cost."""
     K, N, H = layer.num_kv_heads, layer.num_attention_heads, layer.head_dim
@@ -193,7 +230,7 @@ def mla_weights(
     return {
         "q_proj": torch.cat([parts.phase_HH @ q_NHD, rotated_NHD], 1).flatten(0, 1),
         "kv_a_proj_with_mqa": torch.cat([stored_RD * (SMALL / size), (parts.shared_HF @ weights.k_proj)[pairs]]),
-        "kv_a_layernorm": torch.full((rank,), float(EPSILON**0.5 / (SMALL / size)), dtype=torch.float64),
+        "kv_a_layernorm": torch.full((rank,), float(epsilon**0.5 / (SMALL / size)), dtype=torch.float64),
         "kv_b_proj": of_heads.flatten(0, 1),
         "o_proj": weights.o_proj,
     }

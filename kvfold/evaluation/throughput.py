@@ -14,6 +14,7 @@ from kvfold.checkpoint.source import load_plan
 from kvfold.compression.recipe import Recipe
 from kvfold.errors import KvfoldError
 from kvfold.evaluation.geometries import Shape
+from kvfold.plan.plan import CachePlan
 from kvfold.progress import track
 from kvfold.runtimes.base import runtime
 
@@ -69,17 +70,22 @@ def measure(
 ) -> ThroughputBenchmark:
     """`requests` random prompts of `prompt` tokens, each answered with `tokens` tokens, from a cache of `memory` bytes.
 
-    Folders by label, the original first; facts: for the table's title. `engine`: a runtime that serves requests. Raises
-    KvfoldError where it is not installed, or where a cache does not hold one request.
+    Folders by label, the original first; facts: for the table's title. `engine`: a runtime that serves requests. Where `dtype`
+    is not the checkpoint's, every cache holds as many tokens as `memory` holds in the checkpoint's. Raises KvfoldError where
+    the engine is not installed, or where a cache does not hold one request.
     """
-    for folder in folders.values():
-        plan = load_plan(folder)[0]
+    plans = {label: load_plan(folder)[0] for label, folder in folders.items()}
+    for label, plan in plans.items():
         need = plan.kv_bytes_per_token() * (prompt + tokens) + plan.recent_bytes()
         if need > memory:
-            raise KvfoldError(f"one request takes {need:,} bytes of {folder}'s cache, and --memory gives {memory:,}.")
+            raise KvfoldError(
+                f"one request takes {need:,} bytes of {folders[label]}'s cache, and --memory gives {memory:,}."
+            )
     engines = {
-        label: runtime(engine).engine(folder, length=prompt + tokens, memory=memory, dtype=dtype)
-        for label, folder in folders.items()
+        label: runtime(engine).engine(
+            folders[label], length=prompt + tokens, memory=_memory(plan, memory, dtype), dtype=dtype
+        )
+        for label, plan in plans.items()
     }
     for one in engines.values():
         one.answer(_prompts(2, prompt, seed=rounds), min(WARM_UP, tokens))
@@ -89,9 +95,15 @@ def measure(
             found[label].append(one.answer(_prompts(requests, prompt, seed=number), tokens))
     first = next(iter(engines.values()))
     described = {"engine": first.name, "requests": requests, "prompt": prompt, "new_tokens": tokens}
-    described |= {"cache_bytes": memory, "rounds": rounds, "dtype": first.dtype}
+    described |= {"cache_bytes": memory, "counted_in": plans["original"].dtype}
+    described |= {"rounds": rounds, "dtype": first.dtype}
     rows = tuple(_row(label, folders[label], engines[label].cache_tokens, found[label]) for label in engines)
     return ThroughputBenchmark(settings=described | dict(facts or {}), rows=rows)
+
+
+def _memory(plan: CachePlan, memory: int, dtype: str) -> int:
+    """Bytes that hold in `dtype` as many tokens as `memory` in the checkpoint's own."""
+    return memory if dtype == "auto" else round(memory * plan.kv_bytes_per_token(dtype) / plan.kv_bytes_per_token())
 
 
 def _prompts(count: int, length: int, *, seed: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ from tiny import load, logits, make_tiny, save_tiny, tokens
 
 from kvfold.checkpoint.source import open_source, read_layer
 from kvfold.compression.export_mla import export_mla
-from kvfold.errors import BudgetError, CheckpointError
+from kvfold.errors import BudgetError, CheckpointError, RecipeError
 from kvfold.linalg.decoupled_rotation import decouple, mean_turn, turned_by
 from kvfold.testing import assert_close
 
@@ -20,8 +20,9 @@ CALIBRATION = {"data": "self", "num_samples": 8, "seq_len": 64}
 def exported(tmp_path):
     """exported(K, kv_budget) -> (the source, the folder)."""
 
-    def made(kv_heads, kv_budget, **options):
-        source = save_tiny(make_tiny("llama_mha", num_key_value_heads=kv_heads, rms_norm_eps=1e-6), tmp_path / "source")
+    def made(kv_heads, kv_budget, rms_norm_eps=1e-6, dtype=torch.float32, **options):
+        model = make_tiny("llama_mha", num_key_value_heads=kv_heads, rms_norm_eps=rms_norm_eps)
+        source = save_tiny(model.to(dtype), tmp_path / "source")
         export_mla(source, tmp_path / "out", kv_budget=kv_budget, calibration=CALIBRATION, **options)
         return source, tmp_path / "out"
 
@@ -37,6 +38,35 @@ def test_one_key_head_is_rotated_as_it_is(exported):
     assert_close(logits(stock, tokens()), logits(original, tokens()), tolerance=1e-4)
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(stock.generate(tokens(2, 9), **options), original.generate(tokens(2, 9), **options))
+
+
+def test_epsilon_is_that_of_whom_it_is_for(exported):
+    """Where vLLM would take another one, which is read is said; the folder that is read by the other is wrong."""
+    with pytest.raises(RecipeError, match="rms_norm_eps 1e-05 .* --runtime transformers, or vllm"):
+        exported(1, 1.0, rms_norm_eps=1e-5)
+    source, out = exported(1, 1.0, rms_norm_eps=1e-5, runtime="vllm")
+    original, stock = load(source), transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    with pytest.raises(AssertionError):
+        assert_close(logits(stock, tokens()), logits(original, tokens()), tolerance=1e-2)
+    for layer in stock.model.layers:
+        layer.self_attn.kv_a_layernorm.variance_epsilon = 1e-5
+    assert_close(logits(stock, tokens()), logits(original, tokens()), tolerance=1e-4)
+
+
+def test_numbers_that_float16_does_not_have(exported):
+    source, out = exported(1, 1.0, dtype=torch.float16)
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    original, stock = load(source, dtype=torch.float32), load(out, dtype=torch.float32)
+    assert_close(logits(stock, tokens()), logits(original, tokens()), tolerance=2e-2)
+
+
+def test_a_rope_type_that_vllm_reads_as_another(tmp_path):
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    source = save_tiny(make_tiny("llama_mha", rope_parameters=rope, rms_norm_eps=1e-6), tmp_path / "source")
+    for runtime, error in ((None, RecipeError), ("vllm", CheckpointError)):
+        with pytest.raises(error, match="vLLM reads rope_type 'linear'"):
+            export_mla(source, tmp_path / "out", kv_budget=0.5, calibration=CALIBRATION, runtime=runtime)
+    export_mla(source, tmp_path / "out", kv_budget=0.5, calibration=CALIBRATION, runtime="transformers")
 
 
 @pytest.mark.parametrize("published", [False, True], ids=["", "published"])
