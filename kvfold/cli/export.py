@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -55,6 +55,6 @@ def command(
         raise typer.BadParameter("--format mla needs --kv-budget and --data (a text, or self)")
     if runtime not in (None, "transformers", "vllm"):
         raise typer.BadParameter(f"{runtime!r} is neither transformers nor vllm", param_hint="--runtime")
-    where = {"run_dir": run_dir, "runtime": runtime, "overwrite": overwrite, "device": device}
+    where: dict[str, Any] = {"run_dir": run_dir, "runtime": runtime, "overwrite": overwrite, "device": device}
     numbers = export_mla(folder, out, kv_budget=parse_budget(kv_budget), calibration=asked, **where)
     print_json({"out": str(out), "format": format_, "numbers_per_token_and_layer": numbers})

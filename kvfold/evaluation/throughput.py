@@ -70,9 +70,9 @@ def measure(
 ) -> ThroughputBenchmark:
     """`requests` random prompts of `prompt` tokens, each answered with `tokens` tokens, from a cache of `memory` bytes.
 
-    Folders by label, the original first; facts: for the table's title. `engine`: a runtime that serves requests. Where `dtype`
-    is not the checkpoint's, every cache holds as many tokens as `memory` holds in the checkpoint's. Raises KvfoldError where
-    the engine is not installed, or where a cache does not hold one request.
+    Folders by label, the original first; facts: for the table's title. `engine`: a runtime that serves requests. In another
+    `dtype` than the checkpoint's every cache holds as many tokens as `memory` holds in that. Raises KvfoldError where the
+    engine is not installed, or where a cache does not hold one request.
     """
     plans = {label: load_plan(folder)[0] for label, folder in folders.items()}
     for label, plan in plans.items():

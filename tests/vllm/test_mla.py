@@ -1,4 +1,4 @@
-"""Exports to DeepSeek's class under vLLM's own latent attention, in whose only size on a CPU: 512 numbers and 64 that rotate."""
+"""Exports to DeepSeek's class under vLLM's latent attention, in the CPU's only size: 512 numbers and 64 that rotate."""
 
 from engines import BIND, assert_same_tokens, job, serve
 from tiny import make_tiny, save_tiny
