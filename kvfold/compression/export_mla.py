@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.architectures.base import source_config
 from kvfold.calibration.calibration import Calibration
 from kvfold.calibration.material import Material
 from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.folder import EXPORT_MARKER, new_folder, refuse_out, write_files, write_weights
-from kvfold.checkpoint.source import Source, open_source, read_layer, source_dtype
-from kvfold.errors import BudgetError, CheckpointError, RecipeError
+from kvfold.checkpoint.source import Source, open_source, read_layer
+from kvfold.compression.deepseek_config import EPSILONS, deepseek_config, dtype_of, epsilon_of
+from kvfold.errors import BudgetError, CheckpointError
 from kvfold.linalg.block_diagonal import BlockDiagonal
 from kvfold.linalg.decoupled_rotation import decouple
 from kvfold.linalg.eigen import Moment
@@ -30,11 +30,8 @@ from kvfold.methods.width.mla import BOTH, Mla
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
 from kvfold.runtimes.transformers.load import resolve_device
 
-EPSILON = 1e-6
-"""Of transformers' norm over DeepSeek's latent, which other runtimes give `rms_norm_eps`: latents that are far smaller than
-its root pass it as they are, but for a factor."""
 SMALL = 1e-7
-"""What they are made."""
+"""Of latents, in the mean: far below the root of the epsilon of DeepSeek's norm, which so passes them times a factor."""
 DISTANCE = 4096
 """Tokens that queries look back, at most."""
 CARD = """# {name}
@@ -62,20 +59,11 @@ def export_mla(
     Raises CheckpointError where the model is none of Llama's type or the runtime would read it wrongly, RecipeError where
     runtimes differ and none is named, BudgetError where one rotated head does not fit.
     """
-    if not 0 < kv_budget <= 1:
-        raise BudgetError(
-            f"kv_budget is {kv_budget}; it is a share of the original cache's bytes, above 0 and at most 1."
-        )
     source, out, device = open_source(model), Path(os.path.abspath(out)), resolve_device(device)
     _check(source)
     epsilon = epsilon_of(source, runtime)
     layer = source.layers[0]
-    rank = int(kv_budget * 2 * layer.num_kv_heads * layer.head_dim) - layer.head_dim
-    if rank < 1:
-        least = (layer.head_dim + 1) / (2 * layer.num_kv_heads * layer.head_dim)
-        raise BudgetError(
-            f"kv_budget {kv_budget:.4g} leaves nothing beside the rotated head; the least is {least:.4g}."
-        )
+    rank = rank_of(layer, kv_budget)
     run_dir = Path(run_dir) if run_dir else Path(f"{out}.run")
     refuse_out(out, overwrite, keep=(source.checkpoint.path, run_dir))
     names = frozenset({METRIC + BOTH, WEIGHTED + BOTH})
@@ -107,6 +95,22 @@ def export_mla(
     return rank + layer.head_dim
 
 
+def rank_of(layer: AttentionLayer, kv_budget: float) -> int:
+    """Numbers of the latent that leaves a rotated head in the budget. Raises BudgetError."""
+    if not 0 < kv_budget <= 1:
+        raise BudgetError(
+            f"kv_budget is {kv_budget}; it is a share of the original cache's bytes, above 0 and at most 1."
+        )
+    whole = 2 * layer.num_kv_heads * layer.head_dim
+    rank = int(kv_budget * whole) - layer.head_dim
+    if rank < 1:
+        least = (layer.head_dim + 1) / whole
+        raise BudgetError(
+            f"kv_budget {kv_budget:.4g} leaves nothing beside the rotated head; the least is {least:.4g}."
+        )
+    return rank
+
+
 def _check(source: Source) -> None:
     layer, config = source.layers[0], source.checkpoint.config
     plain = config.get("hidden_act", "silu") == "silu" and not config.get("mlp_bias")
@@ -126,50 +130,6 @@ def _check(source: Source) -> None:
         raise CheckpointError(
             f"{source.arch.model_type} models with {found[0]} have no place in DeepSeek's class; llama and mistral models do."
         )
-
-
-def epsilon_of(source: Source, runtime: str | None) -> float:
-    """Of the norm over the latent, as `runtime` has it."""
-    config = source_config(source.arch, source.checkpoint.config)
-    theirs, rope = float(config.rms_norm_eps), config.rope_parameters["rope_type"]
-    differ = {
-        f"rms_norm_eps {theirs:g} is not what transformers takes for the norm over a latent ({EPSILON:g}), and vLLM takes it":
-            theirs != EPSILON,
-        f"vLLM reads rope_type {rope!r} of DeepSeek's class as YaRN's": rope != "default",
-    }  # fmt: skip
-    found = "; ".join(why for why, is_so in differ.items() if is_so)
-    if runtime == "vllm" and rope != "default":
-        raise CheckpointError(f"{source.checkpoint.path}: {found}. --runtime transformers is read rightly.")
-    if runtime is None and found:
-        raise RecipeError(
-            f"{source.checkpoint.path}: {found}. Say which is to read it: --runtime transformers, or vllm."
-        )
-    return theirs if runtime == "vllm" else EPSILON
-
-
-def _dtype(source: Source, layer: AttentionLayer) -> str:
-    """Of what is made: float16 has no numbers that small."""
-    dtype = source_dtype(source.checkpoint, source.arch, layer)
-    return "bfloat16" if dtype == "float16" else dtype
-
-
-def deepseek_config(source: Source, rank: int) -> dict[str, Any]:
-    """config.json: every MLP is dense, queries have no latent."""
-    layer = source.layers[0]
-    stock = source_config(source.arch, source.checkpoint.config).to_dict()
-    kept = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
-        "max_position_embeddings", "initializer_range", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
-        "tie_word_embeddings", "attention_dropout", "rms_norm_eps",
-    )  # fmt: skip
-    return {name: stock[name] for name in kept if name in stock} | {
-        "dtype": _dtype(source, layer), "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"],
-        "num_key_value_heads": layer.num_attention_heads, "q_lora_rank": None, "kv_lora_rank": rank,
-        "qk_nope_head_dim": layer.head_dim, "qk_rope_head_dim": layer.head_dim, "v_head_dim": layer.head_dim,
-        "head_dim": layer.head_dim, "first_k_dense_replace": len(source.layers), "n_routed_experts": 8, "n_group": 1,
-        "topk_group": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "attention_bias": False,
-        "rope_interleave": True,
-    }  # fmt: skip
 
 
 MADE = ("q_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
@@ -196,7 +156,7 @@ def _layer(
     source: Source, index: int, moments: Mapping[str, Moment], rank: int, published: bool, epsilon: float
 ) -> dict[str, Tensor]:
     layer = source.layers[index]
-    dtype = getattr(torch, _dtype(source, layer))
+    dtype = getattr(torch, dtype_of(source, layer))
     weights = read_layer(source.checkpoint, source.arch, layer)
     made = mla_weights(layer, weights, moments, rank, published, epsilon)
     return {name: made[part].to(dtype).contiguous() for name, part in zip(_names(source, index), MADE, strict=True)}
@@ -208,7 +168,7 @@ def mla_weights(
     moments: Mapping[str, Moment],
     rank: int,
     published: bool = False,
-    epsilon: float = EPSILON,
+    epsilon: float = EPSILONS["transformers"],
 ) -> dict[str, Tensor]:
     """Of one layer, by DeepSeek's names, in float64. moments: of keys before rotation and values, and of what errors cost."""
     K, N, H = layer.num_kv_heads, layer.num_attention_heads, layer.head_dim

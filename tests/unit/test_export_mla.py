@@ -42,7 +42,7 @@ def test_one_key_head_is_rotated_as_it_is(exported):
 
 def test_epsilon_is_that_of_whom_it_is_for(exported):
     """Where vLLM would take another one, which is read is said; the folder that is read by the other is wrong."""
-    with pytest.raises(RecipeError, match="rms_norm_eps 1e-05 .* --runtime transformers, or vllm"):
+    with pytest.raises(RecipeError, match="rms_norm_eps is 1e-05.* --runtime transformers, or vllm"):
         exported(1, 1.0, rms_norm_eps=1e-5)
     source, out = exported(1, 1.0, rms_norm_eps=1e-5, runtime="vllm")
     original, stock = load(source), transformers.AutoModelForCausalLM.from_pretrained(out).eval()

@@ -1,0 +1,60 @@
+"""DeepSeek-V3's config.json for a Llama-type model, and in what those who read it differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvfold.architectures.base import source_config
+from kvfold.checkpoint.source import Source, source_dtype
+from kvfold.errors import CheckpointError, RecipeError
+from kvfold.plan.layer import AttentionLayer
+
+EPSILONS = {"transformers": 1e-6}
+"""Of the norm over a latent, in runtimes that do not take `rms_norm_eps` for it as vLLM does."""
+PLAIN_ROTATION = {"vllm"}
+"""Runtimes that read every other rope type of DeepSeek's class as YaRN's."""
+
+
+def epsilon_of(source: Source, runtime: str | None) -> float:
+    """Of the norm over the latent, as `runtime` has it."""
+    config = source_config(source.arch, source.checkpoint.config)
+    theirs, rope = float(config.rms_norm_eps), config.rope_parameters["rope_type"]
+    own, plain = EPSILONS["transformers"], rope == "default"
+    differ = {
+        f"rms_norm_eps is {theirs:g}; vLLM takes it for the norm over a latent as well, and transformers {own:g}": theirs
+        != own,
+        f"vLLM reads rope_type {rope!r} of DeepSeek's class as YaRN's": not plain,
+    }
+    found = "; ".join(why for why, is_so in differ.items() if is_so)
+    if runtime in PLAIN_ROTATION and not plain:
+        raise CheckpointError(f"{source.checkpoint.path}: {found}. --runtime transformers is read rightly.")
+    if runtime is None and found:
+        raise RecipeError(
+            f"{source.checkpoint.path}: {found}. Say which is to read it: --runtime transformers, or vllm."
+        )
+    return EPSILONS.get(runtime or "transformers", theirs)
+
+
+def dtype_of(source: Source, layer: AttentionLayer) -> str:
+    """Of what is made: float16 has no numbers that small."""
+    dtype = source_dtype(source.checkpoint, source.arch, layer)
+    return "bfloat16" if dtype == "float16" else dtype
+
+
+def deepseek_config(source: Source, rank: int) -> dict[str, Any]:
+    """config.json: every MLP is dense, queries have no latent."""
+    layer = source.layers[0]
+    stock = source_config(source.arch, source.checkpoint.config).to_dict()
+    kept = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
+        "max_position_embeddings", "initializer_range", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
+        "tie_word_embeddings", "attention_dropout", "rms_norm_eps",
+    )  # fmt: skip
+    return {name: stock[name] for name in kept if name in stock} | {
+        "dtype": dtype_of(source, layer), "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"],
+        "num_key_value_heads": layer.num_attention_heads, "q_lora_rank": None, "kv_lora_rank": rank,
+        "qk_nope_head_dim": layer.head_dim, "qk_rope_head_dim": layer.head_dim, "v_head_dim": layer.head_dim,
+        "head_dim": layer.head_dim, "first_k_dense_replace": len(source.layers), "n_routed_experts": 8, "n_group": 1,
+        "topk_group": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "attention_bias": False,
+        "rope_interleave": True,
+    }  # fmt: skip
