@@ -74,6 +74,11 @@ def test_an_effect_is_what_the_loss_of_a_token_does(prompt):
                 assert_close(found[b, n, s], (less - whole).square().sum(), tolerance=1e-4)
 
 
+def test_effects_of_all_queries_together(prompt):
+    probs = prompt[0].probabilities(slice(T - 8, T))
+    assert_close(prompt[0].effect(probs), prompt[0].effects(probs).sum(2), tolerance=1e-4)
+
+
 def test_observed(prompt):
     """Queries before rotation, turned to where they are asked again."""
     prompt, before = prompt
@@ -90,7 +95,7 @@ def test_observed(prompt):
             for i, s in enumerate(tokens):
                 value = prompt.output()[:, head] @ prompt.values_BCSV[b, n, s]
                 expected[s] += (probs[i] / (1 - probs[i])).square() * (whole - value).square().sum()
-    assert_close(found[b, n, 7:], expected[7:] / base.QUERIES, tolerance=1e-4)
+    assert_close(found[b, n, 7:], expected[7:], tolerance=1e-4)
 
 
 @pytest.mark.parametrize("name", ["snapkv", "h2o", "tova"])

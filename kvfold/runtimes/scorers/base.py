@@ -110,18 +110,26 @@ class Prompt:
     def effects(self, probs_BnQS: Tensor) -> Tensor:
         """[B, n, Q, S]: the square of how far a query's head moves in the residual stream when one token is dropped,
         p / (1 - p) W (v - o); exact for one token."""
+        out_BnQV, led_BnSV, own_BnS, out_BnQ = self._led(probs_BnQS)
+        far_BnQS = own_BnS[:, :, None] + out_BnQ[..., None] - 2 * out_BnQV @ led_BnSV.transpose(2, 3)
+        return far_BnQS.clamp_min(0) * _odds(probs_BnQS).square()
+
+    def effect(self, probs_BnQS: Tensor) -> Tensor:
+        """[B, n, S]: `effects` summed over queries, by one product of odds with what they weigh."""
+        out_BnQV, led_BnSV, own_BnS, out_BnQ = self._led(probs_BnQS)
+        weights_BnSQ = _odds(probs_BnQS).square_().transpose(2, 3)
+        ones_BnQ1 = torch.ones_like(out_BnQ)[..., None]
+        sums_BnSV = weights_BnSQ @ torch.cat([-2 * out_BnQV, ones_BnQ1, out_BnQ[..., None]], dim=-1)
+        mixed_BnSV, odds_BnS, out_BnS = sums_BnSV[..., :-2], sums_BnSV[..., -2], sums_BnSV[..., -1]
+        return ((mixed_BnSV * led_BnSV).sum(-1) + odds_BnS * own_BnS + out_BnS).clamp_min_(0)
+
+    def _led(self, probs_BnQS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Averages o [B, n, Q, V], values times the metric M [B, n, S, V], v M v [B, n, S] and o M o [B, n, Q]."""
         values, dtype = self.values_BCSV.to(probs_BnQS.dtype), probs_BnQS.dtype
-        out_BnQV = weighted(probs_BnQS, values, dtype)
-        metric_nVV = self._metric.to(dtype)
+        out_BnQV, metric_nVV = weighted(probs_BnQS, values, dtype), self._metric.to(dtype)
         values_BnSV = values.repeat_interleave(out_BnQV.shape[1] // values.shape[1], dim=1)
         led_BnSV = values_BnSV @ metric_nVV
-        own_BnS = (led_BnSV * values_BnSV).sum(-1)
-        out_BnQ = (out_BnQV @ metric_nVV * out_BnQV).sum(-1)
-        # in place from here on: new memory takes longer than what is done with it
-        far_BnQS = out_BnQV @ (-2 * led_BnSV).transpose(2, 3)
-        far_BnQS.add_(own_BnS[:, :, None]).add_(out_BnQ[..., None]).clamp_min_(0)
-        odds_BnQS = (1 - probs_BnQS).clamp_min_(1e-6).reciprocal_().mul_(probs_BnQS)
-        return far_BnQS.mul_(odds_BnQS.square_())
+        return out_BnQV, led_BnSV, (led_BnSV * values_BnSV).sum(-1), (out_BnQV @ metric_nVV * out_BnQV).sum(-1)
 
     @functools.cached_property
     def _metric(self) -> Tensor:
@@ -132,6 +140,11 @@ class Prompt:
     def by_stored_head(self, x_BnS: Tensor) -> Tensor:
         """[B, C, S]: summed over the query heads that read one stored head."""
         return x_BnS.unflatten(1, (self.keys_BCSR.shape[1], -1)).sum(2)
+
+
+def _odds(probs: Tensor) -> Tensor:
+    """p / (1 - p). In place where it can be: new memory takes longer than what is done with it."""
+    return (1 - probs).clamp_min_(1e-6).reciprocal_().mul_(probs)
 
 
 class Scorer(ABC):

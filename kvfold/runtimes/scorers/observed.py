@@ -9,7 +9,7 @@ from kvfold.runtimes.scorers.base import Prompt, Scorer
 
 class Observed(Scorer):
     """Queries of the text stand for those to come: turned to positions behind the prompt they see all of it, and a token is
-    worth the square of what its loss does to the layer's output, in the mean over them."""
+    worth the square of what its loss does to the layer's output, summed over them."""
 
     def score(self, prompt: Prompt) -> Tensor:
-        return prompt.by_stored_head(prompt.effects(prompt.asked_again).mean(2))
+        return prompt.by_stored_head(prompt.effect(prompt.asked_again))

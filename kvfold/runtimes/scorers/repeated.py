@@ -15,5 +15,5 @@ class Repeated(Scorer):
     repeats = True
 
     def score(self, prompt: Prompt) -> Tensor:
-        total: Any = sum(prompt.effects(prompt.probabilities(rows)).sum(2) for rows in prompt.pieces())
+        total: Any = sum(prompt.effect(prompt.probabilities(rows)) for rows in prompt.pieces())
         return prompt.by_stored_head(total)
