@@ -257,7 +257,7 @@ def test_stock_exports(folded, tmp_path, model):
     assert_close(logits(load(tmp_path / "out"), tokens()), logits(load(made), tokens()), tolerance=1e-5)
 
 
-IMAGES = ["gemma3_beside_vision", "mistral3_beside_vision", *(name for name in FAMILIES if "_vl_" in name)]
+IMAGES = ["gemma3_beside_vision", "mistral3_beside_vision", "llama4_beside_vision", *(name for name in FAMILIES if "_vl_" in name)]
 
 
 def with_image(model, network):
@@ -270,10 +270,10 @@ def with_image(model, network):
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         image = {"pixel_values": torch.randn(16, values, generator=noise), "image_grid_thw": torch.tensor([[1, 4, 4]])}
         return ids, image | {"mm_token_type_ids": (ids == 3).int()}
-    size = 56 if "mistral" in model else 28
+    size = 28 if "gemma3" in model else 56
     image = {"pixel_values": torch.randn(1, 3, size, size, generator=noise)}
-    kind = {"image_sizes": torch.tensor([[size, size]])} if size == 56 else {"token_type_ids": (ids == 3).long()}
-    return ids, image | kind
+    kinds = {"gemma3": {"token_type_ids": (ids == 3).long()}, "mistral3": {"image_sizes": torch.tensor([[size, size]])}}
+    return ids, image | kinds.get(model.partition("_")[0], {})
 
 
 @pytest.mark.filterwarnings("ignore:kv_budget")
@@ -293,7 +293,7 @@ def test_images_pass_beside_text(folded, model, method):
     assert torch.equal(with_cache, network.generate(ids, use_cache=False, **options))
 
 
-NOT_IN_VLLM = [*IMAGES, *NORMS, "gpt_oss_experts", "falcon_groups", "bigcode_one_head", "gptj_partial"]
+NOT_IN_VLLM = [*IMAGES, *NORMS, "gpt_oss_experts", "falcon_groups", "bigcode_one_head", "gptj_partial", "llama4_chunks"]
 
 
 @pytest.mark.parametrize("model", NOT_IN_VLLM)
@@ -309,7 +309,7 @@ def test_what_vllm_does_not_serve_is_refused_before_work(folded, tmp_path, model
     assert reason in inspect(made.out).to_json()["servable_by"]["vllm"]
 
 
-@pytest.mark.parametrize("model_type", ["llama4", "mllama", "mamba", "t5", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", ["gpt_neo", "mllama", "mamba", "t5", "deepseek_v3"])
 def test_what_is_not_folded_says_why(tmp_path, model_type):
     save_tiny(make_tiny("olmo_plain"), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
