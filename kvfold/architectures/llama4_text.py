@@ -1,5 +1,4 @@
-"""llama4_text: as llama, with interleaved rotation in most layers, where tokens see only the chunk of positions that is theirs;
-the other layers' queries grow with their position."""
+"""llama4_text: layers that rotate, and see chunks of positions; layers that do not, whose queries grow with their position."""
 
 from __future__ import annotations
 
@@ -32,6 +31,7 @@ class Llama4Text(Interleaved):
     mlp_in = ()
 
     def describe(self, model: nn.Module) -> list[AttentionLayer]:
+        assert self.rotary is not None, "some layers rotate"
         layers, scale = super().describe(model), model.get_submodule(self.rotary).attention_scaling
         if scale != 1 and any(layer.qk_norm for layer in layers):
             raise CheckpointError(

@@ -14,8 +14,8 @@ Tables = tuple[Tensor, Tensor]
 
 
 def own_tables(layer: AttentionLayer, tables: Tables | Tensor | None) -> Tables | None:
-    """A family's tables as they are used here: none of a layer that does not rotate, and numbers i and i + r/2 of a pair. Some
-    families have one table of complex numbers."""
+    """A family's tables as they are used here: none of a layer that does not rotate, and numbers i and i + r/2 of a pair.
+    Some families have one table of complex numbers."""
     if tables is None or not layer.rotary_dim:
         return None
     if isinstance(tables, Tensor):

@@ -111,7 +111,9 @@ class FoldedModel:
                 " recent tokens; choose another length.rule, observed for example."
             )
         layers = self.architecture.describe(self)  # type: ignore[arg-type]
-        self.needs_state = self.has_readers or plan.position_bytes > 0 or plan.joint or any(x.temperature for x in layers)
+        self.needs_state = (
+            self.has_readers or plan.position_bytes > 0 or plan.joint or any(x.temperature for x in layers)
+        )
         self.makes_tables = layers[0].rotary_speeds if layers[0].makes_tables else ()
         if self.architecture.rotary and not self.architecture.tells_positions:
             self.get_submodule(self.architecture.rotary).register_forward_pre_hook(note_positions)  # type: ignore[attr-defined]
