@@ -1,4 +1,4 @@
-"""llama4_text: layers that rotate, and see chunks of positions; layers that do not, whose queries grow with their position."""
+"""llama4_text: layers that rotate and see chunks of positions, beside layers whose queries grow with their position."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextRMSNorm
 from kvfold.architectures._interleaved import Interleaved
 from kvfold.errors import CheckpointError
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
+from kvfold.plan.typed import shortened
 
 
 class Llama4Text(Interleaved):
@@ -42,11 +43,7 @@ class Llama4Text(Interleaved):
 
     def facts(self, module: Any, index: int) -> AttentionLayer:
         config, tuned = module.config, module.attn_temperature_tuning and not module.use_rope
-        if config.attention_chunk_size is None:
-            raise CheckpointError(
-                "config.json: attention_chunk_size is null, without which transformers' own model makes no masks. For no"
-                " chunks let layer_types be full_attention, and keep a number there."
-            )
+        _check_lengths(config)
         return dataclasses.replace(
             super().facts(module, index),
             qk_norm=hasattr(module, "qk_norm"),
@@ -70,3 +67,14 @@ class Llama4Text(Interleaved):
         ones_H = torch.ones(layer.head_dim, dtype=torch.float64)
         made = {f"{name}.weight": ones_H for name in self.norm_names}
         return super().weights(lambda name: made[name] if name in made else read(name), layer)
+
+
+def _check_lengths(config: Any) -> None:
+    """Raise CheckpointError where lengths by which masks and temperatures are made are none."""
+    for name in ("attention_chunk_size", "floor_scale"):
+        value = getattr(config, name)
+        if value is None or value < 1:
+            raise CheckpointError(
+                f"config.json: {name} is {shortened(value)}, where transformers' own model needs a number of tokens. Beside"
+                " one, layer_types of full_attention make no chunks, attn_temperature_tuning false no temperatures."
+            )

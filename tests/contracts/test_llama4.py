@@ -178,8 +178,8 @@ def test_rope_of_llama3(folded):
     assert_close(logits(load(made.out), tokens()), logits(load(source), tokens()), tolerance=1e-5)
 
 
-def test_masks_of_no_size_are_refused():
-    config = make_tiny("llama4_chunks").config.to_dict() | {"attention_chunk_size": None}
-    arch = architecture("llama4_text")
-    with pytest.raises(CheckpointError, match="config.json: attention_chunk_size is null"):
+@pytest.mark.parametrize("field", [{"attention_chunk_size": None}, {"attention_chunk_size": 0}, {"floor_scale": 0}])
+def test_sizes_that_are_none_are_refused(field):
+    arch, config = architecture("llama4_text"), make_tiny("llama4_chunks").config.to_dict() | field
+    with pytest.raises(CheckpointError, match=f"config.json: {next(iter(field))} is "):
         arch.describe(empty_model(arch, source_config(arch, config)))
