@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from kvfold import registry
+from kvfold.architectures._experts import ExpertsOnMeta
 from kvfold.architectures._refused import REFUSED
 from kvfold.architectures._rotary import rotary_speeds, rotated_numbers
 from kvfold.architectures._sizes import check_sizes
@@ -283,7 +284,7 @@ def empty_model(arch: Architecture, config: transformers.PretrainedConfig) -> tr
     from accelerate import init_empty_weights
 
     fault = f"transformers cannot build the {arch.model_type} model that config.json describes"
-    with foreign_faults(fault), init_empty_weights(include_buffers=False), torch.no_grad():
+    with foreign_faults(fault), init_empty_weights(include_buffers=False), ExpertsOnMeta(), torch.no_grad():
         return arch.model_class(config).eval()
 
 

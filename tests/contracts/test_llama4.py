@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 import torch
 from tiny import in_steps, load, logits, make_tiny, rotation, save_tiny, step, tokens
@@ -176,6 +178,17 @@ def test_rope_of_llama3(folded):
     changes = {"rope_parameters": scaled | {"original_max_position_embeddings": 64}}
     source, made = folded({"preset": "svd_a", "kv_budget": 1.0}, **changes)
     assert_close(logits(load(made.out), tokens()), logits(load(source), tokens()), tolerance=1e-5)
+
+
+def test_facts_of_maverick_take_no_memory():
+    """Of which one layer's experts are 64 GB."""
+    arch, peak = architecture("llama4"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    text = {"num_local_experts": 128, "interleave_moe_layer_step": 2, "use_qk_norm": False}
+    layers = arch.describe(empty_model(arch, source_config(arch, {"model_type": "llama4", "text_config": text})))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 500_000  # kilobytes
+    assert [layer.window for layer in layers] == [8192, 8192, 8192, None] * 12
+    assert [layer.rotary_dim for layer in layers] == [128, 128, 128, 0] * 12
+    assert [layer.temperature for layer in layers] == [None, None, None, (0.1, 8192)] * 12
 
 
 @pytest.mark.parametrize("field", [{"attention_chunk_size": None}, {"attention_chunk_size": 0}, {"floor_scale": 0}])
