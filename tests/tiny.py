@@ -171,6 +171,40 @@ FAMILIES |= {
         },
     ),
 }
+CHUNKS = {
+    "attention_chunk_size": 9,
+    "head_dim": 16,
+    "intermediate_size_mlp": 80,
+    "interleave_moe_layer_step": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "no_rope_layers": [1, 0, 1],
+    "floor_scale": 5,
+    "attn_scale": 0.3,
+    "rms_norm_eps": 1e-6,
+}
+FAMILIES |= {
+    "llama4_chunks": (tf.Llama4TextConfig, CHUNKS),
+    "llama4_no_norm": (
+        tf.Llama4TextConfig,
+        CHUNKS | {"use_qk_norm": False, "attention_bias": True, "attn_temperature_tuning": False},
+    ),
+    "llama4_beside_vision": (
+        tf.Llama4Config,
+        {
+            "text_config": CHUNKS,
+            "vision_config": VISION
+            | {
+                "intermediate_size": 128,
+                "image_size": 56,
+                "vision_output_dim": 24,
+                "projector_input_dim": 24,
+                "projector_output_dim": 24,
+            },
+            "image_token_index": 3,
+        },
+    ),
+}
 ALONG_AXES = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 QWEN_VISION = {"depth": 2, "num_heads": 2, "patch_size": 14, "out_hidden_size": 64, "hidden_size": 32}
 QWEN_TOKENS = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}

@@ -4,8 +4,6 @@ LATENT = "its cache holds one small latent per token already."
 STATES = "its layers keep states of one size, or a few layers of attention among such; their cache is small already."
 
 REFUSED = {
-    "llama4": "keys are normalised behind the rotation, and positions cut prompts into chunks; llama (3.x) is folded.",
-    "llama4_text": "keys are normalised behind the rotation, and positions cut prompts into chunks; llama (3.x) is folded.",
     "gpt_neo": "every other layer attends to a band whose mask it makes itself; gpt_neox and gpt2 are folded.",
     "mllama": "it attends to images by layers of their own; llama (3.x) of text alone is folded.",
     "deepseek_v2": LATENT,

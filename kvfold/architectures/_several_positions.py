@@ -11,8 +11,9 @@ from kvfold.plan.layer import AttentionLayer
 
 class SeveralPositions(Wrapped):
     passes_keywords = False
+    tells_positions = False
     keeps_documents_apart = False
-    beside = ("visual.",)
+    beside = ("model.visual.",)
     renamed = {  # noqa: RUF012  of files that were written before transformers moved the language model
         "visual.": "model.visual.",
         "model.embed_tokens.": "model.language_model.embed_tokens.",

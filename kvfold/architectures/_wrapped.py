@@ -14,7 +14,7 @@ class Wrapped(Architecture):
     not_in_vllm = "kvfold serves models of text alone in vLLM; generate() takes images and text."
     layers = "model.language_model.layers"
     rotary = "model.language_model.rotary_emb"
-    beside: ClassVar[tuple[str, ...]] = ("vision_tower.", "multi_modal_projector.")
+    beside: ClassVar[tuple[str, ...]] = ("model.vision_tower.", "model.multi_modal_projector.")
     mlp_in = ()
     renamed: ClassVar[dict[str, str]] = {
         "language_model.model.": "model.language_model.",

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from kvfold import registry
+from kvfold.architectures._experts import ExpertsOnMeta
 from kvfold.architectures._refused import REFUSED
 from kvfold.architectures._rotary import rotary_speeds, rotated_numbers
 from kvfold.architectures._sizes import check_sizes
@@ -30,16 +31,17 @@ class Architecture(ABC):
 
     `layers` and `attention` lead from the causal model to one layer's attention module, `output` from there to the projection
     behind its heads, `rotary` to the module that makes cos and sin; `passes_keywords` says whether a forward's keyword
-    arguments reach attention, `dead` are patterns of tensors in old files that no current model reads,
+    arguments reach attention, `tells_positions` whether position_ids do, `base` leads to the model without its head where
+    transformers' own `base_model` does not, `dead` are patterns of tensors in old files that no current model reads,
     `keeps_documents_apart` whether positions that begin again start a document that sees nothing of the one before;
     `attn_implementation` names the only one that the family has, if it does not take others from transformers'
     AttentionInterface; `no_stock_gqa` is why the family has no stock grouped-query class, if it has none, `not_in_vllm` why
     kvfold does not serve it there; `mlp_in` and `mlp_out` lead from a layer to the projections whose rows and whose columns
-    are the MLP's neurons. `in_gguf`: GGUF files have its projections as kvfold reads them. `beside`: parts of the base model
-    that no text passes. `repeats_heads`: transformers' own model caches every key and value once for each of its queries.
-    `sums_late`: vLLM's own model adds up what its processes have of attention together with what they have of the MLP.
-    `norm_names`: of the modules that normalise queries and keys, where there are such. `experts`: the parameters in which
-    current models have all experts of a layer -> the names of each one's parts in files, whose rows it stacks.
+    are the MLP's neurons. `in_gguf`: GGUF files have its projections as kvfold reads them. `beside`: beginnings of
+    names of what no text passes. `repeats_heads`: transformers' own model caches every key and value once for each of its
+    queries. `sums_late`: vLLM's own model adds up what its processes have of attention together with what they have of the
+    MLP. `norm_names`: of the modules that normalise queries and keys, where there are such. `experts`: the parameters in
+    which current models have all experts of a layer -> the names of each one's parts in files, whose rows it stacks.
     """
 
     model_type: ClassVar[str]
@@ -49,6 +51,8 @@ class Architecture(ABC):
     output: ClassVar[str] = "o_proj"
     rotary: ClassVar[str | None] = "model.rotary_emb"
     passes_keywords: ClassVar[bool] = True
+    tells_positions: ClassVar[bool] = True
+    base: ClassVar[str | None] = None
     dead: ClassVar[tuple[str, ...]] = ()
     keeps_documents_apart: ClassVar[bool] = True
     attn_implementation: ClassVar[str | None] = None
@@ -80,6 +84,10 @@ class Architecture(ABC):
     def check_sizes(self, config: Mapping[str, Any]) -> None:
         """Raise CheckpointError on sizes in a config.json for which the family's own code would take all memory."""
         return None
+
+    def base_prefix(self, model: transformers.PreTrainedModel) -> str:
+        """What the names of all tensors begin with but the head's, and those beside the language model."""
+        return f"{self.base or model.base_model_prefix}."
 
     def prefix(self, layer: int) -> str:
         """What the names of one layer's tensors begin with, in the checkpoint."""
@@ -276,7 +284,7 @@ def empty_model(arch: Architecture, config: transformers.PretrainedConfig) -> tr
     from accelerate import init_empty_weights
 
     fault = f"transformers cannot build the {arch.model_type} model that config.json describes"
-    with foreign_faults(fault), init_empty_weights(include_buffers=False), torch.no_grad():
+    with foreign_faults(fault), init_empty_weights(include_buffers=False), ExpertsOnMeta(), torch.no_grad():
         return arch.model_class(config).eval()
 
 

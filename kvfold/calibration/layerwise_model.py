@@ -84,7 +84,8 @@ class StreamedModel:
         The family's own forward computes them, with layers that only record what else they are given (masks, rotary tables).
         All sequences are full and equally long, so the arguments of one serve all.
         """
-        base, prefix = self.model.base_model, f"{self.model.base_model_prefix}."
+        prefix = self.arch.base_prefix(self.model)
+        base = self.model.get_submodule(prefix.rstrip("."))
         self._load(base, prefix, skip=self._skipped(prefix))
         modules = list(self.model.get_submodule(self.arch.layers).children())
         hidden_BTD = torch.empty(*tokens_BT.shape, self.layers[0].hidden_size)
@@ -236,9 +237,7 @@ class StreamedModel:
 
     def _skipped(self, prefix: str) -> tuple[str, ...]:
         """Beginnings of names behind `prefix`: of layers, and of what no text passes."""
-        base = f"{self.model.base_model_prefix}."
-        names = (f"{self.arch.layers}.", *(base + name for name in self.arch.beside))
-        return tuple(name.removeprefix(prefix) for name in names)
+        return tuple(name.removeprefix(prefix) for name in (f"{self.arch.layers}.", *self.arch.beside))
 
     def _load(self, module: torch.nn.Module, prefix: str, skip: tuple[str, ...] | None = None) -> None:
         """Give a module its weights, in float32. `skip`: beginnings of parameters that stay on the meta device."""

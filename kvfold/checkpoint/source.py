@@ -147,7 +147,7 @@ def under_current_names(checkpoint: Checkpoint, arch: Architecture, model: PreTr
     """The checkpoint with its tensors under the names of the current model, and without the masks and tables that old files
     of its family carry and no current model reads."""
     dead = [DEAD_BUFFER, *arch.dead, *(model._keys_to_ignore_on_load_unexpected or [])]
-    expected, base = set(model.state_dict()), f"{model.base_model_prefix}."
+    expected, base = set(model.state_dict()), arch.base_prefix(model)
     tensors = {arch.current_name(name): stored for name, stored in _without_wrapper(checkpoint.tensors).items()}
     # of a base model that was saved alone
     tensors = {base + n if n not in expected and base + n in expected else n: t for n, t in tensors.items()}

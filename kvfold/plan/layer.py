@@ -19,7 +19,8 @@ FAST = 1 / 64
 class AttentionLayer:
     """Facts of one layer of the original model.
 
-    `window`: sliding window in tokens. `qk_norm`: queries and keys are normalised before rotation, per head or (`flat_norm`)
+    `window`: tokens that a query sees at most, itself included: a sliding window, or the chunk that a mask of the family's
+    own leaves it. `qk_norm`: queries and keys are normalised before rotation, per head or (`flat_norm`)
     all heads of a token at once; `norm_offset` is added to the norm's weight. `own_norms`: every head has weights of its own
     for that; `centred_norm`: the mean is taken off first; `norm_bias`: there is one. `rotary_dim`: numbers of each head that
     are rotated, 0 for none; `rotary_kind`: which of the family's rotations, if it has several; `rotary_speeds`: radians per
@@ -29,6 +30,7 @@ class AttentionLayer:
     more than one where it stands in an image. `only_eager`: the family's own code knows no other attention than eager, and
     means by it no more than that masks are numbers to add. `alibi`: scores get a bias by distance. `softcap`: scores are
     capped by tanh. `sinks`: each query head's softmax has one more score, a parameter of its own, which no token goes with.
+    `temperature`: (scale, floor) of queries that are multiplied by 1 + scale * log(1 + n) behind n times floor tokens.
     `output_dropout`: of the layer's output, which some families apply inside attention.
     """
 
@@ -56,6 +58,7 @@ class AttentionLayer:
     alibi: bool = False
     softcap: float | None = None
     sinks: bool = False
+    temperature: tuple[float, int] | None = None
     output_dropout: float = 0.0
     qkv_bias: bool = False
     o_bias: bool = False

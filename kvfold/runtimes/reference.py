@@ -73,6 +73,15 @@ def made_heads(
     return normalised if norm_bias is None else [head + norm_bias for head in normalised]
 
 
+def tempered(layer: AttentionLayer, q_TH: Tensor) -> Tensor:
+    """Queries of a whole sequence as they meet keys, token by token."""
+    if layer.temperature is None:
+        return q_TH
+    scale, floor = layer.temperature
+    factors = [1 + scale * math.log(1 + (t + 1) // floor) for t in range(len(q_TH))]
+    return q_TH * torch.tensor(factors).to(q_TH)[:, None]
+
+
 def _normalise(x_TF: Tensor, weight_F: Tensor, eps: float = NORM_EPS) -> Tensor:
     return weight_F * x_TF * (x_TF.square().mean(-1, keepdim=True) + eps).rsqrt()
 
@@ -94,7 +103,8 @@ def attention(
     heads = []
     for n, q_TH in enumerate(queries):
         kv = n * layer.num_kv_heads // layer.num_attention_heads
-        heads.append(_attend(layer, n, rotate(q_TH, cos_Tr, sin_Tr), keys[kv], values[kv], seen_TS, weights.sinks))
+        q_TH = tempered(layer, rotate(q_TH, cos_Tr, sin_Tr))
+        heads.append(_attend(layer, n, q_TH, keys[kv], values[kv], seen_TS, weights.sinks))
     return _linear(torch.cat(heads, dim=1), weights.o_proj, weights.o_bias)
 
 
@@ -176,7 +186,7 @@ def folded_attention(
     for n, q_TH in enumerate(queries):
         kv = n * K // N
         c, u = kv * spec.num_kv_heads // K, kv * spec.num_v_heads // K
-        q_TH = rotate(q_TH, cos_Tr, sin_Tr)
+        q_TH = tempered(layer, rotate(q_TH, cos_Tr, sin_Tr))
         k_SH = stored_keys[c]
         if weights.k_b_proj is not None:
             k_SH = k_SH @ weights.k_b_proj[c].split(H, dim=0)[kv % (K // spec.num_kv_heads)].T
@@ -252,7 +262,7 @@ def joint_attention(
     queries = made_heads(layer, weights, "q", hidden_TD, H)
     for n, q_TH in enumerate(queries):
         kv = n * K // N
-        q_TH = rotate(q_TH, cos_Tr, sin_Tr)
+        q_TH = tempered(layer, rotate(q_TH, cos_Tr, sin_Tr))
         k_SH, v_SH = torch.cat([past_keys[kv], keys[kv]]), torch.cat([past_values[kv], values[kv]])
         heads.append(_attend(layer, n, q_TH, k_SH, v_SH, seen_TS, weights.sinks))
     share = torch.cat(keys, dim=1) @ weights.k_a_proj[0].T, torch.cat(list(values), dim=1) @ weights.v_a_proj[0].T

@@ -37,7 +37,7 @@ FOLDS = (
 )
 SOURCES = (
     "llama_yarn", "qwen3_norm_window", "neox_partial", "bloom_alibi", "gemma2_softcap", "gemma3_beside_vision",
-    "mixtral_experts", "gpt2_conv", "opt_learned", "phi3_partial", "cohere2_nope", "falcon_groups",
+    "mixtral_experts", "gpt2_conv", "opt_learned", "phi3_partial", "cohere2_nope", "falcon_groups", "llama4_chunks",
 )  # fmt: skip
 
 

@@ -13,10 +13,13 @@ Tables = tuple[Tensor, Tensor]
 """cos and sin [B or 1, T, r]."""
 
 
-def own_tables(layer: AttentionLayer, tables: Tables | None) -> Tables | None:
-    """A family's tables as they are used here: none of a layer that does not rotate, and numbers i and i + r/2 of a pair."""
+def own_tables(layer: AttentionLayer, tables: Tables | Tensor | None) -> Tables | None:
+    """A family's tables as they are used here: none of a layer that does not rotate, and numbers i and i + r/2 of a pair.
+    Some families have one table of complex numbers."""
     if tables is None or not layer.rotary_dim:
         return None
+    if isinstance(tables, Tensor):
+        tables = tables.real, tables.imag
     once = tables[0].shape[-1] == layer.rotary_dim // 2  # a number for each pair
     if not layer.tables_interleaved and not once:
         return tables
@@ -25,7 +28,7 @@ def own_tables(layer: AttentionLayer, tables: Tables | None) -> Tables | None:
 
 
 def tables_of(
-    layer: AttentionLayer, hidden_BTD: Tensor, tables: Tables | None, positions_BT: Tensor | None
+    layer: AttentionLayer, hidden_BTD: Tensor, tables: Tables | Tensor | None, positions_BT: Tensor | None
 ) -> Tables | None:
     """The same, whoever makes a family's tables."""
     if not layer.makes_tables:

@@ -42,6 +42,7 @@ from kvfold.runtimes.transformers.new_tokens import NewTokens
 from kvfold.runtimes.transformers.on_read import Heads, KeysOnRead, all_keys, all_values, tables_on_read, value_map
 from kvfold.runtimes.transformers.projections import projections
 from kvfold.runtimes.transformers.some_tokens import AttentionToSome
+from kvfold.runtimes.transformers.temperature import tempered
 
 
 class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome):
@@ -118,7 +119,7 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome
         state = CURRENT_STATE.get() if kv_state is None else kv_state
         mask = mask_of(hidden_states, attention_mask, alibi, position_bias, self.layer.num_attention_heads)
         position_embeddings = tables_of(self.layer, hidden_states, position_embeddings, kwargs.get("position_ids"))
-        q = self._queries(hidden_states, position_embeddings)
+        q = tempered(self.layer, self._queries(hidden_states, position_embeddings), state, cache)
         z, y = self._keys_values(hidden_states, position_embeddings, cache, state, mask)
         tables = None
         if self._rotates_on_read:

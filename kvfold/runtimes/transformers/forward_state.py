@@ -44,7 +44,7 @@ class ForwardState:
         return bool((one_more[..., 1:] >= one_more[..., :-1]).all())
 
     def note(self, positions_ABT: Tensor) -> None:
-        """Where the tokens of this forward stand along several axes: what the model's own tables are made for."""
+        """Where the tokens of this forward stand, perhaps along several axes: what the model's own tables are made for."""
         self.along_ABT = positions_ABT if self.along_ABT is None else self.along_ABT
 
     def tables_of_all(
@@ -65,7 +65,7 @@ class ForwardState:
 
 
 def note_positions(rotary: Any, arguments: tuple[Any, ...]) -> None:
-    """A hook before rotary modules that take positions along several axes, which layers are not told."""
+    """A hook before the rotary modules of families whose layers are not told positions."""
     if (state := CURRENT_STATE.get()) is not None:
         state.note(arguments[1])
 

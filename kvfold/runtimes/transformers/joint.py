@@ -16,6 +16,7 @@ from kvfold.runtimes.kernels.rotary import apply_rotary, tables_of
 from kvfold.runtimes.transformers.attention import FoldedAttention
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
 from kvfold.runtimes.transformers.projections import GroupedLinear
+from kvfold.runtimes.transformers.temperature import tempered
 
 
 class JointAttention(FoldedAttention):
@@ -52,12 +53,12 @@ class JointAttention(FoldedAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         position_embeddings = tables_of(self.layer, hidden_states, position_embeddings, kwargs.get("position_ids"))
-        q = self._queries(hidden_states, position_embeddings)
         k = self._heads(self.k_proj(hidden_states), self.layer.num_kv_heads, self.k_norm)
         k = k if position_embeddings is None else apply_rotary(k, *position_embeddings)
         v = self._heads(self.v_proj(hidden_states), self.layer.num_kv_heads, None)
         cache = layer_past if past_key_values is None else past_key_values
         state = CURRENT_STATE.get() if kv_state is None else kv_state
+        q = tempered(self.layer, self._queries(hidden_states, position_embeddings), state, cache)
         mask = mask_of(hidden_states, attention_mask, alibi, position_bias, self.layer.num_attention_heads)
         past = self._store(k, v, cache, state)
         if past is None:

@@ -55,8 +55,10 @@ def load_weights(path: Path, dtype: str, device: str) -> PreTrainedModel:
 
 
 def auto_class(path: str | Path) -> Any:
-    """transformers' Auto class that knows a folder's model: not every one beside a vision tower is a causal model to it."""
-    known = type(AutoConfig.from_pretrained(path)) in AutoModelForCausalLM._model_mapping
+    """transformers' Auto class that knows a folder's model: of some that sit beside a vision tower the one of causal models
+    knows nothing, or the part for text alone."""
+    kind, models = type(AutoConfig.from_pretrained(path)), AutoModelForCausalLM._model_mapping
+    known = kind in models and models[kind].config_class is kind
     return AutoModelForCausalLM if known else AutoModelForImageTextToText
 
 

@@ -110,10 +110,12 @@ class FoldedModel:
                 "tokens: a prompt that is read twice to choose from it wants keys as they are read, and no finer form of"
                 " recent tokens; choose another length.rule, observed for example."
             )
-        self.needs_state = self.has_readers or plan.position_bytes > 0 or plan.joint
         layers = self.architecture.describe(self)  # type: ignore[arg-type]
+        self.needs_state = (
+            self.has_readers or plan.position_bytes > 0 or plan.joint or any(x.temperature for x in layers)
+        )
         self.makes_tables = layers[0].rotary_speeds if layers[0].makes_tables else ()
-        if self.architecture.rotary and layers[0].position_axes > 1:
+        if self.architecture.rotary and not self.architecture.tells_positions:
             self.get_submodule(self.architecture.rotary).register_forward_pre_hook(note_positions)  # type: ignore[attr-defined]
         for facts, old in zip(layers, self.architecture.modules(self), strict=True):  # type: ignore[arg-type]
             weight = next(old.parameters())
@@ -155,7 +157,7 @@ class FoldedModel:
                 "reentrant gradient checkpointing would silently lose the gradients that readers send to the layer whose"
                 ' cache they share; enable it with gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
-        if self.has_readers and gradient_checkpointing_func and not self.architecture.passes_keywords:
+        if self.needs_state and gradient_checkpointing_func and not self.architecture.passes_keywords:
             gradient_checkpointing_func = _with_current_state(gradient_checkpointing_func)
         super()._set_gradient_checkpointing(  # type: ignore[misc]
             *args, gradient_checkpointing_func=gradient_checkpointing_func, **kwargs
