@@ -1,4 +1,4 @@
-"""Healing of families that differ in what surrounds attention: a vision tower, positions along axes, sinks, chunks, experts."""
+"""Healing of families that differ in what surrounds attention: images beside text, sinks, chunks, experts."""
 
 import pytest
 import torch
