@@ -1,6 +1,7 @@
 """Disks that are full, clocks that jump, processes that die or run side by side: the same bytes in the end, or a refusal."""
 
 import errno
+import itertools
 import os
 import random
 import re
@@ -158,6 +159,40 @@ def test_two_at_once_share_what_they_gather(tmp_path):
     both = [started(tmp_path / name, "--run-dir", tmp_path / "run") for name in ("first", "second")]
     assert [process.wait() for process in both] == [0, 0], [process.stderr.read() for process in both]
     assert digests(tmp_path / "first") == digests(tmp_path / "second")
+
+
+@pytest.mark.rare
+def test_another_comes_at_every_write(run, tmp_path, monkeypatch):
+    """With another recipe, into the same folder: whoever is refused, the folder is wholly the other one's."""
+    expected = {recipe: digests(run(f"expected-{recipe}", recipe)) for recipe in ("auto", "int4")}
+    fsync, writes, found = os.fsync, [], []
+
+    def disturbed(descriptor):
+        writes.append(descriptor)
+        if len(writes) == turn:
+            found.append(attempt("int4"))
+        fsync(descriptor)
+
+    def attempt(recipe):
+        try:
+            run("out", recipe)
+        except OutputError as error:
+            assert re.search("another process is writing|exists already|appeared meanwhile", str(error)), error
+            return False
+        return True
+
+    monkeypatch.setattr(atomic.os, "fsync", disturbed)
+    for turn in itertools.count(1):
+        writes.clear()
+        first = attempt("auto")
+        if len(writes) < turn:
+            break
+        assert first != found[-1], f"write {turn}: {(first, found[-1])}"
+        assert digests(tmp_path / "out") == expected["auto" if first else "int4"]
+        check_files(tmp_path / "out")
+        shutil.rmtree(tmp_path / "out")
+        shutil.rmtree(tmp_path / "out.run", ignore_errors=True)
+    assert {True, False} == set(found), "it came before the folder was begun, and after"
 
 
 @pytest.mark.rare
