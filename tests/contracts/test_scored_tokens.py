@@ -272,6 +272,16 @@ def test_a_prompt_that_nobody_scored_leaves_its_newest(fold):
     assert cache.nbytes_allocated == plan.kv_bytes(50)
 
 
+def test_padding_between_two_readings_moves_windows(fold):
+    """So that a batch would not be its sequences."""
+    network, ids = load(fold("qwen3_norm_window", rule="kvzip").out), tokens(2, 40)
+    network(ids, attention_mask=torch.ones_like(ids))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    with pytest.raises(ValueError, match="read twice .* cannot be padded where layers have windows"):
+        network(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0), use_cache=True)
+
+
 @pytest.mark.parametrize("model", ["llama_mha", "llama_yarn", "neox_partial", "bloom_alibi"])
 def test_a_second_reading(fold, tiny_dir, model, monkeypatch):
     """What it says is what the original attends to when it reads the prompt twice; nothing of it is stored, nor of a prompt

@@ -73,6 +73,11 @@ class FoldedModel:
         """The same; a prompt that a scorer asks for is read a second time behind itself, to choose what of it stays."""
         out, cache = self._in_state(stock_class, arguments), arguments.get("past_key_values")
         if isinstance(cache, FoldedCache) and cache.waits:
+            if self.has_windows and _is_padded(cache):
+                raise ValueError(
+                    "a prompt that is read twice to choose from it cannot be padded where layers have windows: padding would"
+                    " stand between both readings. Give sequences of one length, or choose another length.rule, observed."
+                )
             with torch.no_grad(), cache.reading_again():
                 self._in_state(stock_class, arguments | second_reading(cache.owned[0].length, arguments))
         return out
@@ -114,6 +119,7 @@ class FoldedModel:
         self.needs_state = (
             self.has_readers or plan.position_bytes > 0 or plan.joint or any(x.temperature for x in layers)
         )
+        self.has_windows = any(layer.window for layer in layers)
         self.makes_tables = layers[0].rotary_speeds if layers[0].makes_tables else ()
         if self.architecture.rotary and not self.architecture.tells_positions:
             self.get_submodule(self.architecture.rotary).register_forward_pre_hook(note_positions)  # type: ignore[attr-defined]
@@ -220,6 +226,12 @@ def _with_current_state(checkpoint: Any) -> Any:
         return checkpoint(in_state, *args, **kwargs)
 
     return run
+
+
+def _is_padded(cache: FoldedCache) -> bool:
+    """Whether some sequence begins behind the first column."""
+    begins = [layer.begin_B for layer in cache.owned if layer.begin_B is not None]
+    return bool(begins) and bool((begins[0] > 0).any())
 
 
 def _folded_forward(stock_class: type[PreTrainedModel]) -> Any:
