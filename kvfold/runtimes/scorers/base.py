@@ -78,6 +78,8 @@ class Prompt:
         scores = scores_of(self.absorb(queries_BnQH) * self.layer.scaling, self.keys_BCSR)
         if self.layer.softcap is not None:
             scores = self.layer.softcap * torch.tanh(scores / self.layer.softcap)
+        if seen.dtype == torch.bool and seen.shape[2] == 1 and seen.all():  # a whole pass over memory less
+            return scores.softmax(-1)
         return softmax(scores, seen)
 
     @functools.cached_property
