@@ -17,7 +17,7 @@ from kvfold.runtimes.kernels.rotary import apply_rotary
 
 AT_ONCE = 256
 """Queries of which probabilities exist."""
-QUERIES, AHEAD, STRIDE = 96, 128, 37
+QUERIES, AHEAD, STRIDE = 64, 128, 37
 """Of a prompt that are asked again; turned to places among the next AHEAD tokens, STRIDE apart, which has no divisor in
 common."""
 
