@@ -53,7 +53,7 @@ def partial_folder(out: Path, identity: str) -> Path:
     """The folder in which the result grows: that of an interrupted run with the same identity, or a new one."""
     partial = out.with_name(out.name + ".partial")
     marker = partial / MARKER
-    if not marker.exists() or marker.read_text() != identity:
+    if not marker.exists() or marker.read_bytes() != identity.encode():
         shutil.rmtree(partial, ignore_errors=True)
         make_folder(partial)
         write_text(marker, identity)

@@ -230,12 +230,21 @@ def suited(recipe: Recipe, layers: Sequence[AttentionLayer]) -> Recipe:
 def load_recipe(path: str | Path) -> dict[str, Any]:
     """Plain data of a YAML recipe, for `make_recipe`."""
     try:
-        data = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read as a YAML recipe: {error}") from error
+    data = _plain(text, f"{path} cannot be read as a YAML recipe")
     if not isinstance(data, dict):
         raise RecipeError(f"{path} holds no recipe: a mapping such as 'preset: svd_a' was expected.")
     return data
+
+
+def _plain(text: str, fault: str) -> Any:
+    """What a YAML text says. Dates that are none, and lists that are nested too deeply, are faults to PyYAML of other kinds."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{fault}: {str(error)[:400]}") from error
 
 
 def preset_recipe(preset: str, fields: Mapping[str, Any]) -> Recipe:
@@ -267,10 +276,8 @@ def _parse_set(assignment: str) -> dict[str, Any]:
         raise RecipeError(f"--set {assignment!r} is not AXIS.FIELD=VALUE, for example width.latent=group.")
     if path == "preset":
         raise RecipeError("a preset is not a field; give --preset.")
-    try:
-        tree: Any = float(text) if EXPONENT.fullmatch(text) else yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {assignment!r}: the value is not YAML: {error}") from error
+    fault = f"--set {shortened(assignment)}: the value is not YAML"
+    tree: Any = float(text) if EXPONENT.fullmatch(text) else _plain(text, fault)
     for name in reversed(path.split(".")):
         tree = {name: tree}
     return tree

@@ -180,7 +180,7 @@ def _claim(run_dir: Path, healing: Healing, checkpoint: Checkpoint, rows: Rows) 
             version=__version__, settings=settings, model=model, teacher=teacher, text=rows.input_ids
         )
         file = run_dir / "healing.txt"
-        if file.exists() and file.read_text() != identity:
+        if file.exists() and file.read_bytes() != identity.encode():
             raise RecipeError(
                 f"{run_dir} holds checkpoints of a run with other settings, models or text. Remove it, or give another"
                 " --run-dir or --out."

@@ -86,6 +86,20 @@ def test_unreadable_recipes(tmp_path):
         load_recipe(tmp_path / "list.yaml")
 
 
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"a: \xe9", b"[" * 100_000, b"a: 2026-13-45", b"a: !!python/name:os.system", b"\0"]
+)
+def test_bytes_that_are_no_recipe(tmp_path, content):
+    """In files, and where they are text on the command line."""
+    (tmp_path / "r.yaml").write_bytes(content)
+    with pytest.raises(RecipeError, match=r"r\.yaml cannot be read as a YAML recipe"):
+        load_recipe(tmp_path / "r.yaml")
+    value = content.decode("latin1").removeprefix("a: ")
+    if "é" not in value and "ÿ" not in value:
+        with pytest.raises(RecipeError, match="the value is not YAML"):
+            assignments([f"kv_budget={value}"])
+
+
 def test_a_preference_is_how_keys_are_stored():
     assert make_recipe(BASE | {"preset": "auto"}).width == {"method": "mla"}
     assert make_recipe(BASE | {"preset": "auto", "kv_budget": "1/8"}).width == {"method": "mla"}
