@@ -240,7 +240,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def _plain(text: str, fault: str) -> Any:
-    """What a YAML text says. Dates that are none, and lists that are nested too deeply, are faults to PyYAML of other kinds."""
+    """What a YAML text says. Dates that are none and lists that are nested too deeply are other faults to PyYAML."""
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
