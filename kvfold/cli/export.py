@@ -53,8 +53,6 @@ def command(
         return
     if kv_budget is None or data is None:
         raise typer.BadParameter("--format mla needs --kv-budget and --data (a text, or self)")
-    if runtime not in (None, "transformers", "vllm"):
-        raise typer.BadParameter(f"{runtime!r} is neither transformers nor vllm", param_hint="--runtime")
     where: dict[str, Any] = {"run_dir": run_dir, "runtime": runtime, "overwrite": overwrite, "device": device}
     numbers = export_mla(folder, out, kv_budget=parse_budget(kv_budget), calibration=asked, **where)
     print_json({"out": str(out), "format": format_, "numbers_per_token_and_layer": numbers})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvfold import registry
 from kvfold.architectures.base import source_config
 from kvfold.checkpoint.source import Source, source_dtype
 from kvfold.errors import CheckpointError, RecipeError
@@ -16,16 +17,21 @@ PLAIN_ROTATION = {"vllm"}
 
 
 def epsilon_of(source: Source, runtime: str | None) -> float:
-    """Of the norm over the latent, as `runtime` has it."""
+    """Of the norm over the latent, as `runtime` has it. Raises RecipeError where there is no such runtime, or where they
+    differ and none is named, CheckpointError where it would read the folder wrongly."""
+    if runtime is not None:
+        registry.load("runtimes", runtime)
     config = source_config(source.arch, source.checkpoint.config)
     theirs, rope = float(config.rms_norm_eps), config.rope_parameters["rope_type"]
     own, plain = EPSILONS["transformers"], rope == "default"
-    differ = {
-        f"rms_norm_eps is {theirs:g}; vLLM takes it for the norm over a latent as well, and transformers {own:g}": theirs
-        != own,
-        f"vLLM reads rope_type {rope!r} of DeepSeek's class as YaRN's": not plain,
-    }
-    found = "; ".join(why for why, is_so in differ.items() if is_so)
+    differ = []
+    if theirs != own:
+        differ.append(
+            f"rms_norm_eps is {theirs:g}; vLLM takes it for the norm over a latent as well, and transformers {own:g}"
+        )
+    if not plain:
+        differ.append(f"vLLM reads rope_type {rope!r} of DeepSeek's class as YaRN's")
+    found = "; ".join(differ)
     if runtime in PLAIN_ROTATION and not plain:
         raise CheckpointError(f"{source.checkpoint.path}: {found}. --runtime transformers is read rightly.")
     if runtime is None and found:

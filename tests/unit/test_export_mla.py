@@ -145,6 +145,11 @@ def test_budgets_and_models_that_do_not_go(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_runtime_that_is_none(exported):
+    with pytest.raises(RecipeError, match="Did you mean 'vllm'"):
+        exported(1, 1.0, runtime="vlm")
+
+
 def test_bytes_are_those_of_the_budget(exported):
     """(latent and rotated head) per token, in the cache of the stock class too."""
     source, out = exported(4, 0.5)
