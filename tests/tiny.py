@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -130,6 +131,20 @@ def load(folder: str | Path, **options: object) -> tf.PreTrainedModel:
     if config.get("attn_logit_softcapping") and "kv_compression_config" not in config:
         options.setdefault("attn_implementation", "eager")  # transformers' sdpa drops the cap
     return auto_class(folder).from_pretrained(folder, **options).eval()
+
+
+def exact_tables(network: tf.PreTrainedModel) -> tf.PreTrainedModel:
+    """The same in float64, with cos and sin in it too: in float32 their last bit depends on how many are made at once, and a
+    last bit decides between two codes. Of families with one plain rotation, or with none."""
+
+    def tables(rotary, x, position_ids):
+        angles = (position_ids[..., None].double() * rotary.inv_freq.double()).repeat(1, 1, 2)
+        return angles.cos(), angles.sin()
+
+    for module in network.modules():
+        if hasattr(module, "inv_freq"):
+            module.forward = functools.partial(tables, module)
+    return network.double()
 
 
 def tokens(batch: int = 3, length: int = 40, *, seed: int = 7) -> Tensor:

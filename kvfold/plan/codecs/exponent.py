@@ -41,7 +41,8 @@ class Exponent(Codec):
 
     def unpack_scaled(self, rows_BCSX: Tensor, format: NumberFormat, dtype: torch.dtype) -> list[Scaled]:
         exponents, *codes = cut(rows_BCSX, format)
-        scales = torch.exp2((exponents.to(torch.float32) - BIAS) / STEPS_PER_OCTAVE).unsqueeze(-1).unbind(-2)
+        exponents = exponents.to(torch.promote_types(dtype, torch.float32))
+        scales = torch.exp2((exponents - BIAS) / STEPS_PER_OCTAVE).unsqueeze(-1).unbind(-2)
         return [
             Scaled(unpack_codes(code, bits, elements).sub_(2 ** (bits - 1)).view(torch.int8).to(dtype), scale)
             for code, scale, (elements, bits) in zip(codes, scales, format.tiers, strict=True)

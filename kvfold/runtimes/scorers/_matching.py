@@ -21,8 +21,8 @@ MOST = 1e3
 
 
 def matched(prompt: Prompt, index_BCn: Tensor, counts_Bn: Tensor) -> tuple[Tensor, Tensor]:
-    """What is added to the scores of the tokens that stay [B, C, n], and their values [B, C, n, V]. counts_Bn: which of
-    them do."""
+    """What is added to the scores of the tokens that stay [B, C, n], besides what was, and their values [B, C, n, V].
+    counts_Bn: which of them do."""
     S = prompt.keys_BCSR.shape[2] - prompt.again
     probs_BnQS, values_BCSV = prompt.asked_again[..., :S], prompt.values_BCSV[:, :, :S]
     probs_BnQS = probs_BnQS / probs_BnQS.sum(-1, keepdim=True)

@@ -50,8 +50,8 @@ class Buffer(ABC):
         """Of what `beside` has shown store these tokens, of each head its own, and nothing else."""
 
     @abstractmethod
-    def put(self, x_BCTR: Tensor, capacity: int) -> None:
-        """Store these tokens and nothing else."""
+    def replace(self, x_BCTR: Tensor, rows: Tensor) -> None:
+        """Other numbers for the live tokens, in these rows [B] of the batch."""
 
     @abstractmethod
     def forget(self, tokens: int, window: int | None) -> None:
@@ -138,11 +138,11 @@ class GrowingBuffer(Buffer):
         return torch.cat([shown, new_BCTR], dim=2)
 
     def keep(self, shown: Tensor, index_BCn: Tensor, capacity: int) -> None:  # type: ignore[override]
-        self.put(gather_tokens(shown, index_BCn), capacity)
-
-    def put(self, x_BCTR: Tensor, capacity: int) -> None:
         self.start = self.end = 0
-        self.append(x_BCTR, capacity)
+        self.append(gather_tokens(shown, index_BCn), capacity)
+
+    def replace(self, x_BCTR: Tensor, rows: Tensor) -> None:
+        self.tensor()[rows] = x_BCTR[rows]
 
     def forget(self, tokens: int, window: int | None) -> None:
         self.end -= tokens
@@ -222,8 +222,8 @@ class PackedBuffer(Buffer):
     def keep(self, shown: PackedTokens, index_BCn: Tensor, capacity: int) -> None:  # type: ignore[override]
         self.rows.keep(shown.rows, index_BCn, capacity)
 
-    def put(self, x_BCTR: Tensor, capacity: int) -> None:
-        self.rows.put(self._pack(x_BCTR), capacity)
+    def replace(self, x_BCTR: Tensor, rows: Tensor) -> None:
+        self.rows.replace(self._pack(x_BCTR), rows)
 
     def forget(self, tokens: int, window: int | None) -> None:
         self.rows.forget(tokens, window)
@@ -287,7 +287,7 @@ class BlockedBuffer(Buffer):
     def keep(self, shown: Stored, index_BCn: Tensor, capacity: int) -> None:
         raise AssertionError("dropping tokens could cut a block")
 
-    def put(self, x_BCTR: Tensor, capacity: int) -> None:
+    def replace(self, x_BCTR: Tensor, rows: Tensor) -> None:
         raise AssertionError("dropping tokens could cut a block")
 
     def forget(self, tokens: int, window: int | None) -> None:

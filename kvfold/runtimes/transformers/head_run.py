@@ -17,8 +17,8 @@ ADDED = torch.float16
 """Two bytes per token and head (ADDED_BYTES)."""
 
 Match = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(tokens that stay [B, C, n], which of them count [B or 1, n]) -> what is added to their scores [B, C, n], and their values
-[B, C, n, V]."""
+"""(tokens that stay [B, C, n], which of them count [B or 1, n]) -> by how much more to add to their scores [B, C, n], and their
+values [B, C, n, V]."""
 
 
 class HeadRun:
@@ -127,6 +127,7 @@ class HeadRun:
         newest = min(self.tokens.newest, length)
         free_BS, sink_BS = self._candidates(length, begin_of_rows(begin_B, worth_BCS)[:, None], newest)
         chosen_B = (kept_of(self.run, length - begin_of_rows(begin_B, worth_BCS)) - newest).clamp_min(0)
+        drops_B = free_BS.sum(1) > chosen_B
         chosen_B = torch.minimum(chosen_B, free_BS.sum(1))
         worth_BCS = worth_BCS.float().nan_to_num().masked_fill(sink_BS[:, None], torch.inf)
         worth_BCS = worth_BCS.masked_fill(~free_BS[:, None], -torch.inf)
@@ -143,9 +144,11 @@ class HeadRun:
             side.keep(stored, index_BCn, room)
         if match is not None and self.added is not None:
             counts_Bn = torch.arange(early + newest, device=index_BCn.device) >= (early - chosen_B)[:, None]
-            added_BCn, values_BCnV = match(index_BCn, counts_Bn)
-            self.added.put(added_BCn[..., None].to(ADDED), room)
-            self.v.put(values_BCnV, room)
+            more_BCn, values_BCnV = match(index_BCn, counts_Bn)
+            added_BCn1 = (self.added.tensor() + more_BCn[..., None]).to(ADDED)
+            rows_B = drops_B.expand(len(more_BCn))  # packed again, values would change where nothing did
+            self.added.replace(added_BCn1, rows_B)
+            self.v.replace(values_BCnV, rows_B)
         self.place, self.pending = RunPlace(length - newest, early, chosen_B), None
 
     def settle(self, length: int, begin_B: Tensor | None) -> None:
