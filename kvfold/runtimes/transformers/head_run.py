@@ -17,7 +17,7 @@ ADDED = torch.float16
 """Two bytes per token and head (ADDED_BYTES)."""
 
 Match = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(tokens that stay [B, C, n], which of them count [B or 1, n]) -> by how much more to add to their scores [B, C, n], and their
+"""(tokens that stay [B, C, n], which of them count [B or 1, n]) -> what more is added to their scores [B, C, n], and their
 values [B, C, n, V]."""
 
 
