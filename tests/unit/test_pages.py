@@ -6,8 +6,8 @@ import torch
 from kvfold.plan.cache_spec import CacheSpec, StoredShape
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels import cpu, native, paging
-from kvfold.runtimes.kernels.dispatch import roundtrip
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, read_all
+from kvfold.runtimes.kernels.dispatch import pack, roundtrip
+from kvfold.runtimes.kernels.packed_tokens import read_all
 from kvfold.runtimes.vllm.batches import Batch, batches
 from kvfold.runtimes.vllm.pages import RECENT, Layout, PageFormat, Span
 
@@ -64,13 +64,39 @@ def test_the_kernel_does_what_torch_does():
     assert torch.equal(storage, expected)
 
 
-def test_a_slot_of_padding_is_written_nowhere():
-    format = PageFormat(SIDES, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("key", [(0, "k"), (0, "v"), (2, "k")])
+def test_a_slot_of_padding_is_written_nowhere(key, dtype):
+    """And what is written is returned as it is read."""
+    format, side = PageFormat(SIDES, dtype), SIDES[key]
     pages = torch.zeros(4, 1, 8, format.row_bytes, dtype=torch.uint8)
-    stored = format.write(pages, (0, "k"), torch.tensor([-1, 9, -1]), made((0, "k"), 3).bfloat16())
-    assert isinstance(stored, PackedTokens) and stored.shape == (1, 2, 3, 19)
-    rows = format.rows(pages, (0, "k"))
-    assert torch.equal(rows[1, :, 1], stored.rows[0, :, 1]) and (pages != 0).sum() == (rows[1, :, 1] != 0).sum()
+    new = made(key, 3).to(dtype)
+    stored = format.write(pages, key, torch.tensor([-1, 9, -1]), new, read=True)
+    assert torch.equal(stored, roundtrip(new[None], side.format)) and stored.dtype == dtype
+    rows = format.rows(pages, key)
+    found = format.read(pages, key, torch.tensor([[1]], dtype=torch.int32), [Span(0, 2)], 2)
+    assert torch.equal(read_all(found)[:, :, 1], stored[:, :, 1])
+    assert (pages != 0).sum() == (rows[1, :, 1] != 0).sum()
+    elsewhere = torch.zeros_like(pages)  # read and written anew where pages have moved
+    assert format.write(elsewhere, key, torch.tensor([-1, 9, -1]), new) is None and torch.equal(elsewhere, pages)
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_are_stored_as_they_are_packed(dtype):
+    """Heads and tokens that do not lie behind each other; of many tokens and of one."""
+    for tokens in (1, 300):
+        x_CTR = (
+            torch.randn(tokens, 2, 25, generator=torch.Generator().manual_seed(tokens))
+            .to(dtype)
+            .transpose(0, 1)[..., 3:22]
+        )
+        rows, slots = torch.zeros(40, 2, 8, FOUR.row_bytes, dtype=torch.uint8), torch.arange(tokens) + 5
+        expected = rows.clone()
+        paging.scatter_by_torch(expected, slots, pack(x_CTR[None], FOUR)[0])
+        assert cpu.stores(rows, x_CTR, FOUR)
+        found = cpu.store(rows, slots, x_CTR, FOUR, read=True)
+        assert torch.equal(rows, expected) and torch.equal(found, roundtrip(x_CTR[None], FOUR)[0])
 
 
 def spec(width, window=None, recent=0):
@@ -111,7 +137,7 @@ def test_pages_of_all_kinds_are_equally_large_and_nearly_full(asked):
 def test_decoding_sequences_are_read_together_and_prompts_alone():
     tables = torch.arange(12).view(4, 3)
     found = batches([0, 1, 6, 7, 8], [40, 25, 50, 300], tables)
-    assert [(batch.rows.tolist(), batch.lengths, batch.width) for batch in found] == [
+    assert [(torch.arange(40)[batch.rows].tolist(), batch.lengths, batch.width) for batch in found] == [
         ([0, 6], [40, 50], 64),
         ([1, 2, 3, 4, 5], [25], 25),
         ([7], [300], 320),

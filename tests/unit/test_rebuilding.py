@@ -12,6 +12,7 @@ from packed_forms import FORMS, distance, heads, in_pages, numbers_of, packed
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels import cpu_decode
 from kvfold.runtimes.kernels.attention import grouped_attention
+from kvfold.runtimes.kernels.cpu_layer import Form, LayerReader
 from kvfold.runtimes.kernels.packed_tokens import SideBySide
 from kvfold.runtimes.kernels.rotary import apply_rotary
 
@@ -158,6 +159,43 @@ def test_a_part_without_tokens_counts_nothing(dtype):
     parts = [cpu_decode.decode_part(q, z, z, scale=0.3, sequences_B3=x) for x in (some, rest)]
     whole, _ = grouped_attention(q.double(), z.double(), z.double(), None, scale=0.3)
     assert distance(cpu_decode.values_of(parts, 16, dtype, None), whole) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rebuilt", "mapped", "shared"), [(True, True, True), (False, False, False), (False, True, False)]
+)
+def test_a_layer_is_its_parts(rebuilt, mapped, shared, dtype):
+    """Two forms in pages by one call, step after step: what each of them gives by itself."""
+    B, C, H, N, recent = 3, 2, 32, 8, 20
+    lengths = [50, 3, 21]
+    forms = [[packed(B, C, 64, dtype, form) for form in FORMATS[:2]], [packed(B, C, 64, dtype, FORMS["tiers"])]]
+    paged = [[in_pages(part, lengths, page, 1) for part in parts] for parts, page in zip(forms, (16, 7), strict=True)]
+    for parts in paged:
+        for part in parts[1:]:
+            part.tables_Bp = parts[0].tables_Bp
+            part.rows = torch.zeros(99, *part.rows.shape[1:], dtype=torch.uint8)
+    keys = [SideBySide(parts) if len(parts) > 1 else parts[0] for parts in paged]
+    values = keys if shared else [parts[0].of(parts[0].tables_Bp) for parts in paged]
+    width = max(value.shape[3] for value in values) + 5
+    ages = (recent, cpu_decode.ALL_OLDER), (0, recent)
+    cos, sin = tables(1, 64, H, dtype)
+    ways = [head_map(C, 2 * H, key.shape[3], H, dtype)[2].rebuild(cos, sin) if rebuilt else None for key in keys]
+    back = cpu_decode.ValueMap.of((torch.randn(1, C * H, width) / width**0.5).to(dtype), H) if mapped else None
+    described = [Form(*facts) for facts in zip(keys, values, ages, ways, (False, True), strict=True)]
+    reader = LayerReader(described, width, back, dtype=dtype, scale=0.2, softcap=3.0)
+    for T in (1, 2):
+        bias = torch.randn(1, N, 1, 64) if T == 1 else None
+        queries = [torch.randn(B, N, T, H if rebuilt else key.shape[3]).to(dtype) for key in keys]
+        seen = [
+            torch.tensor([[0, max(length - youngest, 0), length - T] for length in lengths]) for youngest, _ in ages
+        ]
+        parts = [
+            cpu_decode.decode_part(q, z, y, bias, sequences_B3=rows, ages=of_ages, rebuild=way, scale=0.2, softcap=3.0)
+            for q, z, y, rows, of_ages, way in zip(queries, keys, values, seen, ages, ways, strict=True)
+        ]
+        wanted = cpu_decode.values_of([parts[0], parts[1]._replace(last=True)], width, dtype, back)
+        assert torch.equal(reader(queries, seen, [parts[0].tables_Bp for parts in paged], bias), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -67,6 +67,28 @@ class _Pages(ctypes.Structure):
         super().__init__(rows_PCtX.data_ptr(), rows_PCtX.stride(0), *rows_PCtX.shape[1:])
 
 
+class _Packing(ctypes.Structure):
+    """How numbers become a row of bytes, as pack.cpp declares it."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("tiers", "tried")),
+        *((name, ctypes.c_int64) for name in ("num_tiers", "width", "row_bytes")),
+    )
+
+    def __init__(self, format: NumberFormat) -> None:
+        tiers, tried = (
+            _flat(format.tiers),
+            (ctypes.c_int32 * len(format.tiers))(*(TRIED[bits] for _, bits in format.tiers)),
+        )
+        self.kept = tiers, tried
+        super().__init__(
+            ctypes.addressof(tiers), ctypes.addressof(tried), len(format.tiers), format.width, format.row_bytes
+        )
+
+
+_packing = functools.lru_cache(maxsize=4096)(_Packing)
+
+
 @functools.lru_cache(maxsize=4096)
 def _flat(tiers: Sequence[tuple[int, int]]) -> Any:
     return (ctypes.c_int32 * (2 * len(tiers)))(*itertools.chain(*tiers))
@@ -89,16 +111,11 @@ def pack(x: Tensor, format: NumberFormat) -> Tensor:
     assert kernel is not None, "packs() was asked"
     elements = torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)
     rows = torch.empty(*x.shape[:3], format.row_bytes, dtype=torch.uint8, device=x.device)
-    tried = (ctypes.c_int32 * len(format.tiers))(*(TRIED[bits] for _, bits in format.tiers))
     kernel.kvfold_pack(
+        ctypes.byref(_packing(format)),
         ctypes.c_void_p(elements.data_ptr()),
         ctypes.c_int64(elements.numel() // format.width),
-        ctypes.c_int(format.width),
-        ctypes.c_int(len(format.tiers)),
-        _flat(format.tiers),
-        tried,
         ctypes.c_void_p(rows.data_ptr()),
-        ctypes.c_int(format.row_bytes),
         ctypes.c_int(torch.get_num_threads()),
     )
     return rows
@@ -190,3 +207,29 @@ def scatter(rows_PCtX: Tensor, slots_T: Tensor, new_CTX: Tensor) -> None:
         ctypes.c_void_p(new_CTX.data_ptr()),
         *(ctypes.c_int64(number) for number in (*new_CTX.stride()[:2], len(slots))),
     )
+
+
+def stores(rows_PCtX: Tensor, x_CTR: Tensor, format: NumberFormat | None) -> bool:
+    """Whether the kernel packs these numbers into these pages."""
+    packed = format is not None and format.codec.packs_fused and x_CTR.shape[2] == format.width
+    return packed and pages(rows_PCtX) and x_CTR.dtype in DTYPES and x_CTR.stride(-1) == 1 and not recorded(x_CTR)
+
+
+def store(
+    rows_PCtX: Tensor, slots_T: Tensor, x_CTR: Tensor, format: NumberFormat, *, read: bool = False
+) -> Tensor | None:
+    """Numbers [C, T, R] into pages, where `paging.scatter` puts their rows; `read`: and as they are then read."""
+    kernel, slots, (C, T, R) = library(), slots_T.to(torch.int64).contiguous(), x_CTR.shape
+    assert kernel is not None and len(slots) == T and rows_PCtX.shape[1] == C, "stores() was asked"
+    stored = torch.empty(C, T, R, dtype=x_CTR.dtype, device=x_CTR.device) if read else None
+    kernel.kvfold_store(
+        ctypes.c_int(x_CTR.dtype == torch.bfloat16),
+        ctypes.byref(_packing(format)),
+        ctypes.byref(_Pages(rows_PCtX)),
+        ctypes.c_void_p(slots.data_ptr()),
+        ctypes.c_void_p(x_CTR.data_ptr()),
+        *(ctypes.c_int64(number) for number in (*x_CTR.stride()[:2], T)),
+        ctypes.c_void_p(None if stored is None else stored.data_ptr()),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    return stored

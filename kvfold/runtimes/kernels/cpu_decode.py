@@ -121,8 +121,8 @@ class _Rebuild(ctypes.Structure):
     )
 
 
-class _Queries(ctypes.Structure):
-    """As decode.cpp declares it."""
+class Queries(ctypes.Structure):
+    """As parts.h declares it."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("data", "bias", "sequences")),
@@ -134,7 +134,7 @@ class _Queries(ctypes.Structure):
 
 
 class _Part(ctypes.Structure):
-    """As values.cpp declares it."""
+    """As parts.h declares it."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("averages", "log_sums")),
@@ -142,14 +142,22 @@ class _Part(ctypes.Structure):
     )
 
 
-class _Values(ctypes.Structure):
-    """As values.cpp declares it."""
+class Values(ctypes.Structure):
+    """As parts.h declares it."""
 
     _fields_ = (
         ("map", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("map_bytes", "depth", "out_width", "batch", "heads", "kv_heads")),
         *((name, ctypes.c_int64) for name in ("steps", "threads")),
     )
+
+    @classmethod
+    def of(cls, map: ValueMap | None, width: int, *, batch: int, heads: int, steps: int) -> Values:
+        """width: of what the map takes, or, without one, of the output."""
+        sizes = batch, heads, 1 if map is None else map.kv_heads, steps, torch.get_num_threads()
+        if map is None:
+            return cls(None, 0, width, width, *sizes)
+        return cls(map.packed.data_ptr(), map.map_bytes, width, map.head_dim, *sizes)
 
 
 class ValueMap(NamedTuple):
@@ -159,6 +167,11 @@ class ValueMap(NamedTuple):
     packed: Tensor
     kv_heads: int
     head_dim: int
+
+    @property
+    def map_bytes(self) -> int:
+        """Of each head."""
+        return self.packed.numel() * self.packed.element_size() // self.kv_heads
 
     @classmethod
     def of(cls, weight_UFV: Tensor, head_dim: int) -> ValueMap:
@@ -197,7 +210,7 @@ def _layout() -> tuple[int, int]:
 
 def serves(q: Tensor, keys: Stored, values: Stored) -> bool:
     """Whether the kernel takes these tensors, and nobody wants gradients or a graph of it."""
-    parts = [*_parts(keys), *_parts(values)]
+    parts = [*parts_of(keys), *parts_of(values)]
     tensors = [q, *map(rows_of, parts)]
     if recorded(*tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         return False
@@ -216,7 +229,8 @@ def _is_known(x: Any, dtype: torch.dtype) -> bool:
     return x.dtype == dtype and alone and (packed is None or (packed.codec.fused and packed.block == 1))
 
 
-def _parts(x: Stored) -> Sequence[Any]:
+def parts_of(x: Stored) -> Sequence[Any]:
+    """The places where the numbers of a token lie."""
     return x.parts if isinstance(x, SideBySide) else [x]
 
 
@@ -241,22 +255,22 @@ def decode_part(
     Packed tokens become numbers of q's dtype, block by block, in the processor's own cache.
     Sums are float32; probabilities are rounded to the dtype before they weigh values, as in torch.
     """
-    B, N, T, R = q_BNTR.shape
+    B, N, T, _ = q_BNTR.shape
     kernel, shared, V = library(), keys is values, values.shape[3]
     assert kernel is not None, "serves() was asked"
     exact: dict[str, Any] = {"dtype": torch.float32, "device": q_BNTR.device}  # whatever torch's defaults are
-    queries, out = torch.empty(B, N, T, R, **exact).copy_(q_BNTR), torch.empty(B, N, T, V, **exact)
+    queries, out = float_rows(q_BNTR), torch.empty(B, N, T, V, **exact)
     log_sums = torch.empty(B, N, T, **exact)
     if sequences_B3 is None:
         S = keys.shape[2]
         at = S - T if position is None else position
         sequences_B3 = torch.tensor([[0, S, at]] * B, dtype=torch.int64, device=q_BNTR.device)
     rows = None if bias is None else bias_rows(bias, B, N, T)
-    facts = _Queries(
+    facts = Queries(
         queries.data_ptr(), None if rows is None else rows.data_ptr(), sequences_B3.data_ptr(),
         *((0, 0) if rows is None else rows.stride()[:2]), B, N * T, T, *ages, torch.get_num_threads(), scale, softcap or 0.0,
     )  # fmt: skip
-    parts = [StoredTokens.of(x) for x in _parts(keys)]
+    parts = [StoredTokens.of(x) for x in parts_of(keys)]
     kernel.kvfold_decode(
         ctypes.c_int(q_BNTR.dtype == torch.bfloat16),
         ctypes.byref(facts),
@@ -268,6 +282,13 @@ def decode_part(
         ctypes.c_void_p(log_sums.data_ptr()),
     )
     return Averages(out, log_sums)
+
+
+def float_rows(q_BNTR: Tensor) -> Tensor:
+    """The same numbers in float32, behind each other."""
+    if q_BNTR.dtype == torch.float32 and q_BNTR.is_contiguous():
+        return q_BNTR.detach()
+    return torch.empty(q_BNTR.shape, dtype=torch.float32, device=q_BNTR.device).copy_(q_BNTR)
 
 
 def bias_rows(bias: Tensor, B: int, N: int, T: int) -> Tensor:
@@ -291,12 +312,7 @@ def values_of(parts: Sequence[Averages], width: int, dtype: torch.dtype, map: Va
         _Part(o.data_ptr(), log_sums.data_ptr(), o.shape[3], width - o.shape[3] if last else 0)
         for o, log_sums, last in parts
     ]
-    packed = None if map is None else map.packed
-    facts = _Values(
-        None if packed is None else packed.data_ptr(),
-        0 if packed is None else packed[0].numel() * packed.element_size(),
-        width, out_width, B, N, 1 if map is None else map.kv_heads, T, torch.get_num_threads(),
-    )  # fmt: skip
+    facts = Values.of(map, width, batch=B, heads=N, steps=T)
     kernel.kvfold_values(
         ctypes.c_int(dtype == torch.bfloat16),
         ctypes.byref(facts),
@@ -312,9 +328,9 @@ def rebuilt(
 ) -> Tensor:
     """[B, K, width, H]: the source's heads of the tokens start:end of each sequence, at the end of rows of zeros; without
     spans of all tokens."""
-    kernel, parts, (B, _, S, _) = library(), [StoredTokens.of(x) for x in _parts(stored)], stored.shape
+    kernel, parts, (B, _, S, _) = library(), [StoredTokens.of(x) for x in parts_of(stored)], stored.shape
     if spans_B2 is None or width is None:
-        spans_B2, width = torch.tensor([[0, S]] * B, dtype=torch.int64, device=rows_of(_parts(stored)[0]).device), S
+        spans_B2, width = torch.tensor([[0, S]] * B, dtype=torch.int64, device=rows_of(parts_of(stored)[0]).device), S
     assert kernel is not None, "serves() was asked"
     heads = stored.shape[1] * rebuild.map.heads
     out = torch.empty(B, heads, width, rebuild.map.head_dim, dtype=dtype, device=spans_B2.device)

@@ -36,7 +36,8 @@ def turning_functions(speeds: tuple[float, ...], tolerance: float, tiles: Sequen
     them cost least.
     """
     speed_P = torch.tensor(speeds, dtype=torch.float64)
-    costs = {P: (1 + 2 * len(speeds) / P) * _needed(float(speed_P.max()) * P / 2, tolerance) for P in tiles}
+    turning = 2 * int(speed_P.count_nonzero())  # numbers of a query; others are the same for all functions
+    costs = {P: (1 + turning / P) * _needed(float(speed_P.max()) * P / 2, tolerance) for P in tiles}
     assert min(costs.values()) < math.inf, "turns_slowly() was asked"
     tokens = min(costs, key=lambda P: costs[P])
     count = int(_needed(float(speed_P.max()) * tokens / 2, tolerance))

@@ -28,7 +28,7 @@ class Batch:
     layers that others read have stored of these sequences, by layer.
     """
 
-    rows: Tensor
+    rows: Tensor | slice
     queries: int
     lengths: list[int]
     tables_Bp: Tensor
@@ -102,7 +102,15 @@ def batches(starts: Sequence[int], lengths: Sequence[int], tables: Tensor, *, in
 
 
 def _batch(members: list[int], queries: int, starts: Sequence[int], lengths: Sequence[int], tables: Tensor) -> Batch:
-    rows = torch.cat([torch.arange(starts[at], starts[at] + queries) for at in members]).to(tables.device)
+    rows = _rows(members, queries, starts, tables.device)
     width = max(lengths[at] for at in members)
     width = round_up(width, TOKENS_ALIKE) if queries == 1 else width
     return Batch(rows, queries, [lengths[at] for at in members], tables[members], width)
+
+
+def _rows(members: list[int], queries: int, starts: Sequence[int], device: torch.device) -> Tensor | slice:
+    """Of the step's tokens: a slice where they follow each other, which copies nothing."""
+    first = starts[members[0]]
+    if all(starts[at] == first + i * queries for i, at in enumerate(members)):
+        return slice(first, first + len(members) * queries)
+    return torch.cat([torch.arange(starts[at], starts[at] + queries) for at in members]).to(device)

@@ -13,7 +13,7 @@ from vllm.forward_context import get_forward_context
 from kvfold.errors import PlanError
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
-from kvfold.runtimes.kernels.packed_tokens import AgedTokens, by_age, first_numbers, newest, read_all, side_by_side
+from kvfold.runtimes.kernels.packed_tokens import AgedTokens, by_age, first_numbers, newest, side_by_side
 from kvfold.runtimes.kernels.rotary import own_tables
 from kvfold.runtimes.transformers.attention import FoldedAttention
 from kvfold.runtimes.vllm.attention import FamilyCall, window_of
@@ -83,9 +83,10 @@ class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
             new = [new[0] - self.k_p_proj(below)[0]]
         new = new[:1] if self.spec.shared_latent else new
         places = [(self.attn.kind, far, slots_T), *self._recent_place()]
-        stored = [self._write(kind, pages, slots, new) for kind, pages, slots in places]
-        if self.layer_idx in self.pages.last_reader:
-            far_z, near_z = read_all(stored[0][0]), read_all(stored[-1][0])
+        again = self.layer_idx in self.pages.last_reader
+        stored = [self._write(kind, pages, slots, new, read=again) for kind, pages, slots in places]
+        if again:
+            (far_z, *_), (near_z, *_) = stored[0], stored[-1]
             both = AgedTokens(far_z, near_z, self.spec.recent)
             self.pages.new[self.layer_idx] = both if self.spec.recent else far_z
 
@@ -95,13 +96,14 @@ class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
         pages = self.pages.recent
         return [(RECENT, pages.kv_cache, get_forward_context().slot_mapping[pages.layer_name])]
 
-    def _write(self, kind: Kind, pages: Tensor, slots_T: Tensor, new: list[Tensor]) -> list[Any]:
+    def _write(self, kind: Kind, pages: Tensor, slots_T: Tensor, new: list[Tensor], *, read: bool) -> list[Any]:
+        """`read`: keys as they are stored, whose numbers layers above are said by."""
         spec = self.spec.of_recent if kind == RECENT else self.spec.of_all
-        format, written = self.pages.layout.formats[kind], []
+        format, stored = self.pages.layout.formats[kind], []
         for name, side, x_CTE in zip("kv", spec.sides, new, strict=False):
             part = by_age(x_CTE, side.width, side.width)[kind == RECENT]
-            written.append(format.write(pages, (self.layer_idx, name), slots_T, part))
-        return written
+            stored.append(format.write(pages, (self.layer_idx, name), slots_T, part, read=read and name == "k"))
+        return stored
 
     def read(self, q_tNH: Tensor, far: Tensor, batch: Batch, place: int) -> Tensor:
         """[t, N, width] for the queries of a batch, the `place`-th of its step."""

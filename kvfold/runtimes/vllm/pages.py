@@ -17,8 +17,9 @@ from torch import Tensor
 
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.number_format import StoredShape
+from kvfold.runtimes.kernels import cpu
 from kvfold.runtimes.kernels.dispatch import pack
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, read_all
 from kvfold.runtimes.kernels.paging import gather, scatter
 
 RECENT = "recent"
@@ -50,6 +51,7 @@ class PageFormat:
     def __init__(self, sides: Mapping[tuple[int, str], StoredShape], dtype: torch.dtype) -> None:
         self.dtype, self.row_bytes = dtype, 0
         self.regions: dict[tuple[int, str], Region] = {}
+        self.made: dict[tuple[int, str], tuple[int, Tensor]] = {}
         for key, side in sides.items():
             row_bytes = side.width * dtype.itemsize if side.format is None else side.format.row_bytes
             self.regions[key] = Region(self.row_bytes, side, row_bytes)
@@ -65,12 +67,29 @@ class PageFormat:
             (count, side.num_heads, tokens, row_bytes), strides, pages.storage_offset() + offset * tokens
         )
 
-    def write(self, pages: Tensor, key: tuple[int, str], slots_T: Tensor, x_CTR: Tensor) -> PackedTokens | Tensor:
-        """Store tokens where their slots are (page * tokens + place; -1: nowhere), and return them as they are stored."""
-        side, rows = self.regions[key].side, self.rows(pages, key)
-        packed = x_CTR.contiguous().view(torch.uint8) if side.format is None else pack(x_CTR[None], side.format)[0]
+    def write(
+        self, pages: Tensor, key: tuple[int, str], slots_T: Tensor, x_CTR: Tensor, *, read: bool = False
+    ) -> Tensor | None:
+        """Store tokens where their slots are (page * tokens + place; -1: nowhere); `read`: return them [1, C, T, R] as they
+        are stored."""
+        format, rows = self.regions[key].side.format, self._rows_again(pages, key)
+        if format is not None and cpu.stores(rows, x_CTR, format):
+            stored = cpu.store(rows, slots_T, x_CTR, format, read=read)
+            return None if stored is None else stored[None]
+        packed = x_CTR.contiguous().view(torch.uint8) if format is None else pack(x_CTR[None], format)[0]
         scatter(rows, slots_T, packed)
-        return x_CTR[None] if side.format is None else PackedTokens(packed[None], side.format, x_CTR.dtype)
+        if not read:
+            return None
+        return x_CTR[None] if format is None else read_all(PackedTokens(packed[None], format, x_CTR.dtype))
+
+    def _rows_again(self, pages: Tensor, key: tuple[int, str]) -> Tensor:
+        """As `rows`, made once as long as pages stay where they are."""
+        at, rows = self.made.get(key, (None, None))
+        if at != pages.data_ptr():
+            rows = self.rows(pages, key)
+            self.made[key] = pages.data_ptr(), rows
+        assert rows is not None, "it was made"
+        return rows
 
     def read(
         self, pages: Tensor, key: tuple[int, str], tables_Bp: Tensor, spans: Sequence[Span], width: int

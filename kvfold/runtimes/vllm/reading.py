@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from kvfold.plan.cache_spec import CacheSpec
 from kvfold.runtimes.kernels import cpu_decode, gpu, native
 from kvfold.runtimes.kernels.aged_attention import prefill_by_age
 from kvfold.runtimes.kernels.attention import kernels_for, prefill_attention
+from kvfold.runtimes.kernels.cpu_layer import Form, LayerReader
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS
-from kvfold.runtimes.kernels.packed_tokens import PagedTokens, SideBySide, by_age
+from kvfold.runtimes.kernels.packed_tokens import PagedTokens, by_age, side_by_side
 from kvfold.runtimes.transformers.on_read import head_maps, value_map
 from kvfold.runtimes.vllm.batches import Batch
 from kvfold.runtimes.vllm.pages import RECENT, Kind
@@ -37,6 +38,15 @@ def _by_gpu(spec: CacheSpec) -> bool:
     return packed and not spec.hidden and (spec.rope != "on_read" or spec.fast_pairs > 0)
 
 
+class _Asked(NamedTuple):
+    """Tokens of some ages in one form: their kind of pages, these pages, and the batch as it reads them."""
+
+    kind: Kind
+    pages: Tensor
+    batch: Batch
+    ages: tuple[int, int]
+
+
 class PageReader:
     """Of one layer: few queries over the pages of its own and of the layers that predict it."""
 
@@ -44,6 +54,7 @@ class PageReader:
         self.attention = attention
         self.regions: dict[Kind, tuple[int, Any]] = {}
         self.known: dict[Any, bool] = {}
+        self.described: tuple[Any, LayerReader | None] = None, None
 
     def read(self, q_BNTH: Tensor, far: Tensor, batch: Batch, place: int) -> Tensor | None:
         """[B, T, N, width] of queries, or None where the kernel does not serve. far: pages of the layer's own kind."""
@@ -53,17 +64,52 @@ class PageReader:
     def few(self, q_BNTH: Tensor, far: Tensor, batch: Batch, place: int) -> Tensor | None:
         """Of few queries."""
         attention, spec = self.attention, self.attention.spec
-        rotates = attention._rotates_on_read and attention.read_tables is not None
-        maps = head_maps(attention, "k_b", q_BNTH.dtype) if rotates else None
-        if spec.hidden or (spec.rope == "on_read" and maps is None):
+        if spec.hidden or (spec.rope == "on_read" and not self._rotates):
             return None
-        q = q_BNTH if maps is not None else attention._absorb(q_BNTH)
-        parts = self._by_age(q, far, batch, place, maps) if spec.recent else [self._all(q, far, batch, maps)]
-        if any(part is None for part in parts):
+        q = q_BNTH if self._rotates else attention._absorb(q_BNTH)
+        asked = self._asked(far, batch, place)
+        queries: Any = [q] * len(asked)
+        if spec.recent and not self._rotates:
+            widths = (spec.head_dim + spec.predictors, spec.of_recent.head_dim + spec.recent_predictors)
+            queries = by_age(q, *widths)
+        by_cpu = kernels_for(q) is cpu_decode
+        return (self._by_one_call if by_cpu else self._part_by_part)(queries, asked, batch)
+
+    @property
+    def _rotates(self) -> bool:
+        return self.attention._rotates_on_read and self.attention.read_tables is not None
+
+    def _by_one_call(self, queries: list[Tensor], asked: list[_Asked], batch: Batch) -> Tensor | None:
+        attention, dtype = self.attention, queries[0].dtype
+        weights = (x for way in (attention.k_b_proj, attention.v_b_proj) if way is not None for x in way.parameters())
+        state = dtype, *(one.pages.data_ptr() for one in asked), *((x.data_ptr(), x._version) for x in weights)
+        if self.described[0] != state:
+            self.described = state, self._describe(asked, dtype)
+        reader = self.described[1]
+        if reader is None:
             return None
-        back = value_map(attention, q_BNTH.dtype)
-        out: Tensor = kernels_for(q).values_of(parts, spec.read_widths[1], q_BNTH.dtype, back)
-        return out if back else attention._lead_values_back(out)
+        sequences, tables = [one.batch.seen(one.ages) for one in asked], [one.batch.tables_Bp for one in asked]
+        out = reader(queries, sequences, tables, self._bias(batch))
+        return out if reader.map else attention._lead_values_back(out)
+
+    def _describe(self, asked: list[_Asked], dtype: torch.dtype) -> LayerReader | None:
+        """None where the kernel does not serve."""
+        attention, forms = self.attention, []
+        for one in asked:
+            keys, values = self._regions(one.kind, one.pages)
+            z: Any = side_by_side(keys) if len(keys) > 1 else keys[0]
+            y: Any = z if values is None else values
+            rebuild = self._rebuild(one.kind, z.shape[3], dtype)
+            if not cpu_decode.serves(torch.empty(0, dtype=dtype), z, y) or (self._rotates and rebuild is None):
+                return None
+            forms.append(Form(z, y, one.ages, rebuild, one.kind == RECENT))
+        sizes = {"scale": attention.scaling, "softcap": attention.layer.softcap, "dtype": dtype}
+        return LayerReader(forms, attention.spec.read_widths[1], value_map(attention, dtype), **sizes)
+
+    def _rebuild(self, kind: Kind, width: int, dtype: torch.dtype) -> Any:
+        """How keys are made of what is stored, where they are rotated on read; None where the kernel does not."""
+        maps = head_maps(self.attention, "k_b", dtype) if self._rotates else None
+        return maps and maps(width, kind == RECENT).rebuild(*self.attention.read_tables.of_all, evenly=True)
 
     def prompt(self, q_BNTH: Tensor, far: Tensor, batch: Batch, place: int) -> Tensor | None:
         """The same of many queries, over the source's heads of all tokens that they may see; None where these are not rebuilt
@@ -102,38 +148,35 @@ class PageReader:
         k = cpu_decode.rebuilt(keys, k_way, dtype, spans, width)
         return k, cpu_decode.rebuilt(values, v_map.rebuild(), dtype, spans, width)
 
-    def _all(self, q: Tensor, far: Tensor, batch: Batch, maps: Any) -> Any:
-        kind = self.attention.attn.kind
-        return self._form(q, kind, far, batch, (0, cpu_decode.ALL_OLDER if kind is None else kind), maps)
+    def _asked(self, far: Tensor, batch: Batch, place: int) -> list[_Asked]:
+        """Each form of what the queries may see."""
+        recent, pages, kind = self.attention.spec.recent, self.attention.pages, self.attention.attn.kind
+        oldest: Any = cpu_decode.ALL_OLDER if kind is None else kind
+        if not recent:
+            return [_Asked(kind, far, batch, (0, oldest))]
+        near = _Asked(RECENT, pages.recent.kv_cache, pages.recent.batch(place), (0, min(recent, oldest)))
+        return [_Asked(kind, far, batch, (recent, max(oldest, recent))), near]
 
-    def _by_age(self, q: Tensor, far: Tensor, batch: Batch, place: int, maps: Any) -> list[Any]:
-        """Each form by itself."""
-        spec, pages, kind = self.attention.spec, self.attention.pages.recent, self.attention.attn.kind
-        widths = (spec.head_dim + spec.predictors, spec.of_recent.head_dim + spec.recent_predictors)
-        meeting = (q, q) if maps is not None else by_age(q, *widths)
-        oldest = cpu_decode.ALL_OLDER if kind is None else kind
-        old = self._form(meeting[0], kind, far, batch, (spec.recent, max(oldest, spec.recent)), maps)
-        near = self._form(meeting[1], RECENT, pages.kv_cache, pages.batch(place), (0, min(spec.recent, oldest)), maps)
-        return [old, near and near._replace(last=True)]
-
-    def _form(
-        self, q: Tensor, kind: Kind, pages: Tensor, batch: Batch, ages: tuple[int, int], maps: Any
-    ) -> cpu_decode.Averages | None:
-        """Over the tokens of some ages in one form; None where the kernel does not serve."""
-        attention = self.attention
-        keys, values = self._lying(kind, pages, batch)
-        if not self._serves(kind, q, keys, values):
+    def _part_by_part(self, queries: list[Tensor], asked: list[_Asked], batch: Batch) -> Tensor | None:
+        attention, dtype = self.attention, queries[0].dtype
+        parts = [self._part(q, one, self._bias(batch)) for q, one in zip(queries, asked, strict=True)]
+        if any(part is None for part in parts):
             return None
-        rebuild = None
-        if maps is not None:
-            rebuild = maps(keys.shape[3], kind == RECENT).rebuild(*attention.read_tables.of_all, evenly=True)
-            if rebuild is None:
-                return None
-        part: cpu_decode.Averages = kernels_for(q).decode_part(
-            q, keys, values, self._bias(batch), scale=attention.scaling, softcap=attention.layer.softcap,
-            sequences_B3=batch.seen(ages), ages=ages, rebuild=rebuild,
+        back = value_map(attention, dtype)
+        out: Tensor = kernels_for(queries[0]).values_of(parts, attention.spec.read_widths[1], dtype, back)
+        return out if back else attention._lead_values_back(out)
+
+    def _part(self, q: Tensor, asked: _Asked, bias: Tensor | None) -> Any:
+        """Over one form; None where the kernel does not serve."""
+        keys, values = self._lying(asked.kind, asked.pages, asked.batch)
+        rebuild = self._rebuild(asked.kind, keys.shape[3], q.dtype)
+        if not self._serves(asked.kind, q, keys, values) or (self._rotates and rebuild is None):
+            return None
+        part = kernels_for(q).decode_part(
+            q, keys, values, bias, scale=self.attention.scaling, softcap=self.attention.layer.softcap,
+            sequences_B3=asked.batch.seen(asked.ages), ages=asked.ages, rebuild=rebuild,
         )  # fmt: skip
-        return part
+        return part._replace(last=asked.kind == RECENT)
 
     def _serves(self, kind: Kind, q: Tensor, keys: Any, values: Any) -> bool:
         """What does not change from step to step is asked once."""
@@ -150,7 +193,7 @@ class PageReader:
             self.regions[kind] = pages.data_ptr(), regions
         keys, values = regions
         parts = [part.of(batch.tables_Bp) for part in keys]
-        z: Any = SideBySide(parts) if len(parts) > 1 else parts[0]
+        z: Any = side_by_side(parts) if len(parts) > 1 else parts[0]
         return z, z if values is None else values.of(batch.tables_Bp)
 
     def _regions(self, kind: Kind, pages: Tensor) -> tuple[list[PagedTokens], PagedTokens | None]:

@@ -5,6 +5,7 @@
 
 #include <numeric>
 
+#include "parts.h"
 #include "rebuild.h"
 #include "running.h"
 #include "stored.h"
@@ -14,16 +15,6 @@ namespace {
 
 constexpr int REBUILT_TOKENS = 256;  // at a time, in tiles
 constexpr int TASKS_PER_THREAD = 4, LEAST_TOKENS = 256;  // long sequences of few heads are split until there are so many
-
-// Rows of queries [batch, rows, R]: `steps` query tokens of each head, which stand at the end of a sequence and see tokens of
-// an age from `youngest` to below `oldest`. softcap: of scores, 0 for none. sequences [batch, 3]: the first token, the one behind
-// the last, where the first query stands. bias [batch, rows, tokens] by strides, or null.
-struct Queries {
-  const float *data, *bias;
-  const int64_t *sequences;
-  int64_t bias_batch, bias_row, batch, rows, steps, youngest, oldest, threads;
-  float scale, softcap;
-};
 
 struct Task {
   int64_t row, group, start, end;
@@ -73,7 +64,7 @@ struct Decoding {
     float *largest = sums + int64_t(rows) * run.v_padded, *total = largest + rows;
     std::fill(largest, total, -std::numeric_limits<float>::infinity());
     query = q.data + (task.row * q.rows + task.group * rows) * q_width;
-    if (turning) turning->forget();
+    if (turning) turning->begin(task.start);
     else run.take(0, rows, query, q_width);
     for (int64_t start = task.start; start < task.end; start += block) {
       const int count = std::min<int64_t>(block, task.end - start);

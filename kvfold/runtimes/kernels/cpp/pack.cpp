@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "pages.h"
 #include "unpack.h"
 
 namespace {
@@ -86,21 +87,65 @@ uint8_t *pack_tier(const float *x, Tier tier, int tried, uint8_t *exponent, uint
   return to;
 }
 
-}  // namespace
+// How numbers become a row of bytes; tried: scales per tier.
+struct Packing {
+  const Tier *tiers;
+  const int32_t *tried;
+  int64_t num_tiers, width, row_bytes;
 
-// x [rows, width] -> out [rows, bytes of a row]; tried: scales per tier.
-extern "C" void kvfold_pack(const float *x, int64_t rows, int width, int num_tiers, const Tier *tiers, const int32_t *tried,
-                            uint8_t *out, int row_bytes, int threads) {
-  threads = std::clamp<int64_t>(rows * width / 4096, 1, threads);  // few numbers are not worth waking others
+  void pack(const float *numbers, uint8_t *row, uint8_t *codes) const {
+    uint8_t *next = row + num_tiers;
+    for (int i = 0; i < num_tiers; numbers += tiers[i++].numbers)
+      next = pack_tier(numbers, tiers[i], tried[i], row + i, next, codes);
+  }
+};
+
+// Numbers [heads, count, width] into pages, and as they are then read into `stored`, if that is not null.
+template <typename T>
+void store(const Packing &form, const Pages &pages, const int64_t *slots, const T *x, int64_t head_stride, int64_t token_stride,
+           int64_t count, T *stored, int threads) {
+  threads = std::clamp<int64_t>(pages.heads * count * form.width / 4096, 1, threads);  // few numbers are not worth waking others
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<uint8_t> codes(width);
+    std::vector<uint8_t> codes(form.width), row(form.row_bytes + CODES);
+    std::vector<float> numbers(form.width + LANES);
+    std::vector<T> read(pad(form.width, CODES) + CODES);
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-      const float *numbers = x + row * width;
-      uint8_t *exponents = out + row * row_bytes, *next = exponents + num_tiers;
-      for (int i = 0; i < num_tiers; numbers += tiers[i++].numbers)
-        next = pack_tier(numbers, tiers[i], tried[i], exponents + i, next, codes.data());
+    for (int64_t i = 0; i < pages.heads * count; ++i) {
+      const int64_t head = i / count, token = i % count, slot = slots[token];
+      const T *from = x + head * head_stride + token * token_stride;
+      for (int r = 0; r < form.width; r += LANES) {
+        const Lanes wide = Numbers<T>::wide(from + r, std::min<int>(LANES, form.width - r));
+        std::memcpy(numbers.data() + r, &wide, sizeof wide);
+      }
+      form.pack(numbers.data(), row.data(), codes.data());
+      if (slot >= 0) std::memcpy(pages.at(slot / pages.tokens, head, slot % pages.tokens), row.data(), form.row_bytes);
+      if (!stored) continue;
+      unpack(row.data(), form.row_bytes, form.tiers, form.num_tiers, form.width, 1, read.data(), read.size());
+      std::memcpy(stored + i * form.width, read.data(), form.width * sizeof(T));
     }
   }
+}
+
+}  // namespace
+
+// x [rows, width] -> out [rows, bytes of a row].
+extern "C" void kvfold_pack(const Packing *form, const float *x, int64_t rows, uint8_t *out, int threads) {
+  threads = std::clamp<int64_t>(rows * form->width / 4096, 1, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<uint8_t> codes(form->width);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) form->pack(x + row * form->width, out + row * form->row_bytes, codes.data());
+  }
+}
+
+// x [heads, count, width] by strides of numbers, in bfloat16 or float32 as `stored` [heads, count, width] is, or null; slots [count]:
+// page * tokens + place, negative ones are left out.
+extern "C" void kvfold_store(int is_bfloat16, const Packing *form, const Pages *pages, const int64_t *slots, const void *x,
+                             int64_t head_stride, int64_t token_stride, int64_t count, void *stored, int threads) {
+  if (is_bfloat16)
+    store(*form, *pages, slots, (const bfloat16 *)x, head_stride, token_stride, count, (bfloat16 *)stored, threads);
+  else
+    store(*form, *pages, slots, (const float *)x, head_stride, token_stride, count, (float *)stored, threads);
 }

@@ -1,22 +1,9 @@
 // Rows of bytes out of pages, and into them: kvfold/runtimes/kernels/paging.py has the obvious version. Plain C entry, no torch.
 
 #include <algorithm>
-#include <cstdint>
 #include <cstring>
 
-namespace {
-
-// One region of all pages, [pages, heads, tokens, row_bytes]; inside a page it is one piece of memory.
-struct Pages {
-  uint8_t *data;
-  int64_t page_stride, heads, tokens, row_bytes;
-
-  uint8_t *at(int64_t page, int64_t head, int64_t token) const {
-    return data + page * page_stride + (head * tokens + token) * row_bytes;
-  }
-};
-
-}  // namespace
+#include "pages.h"
 
 // spans [batch, 2]: first and last but one token of each sequence; tables: its pages; out [batch, heads, width, row_bytes], at whose
 // end it stands behind zeros.

@@ -23,6 +23,7 @@ struct Turning {
   Running<T> run;
   std::vector<float> cos, sin, turned_cos, turned_sin, shares, made, unturned, constants;
   std::vector<int64_t> taken;  // of each stored head, for which tokens its queries are turned
+  int64_t first = 0;           // token of a task, from which on they are counted
   double turned_by = -1;
   std::vector<Range> turning, still;  // numbers of a head
 
@@ -32,22 +33,26 @@ struct Turning {
         run(heads * rows * functions, rows * functions, width, 0, block), cos(half), sin(half), turned_cos(half),
         turned_sin(half), shares(functions * map.head_dim), made(int64_t(rows) * functions * depth),
         unturned(int64_t(heads) * rows * depth), constants(int64_t(heads) * rows * functions), taken(heads, -1) {
-    int first = 0;
-    while (first < half && !turn.speeds[first]) ++first;
-    turning = {{first, half}, {half + first, 2 * half}};
-    still = {{0, first}, {half, half + first}, {2 * half, int(map.head_dim)}};
+    int kept = 0;
+    while (kept < half && !turn.speeds[kept]) ++kept;
+    turning = {{kept, half}, {half + kept, 2 * half}};
+    still = {{0, kept}, {half, half + kept}, {2 * half, int(map.head_dim)}};
   }
 
-  void forget() { std::fill(taken.begin(), taken.end(), -1); }
+  // Tokens from here on, in as few parts as there can be.
+  void begin(int64_t token) {
+    first = token;
+    std::fill(taken.begin(), taken.end(), -1);
+  }
 
   // Scores [rows, stride] of the c-th stored head of a task, `head` of the cache, with tokens from `start` on. q [rows,
   // head_dim]; row, end: the sequence, and its last token but one.
   void score(int c, const float *q, int64_t row, int64_t head, int64_t end, Tokens<T> z, int64_t start, int count, float *out,
              int64_t stride) {
     for (int done = 0, now; done < count; done += now) {
-      const int64_t tile = (start + done) / turn.tokens, within = (start + done) % turn.tokens;
+      const int64_t within = (start - first + done) % turn.tokens, tile = start + done - within;
       now = std::min<int64_t>(count - done, turn.tokens - within);
-      if (taken[c] != tile) take(c, q, row, head, tile, std::min(end, (tile + 1) * turn.tokens) - 1);
+      if (taken[c] != tile) take(c, q, row, head, tile, std::min(end, tile + turn.tokens) - 1);
       run.score_head(c * rows * functions, rows * functions, {z.data + done * z.stride, z.stride, z.depth}, run.r_width, now);
       for (int i = 0; i < rows; ++i) add_up(c * rows + i, within, now, out + i * stride + done);
     }
@@ -62,11 +67,11 @@ struct Turning {
     }
   }
 
-  // last: of these tokens, one whose place in the tables says where they stand.
+  // For tokens from `tile` on. last: of these, one whose place in the tables says where they stand.
   void take(int c, const float *q, int64_t row, int64_t head, int64_t tile, int64_t last) {
     const bool is_first = taken[c] < 0;
     taken[c] = tile;
-    middle(row * map.table_batch + last * map.rotated, last - tile * turn.tokens - (turn.tokens - 1) / 2.0);
+    middle(row * map.table_batch + last * map.rotated, last - tile - (turn.tokens - 1) / 2.0);
     const int each = rows / map.heads;
     for (int i = 0; i < rows; ++i) {
       share_out(q + i * map.head_dim);
@@ -79,7 +84,9 @@ struct Turning {
         absorb<1>(still, 0, weights, same);
       }
       std::fill(std::copy(same, same + depth, to), to + functions * depth, 0.0f);
-      in_parts<REGISTERS / 4>(0, functions, [&](auto now, int k) { absorb<now>(turning, k, weights, to + k * depth); });
+      const auto some = [&](auto now, int k) { absorb<now>(turning, k, weights, to + k * depth); };
+      if (functions % 6) in_parts<REGISTERS / 4>(0, functions, some);
+      else in_parts<6>(0, functions, some);  // of 16 registers 12 for sums: additions take as long as four others
       for (int k = 0; k < functions; ++k) {
         float sum = 0;
         for (int f = 0; map.offset && f < map.head_dim; ++f) sum += shares[k * map.head_dim + f] * map.offset[column + f];

@@ -4,25 +4,12 @@
 #include <cmath>
 #include <vector>
 
+#include "parts.h"
 #include "rebuild.h"
 
 namespace {
 
 constexpr int ROWS = 32;  // at a time
-
-// Averages [batch, heads, steps, width] of a part of the tokens, and the logarithms of what they count [batch, heads, steps].
-// They are numbers from `column` on of what the map takes.
-struct Part {
-  const float *averages, *log_sums;
-  int64_t width, column;
-};
-
-// map: of each head of keys and values [out_width, depth], as rebuild.h has maps; null: numbers stay as they are. out [batch,
-// steps, heads, out_width], or depth numbers without a map.
-struct Values {
-  const void *map;
-  int64_t map_bytes, depth, out_width, batch, heads, kv_heads, steps, threads;
-};
 
 // The numbers of one row [batch, heads, steps], every part weighed by what it counts.
 template <typename M>
