@@ -1,6 +1,7 @@
 """The CPU's decode kernel gives what the obvious attention gives, and nothing breaks where it cannot be compiled."""
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -318,6 +319,18 @@ def test_a_cache_of_somebody_else_is_not_used(cache, monkeypatch):
     monkeypatch.setattr(native, "is_private", lambda path: False)
     monkeypatch.setattr(native.Path, "chmod", lambda *_: (_ for _ in ()).throw(PermissionError))
     assert native._folder() != cache
+
+
+@compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the compiler makes code for another kind of processor")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "skylake-avx512", "cooperlake", "sapphirerapids"])
+def test_it_is_code_for_processors_that_are_not_here(processor):
+    """With vectors of 4, 8 and 16 numbers, products of bfloat16, and tiles."""
+    flags = [flag for flag in native.FLAGS if not flag.startswith("-march")]
+    sources = sorted(map(str, native.SOURCES.glob("*.cpp")))
+    command = ["c++", *flags, f"-march={processor}", "-Wall", "-fsyntax-only", *sources]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:3000]
 
 
 @compiler

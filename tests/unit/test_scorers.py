@@ -79,16 +79,20 @@ def test_effects_of_all_queries_together(prompt):
     assert_close(prompt[0].effect(probs), prompt[0].effects(probs).sum(2), tolerance=1e-4)
 
 
-def test_observed(prompt):
-    """Queries before rotation, turned to where they are asked again."""
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_observed(prompt, rounds, monkeypatch):
+    """Queries before rotation, turned to where they are asked again; of longer prompts more of them."""
+    monkeypatch.setattr(base, "TOKENS", {1: 33, 3: 10}[rounds])  # the other sequence has 1 or 4
     prompt, before = prompt
     found, (b, n) = score("observed", prompt), (0, 1)
     group = before.shape[1] // found.shape[1]
     expected = torch.zeros(T, dtype=torch.float64)
     tokens = real(prompt, b)
-    for j in range(base.QUERIES):
-        at = 7 + int((T - 7) * (j + 0.5) / base.QUERIES)
-        beyond = T - 1 + j * base.STRIDE % base.AHEAD + 1
+    count = base.QUERIES * rounds
+    for j in range(count):
+        at = 7 + int((T - 7) * (j + 0.5) / count)
+        asked = (j - rounds // 2) % rounds * base.QUERIES + j // rounds
+        beyond = T - 1 + asked * base.STRIDE % base.AHEAD + 1
         for head in range(n * group, (n + 1) * group):
             q_H = rotated(prompt.layer, before[b, head, at][None, None, None], torch.tensor([beyond]))[0, 0, 0]
             probs, whole = attention(prompt, b, head, q_H, tokens)

@@ -56,7 +56,7 @@ class _Rotation(ctypes.Structure):
 
 
 class _Pages(ctypes.Structure):
-    """A region of all pages, as paging.cpp declares it."""
+    """A region of all pages, as pages.h declares it."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),

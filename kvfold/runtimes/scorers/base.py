@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from kvfold.plan.layer import AttentionLayer
-from kvfold.runtimes.kernels.attention import scores_of, softmax, weighted
+from kvfold.runtimes.kernels.attention import exact, scores_of, softmax, weighted
 from kvfold.runtimes.kernels.rotary import apply_rotary
 
 AT_ONCE = 256
 """Queries of which probabilities exist."""
-QUERIES, AHEAD, STRIDE = 64, 128, 37
-"""Of a prompt that are asked again; turned to places among the next AHEAD tokens, STRIDE apart, which has no divisor in
-common."""
+QUERIES, TOKENS = 64, 1024
+"""Of a prompt so many are asked again, and as many more for every so many tokens more."""
+AHEAD, STRIDE = 128, 37
+"""They are turned to places among the next AHEAD tokens, STRIDE apart, which has no divisor in common."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +84,24 @@ class Prompt:
         return softmax(scores, seen)
 
     @functools.cached_property
+    def rounds_B(self) -> Tensor:
+        """[B]: how often QUERIES queries of a sequence are asked again."""
+        return ((self.steps - self.first_B) // TOKENS).clamp_min(1).expand(len(self.queries_BnTH))
+
+    @functools.cached_property
     def asked_again(self) -> Tensor:
         """[B, n, QUERIES, S]: what queries of the prompt, evenly, would attend to if they were asked again behind it."""
-        at_BQ = self.spread(QUERIES)
-        beyond_Q = torch.arange(at_BQ.shape[1], device=at_BQ.device) * STRIDE % AHEAD + 1
-        return self.attention(self.ahead(at_BQ, beyond_Q.expand_as(at_BQ)), self.seen_at_the_end)
+        return self.asked(0)
+
+    def asked(self, round: int) -> Tensor:
+        """The same of other queries, between those of the rounds before; 0 of sequences that have no such round."""
+        # the first round asks those in the middle of what all rounds of a sequence share
+        at_B1 = ((round + self.rounds_B // 2) % self.rounds_B)[:, None]
+        at_Q = torch.arange(QUERIES, device=at_B1.device)
+        at_BQ = self.places(at_Q * self.rounds_B[:, None] + at_B1, QUERIES * self.rounds_B[:, None])
+        beyond_Q = (at_Q + round * QUERIES) * STRIDE % AHEAD + 1
+        probs_BnQS = self.attention(self.ahead(at_BQ, beyond_Q.expand_as(at_BQ)), self.seen_at_the_end)
+        return probs_BnQS if round == 0 else probs_BnQS * (round < self.rounds_B)[:, None, None, None]
 
     def ahead(self, at_BQ: Tensor, beyond_BQ: Tensor) -> Tensor:
         """[B, n, Q, H]: the queries at places of the step, as if they stood so many tokens behind its last one."""
@@ -105,39 +119,52 @@ class Prompt:
 
     def spread(self, count: int) -> Tensor:
         """[B, Q]: `count` places of the step, evenly, behind padding; some of them several times in a short one."""
-        even_Q = (torch.arange(count, device=self.first_B.device) + 0.5) / count
+        return self.places(torch.arange(count, device=self.first_B.device), count)
+
+    def places(self, index: Tensor, count: Tensor | int) -> Tensor:
+        """[B, Q]: of `count` places [B, 1] these [Q or B, Q]."""
         first_B1 = self.first_B[:, None].expand(len(self.queries_BnTH), 1)
-        return (first_B1 + ((self.steps - first_B1) * even_Q).long()).clamp_max(self.steps - 1)
+        return (first_B1 + ((self.steps - first_B1) * ((index + 0.5) / count)).long()).clamp_max(self.steps - 1)
 
     def effects(self, probs_BnQS: Tensor) -> Tensor:
         """[B, n, Q, S]: the square of how far a query's head moves in the residual stream when one token is dropped,
         p / (1 - p) W (v - o); exact for one token."""
-        out_BnQV, led_BnSV, own_BnS, out_BnQ = self._led(probs_BnQS)
+        (led_BnSV, own_BnS), (out_BnQV, out_BnQ) = self._led, self._averages(probs_BnQS)
         far_BnQS = own_BnS[:, :, None] + out_BnQ[..., None] - 2 * out_BnQV @ led_BnSV.transpose(2, 3)
         return far_BnQS.clamp_min(0) * _odds(probs_BnQS).square()
 
     def effect(self, probs_BnQS: Tensor) -> Tensor:
         """[B, n, S]: `effects` summed over queries, by one product of odds with what they weigh."""
-        out_BnQV, led_BnSV, own_BnS, out_BnQ = self._led(probs_BnQS)
+        (led_BnSV, own_BnS), (out_BnQV, out_BnQ) = self._led, self._averages(probs_BnQS)
         weights_BnSQ = _odds(probs_BnQS).square_().transpose(2, 3)
         ones_BnQ1 = torch.ones_like(out_BnQ)[..., None]
         sums_BnSV = weights_BnSQ @ torch.cat([-2 * out_BnQV, ones_BnQ1, out_BnQ[..., None]], dim=-1)
         mixed_BnSV, odds_BnS, out_BnS = sums_BnSV[..., :-2], sums_BnSV[..., -2], sums_BnSV[..., -1]
         return ((mixed_BnSV * led_BnSV).sum(-1) + odds_BnS * own_BnS + out_BnS).clamp_min_(0)
 
-    def _led(self, probs_BnQS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Averages o [B, n, Q, V], values times the metric M [B, n, S, V], v M v [B, n, S] and o M o [B, n, Q]."""
-        values, dtype = self.values_BCSV.to(probs_BnQS.dtype), probs_BnQS.dtype
-        out_BnQV, metric_nVV = weighted(probs_BnQS, values, dtype), self._metric.to(dtype)
-        values_BnSV = values.repeat_interleave(out_BnQV.shape[1] // values.shape[1], dim=1)
-        led_BnSV = values_BnSV @ metric_nVV
-        return out_BnQV, led_BnSV, (led_BnSV * values_BnSV).sum(-1), (out_BnQV @ metric_nVV * out_BnQV).sum(-1)
+    def _averages(self, probs_BnQS: Tensor) -> tuple[Tensor, Tensor]:
+        """o [B, n, Q, V] and o M o [B, n, Q], with the metric M."""
+        out_BnQV = weighted(probs_BnQS, self._values, self._values.dtype)
+        return out_BnQV, (out_BnQV @ self._metric * out_BnQV).sum(-1)
+
+    @functools.cached_property
+    def _led(self) -> tuple[Tensor, Tensor]:
+        """Values times the metric M [B, n, S, V], and v M v [B, n, S]."""
+        n, C = self.queries_BnTH.shape[1], self._values.shape[1]
+        values_BnSV = self._values.repeat_interleave(n // C, dim=1)
+        led_BnSV = values_BnSV @ self._metric
+        return led_BnSV, (led_BnSV * values_BnSV).sum(-1)
+
+    @functools.cached_property
+    def _values(self) -> Tensor:
+        """[B, C, S, V] as exact as probabilities are."""
+        return self.values_BCSV.to(exact(self.queries_BnTH))
 
     @functools.cached_property
     def _metric(self) -> Tensor:
         """[n, V, V]."""
         led_nDV = self.output().transpose(0, 1).float()
-        return led_nDV.transpose(1, 2) @ led_nDV
+        return (led_nDV.transpose(1, 2) @ led_nDV).to(self._values.dtype)
 
     def by_stored_head(self, x_BnS: Tensor) -> Tensor:
         """[B, C, S]: summed over the query heads that read one stored head."""

@@ -115,7 +115,7 @@ void store(const Packing &form, const Pages &pages, const int64_t *slots, const 
       const int64_t head = i / count, token = i % count, slot = slots[token];
       const T *from = x + head * head_stride + token * token_stride;
       for (int r = 0; r < form.width; r += LANES) {
-        const Lanes wide = Numbers<T>::wide(from + r, std::min<int>(LANES, form.width - r));
+        const Lanes wide = Numbers<float>::wide(from + r, std::min<int>(LANES, form.width - r));
         std::memcpy(numbers.data() + r, &wide, sizeof wide);
       }
       form.pack(numbers.data(), row.data(), codes.data());
