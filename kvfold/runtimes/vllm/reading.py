@@ -82,7 +82,12 @@ class PageReader:
     def _by_one_call(self, queries: list[Tensor], asked: list[_Asked], batch: Batch) -> Tensor | None:
         attention, dtype = self.attention, queries[0].dtype
         weights = (x for way in (attention.k_b_proj, attention.v_b_proj) if way is not None for x in way.parameters())
-        state = dtype, torch.is_grad_enabled(), *(one.pages.data_ptr() for one in asked), *((x.data_ptr(), x._version) for x in weights)
+        state = (
+            dtype,
+            torch.is_grad_enabled(),
+            *(one.pages.data_ptr() for one in asked),
+            *((x.data_ptr(), x._version) for x in weights),
+        )
         if self.described[0] != state:
             self.described = state, self._describe(asked, dtype)
         reader = self.described[1]
