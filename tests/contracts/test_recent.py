@@ -181,7 +181,10 @@ def test_gradients_pass(fold, form):
         network(ids, labels=ids, use_cache=use_cache).loss.backward()
         found.append({name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None})
     for name, gradient in found[0].items():
-        assert_close(found[1][name], gradient, tolerance=1e-5, name=name)
+        if gradient.norm() < 1e-12:  # a bias of keys moves all scores alike: what is left is rounding
+            assert found[1][name].norm() < 1e-12
+        else:
+            assert_close(found[1][name], gradient, tolerance=1e-5, name=name)
 
 
 @pytest.mark.filterwarnings("ignore:kv_budget")
