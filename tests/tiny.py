@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvfold.architectures.base import architecture
 from kvfold.runtimes.transformers.load import auto_class
+from kvfold.testing import assert_close
 
 VOCAB = 211
 COMMON = {
@@ -173,6 +174,21 @@ def in_steps(network, ids, mask, positions, cache, cuts):
     starts = [0, *cuts[:-1]]
     parts = [step(network, ids, mask, positions, cache, *cut) for cut in zip(starts, cuts, strict=True)]
     return torch.cat(parts, 1)
+
+
+def check_gradients_through_a_cache(network: tf.PreTrainedModel, ids: Tensor, *, tolerance: float) -> None:
+    """They are those without one, where a prompt goes in at once."""
+    without, through = {}, {}
+    for found, use_cache in ((without, False), (through, True)):
+        network.zero_grad()
+        network(ids, labels=ids, use_cache=use_cache).loss.backward()
+        found |= {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    assert without.keys() == through.keys() and any("k_proj" in name for name in without)
+    for name, gradient in without.items():
+        if gradient.norm() < 1e-12:  # a bias of keys moves all scores alike: what is left is rounding
+            assert through[name].norm() < 1e-12, name
+        else:
+            assert_close(through[name], gradient, tolerance=tolerance, name=name)
 
 
 def copy_heads(model: tf.PreTrainedModel, scales: list[float]) -> tf.PreTrainedModel:

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import FULL_ATTENTION, MODELS, in_steps, load, logits, step, tokens
+from tiny import FULL_ATTENTION, MODELS, check_gradients_through_a_cache, in_steps, load, logits, step, tokens
 
 import kvfold
 from kvfold import registry
@@ -280,16 +280,8 @@ def test_layers_that_read_a_packed_cache(tiny_dir, tmp_path, method, bits):
 @pytest.mark.filterwarnings("ignore:kv_budget")
 @every_method_on_llama
 def test_gradients_pass_through_a_cache(fold, width, bits):
-    """The same as without one, where a prompt goes in at once."""
-    network, ids = double(fold("llama_mha", width, bits, small(width)).out), tokens(2, 24)
-    found = []
-    for use_cache in (False, True):
-        network.zero_grad()
-        network(ids, labels=ids, use_cache=use_cache).loss.backward()
-        found.append({name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys() and any("k_proj" in name for name in found[0])
-    for name, gradient in found[0].items():
-        assert_close(found[1][name], gradient, tolerance=1e-6, name=name)
+    network = double(fold("llama_mha", width, bits, small(width)).out)
+    check_gradients_through_a_cache(network, tokens(2, 24), tolerance=1e-6)
 
 
 def test_assisted_decoding_over_packed_windows(fold):
