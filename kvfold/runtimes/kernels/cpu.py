@@ -76,10 +76,8 @@ class _Packing(ctypes.Structure):
     )
 
     def __init__(self, format: NumberFormat) -> None:
-        tiers, tried = (
-            _flat(format.tiers),
-            (ctypes.c_int32 * len(format.tiers))(*(TRIED[bits] for _, bits in format.tiers)),
-        )
+        tiers, tried = _flat(format.tiers), (ctypes.c_int32 * len(format.tiers))()
+        tried[:] = [TRIED[bits] for _, bits in format.tiers]
         self.kept = tiers, tried
         super().__init__(
             ctypes.addressof(tiers), ctypes.addressof(tried), len(format.tiers), format.width, format.row_bytes
@@ -209,9 +207,9 @@ def scatter(rows_PCtX: Tensor, slots_T: Tensor, new_CTX: Tensor) -> None:
     )
 
 
-def stores(rows_PCtX: Tensor, x_CTR: Tensor, format: NumberFormat | None) -> bool:
+def stores(rows_PCtX: Tensor, x_CTR: Tensor, format: NumberFormat) -> bool:
     """Whether the kernel packs these numbers into these pages."""
-    packed = format is not None and format.codec.packs_fused and x_CTR.shape[2] == format.width
+    packed = format.codec.packs_fused and x_CTR.shape[2] == format.width
     return packed and pages(rows_PCtX) and x_CTR.dtype in DTYPES and x_CTR.stride(-1) == 1 and not recorded(x_CTR)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvfold.runtimes.kernels.cpu import DTYPES, StoredTokens, rows_of
 from kvfold.runtimes.kernels.native import library
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, SideBySide, Stored, recorded
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, Stored, parts_of, recorded
 from kvfold.runtimes.kernels.turning import TurningFunctions, turning_functions, turns_slowly
 
 TOLERANCE = {torch.bfloat16: 1e-3, torch.float32: 1e-6}
@@ -227,11 +227,6 @@ def _is_known(x: Any, dtype: torch.dtype) -> bool:
     packed = x.format if not isinstance(x, Tensor) else None
     alone = not isinstance(x, PackedTokens) or x.recent is None
     return x.dtype == dtype and alone and (packed is None or (packed.codec.fused and packed.block == 1))
-
-
-def parts_of(x: Stored) -> Sequence[Any]:
-    """The places where the numbers of a token lie."""
-    return x.parts if isinstance(x, SideBySide) else [x]
 
 
 def decode_part(

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from kvfold.runtimes.kernels.cpu import StoredTokens
-from kvfold.runtimes.kernels.cpu_decode import Queries, Rebuild, ValueMap, Values, bias_rows, float_rows, parts_of
+from kvfold.runtimes.kernels.cpu_decode import Queries, Rebuild, ValueMap, Values, bias_rows, float_rows
 from kvfold.runtimes.kernels.native import library
+from kvfold.runtimes.kernels.packed_tokens import parts_of
 
 
 class Form(NamedTuple):

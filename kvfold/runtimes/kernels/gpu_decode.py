@@ -13,7 +13,7 @@ from kvfold.plan.number_format import ELSEWHERE
 from kvfold.runtimes.kernels import gpu
 from kvfold.runtimes.kernels.cpu_decode import ANY_AGE, TOLERANCE
 from kvfold.runtimes.kernels.gpu import works_for
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, SideBySide, Stored, recorded
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, SideBySide, Stored, parts_of, recorded
 from kvfold.runtimes.kernels.turning import turns_slowly
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Part(NamedTuple):
 
 def serves(q_BNTR: Tensor, keys: Stored, values: Stored) -> bool:
     """Whether the kernels take these tensors, and nobody wants gradients or a graph of it."""
-    parts = [*_parts(keys), *_parts(values)]
+    parts = [*parts_of(keys), *parts_of(values)]
     heads = len(q_BNTR) * max(keys.shape[1], values.shape[1])
     if not q_BNTR.is_cuda or q_BNTR[:1, ..., 0].numel() * keys.shape[2] > ELSEWHERE or heads > gpu.LARGEST_GRID:
         return False  # a number per query and token of a sequence exists
@@ -93,10 +93,6 @@ def _is_known(x: Any, q: Tensor) -> bool:
     packed = isinstance(x, PackedTokens | PagedTokens) and x.format is not None
     known = packed and x.format.codec.fused and x.format.block == 1 and getattr(x, "recent", None) is None
     return known and x.rows.stride(-1) == 1 and x.rows.device == q.device and x.dtype == q.dtype
-
-
-def _parts(x: Stored) -> list[Any]:
-    return x.parts if isinstance(x, SideBySide) else [x]
 
 
 def decode_part(
@@ -123,7 +119,7 @@ def decode_part(
         return Part.of_all(
             [_of_some(rows, q_BNTR, keys, values, bias, sequences_B3, rebuild, options) for rows in halves]
         )
-    parts, N, T = _parts(keys), q_BNTR.shape[1], q_BNTR.shape[2]
+    parts, N, T = parts_of(keys), q_BNTR.shape[1], q_BNTR.shape[2]
     youngest, oldest = (max(-LARGEST_AGE, min(age, LARGEST_AGE)) for age in ages)
     sizes: dict[str, Any] = {"scale": scale, "softcap": softcap, "ages": (youngest, oldest), "dtype": q_BNTR.dtype}
     turning = None
@@ -140,7 +136,7 @@ def decode_part(
         map, tables = rebuild.map, (rebuild.cos, rebuild.sin)
         turned_exponentials(marks, q_BNTR, map.weights_KHR, map.offset_KH, turning, tables, parts, span, bias, **sizes)
     kernels.share_out(marks)
-    return Part(kernels.averages(marks, _parts(values), span, q_BNTR.dtype), marks.log_sums)
+    return Part(kernels.averages(marks, parts_of(values), span, q_BNTR.dtype), marks.log_sums)
 
 
 def _of_some(

@@ -158,6 +158,11 @@ Stored = Tensor | PackedTokens | SideBySide
 """All tokens of one side that queries may see."""
 
 
+def parts_of(stored: Any) -> list[Any]:
+    """The places where the numbers of a token lie."""
+    return stored.parts if isinstance(stored, SideBySide) else [stored]
+
+
 class AgedTokens(NamedTuple):
     """All tokens of one side, `far` [B, C, S, R], and the newest of them again in their finer form, `near` [B, C, n, E].
     Of what is made of a token, the first R numbers are far and the last E near."""

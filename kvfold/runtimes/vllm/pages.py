@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class PageFormat:
     def __init__(self, sides: Mapping[tuple[int, str], StoredShape], dtype: torch.dtype) -> None:
         self.dtype, self.row_bytes = dtype, 0
         self.regions: dict[tuple[int, str], Region] = {}
-        self.made: dict[tuple[int, str], tuple[int, Tensor]] = {}
+        self.made: dict[tuple[int, str], tuple[Any, Tensor]] = {}
         for key, side in sides.items():
             row_bytes = side.width * dtype.itemsize if side.format is None else side.format.row_bytes
             self.regions[key] = Region(self.row_bytes, side, row_bytes)
@@ -59,7 +59,13 @@ class PageFormat:
 
     def rows(self, pages: Tensor, key: tuple[int, str]) -> Tensor:
         """[pages, heads, tokens, row_bytes]: a region of all pages, without a copy. pages: [pages, 1, tokens, bytes], of
-        which each is one piece of memory."""
+        which each is one piece of memory. Made once as long as they stay where they are."""
+        state = pages.data_ptr(), pages.shape, pages.stride()
+        if self.made.get(key, (None,))[0] != state:
+            self.made[key] = state, self._region(pages, key)
+        return self.made[key][1]
+
+    def _region(self, pages: Tensor, key: tuple[int, str]) -> Tensor:
         offset, side, row_bytes = self.regions[key]
         count, _, tokens, _ = pages.shape
         strides = (pages.stride(0), tokens * row_bytes, row_bytes, 1)
@@ -72,7 +78,7 @@ class PageFormat:
     ) -> Tensor | None:
         """Store tokens where their slots are (page * tokens + place; -1: nowhere); `read`: return them [1, C, T, R] as they
         are stored."""
-        format, rows = self.regions[key].side.format, self._rows_again(pages, key)
+        format, rows = self.regions[key].side.format, self.rows(pages, key)
         if format is not None and cpu.stores(rows, x_CTR, format):
             stored = cpu.store(rows, slots_T, x_CTR, format, read=read)
             return None if stored is None else stored[None]
@@ -81,15 +87,6 @@ class PageFormat:
         if not read:
             return None
         return x_CTR[None] if format is None else read_all(PackedTokens(packed[None], format, x_CTR.dtype))
-
-    def _rows_again(self, pages: Tensor, key: tuple[int, str]) -> Tensor:
-        """As `rows`, made once as long as pages stay where they are."""
-        at, rows = self.made.get(key, (None, None))
-        if at != pages.data_ptr():
-            rows = self.rows(pages, key)
-            self.made[key] = pages.data_ptr(), rows
-        assert rows is not None, "it was made"
-        return rows
 
     def read(
         self, pages: Tensor, key: tuple[int, str], tables_Bp: Tensor, spans: Sequence[Span], width: int
