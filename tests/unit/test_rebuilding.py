@@ -12,7 +12,7 @@ from packed_forms import FORMS, distance, heads, in_pages, numbers_of, packed
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels import cpu_decode
 from kvfold.runtimes.kernels.attention import grouped_attention
-from kvfold.runtimes.kernels.cpu_layer import Form, LayerReader
+from kvfold.runtimes.kernels.cpu_layer import Asked, Form, LayerReader
 from kvfold.runtimes.kernels.packed_tokens import SideBySide
 from kvfold.runtimes.kernels.rotary import apply_rotary
 
@@ -183,7 +183,7 @@ def test_a_layer_is_its_parts(rebuilt, mapped, shared, dtype):
     ways = [head_map(C, 2 * H, key.shape[3], H, dtype)[2].rebuild(cos, sin) if rebuilt else None for key in keys]
     back = cpu_decode.ValueMap.of((torch.randn(1, C * H, width) / width**0.5).to(dtype), H) if mapped else None
     described = [Form(*facts) for facts in zip(keys, values, ages, ways, (False, True), strict=True)]
-    reader = LayerReader(described, width, back, dtype=dtype, scale=0.2, softcap=3.0)
+    reader = LayerReader(described, width, back, heads=N, dtype=dtype, scale=0.2, softcap=3.0)
     for T in (1, 2):
         bias = torch.randn(1, N, 1, 64) if T == 1 else None
         queries = [torch.randn(B, N, T, H if rebuilt else key.shape[3]).to(dtype) for key in keys]
@@ -195,7 +195,10 @@ def test_a_layer_is_its_parts(rebuilt, mapped, shared, dtype):
             for q, z, y, rows, of_ages, way in zip(queries, keys, values, seen, ages, ways, strict=True)
         ]
         wanted = cpu_decode.values_of([parts[0], parts[1]._replace(last=True)], width, dtype, back)
-        assert torch.equal(reader(queries, seen, [parts[0].tables_Bp for parts in paged], bias), wanted)
+        asked = [
+            Asked(q, rows, places[0].tables_Bp, bias) for q, rows, places in zip(queries, seen, paged, strict=True)
+        ]
+        assert torch.equal(reader(asked), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,6 +18,7 @@ from kvfold.runtimes import reference
 from kvfold.runtimes.kernels import aged_kernels, cpu_decode
 from kvfold.runtimes.kernels.aged_attention import attend_by_age, prefill_by_age
 from kvfold.runtimes.kernels.attention import chunked_attention, grouped_attention, kernel_attention, prefill_attention
+from kvfold.runtimes.kernels.cpu_layer import LayerReader
 from kvfold.runtimes.kernels.dispatch import Way, decode_attention, pack
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, PackedTokens
 from kvfold.runtimes.transformers.cache import FoldedCache
@@ -160,8 +161,8 @@ def test_the_oracle_knows_sinks(source):
 )
 def test_steps_by_the_cpu_s_kernel(source, tmp_path, monkeypatch, recipe):
     """In float32: what it gives step by step is what a forward without a cache does."""
-    asked, real = [], cpu_decode.decode_part
-    monkeypatch.setattr(cpu_decode, "decode_part", lambda *args, **options: asked.append(1) or real(*args, **options))
+    asked, real = [], LayerReader.__call__
+    monkeypatch.setattr(LayerReader, "__call__", lambda *args: asked.append(1) or real(*args))
     network, ids = load(fold(source, tmp_path / "out", **recipe).out), tokens(2, 100)
     mask = torch.ones_like(ids)
     found = in_steps(network, ids, mask, mask.cumsum(1) - 1, FoldedCache(network.kv_plan), [80, *range(81, 101)])

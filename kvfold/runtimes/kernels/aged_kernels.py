@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvfold.runtimes.kernels import cpu_decode
 from kvfold.runtimes.kernels.attention import additive, kernels_for
+from kvfold.runtimes.kernels.cpu_layer import Asked, Form, Steps
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, part
 from kvfold.runtimes.kernels.sinks import beside_sinks
 
@@ -16,6 +19,48 @@ def serves(q: tuple[Tensor, Tensor], z: AgedTokens, y: AgedTokens) -> bool:
     """Whether the device's kernels take both forms, for few queries that meet stored keys or keys that a CPU rebuilds."""
     kernels = kernels_for(q[0])
     return kernels.serves(q[0], z.far, y.far) and kernels.serves(q[1], z.near, y.near)
+
+
+def by_one_call(
+    steps: Steps,
+    q: tuple[Tensor, Tensor],
+    z: AgedTokens,
+    y: AgedTokens,
+    mask: Tensor | None,
+    width: int,
+    *,
+    rebuild: tuple[Any, Any] | None = None,
+    map: cpu_decode.ValueMap | None = None,
+    **sizes: Any,
+) -> Tensor | None:
+    """As `attend`, on a CPU; None where its kernel does not serve. steps: of the layer."""
+    (_, N, T, _), S, recent = q[0].shape, z.shape[2], z.recent
+    (of_far, of_near), ages = rebuild or (None, None), ((recent, cpu_decode.ALL_OLDER), (0, recent))
+    forms = [
+        Form(z.far, y.far, ages[0], of_far),
+        Form(z.near, y.near, ages[1], of_near, last=True),
+    ]
+    ranges = (0, max(S - recent, 0)), (max(S - T - recent + 1, 0), S)
+    asked = [
+        Asked(queries, *_of_storage(form.keys.shape[2] - S, start, end, S - T, mask, queries))
+        for form, queries, (start, end) in zip(forms, q, ranges, strict=True)
+    ]
+    return steps.read(forms, asked, width, map, heads=N, **sizes)
+
+
+def _of_storage(
+    first: int, start: int, end: int, position: int, mask: Tensor | None, q_BNTR: Tensor
+) -> tuple[Tensor, None, Tensor | None]:
+    """Where the tokens start:end of those that are seen lie in a storage that begins `first` tokens before them, no table of
+    pages, and what is added to scores, if masks say something."""
+    B, _, T, _ = q_BNTR.shape
+    sequences_B3 = torch.tensor([[start + first, end + first, position + first]] * B, dtype=torch.int64)
+    if mask is None:
+        return sequences_B3, None, None
+    seen = position + T
+    bias = additive(mask, T, seen, 0, seen, q_BNTR)
+    assert bias is not None, "there is a mask"
+    return sequences_B3, None, F.pad(bias.float(), (first, 0))
 
 
 def attend(

@@ -209,8 +209,13 @@ def scatter(rows_PCtX: Tensor, slots_T: Tensor, new_CTX: Tensor) -> None:
 
 def stores(rows_PCtX: Tensor, x_CTR: Tensor, format: NumberFormat) -> bool:
     """Whether the kernel packs these numbers into these pages."""
-    packed = format.codec.packs_fused and x_CTR.shape[2] == format.width
-    return packed and pages(rows_PCtX) and x_CTR.dtype in DTYPES and x_CTR.stride(-1) == 1 and not recorded(x_CTR)
+    return pages(rows_PCtX) and packs_into(x_CTR, format)
+
+
+def packs_into(x: Tensor, format: NumberFormat) -> bool:
+    """Whether the kernel packs these numbers where their rows are to lie."""
+    packed = format.codec.packs_fused and x.shape[-1] == format.width
+    return packed and x.dtype in DTYPES and x.stride(-1) == 1 and not recorded(x) and library() is not None
 
 
 def store(

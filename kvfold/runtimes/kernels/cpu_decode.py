@@ -6,7 +6,6 @@ A contiguous cache is one page per sequence, so that caches of both runtimes are
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,111 +13,14 @@ import torch
 from torch import Tensor
 
 from kvfold.runtimes.kernels.cpu import DTYPES, StoredTokens, rows_of
+from kvfold.runtimes.kernels.cpu_maps import HeadMap as HeadMap
+from kvfold.runtimes.kernels.cpu_maps import Rebuild, ValueMap
 from kvfold.runtimes.kernels.native import library
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, Stored, parts_of, recorded
-from kvfold.runtimes.kernels.turning import TurningFunctions, turning_functions, turns_slowly
 
-TOLERANCE = {torch.bfloat16: 1e-3, torch.float32: 1e-6}
-"""By how much cosines and sines of queries that are turned may be off, as numbers of these types are."""
-DEPTH = 32
-"""Of how many stored numbers a map takes a multiple (tiles.h)."""
 ALL_OLDER = 1 << 62
 """An age that no token has."""
 ANY_AGE = (-ALL_OLDER, ALL_OLDER)
-
-
-class HeadMap(NamedTuple):
-    """How keys or values of the source's heads are rebuilt: packed, a linear map of each stored head [C, F, R] as `pack_map`
-    has it; offset_CF in float32, or none; heads: that F consists of."""
-
-    packed: Tensor
-    offset_CF: Tensor | None
-    heads: int
-    head_dim: int
-    turn: Turn | None = None
-
-    @classmethod
-    def of(cls, weight_CFR: Tensor, bias_CF: Tensor | None, head_dim: int, speeds: tuple[float, ...] = ()) -> HeadMap:
-        """speeds: of keys that turn slowly, in radians per token, for each pair."""
-        offset = None if bias_CF is None else bias_CF.detach().float().contiguous()
-        turn = Turn.of(weight_CFR.detach(), head_dim, speeds) if turns_slowly(speeds) else None
-        return cls(pack_map(weight_CFR.detach()), offset, weight_CFR.shape[1] // head_dim, head_dim, turn)
-
-    def rebuild(self, cos: Tensor | None = None, sin: Tensor | None = None, *, evenly: bool = False) -> Rebuild:
-        """With tables [B or 1, S, r] of the tokens, where keys are rotated. evenly: their positions follow each other, from
-        the first token on that counts."""
-        if cos is None or sin is None:
-            return Rebuild(self, None, None)
-        of_cos, of_sin = (table if table[0].is_contiguous() else table.contiguous() for table in (cos, sin))
-        return Rebuild(self, of_cos, of_sin, evenly)
-
-
-class Turn(NamedTuple):
-    """How queries are turned instead of keys: a map in float32, as turn.h takes it, and functions of a token's place among
-    neighbours with what each says of every pair."""
-
-    weights: Tensor
-    functions: TurningFunctions
-
-    @classmethod
-    def of(cls, weight_CFR: Tensor, head_dim: int, speeds: tuple[float, ...]) -> Turn:
-        tolerance = TOLERANCE[weight_CFR.dtype]
-        padded_CFR = torch.nn.functional.pad(weight_CFR.float(), (0, -weight_CFR.shape[2] % DEPTH))
-        parted = padded_CFR.unflatten(1, (-1, head_dim)).unflatten(3, (-1, 2 * _layout()[0]))
-        return cls(parted.transpose(2, 3).contiguous(), turning_functions(speeds, tolerance))
-
-    def described(self) -> _Turn:
-        """For the kernel, as long as this lives."""
-        basis, shares, speeds = self.functions
-        pointers = (x.data_ptr() for x in (self.weights, basis, shares, speeds))
-        return _Turn(*pointers, *basis.shape)
-
-
-class Rebuild(NamedTuple):
-    """A map and the tables of the tokens that it is for."""
-
-    map: HeadMap
-    cos: Tensor | None
-    sin: Tensor | None
-    evenly: bool = False
-
-    def of_tokens(self, start: int, end: int) -> Rebuild:
-        """Of some of the tokens."""
-        if self.cos is None or self.sin is None:
-            return self
-        return self._replace(cos=self.cos[:, start:end], sin=self.sin[:, start:end])
-
-    def described(self) -> _Rebuild:
-        """For the kernel, as long as this lives."""
-        (packed, offset, heads, head_dim, turn), cos, sin, evenly = self.map, self.cos, self.sin, self.evenly
-        map = (packed.data_ptr(), None if offset is None else offset.data_ptr())
-        map_bytes = packed[0].numel() * packed.element_size()
-        if cos is None or sin is None:
-            return _Rebuild(*map, None, None, map_bytes, 0, False, heads, head_dim, 0, None)
-        table_batch = cos.stride(0) if len(cos) > 1 else 0
-        tables = (cos.data_ptr(), sin.data_ptr(), map_bytes, table_batch, cos.dtype == torch.bfloat16)
-        turned = ctypes.pointer(turn.described()) if turn is not None and evenly else None
-        return _Rebuild(*map, *tables, heads, head_dim, cos.shape[2], turned)
-
-
-class _Turn(ctypes.Structure):
-    """As rebuild.h declares it."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weights", "basis", "shares", "speeds")),
-        *((name, ctypes.c_int64) for name in ("functions", "tokens")),
-    )
-
-
-class _Rebuild(ctypes.Structure):
-    """As rebuild.h declares it."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("map", "offset", "cos", "sin")),
-        *((name, ctypes.c_int64) for name in ("map_bytes", "table_batch", "tables_are_bfloat16")),
-        *((name, ctypes.c_int64) for name in ("heads", "head_dim", "rotated")),
-        ("turn", ctypes.POINTER(_Turn)),
-    )
 
 
 class Queries(ctypes.Structure):
@@ -137,8 +39,8 @@ class _Part(ctypes.Structure):
     """As parts.h declares it."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("averages", "log_sums")),
-        *((name, ctypes.c_int64) for name in ("width", "column")),
+        *((name, ctypes.c_void_p) for name in ("averages", "log_sums", "heads")),
+        *((name, ctypes.c_int64) for name in ("own_heads", "width", "column")),
     )
 
 
@@ -146,37 +48,21 @@ class Values(ctypes.Structure):
     """As parts.h declares it."""
 
     _fields_ = (
-        ("map", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("map", "sinks")),
         *((name, ctypes.c_int64) for name in ("map_bytes", "depth", "out_width", "batch", "heads", "kv_heads")),
         *((name, ctypes.c_int64) for name in ("steps", "threads")),
     )
 
     @classmethod
-    def of(cls, map: ValueMap | None, width: int, *, batch: int, heads: int, steps: int) -> Values:
-        """width: of what the map takes, or, without one, of the output."""
+    def of(
+        cls, map: ValueMap | None, width: int, *, batch: int, heads: int, steps: int, sinks: Tensor | None = None
+    ) -> Values:
+        """width: of what the map takes, or, without one, of the output. sinks: float32, as long as this is used."""
         sizes = batch, heads, 1 if map is None else map.kv_heads, steps, torch.get_num_threads()
+        at = None if sinks is None else sinks.data_ptr()
         if map is None:
-            return cls(None, 0, width, width, *sizes)
-        return cls(map.packed.data_ptr(), map.map_bytes, width, map.head_dim, *sizes)
-
-
-class ValueMap(NamedTuple):
-    """How values of the source's heads are made of stored ones: packed, a map of each head of keys and values [K, H, V], and
-    its widths."""
-
-    packed: Tensor
-    kv_heads: int
-    head_dim: int
-
-    @property
-    def map_bytes(self) -> int:
-        """Of each head."""
-        return self.packed.numel() * self.packed.element_size() // self.kv_heads
-
-    @classmethod
-    def of(cls, weight_UFV: Tensor, head_dim: int) -> ValueMap:
-        weight_KHV = weight_UFV.detach().reshape(-1, head_dim, weight_UFV.shape[2])
-        return cls(pack_map(weight_KHV), len(weight_KHV), head_dim)
+            return cls(None, at, 0, width, width, *sizes)
+        return cls(map.packed.data_ptr(), at, map.map_bytes, width, map.head_dim, *sizes)
 
 
 class Averages(NamedTuple):
@@ -186,26 +72,6 @@ class Averages(NamedTuple):
     averages: Tensor
     log_sums: Tensor
     last: bool = False
-
-
-def pack_map(weight_CFR: Tensor) -> Tensor:
-    """[C, F / L, R, L] of a map, with R and F padded by zeros, where vectors of the processor have L numbers. In bfloat16, if
-    it multiplies those, two numbers of a column lie side by side: [C, F / L, R / 2, L, 2]."""
-    (C, F, R), (lanes, bytes) = weight_CFR.shape, _layout()
-    pair = 2 if weight_CFR.dtype == torch.bfloat16 and bytes == 2 else 1
-    exact = weight_CFR.dtype if pair == 2 else torch.float32
-    padded = weight_CFR.new_zeros(C, -(-F // (2 * lanes)) * 2 * lanes, -(-R // DEPTH) * DEPTH, dtype=exact)
-    padded[:, :F, :R] = weight_CFR
-    return padded.view(C, -1, lanes, padded.shape[2] // pair, pair).transpose(2, 3).contiguous()
-
-
-@functools.cache
-def _layout() -> tuple[int, int]:
-    """(columns of a map that lie side by side, bytes of its numbers where heads are bfloat16)"""
-    kernel, lanes, size = library(), ctypes.c_int32(), ctypes.c_int32()
-    assert kernel is not None, "serves() was asked"
-    kernel.kvfold_layout(ctypes.byref(lanes), ctypes.byref(size))
-    return lanes.value, size.value
 
 
 def serves(q: Tensor, keys: Stored, values: Stored) -> bool:
@@ -304,7 +170,7 @@ def values_of(parts: Sequence[Averages], width: int, dtype: torch.dtype, map: Va
     assert kernel is not None, "serves() was asked"
     out = torch.empty(B, T, N, out_width, dtype=dtype, device=parts[0].averages.device)
     described = [
-        _Part(o.data_ptr(), log_sums.data_ptr(), o.shape[3], width - o.shape[3] if last else 0)
+        _Part(o.data_ptr(), log_sums.data_ptr(), None, N, o.shape[3], width - o.shape[3] if last else 0)
         for o, log_sums, last in parts
     ]
     facts = Values.of(map, width, batch=B, heads=N, steps=T)

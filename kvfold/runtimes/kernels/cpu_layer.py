@@ -1,4 +1,4 @@
-"""Attention of few queries of one layer over its pages by one call of the CPU's kernel (cpp/layer.cpp).
+"""Attention of few queries of one layer by one call of the CPU's kernel (cpp/layer.cpp).
 
 `decode_part` for each form of its tokens and `values_of` do the same (cpu_decode.py). Here what does not change from step to
 step is described once: in a step of a small model that takes longer than reading the tokens.
@@ -13,21 +13,50 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvfold.runtimes.kernels.cpu import StoredTokens
-from kvfold.runtimes.kernels.cpu_decode import Queries, Rebuild, ValueMap, Values, bias_rows, float_rows
+from kvfold.runtimes.kernels.attention import additive
+from kvfold.runtimes.kernels.cpu import StoredTokens, rows_of
+from kvfold.runtimes.kernels.cpu_decode import (
+    ANY_AGE,
+    Queries,
+    Rebuild,
+    ValueMap,
+    Values,
+    bias_rows,
+    float_rows,
+    serves,
+)
 from kvfold.runtimes.kernels.native import library
-from kvfold.runtimes.kernels.packed_tokens import parts_of
+from kvfold.runtimes.kernels.packed_tokens import parts_of, recorded
 
 
 class Form(NamedTuple):
-    """Tokens in pages of the same form. values: the same object as keys where they are the same numbers; ages, rebuild: as
-    `decode_part` takes them; last: as `Averages` has it."""
+    """Tokens of the same form. values: the same object as keys where they are the same numbers; ages, rebuild: as
+    `decode_part` takes them; last: as `Averages` has it; heads: of the queries' heads, which see these tokens (None: all)."""
 
     keys: Any
     values: Any
-    ages: tuple[int, int]
-    rebuild: Rebuild | None
-    last: bool
+    ages: tuple[int, int] = ANY_AGE
+    rebuild: Rebuild | None = None
+    last: bool = False
+    heads: tuple[int, ...] | None = None
+
+
+class Asked(NamedTuple):
+    """Queries [B, own heads, T, R] as they meet one form. sequences_B3: as `decode_part` takes them; table_Bp, int32: pages
+    of the tokens, where they lie in pages; bias [B or 1, own heads or 1, T, tokens]: added to scores, float32."""
+
+    queries: Tensor
+    sequences_B3: Tensor
+    table_Bp: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def of_all(q_BNTR: Tensor, tokens: int, mask: Tensor | None) -> Asked:
+    """Queries at the end of so many tokens, of which they see what a mask says, or all that came before them."""
+    B, _, T, _ = q_BNTR.shape
+    sequences_B3 = torch.tensor([[0, tokens, tokens - T]] * B, dtype=torch.int64, device=q_BNTR.device)
+    bias = additive(mask, T, tokens, 0, tokens, q_BNTR)
+    return Asked(q_BNTR, sequences_B3, None, None if bias is None else bias.float())
 
 
 class _Form(ctypes.Structure):
@@ -35,13 +64,14 @@ class _Form(ctypes.Structure):
 
     _fields_ = (
         ("queries", Queries),
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "map")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "map", "heads")),
         *((name, ctypes.c_int64) for name in ("places", "width", "column")),
     )
 
 
 class LayerReader:
-    """Of pages that stay where they are. width: of what the map takes; without one, of the output."""
+    """Of tokens that stay where they are, and tables. width: of what the map takes; without one, of the output. heads: of
+    queries."""
 
     def __init__(
         self,
@@ -49,15 +79,19 @@ class LayerReader:
         width: int,
         map: ValueMap | None,
         *,
+        heads: int,
         dtype: torch.dtype,
         scale: float,
         softcap: float | None,
+        sinks: Tensor | None = None,
     ) -> None:
-        self.dtype, self.width, self.map = dtype, width, map
+        self.dtype, self.width, self.map, self.heads = dtype, width, map, heads
         self.out_width = width if map is None else map.head_dim
-        self.kept: list[Any] = [forms]  # what pointers lead to
+        self.sinks = None if sinks is None else sinks.detach().float().contiguous()
+        self.kept: list[Any] = []  # what pointers lead to; not the tokens, whose memory is their owner's
         self.forms = (_Form * len(forms))()
         self.places: list[list[StoredTokens]] = []
+        self.ways: list[Any] = []
         for described, form in zip(self.forms, forms, strict=True):
             self._describe(described, form)
             queries = described.queries
@@ -74,34 +108,36 @@ class LayerReader:
         described.column = self.width - described.width if form.last else 0
         way = None if form.rebuild is None else form.rebuild.described()
         described.map = None if way is None else ctypes.addressof(way)
-        self.kept += [places, way]
+        own = None if form.heads is None else self._own(form.heads)
+        described.heads = None if own is None else ctypes.addressof(own)
+        self.kept += [places, own, form.rebuild and form.rebuild.map, *(getattr(x, "format", None) for x in keys)]
+        self.ways.append(way)
         self.places.append(list(places))
 
-    def __call__(
-        self,
-        queries: Sequence[Tensor],
-        sequences: Sequence[Tensor],
-        tables: Sequence[Tensor],
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        """[B, T, N, H] of queries [B, N, T, R] as they meet each form; sequences [B, 3] as `decode_part` takes them, tables
-        [B, pages], int32: of each form's pages."""
-        B, N, T, _ = queries[0].shape
+    def _own(self, heads: tuple[int, ...]) -> Any:
+        """Of all heads, which of these each is."""
+        own = (ctypes.c_int32 * self.heads)(*[-1] * self.heads)
+        for place, head in enumerate(heads):
+            own[head] = place
+        return own
+
+    def __call__(self, asked: Sequence[Asked], tables: Sequence[Rebuild | None] | None = None) -> Tensor:
+        """[B, T, N, H] of queries. tables: of each form, whose cos and sin take the place of those it was described with."""
         kernel, threads = library(), torch.get_num_threads()
         assert kernel is not None, "serves() was asked"
-        rows = None if bias is None else bias_rows(bias, B, N, T)
-        used = [float_rows(q) for q in queries]
-        for form, q, sequences_B3 in zip(self.forms, used, sequences, strict=True):
-            facts = form.queries
-            facts.data, facts.sequences = q.data_ptr(), sequences_B3.data_ptr()
-            facts.batch, facts.rows, facts.steps, facts.threads = B, N * T, T, threads
-            facts.bias = None if rows is None else rows.data_ptr()
-            facts.bias_batch, facts.bias_row = (0, 0) if rows is None else rows.stride()[:2]
-        for places, table_Bp in zip(self.places, tables, strict=True):
-            for place in places:
-                place.table, place.table_stride = table_Bp.data_ptr(), table_Bp.stride(0)
-        out = torch.empty(B, T, N, self.out_width, dtype=self.dtype, device=queries[0].device)
-        values = Values.of(self.map, self.width, batch=B, heads=N, steps=T)
+        B, _, T, _ = asked[0].queries.shape
+        used: list[Tensor | None] = []  # as long as the kernel reads it
+        for form, one in zip(self.forms, asked, strict=True):
+            used += _ask(form.queries, one, threads)
+        for places, one in zip(self.places, asked, strict=True):
+            if one.table_Bp is not None:
+                for place in places:
+                    place.table, place.table_stride = one.table_Bp.data_ptr(), one.table_Bp.stride(0)
+        for way, table in zip(self.ways, tables or (), strict=False):
+            if way is not None and table is not None:
+                table.turn_by(way)
+        out = torch.empty(B, T, self.heads, self.out_width, dtype=self.dtype, device=asked[0].queries.device)
+        values = Values.of(self.map, self.width, batch=B, heads=self.heads, steps=T, sinks=self.sinks)
         kernel.kvfold_layer(
             ctypes.c_int(self.dtype == torch.bfloat16),
             self.forms,
@@ -110,3 +146,86 @@ class LayerReader:
             ctypes.c_void_p(out.data_ptr()),
         )
         return out
+
+
+def _ask(facts: Queries, asked: Asked, threads: int) -> list[Tensor | None]:
+    """Describe what is asked; what it points to."""
+    B, N, T, _ = asked.queries.shape
+    q = float_rows(asked.queries)
+    rows = None if asked.bias is None else bias_rows(asked.bias, B, N, T)
+    facts.data, facts.sequences = q.data_ptr(), asked.sequences_B3.data_ptr()
+    facts.batch, facts.rows, facts.steps, facts.threads = B, N * T, T, threads
+    facts.bias = None if rows is None else rows.data_ptr()
+    facts.bias_batch, facts.bias_row = (0, 0) if rows is None else rows.stride()[:2]
+    return [q, rows]
+
+
+class Steps:
+    """Few queries at a time over a layer's tokens in one piece of memory each, described anew when they have moved."""
+
+    def __init__(self) -> None:
+        self.described: tuple[Any, LayerReader | None] = None, None
+
+    def __reduce__(self) -> Any:
+        return Steps, ()  # what is described lies in this process
+
+    def read(
+        self,
+        forms: Sequence[Form],
+        asked: Sequence[Asked],
+        width: int,
+        map: ValueMap | None,
+        *,
+        sinks: Tensor | None = None,
+        **sizes: Any,
+    ) -> Tensor | None:
+        """As LayerReader gives it; None where the kernel does not serve."""
+        queries = [one.queries for one in asked]
+        if torch.is_grad_enabled() or recorded(*queries):
+            return self._made(forms, queries, width, map, sinks, sizes, asked)
+        state = (
+            queries[0].dtype,
+            tuple(sizes.items()),
+            width,
+            None if map is None else id(map.packed),
+            None if sinks is None else (sinks.data_ptr(), sinks._version),
+            *(_state(form) for form in forms),
+        )
+        if self.described[0] != state:
+            self.described = state, self._describe(forms, queries, width, map, sinks, sizes)
+        reader = self.described[1]
+        return None if reader is None else reader(asked, [form.rebuild for form in forms])
+
+    def _made(
+        self, forms: Any, queries: Any, width: int, map: Any, sinks: Any, sizes: Any, asked: Any
+    ) -> Tensor | None:
+        reader = self._describe(forms, queries, width, map, sinks, sizes)
+        return None if reader is None else reader(asked)
+
+    @staticmethod
+    def _describe(
+        forms: Sequence[Form],
+        queries: Sequence[Tensor],
+        width: int,
+        map: ValueMap | None,
+        sinks: Tensor | None,
+        sizes: dict[str, Any],
+    ) -> LayerReader | None:
+        if not all(serves(q, form.keys, form.values) for q, form in zip(queries, forms, strict=True)):
+            return None
+        return LayerReader(forms, width, map, dtype=queries[0].dtype, sinks=sinks, **sizes)
+
+
+def _state(form: Form) -> tuple[Any, ...]:
+    """What a description of it says."""
+    sides = [*parts_of(form.keys), *([] if form.values is form.keys else parts_of(form.values))]
+    way = form.rebuild
+    rebuild = None if way is None else (id(way.map.packed), way.evenly, None if way.cos is None else way.cos.dtype)
+    places = [(id(getattr(x, "format", None)), *_place(x)) for x in sides]
+    return (*places, form.ages, form.last, form.heads, rebuild)
+
+
+def _place(stored: Any) -> tuple[Any, ...]:
+    rows = rows_of(stored)
+    width = rows.shape[3] if stored is rows else stored.width
+    return rows.data_ptr(), *rows.shape[:2], width, *rows.stride()

@@ -131,6 +131,23 @@ def pack(x_BCTR: Tensor, format: NumberFormat) -> Tensor:
     return codec.pack(x, format)
 
 
+def stores_in_place(new_BCTR: Tensor, format: NumberFormat) -> bool:
+    """Whether a kernel packs these tokens where they are to lie: of one sequence, or one of each."""
+    alone = 1 in (new_BCTR.shape[0], new_BCTR.shape[2]) and new_BCTR.shape[2] > 0
+    return alone and new_BCTR.device.type == "cpu" and cpu.packs_into(new_BCTR, format)
+
+
+def store_in_place(rows_BCSX: Tensor, start: int, new_BCTR: Tensor, format: NumberFormat) -> Tensor:
+    """Pack T tokens into rows from `start` on; the numbers that these then mean, [B, C, T, R]."""
+    B, _, T, _ = new_BCTR.shape
+    room = rows_BCSX.shape[2]
+    slots = torch.arange(start, start + T) if B == 1 else torch.arange(start, B * room, room)
+    x_CTR = new_BCTR.detach()[0] if B == 1 else new_BCTR.detach()[:, :, 0].transpose(0, 1)
+    stored_CTR = cpu.store(rows_BCSX, slots, x_CTR, format, read=True)
+    assert stored_CTR is not None, "it was to be read"
+    return stored_CTR[None] if B == 1 else stored_CTR.transpose(0, 1)[:, :, None]
+
+
 def unpack(
     rows_BCSX: Tensor, format: NumberFormat, dtype: torch.dtype, out: Tensor | None = None, width: int | None = None
 ) -> Tensor:

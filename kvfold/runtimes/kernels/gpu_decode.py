@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kvfold.plan.number_format import ELSEWHERE
 from kvfold.runtimes.kernels import gpu
-from kvfold.runtimes.kernels.cpu_decode import ANY_AGE, TOLERANCE
+from kvfold.runtimes.kernels.cpu_decode import ANY_AGE
+from kvfold.runtimes.kernels.cpu_maps import TOLERANCE
 from kvfold.runtimes.kernels.gpu import works_for
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, SideBySide, Stored, parts_of, recorded
 from kvfold.runtimes.kernels.turning import turns_slowly

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from kvfold.plan.token_runs import FEW_TOKENS, TokenRun, TokenRuns
 from kvfold.runtimes.kernels.attention import grouped_attention, prefill_attention
+from kvfold.runtimes.kernels.cpu_layer import Form, Steps, of_all
 from kvfold.runtimes.kernels.packed_tokens import RunPlace, RunTokens, Stored, index_of, read_all
 
 QUERIES_AT_ONCE = 1024
@@ -21,7 +23,12 @@ Attend = Callable[[Tensor, Stored, Stored, Tensor | None], Tensor]
 
 def query_heads(run: TokenRun, group: int, device: torch.device) -> Any:
     """What picks the heads of queries that read a run, `group` per stored head."""
-    return index_of(tuple(head * group + i for head in run.heads for i in range(group)), device)
+    return index_of(_of_queries(run.heads, group), device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_queries(heads: tuple[int, ...], group: int) -> tuple[int, ...]:
+    return tuple(head * group + i for head in heads for i in range(group))
 
 
 def begins(mask: Tensor | None) -> Tensor | None:
@@ -196,6 +203,22 @@ def attend_by_run(
         return few(q, keys, values, seen_by(run, z, place, own, q, slice(0, T)))
 
     return _over_runs(q_BNTR, z, y, mask, attend)
+
+
+def by_one_call(
+    steps: Steps, q_BNTR: Tensor, z: RunTokens, y: RunTokens, mask: Tensor | None, map: Any, **sizes: Any
+) -> Tensor | None:
+    """As `attend_by_run`, of few queries on a CPU, led back by the map; None where its kernel does not serve. steps: of the
+    layer."""
+    N, T = q_BNTR.shape[1:3]
+    group = N // sum(len(run.heads) for run in z.tokens.runs)
+    forms, asked = [], []
+    for run, keys, values, place in zip(z.tokens.runs, z.parts, y.parts, z.places, strict=True):
+        heads = query_heads(run, group, q_BNTR.device)
+        own, q = mask[:, heads] if mask is not None and mask.shape[1] > 1 else mask, q_BNTR[:, heads]
+        forms.append(Form(keys, values, heads=_of_queries(run.heads, group)))
+        asked.append(of_all(q, keys.shape[2], seen_by(run, z, place, own, q, slice(0, T))))
+    return steps.read(forms, asked, y.parts[0].shape[3], map, heads=N, **sizes)
 
 
 def _over_runs(

@@ -31,7 +31,8 @@ class PackedTokens:
     """Tokens [B, C, S, R] as bytes, turned into numbers where they are read.
 
     `rows`: [B, C, S / block, bytes]; `recent`: tokens behind them that are still exact, of a block that is not full. `width`:
-    the first so many numbers of each, where others are not asked for.
+    the first so many numbers of each, where others are not asked for. `fresh`: the last tokens as numbers, where these came
+    with the running step.
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class PackedTokens:
         dtype: torch.dtype,
         recent: Tensor | None = None,
         width: int | None = None,
+        fresh: Tensor | None = None,
     ) -> None:
-        self.rows, self.format, self.dtype, self.recent = rows, format, dtype, recent
+        self.rows, self.format, self.dtype, self.recent, self.fresh = rows, format, dtype, recent, fresh
         self.width = format.width if width is None else width
 
     @property
@@ -56,6 +58,8 @@ class PackedTokens:
         return self.rows.device
 
     def to(self, device: torch.device) -> PackedTokens:
+        if self.rows.device == device:
+            return self
         recent = None if self.recent is None else self.recent.to(device)
         return PackedTokens(self.rows.to(device), self.format, self.dtype, recent, self.width)
 
@@ -260,7 +264,7 @@ def first_numbers(stored: Any, spec: CacheSpec) -> Any:
     width = spec.predicting(stored.shape[3])
     if isinstance(stored, Tensor) or width == stored.shape[3]:
         return stored[..., :width] if isinstance(stored, Tensor) else stored
-    return PackedTokens(stored.rows, stored.format, stored.dtype, stored.recent, width)
+    return PackedTokens(stored.rows, stored.format, stored.dtype, stored.recent, width, stored.fresh)
 
 
 def side_by_side(stored: Sequence[Any]) -> Any:
@@ -273,8 +277,15 @@ def side_by_side(stored: Sequence[Any]) -> Any:
 
 def newest(stored: Any, tokens: int) -> Tensor:
     """The last tokens as numbers [B, C, tokens, ...], all forms side by side."""
-    parts = (stored.far, stored.near) if isinstance(stored, AgedTokens) else (stored,)
-    return torch.cat([read(part, part.shape[2] - tokens, part.shape[2]) for part in parts], dim=3)
+    forms = (stored.far, stored.near) if isinstance(stored, AgedTokens) else (stored,)
+    return torch.cat([_last(part, tokens) for form in forms for part in parts_of(form)], dim=3)
+
+
+def _last(stored: Any, tokens: int) -> Tensor:
+    fresh = stored.fresh if isinstance(stored, PackedTokens) else None
+    if fresh is not None and fresh.shape[2] == tokens:
+        return fresh[..., : stored.width]
+    return read(stored, stored.shape[2] - tokens, stored.shape[2])
 
 
 def by_age(x: Tensor, far: int, near: int) -> tuple[Tensor, Tensor]:

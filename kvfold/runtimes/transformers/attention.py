@@ -16,13 +16,16 @@ from kvfold.plan.checks import check_sinks
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.tensors import Shape, tensor_shapes
 from kvfold.plan.token_runs import RECENCY
+from kvfold.runtimes.kernels import cpu_decode
 from kvfold.runtimes.kernels.attention import (
     chunked_attention,
     grouped_attention,
     kernel_attention,
+    kernels_for,
     mask_of,
     prefill_attention,
 )
+from kvfold.runtimes.kernels.cpu_layer import Form, Steps, of_all
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose, decode_attention
 from kvfold.runtimes.kernels.packed_tokens import (
     AgedTokens,
@@ -88,6 +91,7 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome
                 " (tokens.columns); fold the model again."
             )
         check_sinks(layer, spec)
+        self.steps = Steps()
         if self.s_proj is not None:  # which chooses, and gets no gradient
             self.s_proj.requires_grad_(False)
 
@@ -213,10 +217,7 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome
             k, v = all_keys(self, z, on_read), all_values(self, y)
             return prefill_attention(q, k, v, mask, scale=self.scaling, dropout=dropout, sinks=self.sinks), None
         if way in (Way.CPU, Way.TRITON):
-            back = value_map(self, q.dtype)
-            sizes = self._scores
-            out = kernel_attention(q if absorbed is None else absorbed, z, y, mask, rebuild=rebuild, map=back, **sizes)
-            return out if back else self._lead_values_back(out), None
+            return self._by_kernel(q if absorbed is None else absorbed, z, y, mask, rebuild), None
         if self.spec.hidden:  # a network's values are rebuilt before they are averaged
             assert keys is not None, "networks are applied on read"
             return self._over_rebuilt(way, q, keys, y, mask, dropout)
@@ -224,6 +225,16 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome
             way, q if keys else self._absorb(q) if absorbed is None else absorbed, z, y, mask, keys, dropout
         )
         return self._lead_values_back(out), probs
+
+    def _by_kernel(self, q: Tensor, z: Stored, y: Stored, mask: Tensor | None, rebuild: Any) -> Tensor:
+        """Few queries, as they meet stored keys or keys that the device's kernel rebuilds."""
+        back, out = value_map(self, q.dtype), None
+        if kernels_for(q) is cpu_decode:
+            forms, asked = [Form(z, y, rebuild=rebuild)], [of_all(q, z.shape[2], mask)]
+            out = self.steps.read(forms, asked, y.shape[3], back, heads=q.shape[1], **self._scores)
+        if out is None:
+            out = kernel_attention(q, z, y, mask, rebuild=rebuild, map=back, **self._scores)
+        return out if back else self._lead_values_back(out)
 
     def _over_stored(
         self, way: Way, q: Tensor, z: Stored, y: Stored, mask: Tensor | None, keys: Heads | None, dropout: float

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
-from kvfold.runtimes.kernels import aged_kernels
+from kvfold.runtimes.kernels import aged_kernels, cpu_decode
 from kvfold.runtimes.kernels.aged_attention import attend_by_age, beside, prefill_by_age
+from kvfold.runtimes.kernels.attention import kernels_for
+from kvfold.runtimes.kernels.cpu_layer import Steps
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, roundtrip
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, by_age
 from kvfold.runtimes.transformers.on_read import KeysOnRead, all_keys, all_values, value_map
@@ -24,6 +26,7 @@ class AttentionByAge(nn.Module):
     layer: AttentionLayer
     scaling: float
     sinks: nn.Parameter | None
+    steps: Steps
     k_b_proj: Any
     v_b_proj: Any
     _absorb: Callable[[Tensor], Tensor]
@@ -64,17 +67,29 @@ class AttentionByAge(nn.Module):
         meeting = (q, q) if keys else by_age(absorbed, z.far.shape[-1], z.near.shape[-1])
         ways = (keys.by_kernel(z.far, q.dtype), keys.by_kernel(z.near, q.dtype, near=True)) if keys else None
         capped = self.layer.softcap is not None and not wants_probs and not dropout  # which the kernel does as well
-        if few and (capped or not by_masks) and (ways is None or all(ways)) and aged_kernels.serves(meeting, z, y):
-            sizes: dict[str, Any] = {"scale": self.scaling, "softcap": self.layer.softcap, "sinks": self.sinks}
-            back, width = value_map(self, q.dtype), self.spec.read_widths[1]
-            out = aged_kernels.attend(meeting, z, y, mask, width, rebuild=ways, map=back, **sizes)
-            return out if back else self._lead_values_back(out), None
+        if few and (capped or not by_masks) and (ways is None or all(ways)):
+            out = self._aged_by_kernel(meeting, z, y, mask, ways)
+            if out is not None:
+                return out, None
         out, probs = attend_by_age(
             meeting, z, y, mask, keys=rebuilt, width=self.spec.read_widths[1], dropout=dropout,
             by_masks=by_masks, elements=self._elements_at_a_time, scale=self.scaling,
             softcap=self.layer.softcap, sinks=self.sinks,
         )  # fmt: skip
         return self._lead_values_back(out), probs
+
+    def _aged_by_kernel(
+        self, q: tuple[Tensor, Tensor], z: AgedTokens, y: AgedTokens, mask: Tensor | None, ways: Any
+    ) -> Tensor | None:
+        """Few queries as they meet both forms; None where the device's kernels do not serve."""
+        sizes: dict[str, Any] = {"scale": self.scaling, "softcap": self.layer.softcap, "sinks": self.sinks}
+        back, width = value_map(self, q[0].dtype), self.spec.read_widths[1]
+        out: Tensor | None = None
+        if kernels_for(q[0]) is cpu_decode:
+            out = aged_kernels.by_one_call(self.steps, q, z, y, mask, width, rebuild=ways, map=back, **sizes)
+        elif aged_kernels.serves(q, z, y):
+            out = aged_kernels.attend(q, z, y, mask, width, rebuild=ways, map=back, **sizes)
+        return out if out is None or back else self._lead_values_back(out)
 
     def _prefill_by_age(
         self, q: Tensor, z: AgedTokens, y: AgedTokens, mask: Tensor | None, keys: KeysOnRead | None

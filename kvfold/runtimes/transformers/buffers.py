@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvfold.plan.cache_spec import CACHE_BLOCK, round_up
 from kvfold.plan.number_format import NumberFormat
-from kvfold.runtimes.kernels.dispatch import pack
+from kvfold.runtimes.kernels.dispatch import pack, store_in_place, stores_in_place
 from kvfold.runtimes.kernels.gathering import gather_tokens
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, Stored
 
@@ -87,15 +87,20 @@ class GrowingBuffer(Buffer):
 
     def append(self, new_BCTR: Tensor, capacity: int) -> None:
         tokens = new_BCTR.shape[2]
-        if self.data is None:
-            self.data = new_BCTR.new_empty(*new_BCTR.shape[:2], 0, new_BCTR.shape[3])
-        if max(capacity, self.end + tokens) > self.data.shape[2]:
-            self._make_room(tokens, capacity)
+        data = self.room_for(new_BCTR[:, :, :0], tokens, capacity)
         if torch.is_grad_enabled() and new_BCTR.requires_grad:
             self._append_differentiably(new_BCTR)
         else:
-            self.data[:, :, self.end : self.end + tokens] = new_BCTR
+            data[:, :, self.end : self.end + tokens] = new_BCTR
         self.end += tokens
+
+    def room_for(self, none_BC0R: Tensor, tokens: int, capacity: int) -> Tensor:
+        """The storage, with room for so many tokens from `end` on. none_BC0R: says of what kind and size."""
+        if self.data is None:
+            self.data = torch.empty_like(none_BC0R)
+        if max(capacity, self.end + tokens) > self.data.shape[2]:
+            self._make_room(tokens, capacity)
+        return self.data
 
     def view(self, last: int | None = None) -> Tensor:
         return self.tensor(last)
@@ -196,12 +201,20 @@ class PackedBuffer(Buffer):
     def __init__(self, format: NumberFormat, unit: int = CACHE_BLOCK) -> None:
         self.format, self.rows = format, GrowingBuffer(unit)
         self.dtype = torch.float32
+        self.fresh: Tensor | None = None
 
     def append(self, new_BCTR: Tensor, capacity: int) -> None:
-        self.rows.append(self._pack(new_BCTR), capacity)
+        self.fresh = None
+        if not stores_in_place(new_BCTR, self.format):
+            self.rows.append(self._pack(new_BCTR), capacity)
+            return
+        (B, C, T, _), self.dtype = new_BCTR.shape, new_BCTR.dtype
+        no_rows = torch.empty(B, C, 0, self.format.row_bytes, dtype=torch.uint8, device=new_BCTR.device)
+        self.fresh = store_in_place(self.rows.room_for(no_rows, T, capacity), self.rows.end, new_BCTR, self.format)
+        self.rows.end += T
 
     def view(self, last: int | None = None) -> Stored:
-        return PackedTokens(self.rows.tensor(last), self.format, self.dtype)
+        return PackedTokens(self.rows.tensor(last), self.format, self.dtype, fresh=self.fresh)
 
     def slide(self, new_BCTR: Tensor, capacity: int, window: int) -> Stored:
         return PackedTokens(self.rows.slide(self._pack(new_BCTR), capacity, window), self.format, self.dtype)
@@ -226,12 +239,15 @@ class PackedBuffer(Buffer):
         self.rows.replace(self._pack(x_BCTR), rows)
 
     def forget(self, tokens: int, window: int | None) -> None:
+        self.fresh = None
         self.rows.forget(tokens, window)
 
     def select(self, rows: Tensor) -> None:
+        self.fresh = None
         self.rows.select(rows)
 
     def repeat(self, repeats: int) -> None:
+        self.fresh = None
         self.rows.repeat(repeats)
 
     @property

@@ -13,10 +13,13 @@ from kvfold import registry
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.token_runs import TokenRun
-from kvfold.runtimes.kernels.attention import kernel_attention
-from kvfold.runtimes.kernels.dispatch import Way, choose
+from kvfold.runtimes.kernels import cpu_decode
+from kvfold.runtimes.kernels.attention import kernel_attention, kernels_for
+from kvfold.runtimes.kernels.cpu_layer import Steps
+from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose
 from kvfold.runtimes.kernels.head_runs import (
     attend_by_run,
+    by_one_call,
     probabilities,
     query_heads,
     seen_by,
@@ -26,7 +29,7 @@ from kvfold.runtimes.scorers._matching import matched
 from kvfold.runtimes.scorers.base import Prompt, Scorer
 from kvfold.runtimes.transformers.foreseen_run import ForeseenRun
 from kvfold.runtimes.transformers.head_run import HeadRun, begin_of_rows
-from kvfold.runtimes.transformers.on_read import KeysOnRead, all_keys, all_values
+from kvfold.runtimes.transformers.on_read import KeysOnRead, all_keys, all_values, value_map
 
 CHOSEN = (
     "attentions cannot be shown: which tokens of the prompt stayed is not kept, but them; ask for those of a forward without"
@@ -104,6 +107,7 @@ class AttentionByRun(nn.Module):
     o_proj: Any
     k_b_proj: Any
     v_b_proj: Any
+    steps: Steps
     _eager: Callable[[], bool]
     _over_stored: Callable[..., Any]
 
@@ -126,8 +130,18 @@ class AttentionByRun(nn.Module):
             sizes: dict[str, Any] = {"scale": self.scaling, "softcap": self.layer.softcap, "dropout": dropout}
             out, probs = probabilities(absorbed, z, y, mask, **sizes)
         else:
+            if (made := self._runs_by_kernel(absorbed, z, y, mask)) is not None:
+                return made, None
             out = attend_by_run(absorbed, z, y, mask, few=self._few, scale=self.scaling)
         return self._lead_values_back(out), probs
+
+    def _runs_by_kernel(self, q: Tensor, z: RunTokens, y: RunTokens, mask: Tensor | None) -> Tensor | None:
+        """Few queries over all runs at once; None where the CPU's kernel does not serve."""
+        if q.shape[2] > FEW_TOKENS or kernels_for(q) is not cpu_decode:
+            return None
+        back = value_map(self, q.dtype)
+        out = by_one_call(self.steps, q, z, y, mask, back, scale=self.scaling, softcap=None)
+        return out if out is None or back else self._lead_values_back(out)
 
     def _of_layer(
         self, q: Tensor, z: RunTokens, y: RunTokens, mask: Tensor | None, tables: Any, *, wants_probs: bool = False

@@ -13,7 +13,7 @@ from kvfold.plan.cache_spec import CacheSpec
 from kvfold.runtimes.kernels import cpu_decode, gpu, native
 from kvfold.runtimes.kernels.aged_attention import prefill_by_age
 from kvfold.runtimes.kernels.attention import kernels_for, prefill_attention
-from kvfold.runtimes.kernels.cpu_layer import Form, LayerReader
+from kvfold.runtimes.kernels.cpu_layer import Asked, Form, LayerReader
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS
 from kvfold.runtimes.kernels.packed_tokens import PagedTokens, by_age, side_by_side
 from kvfold.runtimes.transformers.on_read import head_maps, value_map
@@ -38,7 +38,7 @@ def _by_gpu(spec: CacheSpec) -> bool:
     return packed and not spec.hidden and (spec.rope != "on_read" or spec.fast_pairs > 0)
 
 
-class _Asked(NamedTuple):
+class _FormPages(NamedTuple):
     """Tokens of some ages in one form: their kind of pages, these pages, and the batch as it reads them."""
 
     kind: Kind
@@ -79,7 +79,7 @@ class PageReader:
     def _rotates(self) -> bool:
         return self.attention._rotates_on_read and self.attention.read_tables is not None
 
-    def _by_one_call(self, queries: list[Tensor], asked: list[_Asked], batch: Batch) -> Tensor | None:
+    def _by_one_call(self, queries: list[Tensor], asked: list[_FormPages], batch: Batch) -> Tensor | None:
         attention, dtype = self.attention, queries[0].dtype
         weights = (x for way in (attention.k_b_proj, attention.v_b_proj) if way is not None for x in way.parameters())
         state = (
@@ -89,17 +89,20 @@ class PageReader:
             *((x.data_ptr(), x._version) for x in weights),
         )
         if self.described[0] != state:
-            self.described = state, self._describe(asked, dtype)
+            self.described = state, self._describe(asked, queries[0])
         reader = self.described[1]
         if reader is None:
             return None
-        sequences, tables = [one.batch.seen(one.ages) for one in asked], [one.batch.tables_Bp for one in asked]
-        out = reader(queries, sequences, tables, self._bias(batch))
+        bias = self._bias(batch)
+        steps = [
+            Asked(q, one.batch.seen(one.ages), one.batch.tables_Bp, bias) for q, one in zip(queries, asked, strict=True)
+        ]
+        out = reader(steps)
         return out if reader.map else attention._lead_values_back(out)
 
-    def _describe(self, asked: list[_Asked], dtype: torch.dtype) -> LayerReader | None:
+    def _describe(self, asked: list[_FormPages], q: Tensor) -> LayerReader | None:
         """None where the kernel does not serve."""
-        attention, forms = self.attention, []
+        attention, dtype, forms = self.attention, q.dtype, []
         for one in asked:
             keys, values = self._regions(one.kind, one.pages)
             z: Any = side_by_side(keys) if len(keys) > 1 else keys[0]
@@ -108,7 +111,9 @@ class PageReader:
             if not cpu_decode.serves(torch.empty(0, dtype=dtype), z, y) or (self._rotates and rebuild is None):
                 return None
             forms.append(Form(z, y, one.ages, rebuild, one.kind == RECENT))
-        sizes = {"scale": attention.scaling, "softcap": attention.layer.softcap, "dtype": dtype}
+        sizes = {
+            "heads": q.shape[1], "scale": attention.scaling, "softcap": attention.layer.softcap, "dtype": dtype,
+        }  # fmt: skip
         return LayerReader(forms, attention.spec.read_widths[1], value_map(attention, dtype), **sizes)
 
     def _rebuild(self, kind: Kind, width: int, dtype: torch.dtype) -> Any:
@@ -153,16 +158,16 @@ class PageReader:
         k = cpu_decode.rebuilt(keys, k_way, dtype, spans, width)
         return k, cpu_decode.rebuilt(values, v_map.rebuild(), dtype, spans, width)
 
-    def _asked(self, far: Tensor, batch: Batch, place: int) -> list[_Asked]:
+    def _asked(self, far: Tensor, batch: Batch, place: int) -> list[_FormPages]:
         """Each form of what the queries may see."""
         recent, pages, kind = self.attention.spec.recent, self.attention.pages, self.attention.attn.kind
         oldest: Any = cpu_decode.ALL_OLDER if kind is None else kind
         if not recent:
-            return [_Asked(kind, far, batch, (0, oldest))]
-        near = _Asked(RECENT, pages.recent.kv_cache, pages.recent.batch(place), (0, min(recent, oldest)))
-        return [_Asked(kind, far, batch, (recent, max(oldest, recent))), near]
+            return [_FormPages(kind, far, batch, (0, oldest))]
+        near = _FormPages(RECENT, pages.recent.kv_cache, pages.recent.batch(place), (0, min(recent, oldest)))
+        return [_FormPages(kind, far, batch, (recent, max(oldest, recent))), near]
 
-    def _part_by_part(self, queries: list[Tensor], asked: list[_Asked], batch: Batch) -> Tensor | None:
+    def _part_by_part(self, queries: list[Tensor], asked: list[_FormPages], batch: Batch) -> Tensor | None:
         attention, dtype = self.attention, queries[0].dtype
         parts = [self._part(q, one, self._bias(batch)) for q, one in zip(queries, asked, strict=True)]
         if any(part is None for part in parts):
@@ -171,7 +176,7 @@ class PageReader:
         out: Tensor = kernels_for(queries[0]).values_of(parts, attention.spec.read_widths[1], dtype, back)
         return out if back else attention._lead_values_back(out)
 
-    def _part(self, q: Tensor, asked: _Asked, bias: Tensor | None) -> Any:
+    def _part(self, q: Tensor, asked: _FormPages, bias: Tensor | None) -> Any:
         """Over one form; None where the kernel does not serve."""
         keys, values = self._lying(asked.kind, asked.pages, asked.batch)
         rebuild = self._rebuild(asked.kind, keys.shape[3], q.dtype)

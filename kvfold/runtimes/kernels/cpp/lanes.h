@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <utility>
+#include <vector>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -168,5 +170,18 @@ int apart(int numbers) {
   const int lines = pad(numbers, LINE) / LINE;
   return (lines + 1 - lines % 2) * LINE;
 }
+
+// Memory that is written before it is read, so that nobody fills it with zeros first.
+template <typename T>
+struct Unset : std::allocator<T> {
+  template <typename U>
+  struct rebind {
+    using other = Unset<U>;
+  };
+  template <typename U>
+  void construct(U *) {}
+};
+template <typename T>
+using Room = std::vector<T, Unset<T>>;
 
 }  // namespace

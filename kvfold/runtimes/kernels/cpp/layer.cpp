@@ -1,42 +1,51 @@
 // Attention of one layer over parts of its tokens, each in a form of its own, by one call: a step's time is short beside what
-// calls from outside take. Plain C entry, no torch.
+// calls from outside take, and beside what threads take to begin and to end. Plain C entry, no torch.
 
-#include <vector>
-
-#include "parts.h"
-#include "rebuild.h"
-#include "stored.h"
-
-extern "C" void kvfold_decode(int is_bfloat16, const Queries *q, const Stored *keys, int parts, const Stored *values,
-                              const Rebuild *map, float *out, float *log_sums);
-extern "C" void kvfold_values(int is_bfloat16, const Values *v, const Part *parts, int count, void *out);
+#include "averaging.h"
+#include "decoding.h"
 
 namespace {
 
-// As kvfold_decode takes it. width: of its averages; column: as Part has it.
-struct Form {
+// As kvfold_decode takes it. width: of its averages; heads, column: as Part has them.
+struct Asked {
   Queries queries;
   const Stored *keys, *values;
   const Rebuild *map;
+  const int32_t *heads;
   int64_t places, width, column;
+};
+
+// Numbers that are made of one form, and how.
+struct Answer {
+  const Side keys, values;
+  const int64_t rows;
+  Room<float> numbers;
+  const Stages stages;
+
+  Answer(bool is_bfloat16, const Asked &asked)
+      : keys(asked.keys, asked.places, asked.map), values(asked.values ? asked.values : asked.keys, 1, false),
+        rows(asked.queries.batch * asked.queries.rows), numbers(rows * (asked.width + 1)),
+        stages(is_bfloat16, asked.queries, keys, asked.values ? &values : nullptr, asked.map, numbers.data(),
+               numbers.data() + rows * asked.width) {}
 };
 
 }  // namespace
 
 // As kvfold_decode for every form, and kvfold_values over all of them.
-extern "C" void kvfold_layer(int is_bfloat16, const Form *forms, int count, const Values *v, void *out) {
-  static thread_local std::vector<float> numbers;
-  int64_t size = 0;
-  for (int i = 0; i < count; ++i) size += forms[i].queries.batch * forms[i].queries.rows * (forms[i].width + 1);
-  if (int64_t(numbers.size()) < size) numbers.resize(size);
+extern "C" void kvfold_layer(int is_bfloat16, const Asked *forms, int count, const Values *v, void *out) {
+  std::vector<std::unique_ptr<Answer>> answers;
   std::vector<Part> parts;
-  float *next = numbers.data();
+  std::vector<Stage> stages(3);
   for (int i = 0; i < count; ++i) {
-    const Form &form = forms[i];
-    const int64_t rows = form.queries.batch * form.queries.rows;
-    parts.push_back({next, next + rows * form.width, form.width, form.column});
-    kvfold_decode(is_bfloat16, &form.queries, form.keys, form.places, form.values, form.map, next, next + rows * form.width);
-    next += rows * (form.width + 1);
+    answers.push_back(std::make_unique<Answer>(is_bfloat16, forms[i]));
+    Answer &made = *answers.back();
+    const Asked &asked = forms[i];
+    parts.push_back({made.numbers.data(), made.numbers.data() + made.rows * asked.width, asked.heads,
+                     asked.queries.rows / asked.queries.steps, asked.width, asked.column});
+    stages[0].push_back(made.stages.tasks.get());
+    stages[1].push_back(made.stages.merging);
   }
-  kvfold_values(is_bfloat16, v, parts.data(), count, out);
+  const auto led_back = averaging(is_bfloat16, *v, parts.data(), count, out);
+  stages[2].push_back(led_back.get());
+  share_out(stages, v->threads, is_bfloat16 && in_tiles<bfloat16>());
 }

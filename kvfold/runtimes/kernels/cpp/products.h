@@ -13,6 +13,7 @@ namespace {
 
 constexpr int KEYS_AHEAD = 8192, VALUES_AHEAD = 4096;  // bytes that are fetched before their turn; measured
 constexpr int MANY_ROWS = 16, WORDS = 64;  // for so many queries keys are transposed, so many words at a time
+constexpr int ROWS_AT_ONCE = REGISTERS == 16 ? 6 : 8;  // two vectors of sums for each: additions take as long as four others
 constexpr int STRIP = 4;     // columns that are made ready at a time, in lanes
 constexpr int FEW_ROWS = 4;  // up to so many, columns of values are made ready for each of them anew
 
@@ -100,7 +101,7 @@ void score_many(int rows, const typename Numbers<T>::Query *q, int q_stride, con
         transpose(part);
         for (int t = 0; t < LANES; ++t) turned[2 * (i - half * words + t) + half] = part[t];
       }
-      in_parts<REGISTERS / 4>(0, rows, [&](auto now, int row) {
+      in_parts<ROWS_AT_ONCE>(0, rows, [&](auto now, int row) {
         score_tile<T, now>(query + int64_t(row) * query_stride + first / PER_WORD, query_stride, turned, words,
                            out + int64_t(row) * out_stride + s, out_stride);
       });

@@ -113,8 +113,8 @@ struct Rebuilding {
   using M = Product<T>;
   const Rebuild &map;
   int depth, padded;
-  std::vector<float> rebuilt;
-  std::vector<T> keys;
+  Room<float> rebuilt;
+  Room<T> keys;
 
   Rebuilding(const Rebuild &map, int numbers, int block)
       : map(map), depth(pad(numbers, DEPTH)), padded(pad(map.columns(), COLUMNS)), rebuilt(int64_t(block) * padded),

@@ -21,9 +21,10 @@ struct Running {
   using N = Numbers<T>;
   using Query = typename N::Query;
   int rows, per_head, r_width, r_padded, r_stride, v_padded, block;
-  std::vector<Query> queries, weights;
-  std::vector<float> scores;
-  std::vector<Lanes> strip = std::vector<Lanes>(MOST_TOKENS * STRIP), pairs;
+  Room<Query> queries, weights;
+  Room<float> scores;
+  Room<Lanes> strip = Room<Lanes>(MOST_TOKENS * STRIP);
+  std::vector<Lanes> pairs;
 
   // per_head: queries that meet the same keys.
   Running(int rows, int per_head, int q_width, int V, int block)
@@ -35,11 +36,14 @@ struct Running {
 
   // Some of the queries [count, stride], of whole heads.
   void take(int first, int count, const float *q, int64_t stride) {
-    for (int row = 0; row < count; ++row)
+    for (int row = 0; row < count; ++row) {
+      Query *to = queries.data() + (first + row) * r_stride;
       for (int r = 0; r < r_width; r += LANES) {
         const int now = std::min(LANES, r_width - r);
-        put(load<Lanes>(q + row * stride + r, now), queries.data() + (first + row) * r_stride + r, now);
+        put(load<Lanes>(q + row * stride + r, now), to + r, now);
       }
+      std::fill(to + r_width, to + r_stride, Query(0.0f));
+    }
 #ifdef __AMX_BF16__
     if constexpr (sizeof(Query) == 2)
       for (int head = first / per_head; pairs.size() && head < (first + count) / per_head; ++head)

@@ -21,7 +21,7 @@ struct Turning {
   const Turn &turn;
   const int rows, functions, depth, half;  // rows: queries of a stored head
   Running<T> run;
-  std::vector<float> cos, sin, turned_cos, turned_sin, shares, made, unturned, constants;
+  Room<float> cos, sin, turned_cos, turned_sin, shares, made, unturned, constants;
   std::vector<int64_t> taken;  // of each stored head, for which tokens its queries are turned
   int64_t first = 0;           // token of a task, from which on they are counted
   double turned_by = -1;

@@ -1,0 +1,97 @@
+"""Attention of a layer by one call of the CPU's kernel: heads that see different tokens, sinks, storage that moves."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+
+from kvfold.plan.number_format import NumberFormat
+from kvfold.runtimes.kernels import cpu_decode
+from kvfold.runtimes.kernels.attention import grouped_attention
+from kvfold.runtimes.kernels.cpu_layer import Form, LayerReader, Steps, of_all
+from kvfold.runtimes.kernels.dispatch import pack
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, read_all
+from kvfold.testing import assert_close
+
+B, H, SIZES = 2, 32, {"heads": 6, "scale": 0.2, "softcap": None}
+RUNS = ((0, 1, 4), 70), ((5,), 9), ((2, 3), 300)
+FORMAT = NumberFormat(tiers=((16, 4), (16, 2)))
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def stored(tokens, *, is_packed, seed=0):
+    x = numbers(B, 1, tokens, H, seed=seed)
+    return PackedTokens(pack(x, FORMAT), FORMAT, x.dtype) if is_packed else x
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-30.0, -1.0, 0.5, 4.0, 0.0, 2.0])])
+def test_heads_that_keep_different_tokens(T, is_packed, mapped, sinks):
+    """Each as products of matrices give it, all of them by one call; some tokens are masked."""
+    q, steps = numbers(B, 6, T, H), Steps()
+    weight = numbers(1, 3 * 16, H, seed=3) / H**0.5
+    back = cpu_decode.ValueMap.of(weight, 16) if mapped else None
+    wanted, forms, asked = torch.empty(B, T, 6, H), [], []
+    for heads, tokens in RUNS:
+        keys, values = (stored(tokens, is_packed=is_packed, seed=tokens + side) for side in (0, 1))
+        mask = torch.ones(B, 1, T, tokens, dtype=torch.bool).tril(tokens - T)
+        mask[0, ..., :4] = False
+        own = q[:, list(heads)]
+        forms.append(Form(keys, values, heads=heads))
+        asked.append(of_all(own, tokens, mask))
+        some = None if sinks is None else sinks[list(heads)]
+        wanted[:, :, list(heads)] = grouped_attention(
+            own, read_all(keys), read_all(values), mask, scale=0.2, sinks=some
+        )[0]
+    if mapped:
+        per_head = wanted.view(B, T, 3, 2, H)
+        wanted = torch.einsum("btkgv,khv->btkgh", per_head, weight.view(3, 16, H)).flatten(2, 3)
+    with torch.no_grad():
+        found = steps.read(forms, asked, H, back, sinks=sinks, **SIZES)
+    assert_close(found, wanted, tolerance=1e-5)
+
+
+def test_described_anew_only_when_tokens_have_moved(monkeypatch):
+    """The same memory with more tokens is known; other memory, another map and other heads are not."""
+    made, real = [], LayerReader.__init__
+    monkeypatch.setattr(
+        LayerReader, "__init__", lambda self, *args, **rest: made.append(1) or real(self, *args, **rest)
+    )
+    steps, room, q = Steps(), numbers(B, 1, 64, H), numbers(B, 6, 1, H)
+
+    def read(x, count, rows=slice(None)):
+        shown = x[rows, :, :count]
+        with torch.no_grad():
+            found = steps.read([Form(shown, shown)], [of_all(q[rows], count, None)], H, None, **SIZES)
+        assert_close(found, grouped_attention(q[rows], shown, shown, None, scale=0.2)[0], tolerance=1e-5)
+
+    for count in (10, 11, 12):
+        read(room, count)
+    assert len(made) == 1
+    read(room.clone(), 12)
+    assert len(made) == 2
+    read(room, 12, rows=slice(1))
+    assert len(made) == 3
+    read(room[:, :, 1:], 12)
+    assert len(made) == 4
+
+
+def test_nothing_holds_tokens_that_were_read():
+    """A cache's memory is its own, and a model that has read one can be copied."""
+    steps, q = Steps(), numbers(B, 6, 1, H)
+    x = stored(40, is_packed=True)
+    gone = weakref.ref(x.rows)
+    with torch.no_grad():
+        steps.read([Form(x, x)], [of_all(q, 40, None)], H, None, **SIZES)
+    assert steps.described[1] is not None
+    assert copy.deepcopy(steps).described[1] is None
+    del x
+    gc.collect()
+    assert gone() is None
