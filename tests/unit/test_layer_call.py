@@ -1,4 +1,5 @@
-"""Attention of a layer by one call of the CPU's kernel: heads that see different tokens, sinks, storage that moves."""
+"""Attention of a layer by one call of the CPU's kernel: heads that see different tokens, sinks, storage that moves; and new
+tokens that are packed where they lie."""
 
 import copy
 import gc
@@ -12,7 +13,9 @@ from kvfold.runtimes.kernels import cpu_decode
 from kvfold.runtimes.kernels.attention import grouped_attention
 from kvfold.runtimes.kernels.cpu_layer import Form, LayerReader, Steps, of_all
 from kvfold.runtimes.kernels.dispatch import pack
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, read_all
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, newest, read, read_all
+from kvfold.runtimes.transformers.packed_buffers import PackedBuffer
+from kvfold.runtimes.transformers.recent_buffer import RecentBuffer
 from kvfold.testing import assert_close
 
 B, H, SIZES = 2, 32, {"heads": 6, "scale": 0.2, "softcap": None}
@@ -95,3 +98,36 @@ def test_nothing_holds_tokens_that_were_read():
     del x
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "T"), [(1, 3), (2, 1), (2, 3)])
+def test_tokens_are_packed_where_they_lie(rows, T, dtype):
+    """As `pack` packs them; those of a step are known as they are stored, once; growing moves them."""
+    buffer, made = PackedBuffer(FORMAT, unit=8), []
+    for step in range(9):
+        made.append(numbers(rows, 2, T, H, seed=step).to(dtype))
+        buffer.append(made[-1].transpose(2, 3).contiguous().transpose(2, 3) if step == 4 else made[-1], 0)
+        shown, S = buffer.view(), (step + 1) * T
+        assert torch.equal(newest(shown, T), read(shown, S - T, S))
+    assert torch.equal(shown.rows, pack(torch.cat(made, dim=2), FORMAT))
+    buffer.forget(T, None)
+    assert torch.equal(newest(buffer.view(), T), read(shown, S - 2 * T, S - T))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_full_buffer_of_recent_tokens_stays_where_it_is(rows):
+    """Its oldest token makes room, whatever came before: a prompt, a step of several, a crop."""
+    x, buffer = numbers(rows, 1, 60, H), RecentBuffer(FORMAT, H, 16)
+    buffer.append(x[:, :, :40])
+    at = buffer.rows.data_ptr()
+    for step in range(40, 50):
+        shown = buffer.append(x[:, :, step : step + 1])
+        assert torch.equal(shown.rows, pack(x[:, :, step - 15 : step + 1], FORMAT))
+        assert torch.equal(newest(shown, 1), read(shown, 15, 16))
+    assert buffer.rows.data_ptr() == at
+    assert buffer.append(x[:, :, 50:53]).shape[2] == 19
+    buffer.append(x[:, :, 53:54], keep_all=True)
+    buffer.forget(1)
+    shown = buffer.append(x[:, :, 53:54])
+    assert torch.equal(shown.rows[:, :, -16:], pack(x[:, :, 38:54], FORMAT))

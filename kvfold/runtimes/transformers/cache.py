@@ -17,8 +17,9 @@ from kvfold.plan.cache_spec import CacheSpec, round_up
 from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, IndexedTokens, Stored
 from kvfold.runtimes.readers.base import Reader
-from kvfold.runtimes.transformers.buffers import Buffer, GrowingBuffer, buffer
+from kvfold.runtimes.transformers.buffers import Buffer, GrowingBuffer
 from kvfold.runtimes.transformers.head_runs import RunsMixin
+from kvfold.runtimes.transformers.packed_buffers import buffer
 from kvfold.runtimes.transformers.recent_buffer import RecentBuffer
 
 
