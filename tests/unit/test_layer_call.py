@@ -100,6 +100,26 @@ def test_nothing_holds_tokens_that_were_read():
     assert gone() is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_tokens(dtype):
+    """Many queries per stored head, packed tokens: tiles, what is left of them, and room for no more than there are."""
+    q = numbers(1, 36, 1, H).to(dtype)
+    for count in range(1, 100):
+        x = PackedTokens(pack(numbers(1, 2, count, H, seed=count).to(dtype), FORMAT), FORMAT, dtype)
+        with torch.no_grad():
+            found = Steps().read([Form(x, x)], [of_all(q, count, None)], H, None, heads=36, scale=0.2, softcap=None)
+        wanted = grouped_attention(q.double(), *(read_all(x).double(),) * 2, None, scale=0.2)[0]
+        assert_close(found.double(), wanted, tolerance=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_sinks_that_are_trained_are_left_to_others():
+    """The kernel gives them no gradient."""
+    x, sinks = numbers(B, 1, 40, H), torch.zeros(6, requires_grad=True)
+    asked = [Form(x, x)], [of_all(numbers(B, 6, 1, H), 40, None)], H, None
+    assert Steps().read(*asked, sinks=sinks, **SIZES) is None
+    assert Steps().read(*asked, sinks=sinks.detach(), **SIZES) is not None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "T"), [(1, 3), (2, 1), (2, 3)])
 def test_tokens_are_packed_where_they_lie(rows, T, dtype):

@@ -191,9 +191,10 @@ class Steps:
             None if sinks is None else (sinks.data_ptr(), sinks._version),
             *(_state(form) for form in forms),
         )
-        if self.described[0] != state:
-            self.described = state, self._describe(forms, queries, width, map, sinks, sizes)
-        reader = self.described[1]
+        known, reader = self.described  # at once: other threads may read other caches
+        if known != state:
+            reader = self._describe(forms, queries, width, map, sinks, sizes)
+            self.described = state, reader
         return None if reader is None else reader(asked, [form.rebuild for form in forms])
 
     def _made(
@@ -211,7 +212,8 @@ class Steps:
         sinks: Tensor | None,
         sizes: dict[str, Any],
     ) -> LayerReader | None:
-        if not all(serves(q, form.keys, form.values) for q, form in zip(queries, forms, strict=True)):
+        wanted = sinks is not None and sinks.requires_grad and torch.is_grad_enabled()  # a gradient
+        if wanted or not all(serves(q, form.keys, form.values) for q, form in zip(queries, forms, strict=True)):
             return None
         return LayerReader(forms, width, map, dtype=queries[0].dtype, sinks=sinks, **sizes)
 

@@ -14,10 +14,11 @@ from kvfold.runtimes.kernels.rotary import own_tables, slow_tables
 
 
 class RotaryTables:
-    """Of one kind of rotation of a family, by the family's own module: [positions, r] each."""
+    """Of one kind of rotation of a family, by the family's own module: [positions, r] each. Kernels are told once where they
+    lie."""
 
     def __init__(self, cos_Sr: Tensor, sin_Sr: Tensor) -> None:
-        self.cos_Sr, self.sin_Sr = cos_Sr, sin_Sr
+        self.cos_Sr, self.sin_Sr = cos_Sr.contiguous(), sin_Sr.contiguous()
         self.slow: dict[int, RotaryTables] = {}
 
     def of_slow(self, fast_pairs: int) -> RotaryTables:

@@ -53,13 +53,14 @@ struct Running {
 #endif
   }
 
-  // Scores of the tokens that are whole tiles: how many those are.
+  // Scores of the tokens that are pairs of whole tiles: how many those are. (Pairs, as `score_many`, which makes the rest, writes as
+  // many scores at a time as there is room for.)
   int score_tiles(int first, int count, Tokens<T> keys, int tokens) {
 #ifdef __AMX_BF16__
     if constexpr (sizeof(Query) == 2)
       if (pairs.size() && keys.depth == r_padded && count > 1) {
         const Lanes *part = pairs.data() + int64_t(first / per_head) * (pad(per_head, LANES) / LANES) * (r_padded / 2);
-        const int whole = tokens / LANES * LANES;
+        const int whole = tokens / (2 * LANES) * (2 * LANES);
         for (int row = 0; row < count; row += LANES, part += r_padded / 2)
           score_in_tiles(std::min(count - row, LANES), part, keys.data, keys.stride, r_padded, whole,
                          scores.data() + int64_t(first + row) * block, block);
