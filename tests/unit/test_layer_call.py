@@ -11,7 +11,7 @@ import torch
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels import cpu_decode
 from kvfold.runtimes.kernels.attention import grouped_attention
-from kvfold.runtimes.kernels.cpu_layer import Form, LayerReader, Steps, of_all
+from kvfold.runtimes.kernels.cpu_layer import Form, LayerReader, Steps, asked_of
 from kvfold.runtimes.kernels.dispatch import pack
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, newest, read, read_all
 from kvfold.runtimes.transformers.packed_buffers import PackedBuffer
@@ -48,7 +48,7 @@ def test_heads_that_keep_different_tokens(T, is_packed, mapped, sinks):
         mask[0, ..., :4] = False
         own = q[:, list(heads)]
         forms.append(Form(keys, values, heads=heads))
-        asked.append(of_all(own, tokens, mask))
+        asked.append(asked_of(own, tokens, mask))
         some = None if sinks is None else sinks[list(heads)]
         wanted[:, :, list(heads)] = grouped_attention(
             own, read_all(keys), read_all(values), mask, scale=0.2, sinks=some
@@ -72,7 +72,7 @@ def test_described_anew_only_when_tokens_have_moved(monkeypatch):
     def read(x, count, rows=slice(None)):
         shown = x[rows, :, :count]
         with torch.no_grad():
-            found = steps.read([Form(shown, shown)], [of_all(q[rows], count, None)], H, None, **SIZES)
+            found = steps.read([Form(shown, shown)], [asked_of(q[rows], count, None)], H, None, **SIZES)
         assert_close(found, grouped_attention(q[rows], shown, shown, None, scale=0.2)[0], tolerance=1e-5)
 
     for count in (10, 11, 12):
@@ -92,7 +92,7 @@ def test_nothing_holds_tokens_that_were_read():
     x = stored(40, is_packed=True)
     gone = weakref.ref(x.rows)
     with torch.no_grad():
-        steps.read([Form(x, x)], [of_all(q, 40, None)], H, None, **SIZES)
+        steps.read([Form(x, x)], [asked_of(q, 40, None)], H, None, **SIZES)
     assert steps.described[1] is not None
     assert copy.deepcopy(steps).described[1] is None
     del x
@@ -107,7 +107,7 @@ def test_any_number_of_tokens(dtype):
     for count in range(1, 100):
         x = PackedTokens(pack(numbers(1, 2, count, H, seed=count).to(dtype), FORMAT), FORMAT, dtype)
         with torch.no_grad():
-            found = Steps().read([Form(x, x)], [of_all(q, count, None)], H, None, heads=36, scale=0.2, softcap=None)
+            found = Steps().read([Form(x, x)], [asked_of(q, count, None)], H, None, heads=36, scale=0.2, softcap=None)
         wanted = grouped_attention(q.double(), *(read_all(x).double(),) * 2, None, scale=0.2)[0]
         assert_close(found.double(), wanted, tolerance=1e-5 if dtype == torch.float32 else 2e-2)
 
@@ -115,7 +115,7 @@ def test_any_number_of_tokens(dtype):
 def test_sinks_that_are_trained_are_left_to_others():
     """The kernel gives them no gradient."""
     x, sinks = numbers(B, 1, 40, H), torch.zeros(6, requires_grad=True)
-    asked = [Form(x, x)], [of_all(numbers(B, 6, 1, H), 40, None)], H, None
+    asked = [Form(x, x)], [asked_of(numbers(B, 6, 1, H), 40, None)], H, None
     assert Steps().read(*asked, sinks=sinks, **SIZES) is None
     assert Steps().read(*asked, sinks=sinks.detach(), **SIZES) is not None
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kvfold.runtimes.kernels import cpu_decode
 from kvfold.runtimes.kernels.attention import additive, kernels_for
-from kvfold.runtimes.kernels.cpu_layer import Asked, Form, Steps
+from kvfold.runtimes.kernels.cpu_layer import Form, Steps, asked_of
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, part
 from kvfold.runtimes.kernels.sinks import beside_sinks
 
@@ -35,32 +33,14 @@ def by_one_call(
 ) -> Tensor | None:
     """As `attend`, on a CPU; None where its kernel does not serve. steps: of the layer."""
     (_, N, T, _), S, recent = q[0].shape, z.shape[2], z.recent
-    (of_far, of_near), ages = rebuild or (None, None), ((recent, cpu_decode.ALL_OLDER), (0, recent))
-    forms = [
-        Form(z.far, y.far, ages[0], of_far),
-        Form(z.near, y.near, ages[1], of_near, last=True),
-    ]
-    ranges = (0, max(S - recent, 0)), (max(S - T - recent + 1, 0), S)
+    of_far, of_near = rebuild or (None, None)
+    far = Form(z.far, y.far, (recent, cpu_decode.ALL_OLDER), of_far)
+    near = Form(z.near, y.near, (0, recent), of_near, last=True)
     asked = [
-        Asked(queries, *_of_storage(form.keys.shape[2] - S, start, end, S - T, mask, queries))
-        for form, queries, (start, end) in zip(forms, q, ranges, strict=True)
+        asked_of(q[0], S, mask, (0, max(S - recent, 0))),
+        asked_of(q[1], S, mask, (max(S - T - recent + 1, 0), S), first=z.near.shape[2] - S),
     ]
-    return steps.read(forms, asked, width, map, heads=N, **sizes)
-
-
-def _of_storage(
-    first: int, start: int, end: int, position: int, mask: Tensor | None, q_BNTR: Tensor
-) -> tuple[Tensor, None, Tensor | None]:
-    """Where the tokens start:end of those that are seen lie in a storage that begins `first` tokens before them, no table of
-    pages, and what is added to scores, if masks say something."""
-    B, _, T, _ = q_BNTR.shape
-    sequences_B3 = torch.tensor([[start + first, end + first, position + first]] * B, dtype=torch.int64)
-    if mask is None:
-        return sequences_B3, None, None
-    seen = position + T
-    bias = additive(mask, T, seen, 0, seen, q_BNTR)
-    assert bias is not None, "there is a mask"
-    return sequences_B3, None, F.pad(bias.float(), (first, 0))
+    return steps.read([far, near], asked, width, map, heads=N, **sizes)
 
 
 def attend(

@@ -214,7 +214,7 @@ def stores(rows_PCtX: Tensor, x_CTR: Tensor, format: NumberFormat) -> bool:
 
 def packs_into(x: Tensor, format: NumberFormat) -> bool:
     """Whether the kernel packs these numbers where their rows are to lie."""
-    packed = format.codec.packs_fused and x.shape[-1] == format.width
+    packed = format.codec.packs_fused and x.shape[-1] == format.width and x.device.type == "cpu"
     return packed and x.dtype in DTYPES and x.stride(-1) == 1 and not recorded(x) and library() is not None
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvfold.runtimes.kernels.attention import additive
@@ -51,12 +52,18 @@ class Asked(NamedTuple):
     bias: Tensor | None = None
 
 
-def of_all(q_BNTR: Tensor, tokens: int, mask: Tensor | None) -> Asked:
-    """Queries at the end of so many tokens, of which they see what a mask says, or all that came before them."""
+def asked_of(
+    q_BNTR: Tensor, tokens: int, mask: Tensor | None, some: tuple[int, int] | None = None, first: int = 0
+) -> Asked:
+    """Queries at the end of so many tokens, of which they see what a mask says, or all that came before them. some: for which
+    of them this form is read; first: so many tokens before them its storage begins (below 0: behind the first ones)."""
     B, _, T, _ = q_BNTR.shape
-    sequences_B3 = torch.tensor([[0, tokens, tokens - T]] * B, dtype=torch.int64, device=q_BNTR.device)
+    start, end = some or (0, tokens)
+    rows = [[start + first, end + first, tokens - T + first]] * B
+    sequences_B3 = torch.tensor(rows, dtype=torch.int64, device=q_BNTR.device)
     bias = additive(mask, T, tokens, 0, tokens, q_BNTR)
-    return Asked(q_BNTR, sequences_B3, None, None if bias is None else bias.float())
+    added = None if bias is None else bias.float()
+    return Asked(q_BNTR, sequences_B3, None, added if added is None or not first else F.pad(added, (first, 0)))
 
 
 class _Form(ctypes.Structure):
@@ -181,27 +188,22 @@ class Steps:
     ) -> Tensor | None:
         """As LayerReader gives it; None where the kernel does not serve."""
         queries = [one.queries for one in asked]
-        if torch.is_grad_enabled() or recorded(*queries):
-            return self._made(forms, queries, width, map, sinks, sizes, asked)
-        state = (
-            queries[0].dtype,
-            tuple(sizes.items()),
-            width,
-            None if map is None else id(map.packed),
-            None if sinks is None else (sinks.data_ptr(), sinks._version),
-            *(_state(form) for form in forms),
-        )
+        state = None  # what is recorded, or may get gradients, is looked at every time
+        if not torch.is_grad_enabled() and not recorded(*queries):
+            state = (
+                queries[0].dtype,
+                tuple(sizes.items()),
+                width,
+                None if map is None else id(map.packed),
+                None if sinks is None else (sinks.data_ptr(), sinks._version),
+                *(_state(form) for form in forms),
+            )
         known, reader = self.described  # at once: other threads may read other caches
-        if known != state:
+        if state is None or known != state:
             reader = self._describe(forms, queries, width, map, sinks, sizes)
+        if state is not None:
             self.described = state, reader
         return None if reader is None else reader(asked, [form.rebuild for form in forms])
-
-    def _made(
-        self, forms: Any, queries: Any, width: int, map: Any, sinks: Any, sizes: Any, asked: Any
-    ) -> Tensor | None:
-        reader = self._describe(forms, queries, width, map, sinks, sizes)
-        return None if reader is None else reader(asked)
 
     @staticmethod
     def _describe(

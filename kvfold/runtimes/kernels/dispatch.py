@@ -134,7 +134,7 @@ def pack(x_BCTR: Tensor, format: NumberFormat) -> Tensor:
 def stores_in_place(new_BCTR: Tensor, format: NumberFormat) -> bool:
     """Whether a kernel packs these tokens where they are to lie: of one sequence, or one of each."""
     alone = 1 in (new_BCTR.shape[0], new_BCTR.shape[2]) and new_BCTR.shape[2] > 0
-    return alone and new_BCTR.device.type == "cpu" and cpu.packs_into(new_BCTR, format)
+    return alone and cpu.packs_into(new_BCTR, format)
 
 
 def store_in_place(rows_BCSX: Tensor, start: int, new_BCTR: Tensor, format: NumberFormat) -> Tensor:

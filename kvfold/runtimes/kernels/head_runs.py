@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvfold.plan.token_runs import FEW_TOKENS, TokenRun, TokenRuns
 from kvfold.runtimes.kernels.attention import grouped_attention, prefill_attention
-from kvfold.runtimes.kernels.cpu_layer import Form, Steps, of_all
+from kvfold.runtimes.kernels.cpu_layer import Form, Steps, asked_of
 from kvfold.runtimes.kernels.packed_tokens import RunPlace, RunTokens, Stored, index_of, read_all
 
 QUERIES_AT_ONCE = 1024
@@ -217,7 +217,7 @@ def by_one_call(
         heads = query_heads(run, group, q_BNTR.device)
         own, q = mask[:, heads] if mask is not None and mask.shape[1] > 1 else mask, q_BNTR[:, heads]
         forms.append(Form(keys, values, heads=_of_queries(run.heads, group)))
-        asked.append(of_all(q, keys.shape[2], seen_by(run, z, place, own, q, slice(0, T))))
+        asked.append(asked_of(q, keys.shape[2], seen_by(run, z, place, own, q, slice(0, T))))
     return steps.read(forms, asked, y.parts[0].shape[3], map, heads=N, **sizes)
 
 

@@ -25,7 +25,7 @@ from kvfold.runtimes.kernels.attention import (
     mask_of,
     prefill_attention,
 )
-from kvfold.runtimes.kernels.cpu_layer import Form, Steps, of_all
+from kvfold.runtimes.kernels.cpu_layer import Form, Steps, asked_of
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose, decode_attention
 from kvfold.runtimes.kernels.packed_tokens import (
     AgedTokens,
@@ -230,7 +230,7 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome
         """Few queries, as they meet stored keys or keys that the device's kernel rebuilds."""
         back, out = value_map(self, q.dtype), None
         if kernels_for(q) is cpu_decode:
-            forms, asked = [Form(z, y, rebuild=rebuild)], [of_all(q, z.shape[2], mask)]
+            forms, asked = [Form(z, y, rebuild=rebuild)], [asked_of(q, z.shape[2], mask)]
             out = self.steps.read(forms, asked, y.shape[3], back, heads=q.shape[1], **self._scores)
         if out is None:
             out = kernel_attention(q, z, y, mask, rebuild=rebuild, map=back, **self._scores)
@@ -266,11 +266,6 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome
             return grouped_attention(q, keys(0, S), values(0, S), mask, dropout=dropout, **self._scores)
         elements = self._elements_at_a_time
         return chunked_attention(q, keys, values, S, mask, elements=elements, **self._scores), None
-
-    @property
-    def _scores(self) -> dict[str, Any]:
-        """How products of queries and keys become probabilities."""
-        return {"scale": self.scaling, "softcap": self.layer.softcap, "sinks": self.sinks}
 
     def _eager(self) -> bool:
         """The fused kernels cap no scores. What a family that only knows eager means by it, masks that are numbers to add,

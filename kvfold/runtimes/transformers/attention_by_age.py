@@ -38,6 +38,11 @@ class AttentionByAge(nn.Module):
         """Of one side of one token, stored or rebuilt."""
         return max(self.spec.widest, self.layer.num_kv_heads * self.layer.head_dim)
 
+    @property
+    def _scores(self) -> dict[str, Any]:
+        """How products of queries and keys become probabilities."""
+        return {"scale": self.scaling, "softcap": self.layer.softcap, "sinks": self.sinks}
+
     def _aged(self, x_BHTW: Tensor, side: int) -> Any:
         common = self.spec.sides[side]
         if not self.spec.recent:
@@ -73,8 +78,7 @@ class AttentionByAge(nn.Module):
                 return out, None
         out, probs = attend_by_age(
             meeting, z, y, mask, keys=rebuilt, width=self.spec.read_widths[1], dropout=dropout,
-            by_masks=by_masks, elements=self._elements_at_a_time, scale=self.scaling,
-            softcap=self.layer.softcap, sinks=self.sinks,
+            by_masks=by_masks, elements=self._elements_at_a_time, **self._scores,
         )  # fmt: skip
         return self._lead_values_back(out), probs
 
@@ -82,13 +86,12 @@ class AttentionByAge(nn.Module):
         self, q: tuple[Tensor, Tensor], z: AgedTokens, y: AgedTokens, mask: Tensor | None, ways: Any
     ) -> Tensor | None:
         """Few queries as they meet both forms; None where the device's kernels do not serve."""
-        sizes: dict[str, Any] = {"scale": self.scaling, "softcap": self.layer.softcap, "sinks": self.sinks}
         back, width = value_map(self, q[0].dtype), self.spec.read_widths[1]
         out: Tensor | None = None
         if kernels_for(q[0]) is cpu_decode:
-            out = aged_kernels.by_one_call(self.steps, q, z, y, mask, width, rebuild=ways, map=back, **sizes)
+            out = aged_kernels.by_one_call(self.steps, q, z, y, mask, width, rebuild=ways, map=back, **self._scores)
         elif aged_kernels.serves(q, z, y):
-            out = aged_kernels.attend(q, z, y, mask, width, rebuild=ways, map=back, **sizes)
+            out = aged_kernels.attend(q, z, y, mask, width, rebuild=ways, map=back, **self._scores)
         return out if out is None or back else self._lead_values_back(out)
 
     def _prefill_by_age(

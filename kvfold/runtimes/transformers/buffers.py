@@ -85,17 +85,18 @@ class GrowingBuffer(Buffer):
 
     def append(self, new_BCTR: Tensor, capacity: int) -> None:
         tokens = new_BCTR.shape[2]
-        data = self.room_for(new_BCTR[:, :, :0], tokens, capacity)
+        data = self.room_for(new_BCTR, capacity)
         if torch.is_grad_enabled() and new_BCTR.requires_grad:
             self._append_differentiably(new_BCTR)
         else:
             data[:, :, self.end : self.end + tokens] = new_BCTR
         self.end += tokens
 
-    def room_for(self, none_BC0R: Tensor, tokens: int, capacity: int) -> Tensor:
-        """The storage, with room for so many tokens from `end` on. none_BC0R: says of what kind and size."""
+    def room_for(self, new_BCTR: Tensor, capacity: int, *, row_bytes: int = 0) -> Tensor:
+        """The storage, with room for these tokens from `end` on: as they are, or in rows of so many bytes."""
+        (B, C, tokens, R), dtype = new_BCTR.shape, torch.uint8 if row_bytes else new_BCTR.dtype
         if self.data is None:
-            self.data = torch.empty_like(none_BC0R)
+            self.data = new_BCTR.new_empty(B, C, 0, row_bytes or R, dtype=dtype)
         if max(capacity, self.end + tokens) > self.data.shape[2]:
             self._make_room(tokens, capacity)
         return self.data

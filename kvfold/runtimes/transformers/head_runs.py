@@ -14,9 +14,9 @@ from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.token_runs import TokenRun
 from kvfold.runtimes.kernels import cpu_decode
-from kvfold.runtimes.kernels.attention import kernel_attention, kernels_for
+from kvfold.runtimes.kernels.attention import kernels_for
 from kvfold.runtimes.kernels.cpu_layer import Steps
-from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose
+from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, choose
 from kvfold.runtimes.kernels.head_runs import (
     attend_by_run,
     by_one_call,
@@ -163,8 +163,6 @@ class AttentionByRun(nn.Module):
 
     def _few(self, q: Tensor, z: Stored, y: Stored, mask: Tensor | None) -> Tensor:
         way = choose(q, z, y, head_dim=self.layer.head_dim)
-        if way is Way.CPU:
-            return kernel_attention(q, z, y, mask, scale=self.scaling)
         return self._over_stored(way, q, z, y, mask, None, 0.0)[0]
 
     @torch.no_grad()

@@ -25,10 +25,9 @@ class PackedBuffer(Buffer):
         if not stores_in_place(new_BCTR, self.format):
             self.rows.append(self._pack(new_BCTR), capacity)
             return
-        (B, C, T, _), self.dtype = new_BCTR.shape, new_BCTR.dtype
-        no_rows = torch.empty(B, C, 0, self.format.row_bytes, dtype=torch.uint8, device=new_BCTR.device)
-        self.fresh = store_in_place(self.rows.room_for(no_rows, T, capacity), self.rows.end, new_BCTR, self.format)
-        self.rows.end += T
+        self.dtype, rows = new_BCTR.dtype, self.rows.room_for(new_BCTR, capacity, row_bytes=self.format.row_bytes)
+        self.fresh = store_in_place(rows, self.rows.end, new_BCTR, self.format)
+        self.rows.end += new_BCTR.shape[2]
 
     def view(self, last: int | None = None) -> Stored:
         fresh, self.fresh = self.fresh, None  # of the tokens that were just appended
