@@ -233,7 +233,7 @@ class Request:
         most = self._most(len(below))
         if leading is None or not below or most == 0:
             return spec
-        recent = self.axes.width.recent_leading if spec.recent else None
+        recent = self.axes.width.leading_of_recent if spec.recent else None
         first = [0 if x is None else x if most is None else min(x or most, most) for x in (leading, recent)]
         spec = replace(spec, leading=first[0], recent_leading=first[1])
         return replace(

@@ -86,7 +86,7 @@ class WidthMethod(ABC):
     that leading ones can get more bits (`key_spectrum`). `in_nats`: its expected distortions, times `scale`, are nats.
     `parts`: what gets a share of the budget of its own. `two_forms`: all its caches leave the same out of every token, so
     that recent tokens can have a form of their own. `below`: what is stored can leave out what the numbers of up to so many
-    layers below say (PredictedWidth), `leading` of each and `recent_leading` of recent tokens, 0 for all.
+    layers below say (PredictedWidth), `leading` of each and `leading_of_recent` of recent tokens, 0 for all.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -99,7 +99,10 @@ class WidthMethod(ABC):
     two_forms: ClassVar[bool] = False
     below = 0
     leading = 0
-    recent_leading = 0
+
+    @property
+    def leading_of_recent(self) -> int:
+        return 0
 
     @abstractmethod
     def key_shapes(self, layer: AttentionLayer, layers: int = 1) -> Sequence[StoredShape]:

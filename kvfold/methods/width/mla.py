@@ -27,6 +27,9 @@ ROPES = ("on_read", "banded")
 LEAST_BANDED = 1 / 12
 """Share of the bytes below which keys are stored before rotation in all pairs where nothing says how: the time that storing
 some after it saves costs too much there (docs/log.md)."""
+RECENT_LEADING = {"banded": 16, "on_read": 256}
+"""Of recent tokens, how many numbers of each layer below say something of a layer: where steps are to be fast few, since they
+are read again; from an eighth of the bytes on more save nothing (docs/log.md)."""
 GROUP = 4
 """Heads whose keys share a latent, and whose values do, where every query head has its own: in Llama-2-7B's shape a step is
 faster than the original's so, and takes twice its time with one latent for all (docs/log.md)."""
@@ -49,7 +52,8 @@ class Mla(PredictedWidth):
         not say (`compression/prediction.py`); 0 for none.
     leading, recent_leading: the first so many numbers of each of those layers say it, which hold most of what there is; of
         recent tokens so many. Every step reads them again, so that fewer are faster; 0 for all, which is smaller. Without
-        `leading` as many as leave a step fewer numbers to read than the original has (`compression/request.py`).
+        `leading` as many as leave a step fewer numbers to read than the original has (`compression/request.py`); without
+        `recent_leading` as many as RECENT_LEADING says.
     kv_heads: as many numbers as so many source heads of keys and of values; 0 leaves the choice to the budget.
     multiple: stored widths are multiples of this.
     """
@@ -61,14 +65,14 @@ class Mla(PredictedWidth):
     rope: str | None = None
     below: int = 3
     leading: int | None = None  # type: ignore[assignment]
-    recent_leading: int = 256
+    recent_leading: int | None = None
     kv_heads: int = 0
     multiple: int = 8
 
     def __post_init__(self) -> None:
         if self.rope is not None and self.rope not in ROPES:
             raise RecipeError(f"width.rope = {self.rope!r}; choose 'on_read' or 'banded'.")
-        if self.multiple < 1 or min(self.kv_heads, self.below, self.leading or 0, self.recent_leading) < 0:
+        if self.multiple < 1 or min(self.kv_heads, self.below, self.leading or 0, self.recent_leading or 0) < 0:
             raise RecipeError(
                 "width.multiple must be at least 1, width.kv_heads, width.below, width.leading and width.recent_leading at"
                 " least 0."
@@ -77,6 +81,14 @@ class Mla(PredictedWidth):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return sensitivities(self.part) | ({TOKENS + self.part} if self.below else set())
+
+    @property
+    def leading_of_recent(self) -> int:
+        return (
+            RECENT_LEADING["banded" if self._banded else "on_read"]
+            if self.recent_leading is None
+            else self.recent_leading
+        )
 
     @property
     def part(self) -> str:

@@ -13,9 +13,16 @@ from kvfold.runtimes.kernels.native import library
 from kvfold.runtimes.kernels.turning import TurningFunctions, turning_functions, turns_slowly
 
 TOLERANCE = {torch.bfloat16: 1e-3, torch.float32: 1e-6}
-"""By how much cosines and sines of queries that are turned may be off, as numbers of these types are."""
+OF_PACKED = 2.0**-12
 DEPTH = 32
 """Of how many stored numbers a map takes a multiple (tiles.h)."""
+
+
+def tolerance_of(dtype: torch.dtype, *, packed: bool = False) -> float:
+    """By how much cosines and sines of queries that are turned may be off: as numbers of such queries are; where they meet
+    packed numbers, an eighth of what eight bits are off by."""
+    own = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
+    return max(own, OF_PACKED) if packed else own
 
 
 class HeadMap(NamedTuple):
@@ -29,10 +36,19 @@ class HeadMap(NamedTuple):
     turn: Turn | None = None
 
     @classmethod
-    def of(cls, weight_CFR: Tensor, bias_CF: Tensor | None, head_dim: int, speeds: tuple[float, ...] = ()) -> HeadMap:
-        """speeds: of keys that turn slowly, in radians per token, for each pair."""
+    def of(
+        cls,
+        weight_CFR: Tensor,
+        bias_CF: Tensor | None,
+        head_dim: int,
+        speeds: tuple[float, ...] = (),
+        *,
+        packed: bool = False,
+    ) -> HeadMap:
+        """speeds: of keys that turn slowly, in radians per token, for each pair. packed: they are made of packed numbers."""
         offset = None if bias_CF is None else bias_CF.detach().float().contiguous()
-        turn = Turn.of(weight_CFR.detach(), head_dim, speeds) if turns_slowly(speeds) else None
+        weight, tolerance = weight_CFR.detach(), tolerance_of(weight_CFR.dtype, packed=packed)
+        turn = Turn.of(weight, head_dim, speeds, tolerance) if turns_slowly(speeds) else None
         return cls(pack_map(weight_CFR.detach()), offset, weight_CFR.shape[1] // head_dim, head_dim, turn)
 
     def rebuild(self, cos: Tensor | None = None, sin: Tensor | None = None, *, evenly: bool = False) -> Rebuild:
@@ -52,17 +68,15 @@ class Turn(NamedTuple):
     functions: TurningFunctions
 
     @classmethod
-    def of(cls, weight_CFR: Tensor, head_dim: int, speeds: tuple[float, ...]) -> Turn:
-        tolerance = TOLERANCE[weight_CFR.dtype]
+    def of(cls, weight_CFR: Tensor, head_dim: int, speeds: tuple[float, ...], tolerance: float) -> Turn:
         padded_CFR = torch.nn.functional.pad(weight_CFR.float(), (0, -weight_CFR.shape[2] % DEPTH))
         parted = padded_CFR.unflatten(1, (-1, head_dim)).unflatten(3, (-1, 2 * _layout()[0]))
         return cls(parted.transpose(2, 3).contiguous(), turning_functions(speeds, tolerance))
 
     def described(self) -> _Turn:
         """For the kernel, as long as this lives."""
-        basis, shares, speeds = self.functions
-        pointers = (x.data_ptr() for x in (self.weights, basis, shares, speeds))
-        return _Turn(*pointers, *basis.shape)
+        pointers = (x.data_ptr() for x in (self.weights, *self.functions))
+        return _Turn(*pointers, *self.functions.basis.shape)
 
 
 class Rebuild(NamedTuple):
@@ -102,7 +116,7 @@ class _Turn(ctypes.Structure):
     """As rebuild.h declares it."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weights", "basis", "shares", "speeds")),
+        *((name, ctypes.c_void_p) for name in ("weights", "basis", "shares", "speeds", "reach")),
         *((name, ctypes.c_int64) for name in ("functions", "tokens")),
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvfold.plan.number_format import ELSEWHERE
 from kvfold.runtimes.kernels import gpu
 from kvfold.runtimes.kernels.cpu_decode import ANY_AGE
-from kvfold.runtimes.kernels.cpu_maps import TOLERANCE
+from kvfold.runtimes.kernels.cpu_maps import tolerance_of
 from kvfold.runtimes.kernels.gpu import works_for
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, SideBySide, Stored, parts_of, recorded
 from kvfold.runtimes.kernels.turning import turns_slowly
@@ -26,17 +26,26 @@ DTYPES = gpu.DTYPES
 
 class HeadMap(NamedTuple):
     """How keys of the source's heads are made: a linear map [K, H, R] and an offset in float32, or none. speeds: in radians
-    per token, of each pair of a head; nothing where queries cannot be turned instead."""
+    per token, of each pair of a head; nothing where queries cannot be turned instead. tolerance: as `tolerance_of` has it."""
 
     weights_KHR: Tensor
     offset_KH: Tensor | None
     speeds: tuple[float, ...]
+    tolerance: float
 
     @classmethod
-    def of(cls, weight_CFR: Tensor, bias_CF: Tensor | None, head_dim: int, speeds: tuple[float, ...] = ()) -> HeadMap:
+    def of(
+        cls,
+        weight_CFR: Tensor,
+        bias_CF: Tensor | None,
+        head_dim: int,
+        speeds: tuple[float, ...] = (),
+        *,
+        packed: bool = False,
+    ) -> HeadMap:
         weights = weight_CFR.detach().reshape(-1, head_dim, weight_CFR.shape[2])
         offset = None if bias_CF is None else bias_CF.detach().float().reshape(-1, head_dim).contiguous()
-        return cls(weights, offset, speeds)
+        return cls(weights, offset, speeds, tolerance_of(weight_CFR.dtype, packed=packed))
 
     def rebuild(self, cos: Tensor | None = None, sin: Tensor | None = None, *, evenly: bool = False) -> Rebuild | None:
         """With tables [B or 1, S, r] of the tokens; None where keys would have to be rebuilt."""
@@ -125,9 +134,7 @@ def decode_part(
     sizes: dict[str, Any] = {"scale": scale, "softcap": softcap, "ages": (youngest, oldest), "dtype": q_BNTR.dtype}
     turning = None
     if rebuild is not None:
-        turning = functions_of(
-            rebuild.map.speeds, TOLERANCE.get(q_BNTR.dtype, TOLERANCE[torch.bfloat16]), q_BNTR.device
-        )
+        turning = functions_of(rebuild.map.speeds, rebuild.map.tolerance, q_BNTR.device)
     aligned = kernels.TOKENS if turning is None else turning.basis.shape[1]
     span = _span(keys.shape[2], T, position, sequences_B3, aligned, q_BNTR.device)
     marks = kernels.marks_of(len(q_BNTR), N, T, span, q_BNTR)

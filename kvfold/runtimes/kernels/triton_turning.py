@@ -38,9 +38,9 @@ class Functions(NamedTuple):
 def functions_of(speeds: tuple[float, ...], tolerance: float, device: torch.device) -> Functions:
     """For as many tokens as make a step cost least; nothing for those beside what is needed, up to a power of two."""
     found = [turning_functions(speeds, tolerance, (tokens,)) for tokens in TILES]
-    basis, shares, of_pairs = min(found, key=lambda x: _room(x.basis) * (1 + 2 * len(speeds) / x.basis.shape[1]))
-    padded = (F.pad(x, (0, 0, 0, _room(basis) - len(basis))) for x in (basis, shares))
-    return Functions(*(x.float().contiguous().to(device) for x in (*padded, of_pairs)))
+    best = min(found, key=lambda x: _room(x.basis) * (1 + 2 * len(speeds) / x.basis.shape[1]))
+    padded = (F.pad(x, (0, 0, 0, _room(best.basis) - len(best.basis))) for x in (best.basis, best.shares))
+    return Functions(*(x.float().contiguous().to(device) for x in (*padded, best.speeds)))
 
 
 def _room(basis: Tensor) -> int:

@@ -12,19 +12,27 @@ from torch import Tensor
 
 SLOW = 1 / 16
 """Radians per token."""
-NODES, POINTS = 64, 257
-"""Of the interpolation, and points in between at which it is compared with what it stands for."""
+NODES, POINTS, MOST = 64, 129, 40
+"""Of the interpolation, points in between at which it is compared with what it stands for, and functions at most."""
 TILES = range(32, 513, 32)
 """Numbers of tokens that queries may be turned for at a time."""
 
 
 class TurningFunctions(NamedTuple):
     """basis [m, P]: m functions of the place among P tokens. shares [m, r/2]: what each says of the cosine (the even ones) or
-    the sine (the odd ones) of each pair's angle, counted from the middle. speeds [r/2]: radians per token, in float64."""
+    the sine (the odd ones) of each pair's angle, counted from the middle. speeds [r/2]: radians per token, in float64. reach
+    [m], int32, falling: how many pairs, the first ones, a function is needed for."""
 
     basis: Tensor
     shares: Tensor
     speeds: Tensor
+    reach: Tensor
+
+    @property
+    def products(self) -> float:
+        """Of a query per number that a token stores: with the functions, and for its share of these."""
+        m, P = self.basis.shape
+        return m + 2 * int((self.reach - (self.speeds == 0).sum()).clamp_min(0).sum()) / P
 
 
 @functools.lru_cache(maxsize=64)
@@ -32,35 +40,39 @@ def turning_functions(speeds: tuple[float, ...], tolerance: float, tiles: Sequen
     """Chebyshev polynomials T_k(x), x from -1 to 1 over the P tokens: cos(a x) has even ones only, sin(a x) odd ones, and
     their shares fall faster than (a/2)^k / k!, a being half the angle that a pair turns by among the tokens.
 
-    As many as leave an error of at most `tolerance`, for that P of `tiles` for which they and the queries that are turned for
-    them cost least.
+    For each pair as many as leave an error of at most `tolerance`, which are fewer the slower it turns; for that P of `tiles`
+    for which they and the queries that are turned for them cost least.
     """
     speed_P = torch.tensor(speeds, dtype=torch.float64)
-    turning = 2 * int(speed_P.count_nonzero())  # numbers of a query; others are the same for all functions
-    costs = {P: (1 + turning / P) * _needed(float(speed_P.max()) * P / 2, tolerance) for P in tiles}
-    assert min(costs.values()) < math.inf, "turns_slowly() was asked"
-    tokens = min(costs, key=lambda P: costs[P])
-    count = int(_needed(float(speed_P.max()) * tokens / 2, tolerance))
+    found = [of for of in (_functions(speed_P, tolerance, tokens) for tokens in tiles) if of is not None]
+    assert found, "turns_slowly() was asked"
+    return min(found, key=lambda of: of.products)
+
+
+def _functions(speed_P: Tensor, tolerance: float, tokens: int) -> TurningFunctions | None:
+    """For so many tokens; None where pairs turn too far among them."""
+    shares = _shares(speed_P * tokens / 2)
+    fits = _errors(speed_P * tokens / 2, shares) <= tolerance
+    if not fits[-1].all():
+        return None
+    needed_P = MOST + 1 - fits.sum(0)
+    count, pair = int(needed_P.max()), torch.arange(1, len(speed_P) + 1)
+    reach = torch.stack([(pair * (needed_P > k)).max() for k in range(count)]).int()
     place = (torch.arange(tokens, dtype=torch.float64) - (tokens - 1) / 2) / (tokens / 2)
-    shares = _shares(speed_P * tokens / 2)[:count].float().contiguous()
-    return TurningFunctions(_chebyshev(place)[:count].float().contiguous(), shares, speed_P)
-
-
-@functools.lru_cache(maxsize=1024)
-def _needed(angle: float, tolerance: float) -> float:
-    """How many functions leave no larger error, for angles from -angle to angle; infinity if these are too many."""
-    x = torch.linspace(-1, 1, POINTS, dtype=torch.float64)
-    exact, basis, shares = (
-        torch.stack([(angle * x).cos(), (angle * x).sin()]),
-        _chebyshev(x),
-        _shares(torch.tensor([angle])),
+    return TurningFunctions(
+        _chebyshev(place)[:count].float().contiguous(), shares[:count].float().contiguous(), speed_P, reach
     )
-    parts = shares * basis
-    for count in range(1, NODES):
-        found = torch.stack([parts[0:count:2].sum(0), parts[1:count:2].sum(0)])
-        if float((found - exact).abs().max()) <= tolerance:
-            return count
-    return math.inf
+
+
+def _errors(angle_P: Tensor, shares: Tensor) -> Tensor:
+    """[MOST, P]: of the first function, of the first two, ..., for each pair."""
+    x = torch.linspace(-1, 1, POINTS, dtype=torch.float64)
+    turned_PX = angle_P[:, None] * x
+    parts = shares[:MOST, :, None] * _chebyshev(x)[:MOST, None]
+    cosines = (parts[0::2].cumsum(0) - turned_PX.cos()).abs().amax(2)
+    sines = (torch.cat([0 * parts[:1], parts[1::2].cumsum(0)]) - turned_PX.sin()).abs().amax(2)
+    counts = torch.arange(1, MOST + 1)
+    return torch.maximum(cosines[(counts + 1) // 2 - 1], sines[counts // 2])
 
 
 def turns_slowly(speeds: tuple[float, ...]) -> bool:

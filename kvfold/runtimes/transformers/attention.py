@@ -37,7 +37,7 @@ from kvfold.runtimes.kernels.packed_tokens import (
     read_for_product,
     read_once,
 )
-from kvfold.runtimes.kernels.rotary import apply_rotary, own_tables, tables_of
+from kvfold.runtimes.kernels.rotary import apply_rotary, tables_of
 from kvfold.runtimes.transformers.attention_by_age import AttentionByAge
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
 from kvfold.runtimes.transformers.head_runs import AttentionByRun
@@ -127,12 +127,9 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome
         z, y = self._keys_values(hidden_states, position_embeddings, cache, state, mask)
         tables = None
         if self._rotates_on_read:
-            tables = position_embeddings
-            if cache is not None:
-                state = state or ForwardState()
-                of_all = state.tables_of_all(hidden_states, kwargs.get("position_ids"), cache, self.layer.rotary_kind)
-                tables = own_tables(self.layer, of_all)
-            tables = tables_on_read(self, tables, state)
+            state = state or ForwardState()
+            seen_by = (cache, hidden_states, kwargs.get("position_ids"))
+            tables = tables_on_read(self, position_embeddings, state, *seen_by)
         evenly = state is not None and state.positions_BS is not None and state.once("evenly", state.turns_evenly)
         wants_probs, kept, seen = bool(kwargs.get("output_attentions")), (z, y), mask
         if isinstance(z, RunTokens) and self.spec.drops_of_layer:

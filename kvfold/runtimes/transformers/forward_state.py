@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from kvfold.runtimes.kernels.packed_tokens import Stored
+from kvfold.runtimes.kernels.rotary import Tables
+from kvfold.runtimes.transformers.position_tables import PositionTables
 
 
 class ForwardState:
@@ -20,13 +22,12 @@ class ForwardState:
     threads and two forwards before one backward each see their own.
     """
 
-    def __init__(self, rotary: Callable[..., tuple[Tensor, Tensor]] | None = None) -> None:
+    def __init__(self, rotary: Callable[..., Tables] | None = None, kept: PositionTables | None = None) -> None:
         self.stored: dict[int, tuple[Stored, Stored]] = {}
-        self.rotary = rotary
+        self.rotary, self.kept = rotary, kept
         self.past: dict[int, tuple[Stored, Stored] | None] = {}
         self.positions_BS: Tensor | None = None
         self.along_ABT: Tensor | None = None
-        self.tables: dict[str | None, tuple[Tensor, Tensor]] = {}
         self.made: dict[Any, Any] = {}
 
     def once(self, name: Any, make: Callable[[], Any]) -> Any:
@@ -48,20 +49,38 @@ class ForwardState:
         self.along_ABT = positions_ABT if self.along_ABT is None else self.along_ABT
 
     def tables_of_all(
-        self, hidden_BTD: Tensor, positions_BT: Tensor | None, cache: Any, kind: str | None
-    ) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, S, r] of every token that is or was seen, made once per forward and kind of layer."""
-        if kind not in self.tables:
-            positions_BT = positions_BT if self.along_ABT is None else self.along_ABT
-            if positions_BT is None or self.rotary is None or not hasattr(cache, "see"):
-                raise ValueError(
-                    "keys that are rotated on read need the whole ...ForCausalLM model and kvfold's own cache: leave"
-                    " past_key_values out, or pass kvfold.FoldedCache(model.kv_plan)."
-                )
-            if self.positions_BS is None:
-                self.positions_BS = cache.see(positions_BT, len(hidden_BTD))
-            self.tables[kind] = self.rotary(hidden_BTD, self.positions_BS, *([] if kind is None else [kind]))
-        return self.tables[kind]
+        self,
+        hidden_BTD: Tensor,
+        positions_BT: Tensor | None,
+        cache: Any,
+        kind: str | None,
+        way: tuple[Any, Callable[[Any], Tables]],
+    ) -> Tables:
+        """cos and sin [B or 1, S, r] of every token that is or was seen, made once per forward, kind of layer and way: its
+        name, and what it makes of the rotary module's tables."""
+        name, finish = way
+        return self.once(
+            ("of all", kind, name), lambda: self._tables(hidden_BTD, positions_BT, cache, kind, name, finish)
+        )
+
+    def _tables(
+        self, hidden_BTD: Tensor, positions_BT: Tensor | None, cache: Any, kind: str | None, name: Any, finish: Any
+    ) -> Tables:
+        rotary, of_kind = self.rotary, [] if kind is None else [kind]
+        positions_BT = positions_BT if self.along_ABT is None else self.along_ABT
+        if positions_BT is None or rotary is None or not hasattr(cache, "see"):
+            raise ValueError(
+                "keys that are rotated on read need the whole ...ForCausalLM model and kvfold's own cache: leave"
+                " past_key_values out, or pass kvfold.FoldedCache(model.kv_plan)."
+            )
+        if self.positions_BS is None:
+            self.positions_BS = cache.see(positions_BT, len(hidden_BTD))
+        if self.kept is None or self.positions_BS.ndim != 2 or self.positions_BS.device.type != "cpu":
+            made: Tables = finish(rotary(hidden_BTD, self.positions_BS, *of_kind))
+            return made
+        like = torch.empty(0, dtype=hidden_BTD.dtype)
+        of_all = (kind, name, hidden_BTD.dtype)
+        return self.kept.of(of_all, self.positions_BS, lambda at: finish(rotary(like, at, *of_kind)))
 
 
 def note_positions(rotary: Any, arguments: tuple[Any, ...]) -> None:

@@ -20,6 +20,7 @@ from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from kvfold import registry
+from kvfold.architectures._rotary import CHANGING, rope_types
 from kvfold.architectures.base import Architecture, all_architectures
 from kvfold.checkpoint.atomic import write_text
 from kvfold.checkpoint.remote_code import FILE, auto_map, remote_code
@@ -31,6 +32,7 @@ from kvfold.runtimes.transformers.attention import FoldedAttention, attention_cl
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState, note_positions
 from kvfold.runtimes.transformers.joint import JointAttention
+from kvfold.runtimes.transformers.position_tables import PositionTables
 from kvfold.runtimes.transformers.projections import GroupedLinear
 
 
@@ -53,7 +55,7 @@ class FoldedModel:
         """The stock forward, whose layers share what they have to."""
         if not self.needs_state:
             return stock_class.forward(self, **arguments)
-        state = ForwardState(self._rotation())
+        state = ForwardState(self._rotation(), self.position_tables)
         if self.architecture.passes_keywords:
             return stock_class.forward(self, **arguments, kv_state=state)
         token = CURRENT_STATE.set(state)
@@ -121,8 +123,11 @@ class FoldedModel:
         )
         self.has_windows = any(layer.window for layer in layers)
         self.makes_tables = layers[0].rotary_speeds if layers[0].makes_tables else ()
-        if self.architecture.rotary and not self.architecture.tells_positions:
-            self.get_submodule(self.architecture.rotary).register_forward_pre_hook(note_positions)  # type: ignore[attr-defined]
+        rotary = self.get_submodule(self.architecture.rotary) if self.architecture.rotary else None  # type: ignore[attr-defined]
+        changes = rotary is not None and not CHANGING.isdisjoint(rope_types(rotary).values())
+        self.position_tables = None if changes else PositionTables()
+        if rotary is not None and not self.architecture.tells_positions:
+            rotary.register_forward_pre_hook(note_positions)
         for facts, old in zip(layers, self.architecture.modules(self), strict=True):  # type: ignore[arg-type]
             weight = next(old.parameters())
             spec, norms, owner = plan.cache_of(facts.index), self.architecture.norms(old), plan.owner(facts.index)

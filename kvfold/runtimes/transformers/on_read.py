@@ -13,7 +13,7 @@ from kvfold.runtimes.kernels import cpu_decode
 from kvfold.runtimes.kernels.attention import kernels_for
 from kvfold.runtimes.kernels.dispatch import rotated_heads
 from kvfold.runtimes.kernels.packed_tokens import Stored, read, read_all
-from kvfold.runtimes.kernels.rotary import apply_rotary, slow_tables
+from kvfold.runtimes.kernels.rotary import Tables, apply_rotary, own_tables, slow_tables
 from kvfold.runtimes.transformers.forward_state import ForwardState
 from kvfold.runtimes.transformers.projections import GroupedLinear
 
@@ -58,16 +58,25 @@ class KeysOnRead:
 
 
 def tables_on_read(
-    attention: Any, tables: tuple[Tensor, Tensor] | None, state: ForwardState | None
-) -> tuple[Tensor, Tensor] | None:
-    """What is left to turn of keys that are read, where fast pairs are stored after rotation."""
-    fast_pairs = attention.spec.fast_pairs
-    if tables is None or not fast_pairs:
-        return tables
-    if state is None:
-        return slow_tables(*tables, fast_pairs)
-    kind = attention.layer.rotary_kind
-    return state.once(("slow", kind, fast_pairs), lambda: slow_tables(*tables, fast_pairs))
+    attention: Any,
+    tables: Tables | None,
+    state: ForwardState | None,
+    cache: Any,
+    hidden_BTD: Tensor,
+    positions_BT: Tensor | None,
+) -> Tables | None:
+    """What is left to turn of keys that are read, where fast pairs are stored after rotation: cos and sin of all tokens that
+    are seen, which are the new ones (tables) without a cache."""
+    layer, fast_pairs = attention.layer, attention.spec.fast_pairs
+    state = state or ForwardState()
+
+    def slow(made: Tables | None) -> Any:
+        return made if made is None or not fast_pairs else slow_tables(*made, fast_pairs)
+
+    if cache is None:
+        return state.once(("slow", layer.rotary_kind, fast_pairs), lambda: slow(tables))
+    way = fast_pairs, lambda of_all: slow(own_tables(layer, of_all))
+    return state.tables_of_all(hidden_BTD, positions_BT, cache, layer.rotary_kind, way)
 
 
 def head_maps(attention: Any, way: str, dtype: torch.dtype) -> Callable[[int, bool], Any] | None:
@@ -82,7 +91,9 @@ def head_maps(attention: Any, way: str, dtype: torch.dtype) -> Callable[[int, bo
             weight = projection.of_width(width, last=near)
             fast_pairs = attention.spec.fast_pairs if way == "k_b" else 0
             speeds = attention.layer.speeds_without(fast_pairs) if fast_pairs else ()
-            return kernels_for(weight).HeadMap.of(weight, projection.bias, attention.layer.head_dim, speeds)
+            packed = (attention.spec.of_recent if near else attention.spec).k_bits is not None
+            kernels, head_dim = kernels_for(weight), attention.layer.head_dim
+            return kernels.HeadMap.of(weight, projection.bias, head_dim, speeds, packed=packed)
 
         return _kept(projection, (width, near), made)
 

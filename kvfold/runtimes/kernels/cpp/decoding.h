@@ -45,7 +45,9 @@ std::vector<Task> tasks_of(const Queries &q, int groups, int least, int unit) {
 
 // Products per stored number of a token: queries of a stored head that are turned, or its keys.
 bool turning_is_less(const Rebuild &map, int64_t rows) {
-  return rows * map.turn->functions * (1 + double(map.head_dim) / map.turn->tokens) < map.columns();
+  double turned = 0;
+  for (int k = 0; k < map.turn->functions; ++k) turned += 2.0 * map.turn->reach[k];
+  return rows * (map.turn->functions + turned / map.turn->tokens) < map.columns();
 }
 
 // What one thread does. `values`: null where they are rebuilt from the same numbers as keys.

@@ -13,10 +13,11 @@ constexpr int COLUMNS = 2 * LANES;  // of a map, and tokens, that are made at a 
 
 // How queries are turned instead of keys, `tokens` at a time (turn.h): weights [stored heads, heads, numbers up to the next 32nd / 2
 // LANES, head_dim, 2 LANES], the map; basis [functions, tokens], the functions; shares [functions, rotated / 2], what each says of the cosine
-// (the even ones) or the sine of each pair; speeds [rotated / 2], in radians per token.
+// (the even ones) or the sine of each pair; reach [functions], falling: of the first how many pairs; speeds [rotated / 2], in radians per token.
 struct Turn {
   const float *weights, *basis, *shares;
   const double *speeds;
+  const int32_t *reach;
   int64_t functions, tokens;
 };
 

@@ -15,6 +15,12 @@ struct Range {
   int first, end;
 };
 
+// Numbers of a head that so many functions, the first ones, say something of.
+struct Shared {
+  int functions;
+  std::vector<Range> numbers;
+};
+
 template <typename T>
 struct Turning {
   const Rebuild &map;
@@ -25,18 +31,23 @@ struct Turning {
   std::vector<int64_t> taken;  // of each stored head, for which tokens its queries are turned
   int64_t first = 0;           // token of a task, from which on they are counted
   double turned_by = -1;
-  std::vector<Range> turning, still;  // numbers of a head
+  std::vector<Shared> turning;
+  Shared still{1, {}};
 
   // heads: stored ones of a task, each with `rows` queries.
   Turning(const Rebuild &map, int heads, int rows, int width, int block)
       : map(map), turn(*map.turn), rows(rows), functions(turn.functions), depth(pad(width, DEPTH)), half(map.rotated / 2),
         run(heads * rows * functions, rows * functions, width, 0, block), cos(half), sin(half), turned_cos(half),
-        turned_sin(half), shares(functions * map.head_dim), made(int64_t(rows) * functions * depth),
+        turned_sin(half), shares(int64_t(rows) * functions * map.head_dim), made(int64_t(rows) * functions * depth),
         unturned(int64_t(heads) * rows * depth), constants(int64_t(heads) * rows * functions), taken(heads, -1) {
     int kept = 0;
     while (kept < half && !turn.speeds[kept]) ++kept;
-    turning = {{kept, half}, {half + kept, 2 * half}};
-    still = {{0, kept}, {half, half + kept}, {2 * half, int(map.head_dim)}};
+    still.numbers = {{0, kept}, {half, half + kept}, {2 * half, int(map.head_dim)}};
+    for (int k = functions, from = kept; k > 0; --k) {
+      const int to = std::max<int>(from, turn.reach[k - 1]);
+      if (to > from) turning.push_back({k, {{from, to}, {half + from, half + to}}});
+      from = to;
+    }
   }
 
   // Tokens from here on, in as few parts as there can be.
@@ -73,24 +84,24 @@ struct Turning {
     taken[c] = tile;
     middle(row * map.table_batch + last * map.rotated, last - tile - (turn.tokens - 1) / 2.0);
     const int each = rows / map.heads;
-    for (int i = 0; i < rows; ++i) {
-      share_out(q + i * map.head_dim);
-      const int64_t column = head * map.columns() + i / each * map.head_dim;
-      const float *weights = turn.weights + column * depth;
-      float *to = made.data() + int64_t(i) * functions * depth;
-      float *same = unturned.data() + int64_t(c * rows + i) * depth;
+    for (int h = 0; h < map.heads; ++h) {
+      const int64_t column = head * map.columns() + h * map.head_dim;
+      const float *weights = turn.weights + column * depth, *of_head = q + int64_t(h) * each * map.head_dim;
+      float *same = unturned.data() + (int64_t(c) * rows + h * each) * depth, *to = made.data() + int64_t(h) * each * functions * depth;
+      for (int i = 0; i < each; ++i) share_out(of_head + i * map.head_dim, shares.data() + i * functions * map.head_dim);
       if (is_first) {
-        std::fill(same, same + depth, 0.0f);
-        absorb<1>(still, 0, weights, same);
+        std::fill(same, same + each * depth, 0.0f);
+        absorb(still, each, weights, same, depth);
       }
-      std::fill(std::copy(same, same + depth, to), to + functions * depth, 0.0f);
-      const auto some = [&](auto now, int k) { absorb<now>(turning, k, weights, to + k * depth); };
-      if (functions % 6) in_parts<REGISTERS / 4>(0, functions, some);
-      else in_parts<6>(0, functions, some);  // of 16 registers 12 for sums: additions take as long as four others
-      for (int k = 0; k < functions; ++k) {
+      for (int i = 0; i < each; ++i) {
+        float *const all = to + int64_t(i) * functions * depth;
+        std::fill(std::copy(same + i * depth, same + (i + 1) * depth, all), all + functions * depth, 0.0f);
+      }
+      for (const Shared &some : turning) absorb(some, each, weights, to, functions * depth);
+      for (int n = 0; n < each * functions; ++n) {
         float sum = 0;
-        for (int f = 0; map.offset && f < map.head_dim; ++f) sum += shares[k * map.head_dim + f] * map.offset[column + f];
-        constants[(c * rows + i) * functions + k] = sum;
+        for (int f = 0; map.offset && f < map.head_dim; ++f) sum += shares[n * map.head_dim + f] * map.offset[column + f];
+        constants[(c * rows + h * each) * functions + n] = sum;
       }
     }
     run.take(c * rows * functions, rows * functions, made.data(), depth);
@@ -117,37 +128,50 @@ struct Turning {
     for (int i = 0; i < half; ++i) cos[i] = Numbers<float>::wide(c + i, 1)[0], sin[i] = Numbers<float>::wide(s + i, 1)[0];
   }
 
-  // What each function takes of the numbers of a query: shares [functions, head_dim].
-  void share_out(const float *q) {
-    std::fill(shares.begin(), shares.end(), 0.0f);
+  // What each function takes of the numbers of a query: out [functions, head_dim].
+  void share_out(const float *q, float *out) {
+    std::fill(out, out + functions * map.head_dim, 0.0f);
     for (int i = 0; i < half; ++i) {
       const float a = q[i] * cos[i] + q[half + i] * sin[i], b = q[half + i] * cos[i] - q[i] * sin[i];
-      for (int k = 0; k < functions; ++k) {
+      for (int k = 0; k < functions && i < turn.reach[k]; ++k) {
         const float share = turn.shares[k * half + i];
-        shares[k * map.head_dim + i] = share * (k % 2 ? b : a);
-        shares[k * map.head_dim + half + i] = share * (k % 2 ? -a : b);
+        out[k * map.head_dim + i] = share * (k % 2 ? b : a);
+        out[k * map.head_dim + half + i] = share * (k % 2 ? -a : b);
       }
     }
-    for (int f = map.rotated; f < map.head_dim; ++f) shares[f] = q[f];
+    for (int f = map.rotated; f < map.head_dim; ++f) out[f] = q[f];
   }
 
-  // COUNT functions from the k-th on: their shares of some numbers times the map, added to [COUNT, depth].
+  // The shares of some functions in numbers of so many queries, times the map, added to [queries, stride].
+  void absorb(const Shared &some, int queries, const float *weights, float *to, int64_t stride) {
+    constexpr int AT_ONCE = REGISTERS == 16 ? 6 : 12;  // of 16 registers 12 for sums: additions take as long as four others
+    in_parts<AT_ONCE>(0, queries * some.functions, [&](auto now, int n) {
+      const float *share[now];
+      float *sums[now];
+      for (int i = 0; i < now; ++i) {
+        const int query = (n + i) / some.functions, k = (n + i) % some.functions;
+        share[i] = shares.data() + (query * functions + k) * map.head_dim;
+        sums[i] = to + query * stride + k * depth;
+      }
+      absorb<now>(some.numbers, share, weights, sums);
+    });
+  }
+
   template <int COUNT>
-  void absorb(const std::vector<Range> &numbers, int k, const float *weights, float *to) {
-    const float *share = shares.data() + k * map.head_dim;
+  void absorb(const std::vector<Range> &numbers, const float *const *share, const float *weights, float *const *to) {
     for (int r = 0; r < depth; r += 2 * LANES, weights += map.head_dim * 2 * LANES) {
       Lanes sums[COUNT][2];
-      for (int i = 0; i < COUNT; ++i) std::memcpy(sums[i], to + i * depth + r, sizeof sums[i]);
+      for (int i = 0; i < COUNT; ++i) std::memcpy(sums[i], to[i] + r, sizeof sums[i]);
       for (const Range &range : numbers)
         for (int f = range.first; f < range.end; ++f) {
           const Lanes a = in_register(load<Lanes>(weights + 2 * f * LANES));
           const Lanes b = in_register(load<Lanes>(weights + (2 * f + 1) * LANES));
           for (int i = 0; i < COUNT; ++i) {
-            sums[i][0] += share[i * map.head_dim + f] * a;
-            sums[i][1] += share[i * map.head_dim + f] * b;
+            sums[i][0] += share[i][f] * a;
+            sums[i][1] += share[i][f] * b;
           }
         }
-      for (int i = 0; i < COUNT; ++i) std::memcpy(to + i * depth + r, sums[i], sizeof sums[i]);
+      for (int i = 0; i < COUNT; ++i) std::memcpy(to[i] + r, sums[i], sizeof sums[i]);
     }
   }
 };
