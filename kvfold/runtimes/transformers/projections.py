@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from kvfold.plan.tensors import PROJECTIONS, Shape
 
 
+MAKING = ("k_a_proj", "v_a_proj", "k_p_proj")
+"""Projections that make what is stored."""
+
+
 class GroupedLinear(nn.Module):
     """One small matrix per group: [B, groups, T, in] -> [B, groups, T, out]. weight [groups, out, in], bias [groups, out].
 
@@ -48,17 +52,24 @@ class GroupedLinear(nn.Module):
 
 
 def projections(
-    shapes: Mapping[str, Shape], linear: type[nn.Linear] = nn.Linear, **options: Any
+    shapes: Mapping[str, Shape],
+    linear: type[nn.Linear] = nn.Linear,
+    to_stored: type[GroupedLinear] = GroupedLinear,
+    **options: Any,
 ) -> dict[str, nn.Module | None]:
-    """A module for every projection of a layer, None for those that it does not have. linear: of those without groups."""
-    return {name: _projection(name, shapes, linear, **options) for name in PROJECTIONS}
+    """A module for every projection of a layer, None for those that it does not have. linear: of those without groups;
+    to_stored: of those with groups that make what is stored."""
+    return {name: _projection(name, shapes, linear, to_stored, **options) for name in PROJECTIONS}
 
 
-def _projection(name: str, shapes: Mapping[str, Shape], linear: type[nn.Linear], **options: Any) -> nn.Module | None:
+def _projection(
+    name: str, shapes: Mapping[str, Shape], linear: type[nn.Linear], to_stored: type[GroupedLinear], **options: Any
+) -> nn.Module | None:
     if f"{name}.weight" not in shapes:
         return None
     *groups, out_features, in_features = (axis.size for axis in shapes[f"{name}.weight"])
     bias = f"{name}.bias" in shapes
     if groups:
-        return GroupedLinear(groups[0], in_features, out_features, bias=bias, **options)
+        grouped = to_stored if name in MAKING else GroupedLinear
+        return grouped(groups[0], in_features, out_features, bias=bias, **options)
     return linear(in_features, out_features, bias=bias, **options)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+from kvfold.runtimes.transformers import projections
 
 
 class Linear(nn.Linear):
@@ -22,3 +25,29 @@ class Linear(nn.Linear):
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The same with another bias, or none."""
         return self.quant_method.apply(self, x, bias)
+
+
+class GroupedLinear(projections.GroupedLinear):
+    """Takes the place of ours; on a CPU one map of all heads is packed as well, beside the weight, which others read."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.packed: nn.Module | None = None
+        self.quant_method: Any = _PackedBeside()
+
+    def forward(self, x: Tensor, *, heads: int | None = None, transposed: bool = False, last: bool = False) -> Tensor:
+        part = heads is not None or transposed or x.shape[-1] != self.weight.shape[2]
+        if self.packed is None or part:
+            return super().forward(x, heads=heads, transposed=transposed, last=last)
+        out: Tensor = self.quant_method.apply(self.packed, x, None if self.bias is None else self.bias[0])
+        return out
+
+
+class _PackedBeside(UnquantizedLinearMethod):
+    def process_weights_after_loading(self, layer: Any) -> None:
+        weight = layer.weight
+        if len(weight) > 1 or weight.device.type != "cpu":
+            return
+        layer.packed = torch.nn.Module()
+        layer.packed.weight = nn.Parameter(weight[0].detach().clone(), requires_grad=False)
+        super().process_weights_after_loading(layer.packed)

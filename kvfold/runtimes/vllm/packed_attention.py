@@ -18,7 +18,7 @@ from kvfold.runtimes.kernels.rotary import own_tables
 from kvfold.runtimes.transformers.attention import FoldedAttention
 from kvfold.runtimes.vllm.attention import FamilyCall, window_of
 from kvfold.runtimes.vllm.batches import Batch
-from kvfold.runtimes.vllm.linear import Linear
+from kvfold.runtimes.vllm.linear import GroupedLinear, Linear
 from kvfold.runtimes.vllm.packed_layers import PackedAttention, PackedPages
 from kvfold.runtimes.vllm.pages import RECENT, Kind
 from kvfold.runtimes.vllm.reading import PageReader, reads_in_place
@@ -44,7 +44,9 @@ class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
         if layer.flat_norm and rank.count > 1:
             raise PlanError("tensor_parallel_size: this family normalises all heads together; serve it with 1.")
         shapes = rank.shapes(layer, spec, owns=owns)
-        super().__init__(config, rank.reader(layer), rank.spec(spec), norms, owner, shapes, linear=Linear)
+        super().__init__(
+            config, rank.reader(layer), rank.spec(spec), norms, owner, shapes, linear=Linear, to_stored=GroupedLinear
+        )
         self.pages, self.tables, self.made_heads = pages, tables, rank.made_heads(layer, spec)
         for name in shapes:
             if "norm" not in name:
