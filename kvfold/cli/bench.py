@@ -48,6 +48,9 @@ EngineName = Annotated[
     ),
 ]
 Rounds = Annotated[int, typer.Option(help="How often every engine answers.", min=1, rich_help_panel=ENGINE)]
+Compiled = Annotated[
+    bool, typer.Option("--compiled", help="Compiled as `vllm serve` does: minutes per engine.", rich_help_panel=ENGINE)
+]
 Picture = Annotated[Path | None, typer.Option(help="Picture to write (.svg).", show_default=False)]
 Markdown = Annotated[Path | None, typer.Option(help="Table to write (.md).", show_default=False)]
 
@@ -66,6 +69,7 @@ def command(
     memory: Memory = None,
     engine: EngineName = "transformers",
     rounds: Rounds = 3,
+    compiled: Compiled = False,
     threads: Annotated[int, typer.Option(help="On a CPU; 0 leaves it to torch.", min=0)] = 0,
     plot: Picture = None,
     markdown: Markdown = None,
@@ -94,9 +98,12 @@ def command(
             "prompt": tokens,
             "tokens": steps,
             "memory": parse_size(memory or "1GiB"),
+            "compiled": compiled,
         }
         _report(_requests(folded or [], geometry, **what, engine=engine, rounds=rounds, **sizes), plot, markdown)
         return
+    if compiled:
+        raise RecipeError(f"--compiled goes with an engine that serves requests, not with {engine}.")
     from kvfold.evaluation.speed import bench
 
     room = parse_size(memory) if memory else None

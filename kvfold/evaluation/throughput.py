@@ -66,6 +66,7 @@ def measure(
     memory: int,
     rounds: int = 3,
     dtype: str = "auto",
+    compiled: bool = False,
     facts: Mapping[str, Any] | None = None,
 ) -> ThroughputBenchmark:
     """`requests` random prompts of `prompt` tokens, each answered with `tokens` tokens, from a cache of `memory` bytes.
@@ -83,7 +84,7 @@ def measure(
             )
     engines = {
         label: runtime(engine).engine(
-            folders[label], length=prompt + tokens, memory=_memory(plan, memory, dtype), dtype=dtype
+            folders[label], length=prompt + tokens, memory=_memory(plan, memory, dtype), dtype=dtype, compiled=compiled
         )
         for label, plan in plans.items()
     }
@@ -96,7 +97,7 @@ def measure(
     first = next(iter(engines.values()))
     described = {"engine": first.name, "requests": requests, "prompt": prompt, "new_tokens": tokens}
     described |= {"cache_bytes": memory, "counted_in": next(iter(plans.values())).dtype}
-    described |= {"rounds": rounds, "dtype": first.dtype}
+    described |= {"rounds": rounds, "dtype": first.dtype, "compiled": compiled}
     rows = tuple(_row(label, folders[label], engines[label].cache_tokens, found[label]) for label in engines)
     return ThroughputBenchmark(settings=described | dict(facts or {}), rows=rows)
 

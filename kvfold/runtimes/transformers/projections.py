@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from kvfold.plan.tensors import PROJECTIONS, Shape
 
-
 MAKING = ("k_a_proj", "v_a_proj", "k_p_proj")
 """Projections that make what is stored."""
 

@@ -11,9 +11,10 @@ from kvfold.errors import KvfoldError
 
 
 class Engine:
-    """`name`: engine and version. `dtype`: of its numbers. `cache_tokens`: how many tokens its cache holds."""
+    """`name`: engine and version. `dtype`: of its numbers. `compiled`: as `vllm serve` does, which takes minutes.
+    `cache_tokens`: how many tokens its cache holds."""
 
-    def __init__(self, folder: Path, *, length: int, memory: int, dtype: str) -> None:
+    def __init__(self, folder: Path, *, length: int, memory: int, dtype: str, compiled: bool = False) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engines in this process, so that they never run at once
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
@@ -28,7 +29,7 @@ class Engine:
             dtype=dtype,
             max_model_len=length,
             kv_cache_memory_bytes=memory,
-            enforce_eager=True,
+            enforce_eager=not compiled,
             skip_tokenizer_init=True,
             disable_log_stats=False,
             **share,

@@ -56,10 +56,10 @@ class Vllm(Runtime):
     def serve_command(self, folder: str | Path) -> str:
         return f"vllm serve {folder}"
 
-    def engine(self, folder: Path, *, length: int, memory: int, dtype: str) -> Any:
+    def engine(self, folder: Path, *, length: int, memory: int, dtype: str, compiled: bool = False) -> Any:
         from kvfold.runtimes.vllm.engine import Engine
 
-        return Engine(folder, length=length, memory=memory, dtype=dtype)
+        return Engine(folder, length=length, memory=memory, dtype=dtype, compiled=compiled)
 
 
 def is_packed(plan: CachePlan) -> bool:
