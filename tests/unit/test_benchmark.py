@@ -113,3 +113,5 @@ def test_mistakes_are_named():
     for command in (["bench"], ["bench", "x"], ["bench", "x", "--against", "y", "--shape", "llama2-7b"]):
         with pytest.raises(RecipeError, match="give folders and --against MODEL, or --shape"):
             CliRunner().invoke(app, command, catch_exceptions=False)
+    with pytest.raises(RecipeError, match="--compiled goes with an engine that serves requests, not with transformers"):
+        CliRunner().invoke(app, ["bench", "x", "--against", "y", "--compiled"], catch_exceptions=False)
