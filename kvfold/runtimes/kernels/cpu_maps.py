@@ -14,6 +14,7 @@ from kvfold.runtimes.kernels.turning import TurningFunctions, turning_functions,
 
 TOLERANCE = {torch.bfloat16: 1e-3, torch.float32: 1e-6}
 OF_PACKED = 2.0**-12
+"""By how much cosines and sines of queries that are turned may be off (`tolerance_of`)."""
 DEPTH = 32
 """Of how many stored numbers a map takes a multiple (tiles.h)."""
 

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvfold.runtimes.kernels.packed_tokens import Stored
 from kvfold.runtimes.kernels.rotary import Tables
@@ -76,11 +76,11 @@ class ForwardState:
         if self.positions_BS is None:
             self.positions_BS = cache.see(positions_BT, len(hidden_BTD))
         if self.kept is None or self.positions_BS.ndim != 2 or self.positions_BS.device.type != "cpu":
-            made: Tables = finish(rotary(hidden_BTD, self.positions_BS, *of_kind))
+            made: Tables = finish(self.once(("rotary", kind), lambda: rotary(hidden_BTD, self.positions_BS, *of_kind)))
             return made
-        like = torch.empty(0, dtype=hidden_BTD.dtype)
-        of_all = (kind, name, hidden_BTD.dtype)
-        return self.kept.of(of_all, self.positions_BS, lambda at: finish(rotary(like, at, *of_kind)))
+        like = torch.empty(0, dtype=hidden_BTD.dtype, device="cpu")
+        of_all, made_by = (kind, name, hidden_BTD.dtype), rotary.buffers() if isinstance(rotary, nn.Module) else ()
+        return self.kept.of(of_all, self.positions_BS, lambda at: finish(rotary(like, at, *of_kind)), tuple(made_by))
 
 
 def note_positions(rotary: Any, arguments: tuple[Any, ...]) -> None:

@@ -68,13 +68,17 @@ def tables_on_read(
     """What is left to turn of keys that are read, where fast pairs are stored after rotation: cos and sin of all tokens that
     are seen, which are the new ones (tables) without a cache."""
     layer, fast_pairs = attention.layer, attention.spec.fast_pairs
+    if not layer.rotary_dim or (cache is None and not fast_pairs):
+        return tables if layer.rotary_dim else None
     state = state or ForwardState()
 
     def slow(made: Tables | None) -> Any:
-        return made if made is None or not fast_pairs else slow_tables(*made, fast_pairs)
+        assert made is not None, "this layer rotates"
+        return slow_tables(*made, fast_pairs) if fast_pairs else made
 
     if cache is None:
-        return state.once(("slow", layer.rotary_kind, fast_pairs), lambda: slow(tables))
+        where = None if tables is None else tables[0].device
+        return state.once(("slow", layer.rotary_kind, fast_pairs, where), lambda: slow(tables))
     way = fast_pairs, lambda of_all: slow(own_tables(layer, of_all))
     return state.tables_of_all(hidden_BTD, positions_BT, cache, layer.rotary_kind, way)
 

@@ -39,7 +39,7 @@ class GroupedLinear(projections.GroupedLinear):
         part = heads is not None or transposed or x.shape[-1] != self.weight.shape[2]
         if self.packed is None or part:
             return super().forward(x, heads=heads, transposed=transposed, last=last)
-        out: Tensor = self.quant_method.apply(self.packed, x, None if self.bias is None else self.bias[0])
+        out: Tensor = self.quant_method.apply(self.packed, x, self.packed.bias)
         return out
 
 
@@ -50,4 +50,6 @@ class _PackedBeside(UnquantizedLinearMethod):
             return
         layer.packed = torch.nn.Module()
         layer.packed.weight = nn.Parameter(weight[0].detach().clone(), requires_grad=False)
+        bias = None if layer.bias is None else nn.Parameter(layer.bias[0].detach().clone(), requires_grad=False)
+        layer.packed.bias = bias  # its own: some kernels take it in float32, and turn it
         super().process_weights_after_loading(layer.packed)

@@ -1,7 +1,7 @@
 // Scores of queries with keys that are rebuilt on read and turn slowly, without rebuilding one: queries are turned instead.
 //
 // A key that turns by an angle a per token has turned by a tau at tau tokens from the middle of some tokens, and there
-// cos(a tau) and sin(a tau) are sums of few functions f_k(tau) that are the same for all pairs (cpu_decode.py chooses them). So
+// cos(a tau) and sin(a tau) are sums of few functions f_k(tau) that are the same for all pairs (turning.py chooses them). So
 // is the score: sum_k f_k(tau) (v_k . z), with queries v_k that are made once for all these tokens and meet stored numbers z.
 
 #pragma once
@@ -144,7 +144,7 @@ struct Turning {
 
   // The shares of some functions in numbers of so many queries, times the map, added to [queries, stride].
   void absorb(const Shared &some, int queries, const float *weights, float *to, int64_t stride) {
-    constexpr int AT_ONCE = REGISTERS == 16 ? 6 : 12;  // of 16 registers 12 for sums: additions take as long as four others
+    constexpr int AT_ONCE = LANES > 8 ? 12 : 6;  // of 16 registers 12 for sums: additions take as long as four others
     in_parts<AT_ONCE>(0, queries * some.functions, [&](auto now, int n) {
       const float *share[now];
       float *sums[now];
