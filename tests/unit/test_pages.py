@@ -6,6 +6,7 @@ import torch
 from kvfold.plan.cache_spec import CacheSpec, StoredShape
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels import cpu, native, paging
+from kvfold.runtimes.kernels.cpu_store import LayerWriter, Storage, stores
 from kvfold.runtimes.kernels.dispatch import pack, roundtrip
 from kvfold.runtimes.kernels.packed_tokens import read_all
 from kvfold.runtimes.vllm.batches import Batch, batches
@@ -72,10 +73,10 @@ def test_a_slot_of_padding_is_written_nowhere(key, dtype):
     pages = torch.zeros(4, 1, 8, format.row_bytes, dtype=torch.uint8)
     new = made(key, 3).to(dtype)
     stored = format.write(pages, key, torch.tensor([-1, 9, -1]), new, read=True)
-    assert torch.equal(stored, roundtrip(new[None], side.format)) and stored.dtype == dtype
+    assert torch.equal(stored, roundtrip(new[None], side.format)[0]) and stored.dtype == dtype
     rows = format.rows(pages, key)
     found = format.read(pages, key, torch.tensor([[1]], dtype=torch.int32), [Span(0, 2)], 2)
-    assert torch.equal(read_all(found)[:, :, 1], stored[:, :, 1])
+    assert torch.equal(read_all(found)[0, :, 1], stored[:, 1])
     assert (pages != 0).sum() == (rows[1, :, 1] != 0).sum()
     elsewhere = torch.zeros_like(pages)  # read and written anew where pages have moved
     assert format.write(elsewhere, key, torch.tensor([-1, 9, -1]), new) is None and torch.equal(elsewhere, pages)
@@ -94,9 +95,11 @@ def test_numbers_are_stored_as_they_are_packed(dtype):
         rows, slots = torch.zeros(40, 2, 8, FOUR.row_bytes, dtype=torch.uint8), torch.arange(tokens) + 5
         expected = rows.clone()
         paging.scatter_by_torch(expected, slots, pack(x_CTR[None], FOUR)[0])
-        assert cpu.stores(rows, x_CTR, FOUR)
-        found = cpu.store(rows, slots, x_CTR, FOUR, read=True)
-        assert torch.equal(rows, expected) and torch.equal(found, roundtrip(x_CTR[None], FOUR)[0])
+        storages = [Storage(rows, FOUR, read=True), Storage(torch.zeros_like(rows), FOUR)]
+        assert all(stores(storage, x_CTR) for storage in storages)
+        found, unasked = LayerWriter(storages)([x_CTR, x_CTR], [slots, slots.int()])
+        assert all(torch.equal(storage.rows, expected) for storage in storages) and unasked is None
+        assert torch.equal(found, roundtrip(x_CTR[None], FOUR)[0])
 
 
 def spec(width, window=None, recent=0):

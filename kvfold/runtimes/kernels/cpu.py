@@ -55,7 +55,7 @@ class _Rotation(ctypes.Structure):
     )
 
 
-class _Pages(ctypes.Structure):
+class Pages(ctypes.Structure):
     """A region of all pages, as pages.h declares it."""
 
     _fields_ = (
@@ -67,7 +67,7 @@ class _Pages(ctypes.Structure):
         super().__init__(rows_PCtX.data_ptr(), rows_PCtX.stride(0), *rows_PCtX.shape[1:])
 
 
-class _Packing(ctypes.Structure):
+class Packing(ctypes.Structure):
     """How numbers become a row of bytes, as pack.cpp declares it."""
 
     _fields_ = (
@@ -84,7 +84,7 @@ class _Packing(ctypes.Structure):
         )
 
 
-_packing = functools.lru_cache(maxsize=4096)(_Packing)
+packing_of = functools.lru_cache(maxsize=4096)(Packing)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -110,7 +110,7 @@ def pack(x: Tensor, format: NumberFormat) -> Tensor:
     elements = torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)
     rows = torch.empty(*x.shape[:3], format.row_bytes, dtype=torch.uint8, device=x.device)
     kernel.kvfold_pack(
-        ctypes.byref(_packing(format)),
+        ctypes.byref(packing_of(format)),
         ctypes.c_void_p(elements.data_ptr()),
         ctypes.c_int64(elements.numel() // format.width),
         ctypes.c_void_p(rows.data_ptr()),
@@ -184,7 +184,7 @@ def gather(rows_PCtX: Tensor, tables_Bp: Tensor, spans: Sequence[tuple[int, int]
     ends = (ctypes.c_int64 * (2 * len(spans)))(*itertools.chain(*spans))
     out = torch.empty(len(spans), heads, width, row_bytes, dtype=torch.uint8, device=rows_PCtX.device)
     kernel.kvfold_gather(
-        ctypes.byref(_Pages(rows_PCtX)),
+        ctypes.byref(Pages(rows_PCtX)),
         ctypes.c_void_p(tables.data_ptr()),
         ctypes.c_int64(tables.stride(0)),
         ends,
@@ -200,39 +200,8 @@ def scatter(rows_PCtX: Tensor, slots_T: Tensor, new_CTX: Tensor) -> None:
     assert kernel is not None and new_CTX.stride(-1) == 1, "pages() was asked"
     assert new_CTX.dtype == torch.uint8 and new_CTX.shape == (rows_PCtX.shape[1], len(slots), rows_PCtX.shape[3])
     kernel.kvfold_scatter(
-        ctypes.byref(_Pages(rows_PCtX)),
+        ctypes.byref(Pages(rows_PCtX)),
         ctypes.c_void_p(slots.data_ptr()),
         ctypes.c_void_p(new_CTX.data_ptr()),
         *(ctypes.c_int64(number) for number in (*new_CTX.stride()[:2], len(slots))),
     )
-
-
-def stores(rows_PCtX: Tensor, x_CTR: Tensor, format: NumberFormat) -> bool:
-    """Whether the kernel packs these numbers into these pages."""
-    return pages(rows_PCtX) and packs_into(x_CTR, format)
-
-
-def packs_into(x: Tensor, format: NumberFormat) -> bool:
-    """Whether the kernel packs these numbers where their rows are to lie."""
-    packed = format.codec.packs_fused and x.shape[-1] == format.width and x.device.type == "cpu"
-    return packed and x.dtype in DTYPES and x.stride(-1) == 1 and not recorded(x) and library() is not None
-
-
-def store(
-    rows_PCtX: Tensor, slots_T: Tensor, x_CTR: Tensor, format: NumberFormat, *, read: bool = False
-) -> Tensor | None:
-    """Numbers [C, T, R] into pages, where `paging.scatter` puts their rows; `read`: and as they are then read."""
-    kernel, slots, (C, T, R) = library(), slots_T.to(torch.int64).contiguous(), x_CTR.shape
-    assert kernel is not None and len(slots) == T and rows_PCtX.shape[1] == C, "stores() was asked"
-    stored = torch.empty(C, T, R, dtype=x_CTR.dtype, device=x_CTR.device) if read else None
-    kernel.kvfold_store(
-        ctypes.c_int(x_CTR.dtype == torch.bfloat16),
-        ctypes.byref(_packing(format)),
-        ctypes.byref(_Pages(rows_PCtX)),
-        ctypes.c_void_p(slots.data_ptr()),
-        ctypes.c_void_p(x_CTR.data_ptr()),
-        *(ctypes.c_int64(number) for number in (*x_CTR.stride()[:2], T)),
-        ctypes.c_void_p(None if stored is None else stored.data_ptr()),
-        ctypes.c_int(torch.get_num_threads()),
-    )
-    return stored

@@ -50,7 +50,7 @@ class HeadMap(NamedTuple):
         offset = None if bias_CF is None else bias_CF.detach().float().contiguous()
         weight, tolerance = weight_CFR.detach(), tolerance_of(weight_CFR.dtype, packed=packed)
         turn = Turn.of(weight, head_dim, speeds, tolerance) if turns_slowly(speeds) else None
-        return cls(pack_map(weight_CFR.detach()), offset, weight_CFR.shape[1] // head_dim, head_dim, turn)
+        return cls(pack_map(weight), offset, weight_CFR.shape[1] // head_dim, head_dim, turn)
 
     def rebuild(self, cos: Tensor | None = None, sin: Tensor | None = None, *, evenly: bool = False) -> Rebuild:
         """With tables [B or 1, S, r] of the tokens, where keys are rotated. evenly: their positions follow each other, from

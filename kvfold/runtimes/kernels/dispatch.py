@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvfold.plan.number_format import NumberFormat
 from kvfold.plan.token_runs import FEW_TOKENS
-from kvfold.runtimes.kernels import codec, cpu, cpu_decode, gpu, gpu_decode
+from kvfold.runtimes.kernels import codec, cpu, cpu_decode, cpu_store, gpu, gpu_decode
 from kvfold.runtimes.kernels.attention import (
     grouped_attention,
     kernel_attention,
@@ -134,7 +134,7 @@ def pack(x_BCTR: Tensor, format: NumberFormat) -> Tensor:
 def stores_in_place(new_BCTR: Tensor, format: NumberFormat) -> bool:
     """Whether a kernel packs these tokens where they are to lie: of one sequence, or one of each."""
     alone = 1 in (new_BCTR.shape[0], new_BCTR.shape[2]) and new_BCTR.shape[2] > 0
-    return alone and cpu.packs_into(new_BCTR, format)
+    return alone and cpu_store.packs_into(new_BCTR, format)
 
 
 def store_in_place(rows_BCSX: Tensor, start: int, new_BCTR: Tensor, format: NumberFormat) -> Tensor:
@@ -143,7 +143,7 @@ def store_in_place(rows_BCSX: Tensor, start: int, new_BCTR: Tensor, format: Numb
     room = rows_BCSX.shape[2]
     slots = torch.arange(start, start + T) if B == 1 else torch.arange(start, B * room, room)
     x_CTR = new_BCTR.detach()[0] if B == 1 else new_BCTR.detach()[:, :, 0].transpose(0, 1)
-    stored_CTR = cpu.store(rows_BCSX, slots, x_CTR, format, read=True)
+    (stored_CTR,) = cpu_store.LayerWriter([cpu_store.Storage(rows_BCSX, format, read=True)])([x_CTR], [slots])
     assert stored_CTR is not None, "it was to be read"
     return stored_CTR[None] if B == 1 else stored_CTR.transpose(0, 1)[:, :, None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -50,13 +51,9 @@ class PositionTables:
         self, name: Hashable, positions: int, make: Callable[[Tensor], Tables], made_by: tuple[Tensor, ...]
     ) -> Tables:
         known, versions = self.made.get(name), [0 if x.is_inference() else x._version for x in made_by]
-        same = known is not None and known.versions == versions and all(map(_is, known.made_by, made_by))
+        same = known is not None and known.versions == versions and all(map(operator.is_, known.made_by, made_by))
         if known is None or not same or known.tables[0].shape[1] < positions:
             with torch.inference_mode(False), torch.no_grad():  # who trains later reads them too
                 tables = make(torch.arange(round_up(positions, BLOCK), device="cpu")[None])
             known = self.made[name] = _Kept(tables, made_by, versions)
         return known.tables
-
-
-def _is(a: Tensor, b: Tensor) -> bool:
-    return a is b

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
@@ -48,7 +47,7 @@ class _PackedBeside(UnquantizedLinearMethod):
         weight = layer.weight
         if len(weight) > 1 or weight.device.type != "cpu":
             return
-        layer.packed = torch.nn.Module()
+        layer.packed = nn.Module()
         layer.packed.weight = nn.Parameter(weight[0].detach().clone(), requires_grad=False)
         bias = None if layer.bias is None else nn.Parameter(layer.bias[0].detach().clone(), requires_grad=False)
         layer.packed.bias = bias  # its own: some kernels take it in float32, and turn it

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.forward_context import get_forward_context
 
 from kvfold.errors import PlanError
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
-from kvfold.runtimes.kernels.packed_tokens import AgedTokens, by_age, first_numbers, newest, side_by_side
+from kvfold.runtimes.kernels.packed_tokens import AgedTokens, first_numbers, side_by_side
 from kvfold.runtimes.kernels.rotary import own_tables
 from kvfold.runtimes.transformers.attention import FoldedAttention
 from kvfold.runtimes.vllm.attention import FamilyCall, window_of
@@ -23,6 +22,7 @@ from kvfold.runtimes.vllm.packed_layers import PackedAttention, PackedPages
 from kvfold.runtimes.vllm.pages import RECENT, Kind
 from kvfold.runtimes.vllm.reading import PageReader, reads_in_place
 from kvfold.runtimes.vllm.rotary_tables import RotaryTables
+from kvfold.runtimes.vllm.writing import PageWriter
 
 
 class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
@@ -56,7 +56,7 @@ class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
         self.slopes_N = None if slopes is None else torch.as_tensor(slopes, dtype=torch.float32)
         self.attn = PackedAttention(self, pages, stock.layer_name, window_of(layer, stock))
         self.read_tables = None if tables is None else tables.of_slow(spec.fast_pairs)
-        self.reader = PageReader(self)
+        self.reader, self.writer = PageReader(self), PageWriter(self)
 
     def _attended(self, hidden_TD: Tensor, where: Any) -> Tensor:
         return self._turned(hidden_TD[None], None if self.tables is None or where is None else self.tables.of(where))
@@ -80,32 +80,18 @@ class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
         """Into pages, in both forms where there are two; less what the numbers of layers below say."""
         new = [x[: len(slots_T)].transpose(0, 1) for x in (z_TCE, y_TUG)]
         if self.spec.predicted_from:
-            known = [first_numbers(self.pages.new[i], self.spec) for i in self.spec.predicted_from]
-            below = newest(side_by_side(known), len(slots_T))
-            new = [new[0] - self.k_p_proj(below)[0]]
+            new = [new[0] - self.k_p_proj(self._below()[None])[0]]
         new = new[:1] if self.spec.shared_latent else new
-        places = [(self.attn.kind, far, slots_T), *self._recent_place()]
-        again = self.layer_idx in self.pages.last_reader
-        stored = [self._write(kind, pages, slots, new, read=again) for kind, pages, slots in places]
-        if again:
-            (far_z, *_), (near_z, *_) = stored[0], stored[-1]
-            both = AgedTokens(far_z, near_z, self.spec.recent)
-            self.pages.new[self.layer_idx] = both if self.spec.recent else far_z
+        stored = self.writer.write(new, far, slots_T)
+        if self.layer_idx in self.pages.last_reader:
+            self.pages.new[self.layer_idx] = stored
 
-    def _recent_place(self) -> list[tuple[Kind, Tensor, Tensor]]:
-        if not self.spec.recent:
-            return []
-        pages = self.pages.recent
-        return [(RECENT, pages.kv_cache, get_forward_context().slot_mapping[pages.layer_name])]
-
-    def _write(self, kind: Kind, pages: Tensor, slots_T: Tensor, new: list[Tensor], *, read: bool) -> list[Any]:
-        """`read`: keys as they are stored, whose numbers layers above are said by."""
-        spec = self.spec.of_recent if kind == RECENT else self.spec.of_all
-        format, stored = self.pages.layout.formats[kind], []
-        for name, side, x_CTE in zip("kv", spec.sides, new, strict=False):
-            part = by_age(x_CTE, side.width, side.width)[kind == RECENT]
-            stored.append(format.write(pages, (self.layer_idx, name), slots_T, part, read=read and name == "k"))
-        return stored
+    def _below(self) -> Tensor:
+        """[C, T, numbers]: what layers below have just stored that says something of this one, form by form."""
+        forms = (self.spec, self.spec.of_recent) if self.spec.recent else (self.spec,)
+        known = [self.pages.new[i] for i in self.spec.predicted_from]
+        parts = [x[place][..., : form.predicting(x[place].shape[2])] for place, form in enumerate(forms) for x in known]
+        return torch.cat(parts, dim=2)
 
     def read(self, q_tNH: Tensor, far: Tensor, batch: Batch, place: int) -> Tensor:
         """[t, N, width] for the queries of a batch, the `place`-th of its step."""

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.number_format import StoredShape
-from kvfold.runtimes.kernels import cpu
 from kvfold.runtimes.kernels.dispatch import pack
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, read_all
 from kvfold.runtimes.kernels.paging import gather, scatter
@@ -76,17 +75,14 @@ class PageFormat:
     def write(
         self, pages: Tensor, key: tuple[int, str], slots_T: Tensor, x_CTR: Tensor, *, read: bool = False
     ) -> Tensor | None:
-        """Store tokens where their slots are (page * tokens + place; -1: nowhere); `read`: return them [1, C, T, R] as they
-        are stored."""
+        """Store tokens where their slots are (page * tokens + place; -1: nowhere); `read`: return them [C, T, R] as they are
+        stored."""
         format, rows = self.regions[key].side.format, self.rows(pages, key)
-        if format is not None and cpu.stores(rows, x_CTR, format):
-            stored = cpu.store(rows, slots_T, x_CTR, format, read=read)
-            return None if stored is None else stored[None]
         packed = x_CTR.contiguous().view(torch.uint8) if format is None else pack(x_CTR[None], format)[0]
         scatter(rows, slots_T, packed)
         if not read:
             return None
-        return x_CTR[None] if format is None else read_all(PackedTokens(packed[None], format, x_CTR.dtype))
+        return x_CTR if format is None else read_all(PackedTokens(packed[None], format, x_CTR.dtype))[0]
 
     def read(
         self, pages: Tensor, key: tuple[int, str], tables_Bp: Tensor, spans: Sequence[Span], width: int

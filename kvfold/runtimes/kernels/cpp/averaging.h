@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int ROWS = 32;  // at a time
+constexpr int ROWS = 8;  // at a time
 
 // Parts, each weighed by what it counts, led back by the map. M: what the map's numbers are multiplied as.
 template <typename T>

@@ -57,7 +57,7 @@ struct Decoding {
   const Side &keys, *values;
   const int groups, rows, steps, block;
   Running<T> run;
-  std::vector<T> key_numbers, value_numbers;
+  Room<T> key_numbers, value_numbers;
   Rebuilding<T> *rebuilding;
   Turning<T> *turning;
   const float *query = nullptr;
@@ -66,8 +66,8 @@ struct Decoding {
            Turning<T> *turning, int block)
       : q(q), keys(keys), values(values), groups(groups), rows(q.rows / groups), steps(q.steps), block(block),
         run(rows, rows / (keys.heads / groups) / (rebuilding ? rebuilding->map.heads : 1), q_width,
-            (values ? values : &keys)->width, block), key_numbers(size_t(block) * keys.template stride<T>()),
-        value_numbers(values ? size_t(block) * values->template stride<T>() : 0), rebuilding(rebuilding), turning(turning) {}
+            (values ? values : &keys)->width, block), key_numbers(keys.template room<T>(block)),
+        value_numbers(values ? values->template room<T>(block) : Room<T>()), rebuilding(rebuilding), turning(turning) {}
 
   // sums [rows, padded width], then the largest score and the total of each row.
   void work(const Task &task, int q_width, float *sums) {

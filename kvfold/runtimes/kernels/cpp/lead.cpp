@@ -26,7 +26,7 @@ struct Choosing {
   const Side keys;
   const int rows, heads, each;
   Running<T> run;
-  std::vector<T> numbers;
+  Room<T> numbers;
   std::vector<float> worth;
   std::vector<int32_t> counts, alike;
   std::vector<uint16_t> places;
@@ -34,7 +34,7 @@ struct Choosing {
 
   Choosing(const Leading &q, const Stored &stored)
       : q(q), keys(&stored, 1, false), rows(q.rows / q.groups), heads(keys.heads / q.groups), each(rows / heads),
-        run(rows, each, keys.width, keys.width, AT_ONCE), numbers(AT_ONCE * keys.template stride<T>()), worth(q.tokens), counts(PLACES), places(q.tokens),
+        run(rows, each, keys.width, keys.width, AT_ONCE), numbers(keys.template room<T>(AT_ONCE)), worth(q.tokens), counts(PLACES), places(q.tokens),
         shown(q.tokens) {}
 
   const float *bias(int64_t batch, int64_t row) const { return q.bias ? q.bias + batch * q.bias_batch + row * q.bias_row : nullptr; }

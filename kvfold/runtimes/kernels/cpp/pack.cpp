@@ -100,29 +100,62 @@ struct Packing {
   }
 };
 
-// Numbers [heads, count, width] into pages, and as they are then read into `stored`, if that is not null.
+// Numbers x [heads, tokens, width] by strides of numbers that go into pages, to slots [tokens]: page * tokens + place, negative ones are
+// left out. stored [heads, tokens, width]: as they are then read, or null.
+struct Storing {
+  const Packing *form;
+  const Pages *pages;
+  const int64_t *slots;
+  const void *x;
+  int64_t head_stride, token_stride;
+  void *stored;
+};
+
+// What one thread needs.
 template <typename T>
-void store(const Packing &form, const Pages &pages, const int64_t *slots, const T *x, int64_t head_stride, int64_t token_stride,
-           int64_t count, T *stored, int threads) {
-  threads = std::clamp<int64_t>(pages.heads * count * form.width / 4096, 1, threads);  // few numbers are not worth waking others
+struct Storer {
+  std::vector<uint8_t> codes, row;
+  std::vector<float> numbers;
+  std::vector<T> read;
+
+  void store(const Storing &to, int64_t head, int64_t token, int64_t tokens) {
+    const Packing &form = *to.form;
+    make_room(form);
+    const T *from = (const T *)to.x + head * to.head_stride + token * to.token_stride;
+    for (int r = 0; r < form.width; r += LANES) {
+      const Lanes wide = Numbers<float>::wide(from + r, std::min<int>(LANES, form.width - r));
+      std::memcpy(numbers.data() + r, &wide, sizeof wide);
+    }
+    form.pack(numbers.data(), row.data(), codes.data());
+    const int64_t slot = to.slots[token], page_tokens = to.pages->tokens;
+    if (slot >= 0) std::memcpy(to.pages->at(slot / page_tokens, head, slot % page_tokens), row.data(), form.row_bytes);
+    if (!to.stored) return;
+    unpack(row.data(), form.row_bytes, form.tiers, form.num_tiers, form.width, 1, read.data(), read.size());
+    std::memcpy((T *)to.stored + (head * tokens + token) * form.width, read.data(), form.width * sizeof(T));
+  }
+
+  void make_room(const Packing &form) {
+    if (int64_t(codes.size()) < form.width) codes.resize(form.width), numbers.resize(form.width + LANES);
+    if (int64_t(row.size()) < form.row_bytes + CODES) row.resize(form.row_bytes + CODES);
+    if (int(read.size()) < pad(form.width, CODES) + CODES) read.resize(pad(form.width, CODES) + CODES);
+  }
+};
+
+// The same tokens of several storages.
+template <typename T>
+void store(const Storing *parts, int count, int64_t tokens, int threads) {
+  int64_t heads = 0, numbers = 0;
+  for (int i = 0; i < count; ++i) heads += parts[i].pages->heads, numbers += parts[i].pages->heads * tokens * parts[i].form->width;
+  threads = std::clamp<int64_t>(numbers / 4096, 1, threads);  // few numbers are not worth waking others
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<uint8_t> codes(form.width), row(form.row_bytes + CODES);
-    std::vector<float> numbers(form.width + LANES);
-    std::vector<T> read(pad(form.width, CODES) + CODES);
+    Storer<T> storer;
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < pages.heads * count; ++i) {
-      const int64_t head = i / count, token = i % count, slot = slots[token];
-      const T *from = x + head * head_stride + token * token_stride;
-      for (int r = 0; r < form.width; r += LANES) {
-        const Lanes wide = Numbers<float>::wide(from + r, std::min<int>(LANES, form.width - r));
-        std::memcpy(numbers.data() + r, &wide, sizeof wide);
-      }
-      form.pack(numbers.data(), row.data(), codes.data());
-      if (slot >= 0) std::memcpy(pages.at(slot / pages.tokens, head, slot % pages.tokens), row.data(), form.row_bytes);
-      if (!stored) continue;
-      unpack(row.data(), form.row_bytes, form.tiers, form.num_tiers, form.width, 1, read.data(), read.size());
-      std::memcpy(stored + i * form.width, read.data(), form.width * sizeof(T));
+    for (int64_t i = 0; i < heads * tokens; ++i) {
+      int64_t head = i / tokens;
+      const Storing *to = parts;
+      for (; head >= to->pages->heads; ++to) head -= to->pages->heads;
+      storer.store(*to, head, i % tokens, tokens);
     }
   }
 }
@@ -140,12 +173,8 @@ extern "C" void kvfold_pack(const Packing *form, const float *x, int64_t rows, u
   }
 }
 
-// x [heads, count, width] by strides of numbers, in bfloat16 or float32 as `stored` [heads, count, width] is, or null; slots [count]:
-// page * tokens + place, negative ones are left out.
-extern "C" void kvfold_store(int is_bfloat16, const Packing *form, const Pages *pages, const int64_t *slots, const void *x,
-                             int64_t head_stride, int64_t token_stride, int64_t count, void *stored, int threads) {
-  if (is_bfloat16)
-    store(*form, *pages, slots, (const bfloat16 *)x, head_stride, token_stride, count, (bfloat16 *)stored, threads);
-  else
-    store(*form, *pages, slots, (const float *)x, head_stride, token_stride, count, (float *)stored, threads);
+// Numbers in bfloat16 or float32, x and `stored` alike.
+extern "C" void kvfold_store(int is_bfloat16, const Storing *parts, int count, int64_t tokens, int threads) {
+  if (is_bfloat16) store<bfloat16>(parts, count, tokens, threads);
+  else store<float>(parts, count, tokens, threads);
 }

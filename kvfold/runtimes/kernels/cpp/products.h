@@ -156,33 +156,36 @@ void add(const typename Numbers<T>::Query *weights, int w_stride, const T *value
     add_once<T, ROWS, 1>(weights, w_stride, values + v, stride, std::min(STEP, width - v), tokens, sums + v, padded);
 }
 
+// STEPS steps of columns, of which `left` are there, made ready once for all rows.
+template <typename T, int STEPS>
+void add_columns(int rows, const typename Numbers<T>::Query *weights, int w_stride, const T *values, int64_t stride, int left,
+                 int tokens, float *sums, int padded, Lanes *strip) {
+  using N = Numbers<T>;
+  constexpr int PARTS = N::STEP / LANES, AT_ONCE = REGISTERS / 8;
+  Lanes *next_lanes = strip;
+  for (int s = 0; s < tokens; s += N::PAIR) {
+    const T *token = values + s * stride, *next = s + 1 < tokens ? token + stride : token;
+    for (int i = 0; i < STEPS; ++i, next_lanes += PARTS) {
+      __builtin_prefetch(token + (STEPS + i) * N::STEP);
+      __builtin_prefetch(next + (STEPS + i) * N::STEP);
+      N::columns(token + i * N::STEP, next + i * N::STEP, std::clamp(left - i * N::STEP, 0, N::STEP), next_lanes);
+    }
+  }
+  in_parts<AT_ONCE>(0, rows, [&](auto now, int row) {
+    add_strip<T, now, STEPS>(weights + row * w_stride, w_stride, strip, tokens, sums + int64_t(row) * padded, padded);
+  });
+}
+
 // Many rows: columns are made ready once for all of them.
 template <typename T>
 void add_many(int rows, const typename Numbers<T>::Query *weights, int w_stride, const T *values, int64_t stride, int width,
               int tokens, float *sums, int padded, Lanes *strip) {
-  using N = Numbers<T>;
-  constexpr int STEPS = STRIP * LANES / N::STEP, PARTS = N::STEP / LANES, AT_ONCE = REGISTERS / 8;
+  constexpr int STEP = Numbers<T>::STEP, STEPS = STRIP * LANES / STEP;
   int v = 0;
-  for (; v + STEPS * N::STEP <= width; v += STEPS * N::STEP) {
-    Lanes *next_lanes = strip;
-    for (int s = 0; s < tokens; s += N::PAIR) {
-      const T *token = values + s * stride + v, *next = s + 1 < tokens ? token + stride : token;
-      for (int i = 0; i < STEPS; ++i, next_lanes += PARTS) {
-        __builtin_prefetch(token + (STEPS + i) * N::STEP);
-        __builtin_prefetch(next + (STEPS + i) * N::STEP);
-        N::columns(token + i * N::STEP, next + i * N::STEP, N::STEP, next_lanes);
-      }
-    }
-    int row = 0;
-    for (; row + AT_ONCE <= rows; row += AT_ONCE)
-      add_strip<T, AT_ONCE, STEPS>(weights + row * w_stride, w_stride, strip, tokens, sums + int64_t(row) * padded + v, padded);
-    for (; row < rows; ++row)
-      add_strip<T, 1, STEPS>(weights + row * w_stride, w_stride, strip, tokens, sums + int64_t(row) * padded + v, padded);
-  }
-  for (; v < width; v += N::STEP)
-    for (int row = 0; row < rows; ++row)
-      add_once<T, 1, 1>(weights + row * w_stride, w_stride, values + v, stride, std::min(N::STEP, width - v), tokens,
-                        sums + int64_t(row) * padded + v, padded);
+  for (; v < width && v + STEPS * STEP <= padded; v += STEPS * STEP)
+    add_columns<T, STEPS>(rows, weights, w_stride, values + v, stride, width - v, tokens, sums + v, padded, strip);
+  for (; v < width; v += STEPS / 2 * STEP)
+    add_columns<T, STEPS / 2>(rows, weights, w_stride, values + v, stride, width - v, tokens, sums + v, padded, strip);
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ void rebuild(const Side &stored, const Rebuild &map, const int64_t *spans, int64
 #pragma omp parallel num_threads(threads)
   {
     const Tiles tiles(in_tiles<T>());
-    std::vector<Product<T>> numbers(int64_t(AT_ONCE) * stored.stride<Product<T>>());
+    Room<Product<T>> numbers = stored.room<Product<T>>(AT_ONCE);
     Rebuilding<T> rebuilding(map, stored.width, AT_ONCE);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < batch * stored.heads * chunks; ++task) {

@@ -122,7 +122,7 @@ struct Running {
     }
     Query *w = weights.data() + int64_t(row) * block;
     std::fill(s + tokens, s + pad(tokens, DEPTH), 0.0f);
-    for (int i = 0; i < pad(tokens, DEPTH); ++i) w[i] = Query(s[i]);
+    for (int i = 0; i < pad(tokens, DEPTH); i += LANES) put(load<Lanes>(s + i), w + i);
     float sum = 0;
     for (int lane = 0; lane < LANES; ++lane) sum += added[lane];
     const float shrink = std::exp(largest - highest);

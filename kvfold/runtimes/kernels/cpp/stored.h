@@ -92,9 +92,18 @@ struct Side {
     return apart<T>(pad(width, CODES) + CODES);
   }
 
+  // Of so many tokens; what lies behind their numbers is multiplied by zeros, and so has to be a number.
+  template <typename T>
+  Room<T> room(int tokens) const {
+    Room<T> made(size_t(tokens) * stride<T>());
+    for (T *row = made.data(), *const end = row + made.size(); row < end; row += stride<T>())
+      std::fill(row + width, row + stride<T>(), T(0.0f));
+    return made;
+  }
+
   // Rows of numbers, in `buffer` unless they can be used where they lie.
   template <typename T>
-  Tokens<T> numbers(int64_t row, int64_t head, int64_t start, int tokens, std::vector<T> &buffer) const {
+  Tokens<T> numbers(int64_t row, int64_t head, int64_t start, int tokens, Room<T> &buffer) const {
     if (as_they_lie && parts->narrow == (sizeof(T) == 2) && parts->together(start, tokens) == tokens && parts->aligned(sizeof(T)))
       return {parts->at<T>(row, head, start), parts->token_stride / int64_t(sizeof(T))};
     T *to = buffer.data();
