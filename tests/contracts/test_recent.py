@@ -10,6 +10,7 @@ from transformers import DynamicCache
 import kvfold
 from kvfold.compression.recipe import make_recipe
 from kvfold.errors import DataError, PlanError, RecipeError
+from kvfold.runtimes.kernels import cpu_maps, native
 from kvfold.runtimes.kernels.aged_attention import Aged, aged_attention, aged_attention_by_masks
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.testing import assert_close, relative_rms
@@ -60,6 +61,28 @@ CASES = [
     and (form != "absorbed-mixed" or model in ABSORBING)
 ]
 every_form = pytest.mark.parametrize(("model", "form"), CASES)
+
+
+def forget_library():
+    native.library.cache_clear()
+    cpu_maps._layout.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore:kv_budget")
+@pytest.mark.parametrize("form", FORMS)
+def test_without_a_compiler_torch_does_the_same(fold, form, monkeypatch):
+    """In float32, which the kernel would take."""
+    folded, ids = fold("bloom_alibi" if form == "absorbed-mixed" else "llama_mha", form), tokens(2, 24)
+    mask, positions, found = torch.ones_like(ids), torch.arange(24).expand(2, -1), []
+    for setting in ("1", "0"):
+        monkeypatch.setenv("KVFOLD_NATIVE", setting)
+        forget_library()
+        network = load(folded.out, dtype=torch.float32)
+        with torch.no_grad():
+            found.append(in_steps(network, ids, mask, positions, FoldedCache(folded.plan), [17, *range(18, 25)]))
+    monkeypatch.undo()
+    forget_library()
+    assert_close(*found, tolerance=1e-2, name="torch")  # a code may fall to the other side of a rounding
 
 
 @pytest.mark.filterwarnings("ignore:kv_budget")

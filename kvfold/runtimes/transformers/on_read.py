@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.runtimes.kernels import cpu_decode
+from kvfold.runtimes.kernels import cpu_decode, native
 from kvfold.runtimes.kernels.attention import kernels_for
 from kvfold.runtimes.kernels.dispatch import rotated_heads
 from kvfold.runtimes.kernels.packed_tokens import Stored, read, read_all
@@ -141,10 +141,12 @@ def heads_by_kernel(
 
 
 def _is_plain(projection: Any, dtype: torch.dtype) -> bool:
-    """Whether the kernel knows its numbers, and nobody has to see that it is used."""
+    """Whether there is a kernel that knows its numbers, and nobody has to see that it is used."""
     if type(projection) is not GroupedLinear or dtype not in kernels_for(projection.weight).DTYPES:
         return False
     if torch.is_grad_enabled() and projection.weight.requires_grad:
+        return False
+    if projection.weight.device.type == "cpu" and native.library() is None:
         return False
     hooked = hasattr(projection, "_hf_hook") or getattr(projection, "_forward_hooks", None)
     return not hooked and projection.weight.dtype == dtype and projection.weight.device.type in ("cpu", "cuda")
