@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from tiny import FULL_ATTENTION, MODELS, check_gradients_through_a_cache, in_steps, load, step, tokens
@@ -63,25 +65,31 @@ CASES = [
 every_form = pytest.mark.parametrize(("model", "form"), CASES)
 
 
-def forget_library():
-    native.library.cache_clear()
-    cpu_maps._layout.cache_clear()
+@pytest.fixture
+def with_kernel(monkeypatch):
+    """Leaves the kernel out or takes it in; other tests have it again."""
+
+    def set_to(setting):
+        monkeypatch.setenv("KVFOLD_NATIVE", setting)
+        native.library.cache_clear()
+        cpu_maps._layout.cache_clear()
+
+    before = os.environ.get("KVFOLD_NATIVE", "1")
+    yield set_to
+    set_to(before)
 
 
 @pytest.mark.filterwarnings("ignore:kv_budget")
 @pytest.mark.parametrize("form", FORMS)
-def test_without_a_compiler_torch_does_the_same(fold, form, monkeypatch):
+def test_without_a_compiler_torch_does_the_same(fold, form, with_kernel):
     """In float32, which the kernel would take."""
     folded, ids = fold("bloom_alibi" if form == "absorbed-mixed" else "llama_mha", form), tokens(2, 24)
     mask, positions, found = torch.ones_like(ids), torch.arange(24).expand(2, -1), []
     for setting in ("1", "0"):
-        monkeypatch.setenv("KVFOLD_NATIVE", setting)
-        forget_library()
+        with_kernel(setting)
         network = load(folded.out, dtype=torch.float32)
         with torch.no_grad():
             found.append(in_steps(network, ids, mask, positions, FoldedCache(folded.plan), [17, *range(18, 25)]))
-    monkeypatch.undo()
-    forget_library()
     assert_close(*found, tolerance=1e-2, name="torch")  # a code may fall to the other side of a rounding
 
 

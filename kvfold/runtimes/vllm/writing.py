@@ -22,15 +22,14 @@ class _Form(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """One side of a form: how many of its numbers, which are the last ones of what is made where they are `recent`."""
+    """One side of a form, and how many numbers it has."""
 
     form: _Form
     side: str
     width: int
-    recent: bool
 
     def of(self, x_CTE: Tensor) -> Tensor:
-        return by_age(x_CTE, self.width, self.width)[self.recent]
+        return by_age(x_CTE, self.width, self.width)[self.form.kind == RECENT]
 
 
 class PageWriter:
@@ -55,10 +54,9 @@ class PageWriter:
         return [_Form(RECENT, pages.kv_cache, get_forward_context().slot_mapping[pages.layer_name])]
 
     def _parts(self, form: _Form) -> Iterator[_Part]:
-        recent = form.kind == RECENT
-        spec = self.attention.spec.of_recent if recent else self.attention.spec.of_all
+        spec = self.attention.spec.of_recent if form.kind == RECENT else self.attention.spec.of_all
         for name, side in zip("kv", spec.sides, strict=True):
-            yield _Part(form, name, side.width, recent)
+            yield _Part(form, name, side.width)
 
     def _by_one_call(self, parts: Sequence[tuple[_Part, Tensor]]) -> list[Tensor | None] | None:
         """None where the device's kernel does not serve."""
