@@ -1,19 +1,23 @@
 """What caches of several folds of one model still know of a long context: a row per fold, and paired standard errors.
 
     python benchmarks/dropped_tokens.py MODEL FOLDED [FOLDED ...] --data FILE [--context 1024] [--sequences 16]
-        [--markdown FILE]
+        [--markdown FILE] [--rows FOLDER]
 
-Asks what `kvfold evaluate --context` asks. One JSON line last.
+Asks what `kvfold evaluate --context` asks. An interrupted command goes on behind the last fold whose rows are in FOLDER and
+younger than the fold. One JSON line last.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from kvfold.evaluation.context import Remembered, ask, compared, draw_samples
+from kvfold.checkpoint.atomic import write_text
+from kvfold.evaluation.context import Answers, Remembered, Sample, ask, compared, draw_samples
 from kvfold.evaluation.texts import check_original
 from kvfold.report.html import remembered
 from kvfold.report.table import Table
@@ -29,8 +33,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--markdown", type=Path, help="write the table here too")
+    parser.add_argument("--rows", type=Path, help="keep each fold's rows here")
     options = parser.parse_args()
-    for found in measure(options.model, options.folded, options.data, options.context, options.sequences):
+    for found in measure(options):
         text = table(found, options).markdown()
         if options.markdown:  # after every fold: some take a quarter of an hour
             options.markdown.write_text(text)
@@ -38,21 +43,45 @@ def main() -> None:
     print(json.dumps({name: [row.to_json() for row in rows] for name, rows in found.items()}))
 
 
-def measure(
-    model: str, folded: Sequence[str], data: Path, context: int, sequences: int
-) -> Iterator[dict[str, list[Remembered]]]:
-    """Rows of the folds so far, after each; the original answers once."""
-    base = load(model)
-    samples = draw_samples(base.tokenizer, data, length=context, sequences=sequences)
-    expected = ask(base.model, samples, "the original")
+def measure(options: argparse.Namespace) -> Iterator[dict[str, list[Remembered]]]:
+    """Rows of the folds so far, after each; the original answers once, if a fold has to be asked."""
+
+    @functools.cache
+    def original() -> tuple[list[Sample], list[Answers]]:
+        base = load(options.model)
+        samples = draw_samples(base.tokenizer, options.data, length=options.context, sequences=options.sequences)
+        return samples, ask(base.model, samples, "the original")
+
     found: dict[str, list[Remembered]] = {}
-    for folder in folded:
-        check_original(folder, model)
-        loaded = load(folder)
-        found[Path(folder).name] = compared(
-            samples, expected, ask(loaded.model, samples, Path(folder).name), loaded.plan
-        )
+    for folder in map(Path, options.folded):
+        check_original(folder, options.model)
+        found[folder.name] = kept(folder, options) or asked(folder, options, *original())
         yield found
+
+
+def asked(
+    folder: Path, options: argparse.Namespace, samples: list[Sample], expected: list[Answers]
+) -> list[Remembered]:
+    """A fold's rows, kept if wanted."""
+    loaded = load(folder)
+    rows = compared(samples, expected, ask(loaded.model, samples, folder.name), loaded.plan)
+    if options.rows:
+        options.rows.mkdir(parents=True, exist_ok=True)
+        write_text(rows_file(folder, options), json.dumps([dataclasses.asdict(row) for row in rows]))
+    return rows
+
+
+def kept(folder: Path, options: argparse.Namespace) -> list[Remembered]:
+    """Rows of a command before, of the same contexts of this fold; none where it was folded again since."""
+    file = rows_file(folder, options)
+    if not options.rows or not file.exists() or file.stat().st_mtime < (folder / "config.json").stat().st_mtime:
+        return []
+    return [Remembered(**row) for row in json.loads(file.read_text())]
+
+
+def rows_file(folder: Path, options: argparse.Namespace) -> Path:
+    """Named by all that the questions depend on."""
+    return Path(options.rows or ".") / f"{folder.name}-{options.data.stem}-{options.context}x{options.sequences}.json"
 
 
 def table(found: dict[str, list[Remembered]], options: argparse.Namespace) -> Table:

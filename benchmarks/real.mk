@@ -2,7 +2,7 @@
 
 .PHONY: results-real-frontier results-real-kivi results-real-auto results-real-ablation results-real-calibration \
   results-real-depth results-real-tasks results-real-tasks-three results-real-recall results-dropped results-scored \
-  results-scored-4096 results-published-4096 results-real-context results-reading results-read-some results-real-speed \
+  results-scored-4096 results-real-context results-reading results-read-some results-real-speed \
   results-real results-nats
 
 # On the real model (make real-models), each part by itself in about half an hour on two cores (kivi, which evaluation decodes
@@ -67,7 +67,9 @@ results-real-tasks-three: runs/auto-eighth
 results-real-recall: runs/auto-eighth
 	$(MAKE) results-recall MODEL=$(REAL) FOLDED=runs/auto-eighth LENGTHS=1024,4096
 
-# What caches that drop tokens still know of 1,024, beside others: make results-dropped VALID=... CALIBRATION=..., in 45 minutes
+# What caches that drop tokens still know of 1,024, beside others: make results-dropped VALID=... CALIBRATION=..., in 45 minutes.
+# Interrupted, these commands go on behind the last fold that was asked.
+ROWS := --rows runs/rows
 DROPPED := $(addprefix runs/dropped/,windows-quarter windows-eighth windows-quarter-int4 duo_attention-quarter streaming_llm-quarter int4 auto-sixteenth)
 runs/dropped/%: | $(VENV)/installed
 	$(BIN)/kvfold compress $(REAL) --preset $(firstword $(subst -, ,$*)) --context $(if $(findstring auto,$*),2048,1024) \
@@ -75,7 +77,7 @@ runs/dropped/%: | $(VENV)/installed
 	  --kv-budget $(if $(findstring quarter,$*),1/4,$(if $(findstring eighth,$*),1/8,1/16))) \
 	  --data $(CALIBRATION) --out $@ --run-dir runs/dropped-run
 results-dropped: $(DROPPED)
-	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 1024 --sequences 16 \
+	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 1024 --sequences 16 $(ROWS) \
 	  --markdown results/dropped-tokens-smollm2-135m.md
 
 # The same of caches that keep what a scorer chooses, ours and published ones: make results-scored VALID=... CALIBRATION=..., in an hour
@@ -88,21 +90,17 @@ runs/scored/%: | $(VENV)/installed
 	  $(if $(findstring turned,$*),--set width.method=orthogonal) $(if $(findstring windows,$*)$(findstring whole,$*),--set length.prompt=whole) \
 	  $(if $(findstring alone,$*),--set length.matched=false)
 results-scored: $(SCORED)
-	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 1024 --sequences 16 \
+	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 1024 --sequences 16 $(ROWS) \
 	  --markdown results/scored-tokens-smollm2-135m.md
 
-# And of 4,096 tokens, by the same folds and by one whose shares were measured there (half an hour), in an hour and a half
+# And of 4,096 tokens, by the same folds and by one whose shares were measured there (half an hour), in a night
 runs/scored/observed-4096: | $(VENV)/installed
 	$(BIN)/kvfold compress $(REAL) --preset observed --kv-budget 1/4 --context 4096 --seq-len 4096 --num-samples 4 \
 	  --data $(CALIBRATION) --out $@ --run-dir runs/dropped-run
-results-scored-4096: $(addprefix runs/scored/,observed-4096 observed-quarter foreseen-quarter windows-quarter)
-	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 4096 --sequences 16 \
+FOLDS_4096 := observed-4096 observed-quarter foreseen-quarter windows-quarter $(RULES:%=%-quarter)
+results-scored-4096: $(addprefix runs/scored/,$(FOLDS_4096))
+	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 4096 --sequences 16 $(ROWS) \
 	  --markdown results/scored-tokens-4096-smollm2-135m.md
-
-# The same of published scorers, of half as many contexts, in an hour (without kvzip, which takes hours, h2o and knorm)
-results-published-4096: $(addprefix runs/scored/,$(addsuffix -quarter,snapkv expected_attention tova keydiff))
-	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 4096 --sequences 8 \
-	  --markdown results/published-tokens-4096-smollm2-135m.md
 
 # What a thirty-second of the bytes still knows of 4,096 tokens, by the length of calibration text: make results-real-context VALID=...
 # CALIBRATION=..., in an hour and a half
@@ -111,7 +109,7 @@ runs/context/%: | $(VENV)/installed
 	$(BIN)/kvfold compress $(REAL) --kv-budget 1/32 --context 4096 --data $(CALIBRATION) --out $@ --run-dir runs/context-run \
 	  --seq-len $(word 2,$(subst -, ,$*)) --num-samples $(word 3,$(subst -, ,$*))
 results-real-context: $(LONG)
-	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 4096 --sequences 16 \
+	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 4096 --sequences 16 $(ROWS) \
 	  --markdown results/context-4096-smollm2-135m.md
 
 # What steps lose that read some of the stored tokens: make results-reading VALID=... CALIBRATION=..., in 40 minutes
@@ -121,7 +119,7 @@ runs/reading/%: | $(VENV)/installed
 	  $(if $(word 3,$(subst -, ,$*)),--set length.leading=$(word 3,$(subst -, ,$*))) $(if $(findstring lead,$*)$(findstring sampled,$*),--kv-budget 1) \
 	  --data $(CALIBRATION) --out $@ --run-dir runs/reading-run
 results-reading: $(READ)
-	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 1024 --sequences 8 --markdown results/reading-smollm2-135m.md
+	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 1024 --sequences 8 $(ROWS) --markdown results/reading-smollm2-135m.md
 
 # A decode step of two layers of Llama-3-8B's shape that reads some of 16,384 stored tokens
 LEAD := lead:length.leading=16,kv_budget=1.0

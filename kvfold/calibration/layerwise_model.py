@@ -21,7 +21,8 @@ from kvfold.calibration.statistics import Seen
 from kvfold.checkpoint.reader import Checkpoint
 from kvfold.checkpoint.source import source_dtype
 from kvfold.plan.layer import AttentionLayer
-from kvfold.runtimes.kernels.aged_attention import Aged, aged_attention, prefill_by_age
+from kvfold.runtimes.kernels.aged_attention import Aged, aged_attention
+from kvfold.runtimes.kernels.aged_prefill import prefill_by_age
 from kvfold.runtimes.kernels.attention import grouped_attention, prefill_attention
 from kvfold.runtimes.kernels.rotary import tables_of
 

@@ -51,6 +51,15 @@ Rounds = Annotated[int, typer.Option(help="How often every engine answers.", min
 Compiled = Annotated[
     bool, typer.Option("--compiled", help="Compiled as `vllm serve` does: minutes per engine.", rich_help_panel=ENGINE)
 ]
+Batched = Annotated[
+    int | None,
+    typer.Option(
+        help="Prompt tokens of one step; the engine's own number if not given.",
+        min=1,
+        show_default=False,
+        rich_help_panel=ENGINE,
+    ),
+]
 Picture = Annotated[Path | None, typer.Option(help="Picture to write (.svg).", show_default=False)]
 Markdown = Annotated[Path | None, typer.Option(help="Table to write (.md).", show_default=False)]
 
@@ -70,6 +79,7 @@ def command(
     engine: EngineName = "transformers",
     rounds: Rounds = 3,
     compiled: Compiled = False,
+    max_num_batched_tokens: Batched = None,
     threads: Annotated[int, typer.Option(help="On a CPU; 0 leaves it to torch.", min=0)] = 0,
     plot: Picture = None,
     markdown: Markdown = None,
@@ -99,11 +109,13 @@ def command(
             "tokens": steps,
             "memory": parse_size(memory or "1GiB"),
             "compiled": compiled,
+            "max_num_batched_tokens": max_num_batched_tokens,
         }
         _report(_requests(folded or [], geometry, **what, engine=engine, rounds=rounds, **sizes), plot, markdown)
         return
-    if compiled:
-        raise RecipeError(f"--compiled goes with an engine that serves requests, not with {engine}.")
+    for option, given in (("--compiled", compiled), ("--max-num-batched-tokens", max_num_batched_tokens)):
+        if given:
+            raise RecipeError(f"{option} goes with an engine that serves requests, not with {engine}.")
     from kvfold.evaluation.speed import bench
 
     room = parse_size(memory) if memory else None

@@ -67,12 +67,14 @@ def measure(
     rounds: int = 3,
     dtype: str = "auto",
     compiled: bool = False,
+    max_num_batched_tokens: int | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> ThroughputBenchmark:
     """`requests` random prompts of `prompt` tokens, each answered with `tokens` tokens, from a cache of `memory` bytes.
 
     Folders by label, the original first; facts: for the table's title. `engine`: a runtime that serves requests. In another
-    `dtype` than the checkpoint's every cache holds as many tokens as `memory` holds in that. Raises KvfoldError where the
+    `dtype` than the checkpoint's every cache holds as many tokens as `memory` holds in that. `max_num_batched_tokens`: of
+    prompts in one step; None leaves it to the engine. Raises KvfoldError where the
     engine is not installed, or where a cache does not hold one request.
     """
     plans = {label: load_plan(folder)[0] for label, folder in folders.items()}
@@ -84,7 +86,12 @@ def measure(
             )
     engines = {
         label: runtime(engine).engine(
-            folders[label], length=prompt + tokens, memory=_memory(plan, memory, dtype), dtype=dtype, compiled=compiled
+            folders[label],
+            length=prompt + tokens,
+            memory=_memory(plan, memory, dtype),
+            dtype=dtype,
+            compiled=compiled,
+            max_num_batched_tokens=max_num_batched_tokens,
         )
         for label, plan in plans.items()
     }
@@ -98,6 +105,7 @@ def measure(
     described = {"engine": first.name, "requests": requests, "prompt": prompt, "new_tokens": tokens}
     described |= {"cache_bytes": memory, "counted_in": next(iter(plans.values())).dtype}
     described |= {"rounds": rounds, "dtype": first.dtype, "compiled": compiled}
+    described |= {"max_num_batched_tokens": first.max_num_batched_tokens}
     rows = tuple(_row(label, folders[label], engines[label].cache_tokens, found[label]) for label in engines)
     return ThroughputBenchmark(settings=described | dict(facts or {}), rows=rows)
 

@@ -38,9 +38,19 @@ class Runtime(ABC):
         """The command line that serves a folder, None where there is none."""
         return None
 
-    def engine(self, folder: Path, *, length: int, memory: int, dtype: str, compiled: bool = False) -> Any:
+    def engine(
+        self,
+        folder: Path,
+        *,
+        length: int,
+        memory: int,
+        dtype: str,
+        compiled: bool = False,
+        max_num_batched_tokens: int | None = None,
+    ) -> Any:
         """An engine with `memory` bytes of cache for sequences of up to `length` tokens (runtimes/vllm/engine.py says what it
-        can do), `compiled` where it is served so. Raises KvfoldError where it is not installed."""
+        can do), `compiled` where it is served so, with up to `max_num_batched_tokens` in a step. Raises KvfoldError where it
+        is not installed."""
         raise NotImplementedError("only where measured_by = requests")
 
 

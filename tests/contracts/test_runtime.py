@@ -102,7 +102,8 @@ def test_recent_tokens_in_a_finer_form_equal_the_oracle(shape, quantized, rope, 
         bits = ("k_bits", R, 3), ("v_bits", V, 3), ("k_recent_bits", more[0], 6), ("v_recent_bits", more[1], 6)
         fields |= {name: _format(width, b, "exponent") for name, width, b in bits}
         fields |= {"stored_bias": True, "k_offset": rope == "on_read" and k_projection}
-    monkeypatch.setattr("kvfold.runtimes.kernels.aged_attention.QUERIES_AT_ONCE", 4)
+    for file in ("aged_attention", "aged_prefill"):
+        monkeypatch.setattr(f"kvfold.runtimes.kernels.{file}.QUERIES_AT_ONCE", 4)
     dtype, tolerance = (torch.float64, 1e-3) if quantized else (torch.float32, None)
     _compare_with_the_oracle(monkeypatch, shape, True, rope, implementation, dtype=dtype, tolerance=tolerance, **fields)
 

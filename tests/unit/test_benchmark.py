@@ -113,5 +113,6 @@ def test_mistakes_are_named():
     for command in (["bench"], ["bench", "x"], ["bench", "x", "--against", "y", "--shape", "llama2-7b"]):
         with pytest.raises(RecipeError, match="give folders and --against MODEL, or --shape"):
             CliRunner().invoke(app, command, catch_exceptions=False)
-    with pytest.raises(RecipeError, match="--compiled goes with an engine that serves requests, not with transformers"):
-        CliRunner().invoke(app, ["bench", "x", "--against", "y", "--compiled"], catch_exceptions=False)
+    for option in (["--compiled"], ["--max-num-batched-tokens", "128"]):
+        with pytest.raises(RecipeError, match=f"{option[0]} goes with an engine that serves requests, not with transf"):
+            CliRunner().invoke(app, ["bench", "x", "--against", "y", *option], catch_exceptions=False)

@@ -15,8 +15,7 @@ from kvfold.plan.number_format import tokens_at_once
 from kvfold.runtimes.kernels.attention import (
     Piece,
     RunningSoftmax,
-    additive,
-    prefill_attention,
+    additive_rows,
     scores_of,
     softmax,
     weighted,
@@ -108,7 +107,7 @@ def aged_attention(
     for first in range(0, T, QUERIES_AT_ONCE):
         last = min(first + QUERIES_AT_ONCE, T)
         some = tuple(x[:, :, first:last] for x in q)
-        seen = _rows(mask, T, S, first, last, q[0])
+        seen = additive_rows(mask, T, S, first, last, q[0])
         parts.append(_aged_rows(some, keys, values, seen, S - T + first, width, elements, scale, softcap, sinks))
     return torch.cat(parts, dim=1)
 
@@ -161,40 +160,6 @@ def _of_age(
     return fine if near else ~fine
 
 
-def prefill_by_age(
-    q_BNTH: Tensor,
-    keys: tuple[Tensor, Tensor],
-    values: tuple[Tensor, Tensor],
-    mask: Tensor | None,
-    *,
-    recent: int,
-    scale: float,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """The same for many queries over the source's far and near heads, [B, K, S, H] and [B, K, n, H], by torch's fused kernel:
-    QUERIES_AT_ONCE at a time, over what one of them sees far and behind it what one of them sees near."""
-    T, S = q_BNTH.shape[2], keys[0].shape[2]
-    shift, parts = keys[1].shape[2] - S, []
-    for first in range(0, T, QUERIES_AT_ONCE):
-        last = min(first + QUERIES_AT_ONCE, T)
-        position, end = S - T + first, S - T + last
-        old, new = max(end - recent, 0), max(position - recent + 1, 0)
-        k, v = (
-            torch.cat([far[:, :, :old], near[:, :, new + shift : end + shift]], dim=2) for far, near in (keys, values)
-        )
-        every = torch.arange(end, device=q_BNTH.device)
-        tokens = torch.cat([every[:old], every[new:]])
-        is_near = torch.arange(len(tokens), device=tokens.device) >= old
-        other = (every[position:, None] - tokens < recent) != is_near
-        seen = _rows(mask, T, S, first, last, q_BNTH)
-        bias = q_BNTH.new_zeros(1, end) if seen is None else seen.to(q_BNTH.dtype)
-        bias = torch.cat([bias[..., :old], bias[..., new:end]], dim=-1).masked_fill(
-            other, torch.finfo(q_BNTH.dtype).min
-        )
-        parts.append(prefill_attention(q_BNTH[:, :, first:last], k, v, bias, scale=scale, sinks=sinks))
-    return torch.cat(parts, dim=1)
-
-
 def beside(far: Tensor, near: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Far numbers as the first and near ones as the last of `width`, the others being 0."""
     return F.pad(far, (0, width - far.shape[-1])), F.pad(near, (width - near.shape[-1], 0))
@@ -227,11 +192,3 @@ def aged_attention_by_masks(
     old, new = beside(old, new, width)
     out = old + new
     return out.to(q[0].dtype).transpose(1, 2), probs
-
-
-def _rows(mask: Tensor | None, T: int, S: int, first: int, last: int, like: Tensor) -> Tensor | None:
-    """Of queries first:last out of T what is added to their scores; none where they see all that came before them."""
-    if mask is not None:
-        return additive(mask[..., first:last, :], last - first, S, 0, S, like)
-    seen = S - T + last
-    return additive(None, last - first, seen, 0, seen, like)

@@ -219,6 +219,14 @@ def additive(mask: Tensor | None, T: int, S: int, start: int, end: int, like: Te
     return torch.zeros(seen.shape, dtype=exact(like), device=like.device).masked_fill(~seen, lowest)
 
 
+def additive_rows(mask: Tensor | None, T: int, S: int, first: int, last: int, like: Tensor) -> Tensor | None:
+    """Of queries first:last out of T what is added to their scores; none where they see all that came before them."""
+    if mask is not None:
+        return additive(mask[..., first:last, :], last - first, S, 0, S, like)
+    seen = S - T + last
+    return additive(None, last - first, seen, 0, seen, like)
+
+
 def mask_of(
     hidden_BTD: Tensor, mask: Tensor | None, alibi: Tensor | None, position_bias: Tensor | None, heads: int
 ) -> Tensor | None:
@@ -257,13 +265,12 @@ def prefill_attention(
     """Many query tokens: torch's fused kernel, on heads and widths made equal for the duration of this call."""
     if sinks is not None:
         q_BNTR, k_BKSR, y_BUSV, mask = sink_tokens(q_BNTR, k_BKSR, y_BUSV, mask, sinks, scale)
-    N, T, R = q_BNTR.shape[1:]
+    N, T = q_BNTR.shape[1:3]
     K, U, V = k_BKSR.shape[1], y_BUSV.shape[1], y_BUSV.shape[3]
     # with a mask, torch shares heads between queries only in its slow kernel; transformers repeats them there as well
     heads = N if mask is not None else K if K % U == 0 else U if U % K == 0 else N
-    k_BKSR, y_BUSV = _repeat_heads(k_BKSR, heads), _repeat_heads(y_BUSV, heads)
-    width = max(R, V)
-    q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q_BNTR, k_BKSR, y_BUSV))
+    k_BKSR, y_BUSV = repeat_heads(k_BKSR, heads), repeat_heads(y_BUSV, heads)
+    q, k, v = as_wide(q_BNTR, k_BKSR, y_BUSV)
     causal = mask is None and T > 1
     assert not causal or k.shape[2] == T, "a prompt that continues a cache needs a mask"
     out = F.scaled_dot_product_attention(
@@ -272,7 +279,14 @@ def prefill_attention(
     return out[..., :V].transpose(1, 2)
 
 
-def _repeat_heads(x_BCSR: Tensor, heads: int) -> Tensor:
+def as_wide(*heads: Tensor) -> list[Tensor]:
+    """Heads whose last numbers are 0 where others have more, as torch's fused kernels want them."""
+    width = max(x.shape[-1] for x in heads)
+    return [F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in heads]
+
+
+def repeat_heads(x_BCSR: Tensor, heads: int) -> Tensor:
+    """Each head as often in a row as queries read it."""
     repeats = heads // x_BCSR.shape[1]
     return x_BCSR if repeats == 1 else x_BCSR.repeat_interleave(repeats, dim=1)
 

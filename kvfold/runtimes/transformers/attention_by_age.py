@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.kernels import aged_kernels, cpu_decode
-from kvfold.runtimes.kernels.aged_attention import attend_by_age, beside, prefill_by_age
+from kvfold.runtimes.kernels.aged_attention import attend_by_age, beside
+from kvfold.runtimes.kernels.aged_prefill import prefill_by_age
 from kvfold.runtimes.kernels.attention import kernels_for
 from kvfold.runtimes.kernels.cpu_layer import Steps
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, roundtrip

@@ -68,8 +68,13 @@ class Batch:
         """Of rows that hold what the queries may see."""
         return self.width if window is None else min(self.width, self.queries + window - 1)
 
+    def sees_all(self, window: int | None) -> bool:
+        """Whether every query sees all that came before it in its row, of which nothing is padding."""
+        S = self.width_of(window)
+        return min(self.lengths) >= S and (window is None or window >= S)
+
     def mask(self, window: int | None) -> Tensor | None:
-        """[B, 1, T, S] of what queries see, None where that is all that came before them."""
+        """[B, 1, T, S] of what queries see, None where that is all that came before them, which torch's kernel knows."""
         return self.once(("mask", window), lambda: self._mask(window))
 
     def once(self, name: Any, make: Callable[[], Any]) -> Any:
@@ -80,14 +85,13 @@ class Batch:
 
     def _mask(self, window: int | None) -> Tensor | None:
         S, T = self.width_of(window), self.queries
+        if T in (1, S) and self.sees_all(window):
+            return None
         lengths = torch.tensor(self.lengths, device=self.tables_Bp.device)[:, None, None, None]
         keys = torch.arange(S, device=lengths.device)
         queries = torch.arange(S - T, S, device=lengths.device)[:, None]
-        seen = causal = (keys <= queries) & (keys >= 0 * lengths)
-        seen = seen & (keys >= S - lengths)
-        if window is not None:
-            seen = seen & (keys > queries - window)
-        return None if T in (1, S) and torch.equal(seen, causal) else seen
+        seen = (keys <= queries) & (keys >= S - lengths)
+        return seen if window is None else seen & (keys > queries - window)
 
 
 def batches(starts: Sequence[int], lengths: Sequence[int], tables: Tensor, *, in_place: bool = False) -> list[Batch]:

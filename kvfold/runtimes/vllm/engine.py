@@ -12,9 +12,18 @@ from kvfold.errors import KvfoldError
 
 class Engine:
     """`name`: engine and version. `dtype`: of its numbers. `compiled`: as `vllm serve` does, which takes minutes.
-    `cache_tokens`: how many tokens its cache holds."""
+    `cache_tokens`: how many tokens its cache holds; those in a finer form are held of `max_num_batched_tokens` at a time."""
 
-    def __init__(self, folder: Path, *, length: int, memory: int, dtype: str, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        length: int,
+        memory: int,
+        dtype: str,
+        compiled: bool = False,
+        max_num_batched_tokens: int | None = None,
+    ) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engines in this process, so that they never run at once
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
@@ -30,12 +39,14 @@ class Engine:
             max_model_len=length,
             kv_cache_memory_bytes=memory,
             enforce_eager=not compiled,
+            max_num_batched_tokens=max_num_batched_tokens,
             skip_tokenizer_init=True,
             disable_log_stats=False,
             **share,
         )
         config = self.llm.llm_engine.vllm_config
         self.name, self.dtype = f"vllm {vllm.__version__}", str(config.model_config.dtype).removeprefix("torch.")
+        self.max_num_batched_tokens = config.scheduler_config.max_num_batched_tokens
         cache = config.cache_config
         self.cache_tokens = cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size
 

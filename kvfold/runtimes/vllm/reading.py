@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.runtimes.kernels import cpu_decode, gpu, native
-from kvfold.runtimes.kernels.aged_attention import prefill_by_age
+from kvfold.runtimes.kernels.aged_prefill import prefill_by_age
 from kvfold.runtimes.kernels.attention import kernels_for, prefill_attention
 from kvfold.runtimes.kernels.cpu_layer import Asked, Form, LayerReader
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS
@@ -128,16 +128,16 @@ class PageReader:
         heads = self._heads(kind, far, batch, kind, q_BNTH.dtype)
         if heads is None or attention.layer.softcap is not None:
             return None
-        mask = attention._mask(batch)
         if not spec.recent:
-            return prefill_attention(q_BNTH, *heads, mask, scale=attention.scaling)
+            return prefill_attention(q_BNTH, *heads, attention._mask(batch), scale=attention.scaling)
         pages = attention.pages.recent
         near = self._heads(RECENT, pages.kv_cache, pages.batch(place), spec.recent, q_BNTH.dtype)
         if near is None:
             return None
         (far_k, far_v), (near_k, near_v) = heads, near
-        keys, values, sizes = (far_k, near_k), (far_v, near_v), {"recent": spec.recent, "scale": attention.scaling}
-        return prefill_by_age(q_BNTH, keys, values, mask, **sizes)
+        plain = attention.slopes_N is None and batch.sees_all(kind)
+        keys, values, mask = (far_k, near_k), (far_v, near_v), None if plain else attention._mask(batch)
+        return prefill_by_age(q_BNTH, keys, values, mask, recent=spec.recent, scale=attention.scaling)
 
     def _heads(
         self, kind: Kind, pages: Tensor, batch: Batch, window: int | None, dtype: torch.dtype

@@ -56,10 +56,10 @@ class Vllm(Runtime):
     def serve_command(self, folder: str | Path) -> str:
         return f"vllm serve {folder}"
 
-    def engine(self, folder: Path, *, length: int, memory: int, dtype: str, compiled: bool = False) -> Any:
+    def engine(self, folder: Path, **settings: Any) -> Any:
         from kvfold.runtimes.vllm.engine import Engine
 
-        return Engine(folder, length=length, memory=memory, dtype=dtype, compiled=compiled)
+        return Engine(folder, **settings)
 
 
 def is_packed(plan: CachePlan) -> bool:
