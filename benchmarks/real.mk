@@ -81,7 +81,7 @@ results-dropped: $(DROPPED)
 	  --markdown results/dropped-tokens-smollm2-135m.md
 
 # The same of caches that keep what a scorer chooses, ours and published ones: make results-scored VALID=... CALIBRATION=..., in an hour
-RULES := kvzip snapkv h2o expected_attention tova keydiff knorm
+RULES := kvzip snapkv adakv pyramidkv h2o expected_attention tova keydiff knorm
 OBSERVED := observed-quarter observed-quarter-alone observed-eighth observed-quarter-int4 observed-quarter-int4-turned
 SCORED := $(addprefix runs/scored/,$(OBSERVED) foreseen-quarter foreseen-quarter-whole windows-quarter $(RULES:%=%-quarter))
 runs/scored/%: | $(VENV)/installed

@@ -42,11 +42,13 @@ from kvfold.plan.token_runs import FORESEEN
 from kvfold.runtimes.reference import alibi_slope
 from kvfold.runtimes.scorers.base import Prompt, Scorer
 
-FORGETTING_VERSION = 7
+FORGETTING_VERSION = 8
 """To be raised when curves are computed differently, so that old ones on disk are not taken for new ones."""
 
 SHARES = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
 """Of the context, for which curves have points."""
+KINDS = ("ordinary", "repeated", "missed")
+"""Of curves, in a file."""
 PASSAGE = 32
 """Tokens that are repeated in a row."""
 QUERIES = 128
@@ -61,10 +63,12 @@ States = tuple[Tensor, Tensor, Tensor]
 @dataclass(frozen=True)
 class Forgetting:
     """Of every layer, key/value head and share (SHARES): nats per token, of ordinary text and of text that is repeated;
-    smaller shares never cost less. worth_LCD: what says of a layer's input what a token will be worth, where that decides."""
+    smaller shares never cost less. missed_LCn: what tokens that would be dropped are worth by the scorer's own count, per
+    context, where one chooses. worth_LCD: what says of a layer's input what a token will be worth, where that decides."""
 
     ordinary_LCn: Tensor
     repeated_LCn: Tensor
+    missed_LCn: Tensor | None = None
     worth_LCD: Tensor | None = None
 
     def nats_LCn(self, recall: float) -> Tensor:
@@ -86,7 +90,7 @@ class _Curves:
 
     def __init__(self, layer: AttentionLayer, sinks: int, choice: Choice | None, output: Output) -> None:
         self.layer, self.sinks, self.choice, self.output = layer, sinks, choice, output
-        self.sum_2Cn = torch.zeros(2, layer.num_kv_heads, len(SHARES), dtype=torch.float64)
+        self.sum_kCn = torch.zeros(1, layer.num_kv_heads, len(SHARES), dtype=torch.float64)
         self.rows = 0
         self.worth_CD: Tensor | None = None
 
@@ -100,14 +104,14 @@ class _Curves:
         """One sequence."""
         self._add(costs(self.layer, *states, gradient_NTH, self.sinks, self.choice, self.output))
 
-    def _add(self, found_2Cn: Tensor) -> None:
-        self.sum_2Cn = self.sum_2Cn.to(found_2Cn.device) + found_2Cn
+    def _add(self, found_kCn: Tensor) -> None:
+        self.sum_kCn = self.sum_kCn.to(found_kCn.device) + found_kCn
         self.rows += 1
 
     def gather(self) -> None:
         """Finish, with what other processes saw."""
-        rows = processes.summed(torch.tensor(float(self.rows), device=self.sum_2Cn.device))
-        self.sum_2Cn = (processes.summed(self.sum_2Cn) / rows).cpu()
+        rows = processes.summed(torch.tensor(float(self.rows), device=self.sum_kCn.device))
+        self.sum_kCn = (processes.summed(self.sum_kCn) / rows).cpu()
 
 
 class _Foreseen(_Curves):
@@ -154,15 +158,15 @@ def forgetting(
         _measure(source, with_repetition(contexts_BT, seed), folder, device, seed, sinks, choice)
         if not processes.rank():
             curves = [load_file(layer_file(folder, layer.index)) for layer in source.layers]
-            nats_L2Cn = torch.stack([seen["sum"] for seen in curves]).flip(-1).cummax(-1).values.flip(-1)
-            kinds = {"ordinary": nats_L2Cn[:, 0].contiguous(), "repeated": nats_L2Cn[:, 1].contiguous()}
+            lost_kLCn = torch.stack([seen["sum"] for seen in curves], dim=1).flip(-1).cummax(-1).values.flip(-1)
+            kinds = {kind: lost_LCn.clone() for kind, lost_LCn in zip(KINDS, lost_kLCn, strict=False)}
             worth = [seen["worth"] for seen in curves if "worth" in seen]
             write_tensors(file, kinds | ({"worth": torch.stack(worth)} if worth else {}), {})
             for layer in source.layers:
                 layer_file(folder, layer.index).unlink()
         processes.wait_for_all()
     found = load_file(file)
-    return Forgetting(found["ordinary"], found["repeated"], found.get("worth"))
+    return Forgetting(*(found.get(kind) for kind in (*KINDS, "worth")))
 
 
 def with_repetition(contexts_BT: Tensor, seed: int = 0) -> Tensor:
@@ -189,7 +193,7 @@ def _measure(
         seen.gather()
         worth = {} if seen.worth_CD is None else {"worth": seen.worth_CD.cpu().contiguous()}
         if not processes.rank():
-            write_tensors(layer_file(folder, seen.layer.index), {"sum": seen.sum_2Cn.contiguous()} | worth, {})
+            write_tensors(layer_file(folder, seen.layer.index), {"sum": seen.sum_kCn.contiguous()} | worth, {})
 
     def curves_of(layer: AttentionLayer) -> _Curves:
         @functools.cache
@@ -216,11 +220,12 @@ def costs(
     output: Output | None = None,
     worth_KS: Tensor | None = None,
 ) -> Tensor:
-    """[2, K, n] of one sequence, of which the second half repeats the first: of queries of the first half, and of the second.
-    n counts SHARES. output: where there is a choice, gives how values come into the residual stream. worth_KS: what tokens of
-    the first half were said to be worth, where that chooses."""
+    """[2 or 3, K, n] of one sequence, of which the second half repeats the first: of queries of the first half, of the
+    second, and, where there is a choice, what is missed (`_missed`). n counts SHARES. output: where there is a choice, gives
+    how values come into the residual stream. worth_KS: what tokens of the first half were said to be worth, where that
+    chooses."""
     S, K = k_KTH.shape[1] // 2, layer.num_kv_heads
-    found = []
+    found, missed = [], []
     for start, end in ((S // 2, S), (S, 2 * S)):
         at_M = torch.arange(start, end, max((end - start) // QUERIES, 1), device=q_NTH.device)
         states = (q_NTH[:, :end], k_KTH[:, :end], v_KTH[:, :end])
@@ -231,12 +236,23 @@ def costs(
             states_of_all = (q_NTH, k_KTH, v_KTH)
             worth = _scored(layer, states_of_all, start, choice, output) if worth_KS is None else worth_KS[:, :start]
             needed, context = _ranked(worth, choice.newest, sinks), start
+            missed = [_missed(worth, needed, sinks)]
             needed = F.pad(needed, (0, end - start))[:, None]
         change_nNMH = _changes(layer, states[0][:, at_M], *states[1:], at_M, needed, context, sinks)
         felt_nNM = (change_nNMH * gradient_NTH[:, at_M]).sum(-1, dtype=torch.float64)
         felt_nKM = felt_nNM.unflatten(1, (K, -1)).sum(2)  # the queries of a head miss the same tokens
         found.append(felt_nKM.square().mean(-1).T / 2)
-    return torch.stack(found)
+    return torch.stack(found + missed)
+
+
+def _missed(worth_KT: Tensor, needed_KT: Tensor, sinks: int) -> Tensor:
+    """[K, n]: what tokens of a prompt that do not stay are worth in sum, above the least of the layer's. Where its heads
+    compete for tokens, those with the most to miss get them (Ada-KV, arXiv 2407.11550)."""
+    T = worth_KT.shape[1]
+    worth_KT = worth_KT.double() - worth_KT.double().min()
+    room_n = torch.tensor([max(share * T - sinks, 0) if share < 1 else math.inf for share in SHARES])
+    needed_KT = torch.where(torch.arange(T, device=worth_KT.device) < sinks, 0, needed_KT)
+    return (worth_KT[:, None] * (needed_KT[:, None] > room_n.to(worth_KT.device)[:, None])).sum(-1)
 
 
 def _changes(

@@ -217,10 +217,12 @@ def _folds(request: Request, groups: Groups, plan: CachePlan, forgetting: Forget
 
 
 def _forgetting(material: Material, length: Any) -> tuple[Forgetting | None, Tensor | None]:
-    """What forgetting costs, as a method that drops tokens chooses them; and [L, K, n], as it weighs heads by it."""
+    """What forgetting costs, as a method that drops tokens chooses them; and [L, K, n], by which it weighs heads."""
     if not (length.weighs_heads or length.foresees):
         return None, None
     found = material.forgetting(length.sinks, Choice(length.scorer, length.newest) if length.scorer else None)
+    if length.competes:
+        return found, found.missed_LCn
     return found, found.nats_LCn(length.recall) if length.weighs_heads else None
 
 

@@ -142,6 +142,11 @@ PRESETS = {
         "as snapkv, with fewer tokens from layer to layer (PyramidKV, arXiv 2406.02069)",
         {"length": {"method": "scored", "rule": "snapkv", "sharing": "pyramid"}},
     ),
+    "adakv": Preset(
+        "as snapkv, with heads of a layer that compete for its tokens by what they attend to; how many a head gets by"
+        " calibration text, where the paper's compete in every prompt (after Ada-KV, arXiv 2407.11550)",
+        {"length": {"method": "scored", "rule": "snapkv", "sharing": "ada"}, "calibration": {"data": "self"}},
+    ),
     "h2o": _scored("h2o", "what got the most attention from all queries of a prompt (H2O, arXiv 2306.14048)"),
     "tova": _scored("tova", "what the last query of a prompt attends to (TOVA, arXiv 2401.06104)"),
     "expected_attention": _scored(

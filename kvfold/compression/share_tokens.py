@@ -25,6 +25,8 @@ SHARES_TRIED = (1.0, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16)
 """Of the tokens, in the mean over heads, where nobody says how many stay."""
 ROOM_FOR_ALL = 2.0
 """Of the original's bytes: where every token stays, what stands beside it may take more than all of them."""
+SAFEGUARD = 0.2
+"""Of the mean of its layer, what a head keeps where heads compete (Ada-KV)."""
 MOST_RUNS = 4
 """In one layer: each is read by a call of its own."""
 
@@ -59,7 +61,7 @@ def check_tokens(request: Request, kv_budget: float | None, *, in_nats: bool) ->
         return
     if kv_budget is None:
         raise RecipeError("say how many tokens stay: --kv-budget 1/4 or --set length.kept=0.25, for example.")
-    if leaves_open(request) and not (in_nats and method.weighs_heads):
+    if leaves_open(request) and not (in_nats and method.weighs_heads and not method.competes):
         raise RecipeError(
             "this method can store several sizes and drop tokens; say how many stay (--set length.kept=0.5, for example), or"
             " choose methods that count both in nats: width.method=fisher and length.sharing=measured, or allocate=measured."
@@ -132,17 +134,35 @@ def share_tokens(
             f"kv_budget {asked:.4g} is out of reach: every head keeps {sizes[0]} of {context:,} tokens at least,"
             f" {least:.3g} of them. Ask for more, count bytes over more tokens (--context), or lower length.newest."
         )
-    if curves is None:
+    known = np.array(shares) * context
+    if curves is not None and not method.competes:
+        kept = _by_cost(dropping, price, sizes, budget, curves, known)
+    else:
         spread = method.spread(budget / sum(price.values()), len(dropping), context)
         of_layer = dict(zip(dropping, spread, strict=True))
         kept = {(owner, head): of_layer[owner] for owner, head in heads}
-    else:
-        kept = _by_cost(dropping, price, sizes, budget, curves, np.array(shares) * context)
+        if curves is not None:
+            for owner, mean in of_layer.items():
+                kept |= _competing({owner: dropping[owner]}, price, sizes, mean, curves, known)
     caches = list(plan.caches)
     for owner, spec in dropping.items():
         tokens_C = _merged([kept[owner, head] for head in range(spec.num_kv_heads)])
         caches[owner] = method.keep(spec, tokens_C, context)
     return dataclasses.replace(plan, caches=tuple(caches))
+
+
+def _competing(
+    layer: dict[int, CacheSpec],
+    price: dict[Head, float],
+    sizes: Sequence[int],
+    mean: int,
+    curves: Curves,
+    known: np.ndarray,
+) -> dict[Head, int]:
+    """Of the heads of one layer that keep so many tokens in the mean, each a part of them at least."""
+    room = mean * sum(price[owner, head] for owner, spec in layer.items() for head in range(spec.num_kv_heads))
+    allowed = [size for size in sizes if size >= mean * SAFEGUARD]
+    return _by_cost(layer, price, allowed, room, curves, known)
 
 
 def _row_bytes(plan: CachePlan, spec: CacheSpec) -> float:

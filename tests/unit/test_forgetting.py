@@ -16,6 +16,7 @@ from kvfold.compression.recipe import make_recipe
 from kvfold.compression.share_tokens import MOST_RUNS, share_tokens
 from kvfold.errors import BudgetError, DataError, PlanError, RecipeError
 from kvfold.methods.length.recency import Recency
+from kvfold.methods.length.scored import Scored
 from kvfold.plan.plan import CachePlan, source_layer, source_plan
 from kvfold.runtimes import reference
 from kvfold.testing import assert_close
@@ -65,7 +66,8 @@ def test_costs_of_a_choice_are_those_of_the_definition(model):
     q, g = torch.randn(2, N, 2 * S, H, dtype=torch.float64)
     k, v = torch.randn(2, K, 2 * S, H, dtype=torch.float64)
     found = costs(layer, q, k, v, g, SINKS, Choice("knorm", newest), lambda: None)
-    expected = torch.zeros(2, K, len(SHARES), dtype=torch.float64)
+    expected = torch.zeros(3, K, len(SHARES), dtype=torch.float64)
+    longest = k[:, :S].float().norm(dim=-1).double().max()
     for part, (prompt, end) in enumerate(((S // 2, S), (S, 2 * S))):
         for c in range(K):
             late, length = prompt - newest, k[c].float().norm(dim=-1)
@@ -79,6 +81,8 @@ def test_costs_of_a_choice_are_those_of_the_definition(model):
                         outs = [out_of(layer, n, q[n, t], k[c], v[c], some) for some in (seen, range(t + 1))]
                         felt += g[n, t] @ (outs[0] - outs[1])
                     expected[part, c, i] += felt.square() / 2 / (end - prompt)
+                if part:  # of the whole context
+                    expected[2, c, i] = sum(longest - length[t].double() for t in order[len(stays) :])
     assert_close(found, expected, tolerance=1e-6)
 
 
@@ -156,6 +160,24 @@ def test_tokens_go_to_heads_that_need_them():
     assert all(len(spec.tokens.runs) <= MOST_RUNS for spec in made.owned)
 
 
+def test_heads_that_compete_keep_what_one_ranking_of_their_tokens_keeps():
+    """As Ada-KV does: of the mean of a layer each keeps a part, the rest goes to what is worth most in all its heads."""
+    context, mean, floor = 1024, 256, round(0.2 * 256)
+    torch.manual_seed(0)
+    steepness = torch.tensor([[0.5, 1.0, 2.0, 8.0], [1.0, 1.0, 1.0, 1.0], [0.2, 0.2, 4.0, 4.0]], dtype=torch.float64)
+    worth_LCT = (-steepness[..., None] * torch.arange(context) / 100).exp()
+    curves = torch.stack([worth_LCT[..., round(share * context) :].sum(-1) for share in SHARES], dim=-1)
+    method = Scored(rule="snapkv", sharing="ada", kept=mean / context)
+    kept = tokens_of(share_tokens(plan_of(), method, None, lambda owner, spec: curves[owner], SHARES))
+    assert (kept.double().mean(1) <= mean).all() and (kept.double().mean(1) > 0.97 * mean).all()
+    assert kept.min() >= floor and (kept[1] == mean).all()
+    for layer, worth_CT in enumerate(worth_LCT):
+        above = worth_CT.clone()
+        above[:, :floor] = torch.inf
+        chosen = above.flatten().topk(4 * mean).indices // context
+        assert (kept[layer] - chosen.bincount(minlength=4)).abs().max() <= context / 16, (layer, kept[layer])
+
+
 def test_equal_shares_ask_for_no_curves():
     kept = tokens_of(share_tokens(plan_of(), Recency(sharing="equal", kept=0.5), None, None, SHARES))
     assert (kept == 512).all()
@@ -171,7 +193,12 @@ def test_a_budget_that_every_head_exceeds_is_refused():
     [
         ({"length": {"method": "recency"}}, RecipeError, "say how many tokens stay"),
         ({"length": {"method": "recency", "kept": 1.5}}, RecipeError, "length.kept is 1.5"),
-        ({"length": {"method": "recency", "sharing": "fair"}}, RecipeError, "one of equal, pyramid, classes, measured"),
+        (
+            {"length": {"method": "recency", "sharing": "fair"}},
+            RecipeError,
+            "one of equal, pyramid, ada, classes, measured",
+        ),
+        ({"length": {"method": "recency", "kept": 0.5, "sharing": "ada"}}, RecipeError, "length.method=scored"),
         (
             {"preset": "windows", "kv_budget": 0.5, "calibration": {"data": None}},
             DataError,

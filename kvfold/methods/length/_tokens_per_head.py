@@ -13,7 +13,7 @@ from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.token_runs import TokenRun, TokenRuns
 
-SHARING = ("equal", "pyramid", "classes", "measured")
+SHARING = ("equal", "pyramid", "ada", "classes", "measured")
 STEEPNESS = 20
 """Of a pyramid: how many times less than the mean its last layer keeps."""
 
@@ -34,6 +34,8 @@ class TokensPerHead(LengthMethod):
             raise RecipeError(f"length.kept is {self.kept}; it is a share of the tokens, above 0 and at most 1.")
         if self.sharing not in SHARING:
             raise RecipeError(f"length.sharing is {self.sharing!r}; it is one of {', '.join(SHARING)}.")
+        if self.competes and self.scorer is None:
+            raise RecipeError("length.sharing='ada' shares tokens by what a scorer says; take length.method=scored.")
         if self.sinks < 0 or self.newest < 1:
             raise RecipeError(
                 f"length.sinks is {self.sinks} and length.newest {self.newest}; every head keeps at least one token."
@@ -49,7 +51,11 @@ class TokensPerHead(LengthMethod):
 
     @property
     def weighs_heads(self) -> bool:
-        return self.sharing in ("classes", "measured")
+        return self.sharing in ("ada", "classes", "measured")
+
+    @property
+    def competes(self) -> bool:
+        return self.sharing == "ada"
 
     @property
     def scorer(self) -> str | None:

@@ -39,6 +39,11 @@ class LengthMethod(ABC):
         return False
 
     @property
+    def competes(self) -> bool:
+        """Whether the heads of a layer share its tokens by what a scorer says of them; all layers then keep as many."""
+        return False
+
+    @property
     def foresees(self) -> bool:
         """Whether it asks what a token will be worth by the layer's input."""
         return False

@@ -16,6 +16,8 @@ class Recency(TokensPerHead):
 
     kept: share of the tokens that stay, in the mean over heads; null: what a budget leaves of them.
     sharing: `equal` keeps as many in every head; `pyramid` fewer from layer to layer (PyramidKV, arXiv 2406.02069);
+        `ada` lets the heads of a layer compete for its tokens by a scorer's own count (`scored`; Ada-KV, arXiv 2407.11550:
+        there in every prompt, here in the mean over calibration text);
         `measured` gives them to the heads that forgetting costs most, in nats; `classes` lets those keep
         everything and all others only what is recent (DuoAttention, arXiv 2410.10819).
     sinks: of the first tokens. newest: of the last ones, which every head keeps at least.
