@@ -12,7 +12,7 @@ from kvfold.runtimes.kernels import cpu as native
 from kvfold.runtimes.kernels.aged_attention import attend_by_age
 from kvfold.runtimes.kernels.codec import pack, unpack
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, PackedTokens
-from kvfold.runtimes.kernels.rotary import apply_rotary
+from kvfold.runtimes.kernels.rotary import apply_rotary, rotate_fast
 from kvfold.runtimes.transformers.on_read import _kept
 from kvfold.runtimes.transformers.projections import GroupedLinear
 
@@ -57,7 +57,13 @@ def test_rotating_gives_what_torch_gives(B, C, S, heads, H, r, dtype, tables):
             x.double().unflatten(3, (-1, H)).transpose(2, 3).flatten(1, 2), cos.double(), sin.double()
         )
         assert native.rotates(x, cos, sin)
-        assert distance(dispatch.rotated_heads(x, H, cos, sin), wanted) < (1e-6 if dtype == torch.float32 else 3e-3)
+        tolerance = 1e-6 if dtype == torch.float32 else 3e-3
+        assert distance(dispatch.rotated_heads(x, H, cos, sin), wanted) < tolerance
+        for pairs in {1, r // 4, r // 2 - 1}:
+            fast = rotate_fast(
+                x.double().unflatten(3, (-1, H)).transpose(2, 3).flatten(1, 2), cos.double(), sin.double(), pairs
+            )
+            assert distance(dispatch.rotated_heads(x, H, cos, sin, pairs), fast) < tolerance
 
 
 @compiler

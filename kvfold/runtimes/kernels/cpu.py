@@ -51,7 +51,7 @@ class _Rotation(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("x_batch", "x_group", "x_token", "table_batch")),
-        *((name, ctypes.c_int32) for name in ("batch", "groups", "heads", "tokens", "width", "rotated")),
+        *((name, ctypes.c_int32) for name in ("batch", "groups", "heads", "tokens", "width", "rotated", "pairs")),
     )
 
 
@@ -149,8 +149,8 @@ def rotates(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     return plain and cos.dtype == sin.dtype and library() is not None
 
 
-def rotate(x_BCSF: Tensor, cos_BSr: Tensor, sin_BSr: Tensor, head_dim: int) -> Tensor:
-    """Heads [B, C * F / head_dim, S, head_dim] of x, rotated by tables [B or 1, S, r]."""
+def rotate(x_BCSF: Tensor, cos_BSr: Tensor, sin_BSr: Tensor, head_dim: int, pairs: int | None = None) -> Tensor:
+    """Heads [B, C * F / head_dim, S, head_dim] of x, rotated by tables [B or 1, S, r], of which the first `pairs` turn."""
     B, C, S, F = x_BCSF.shape
     kernel, heads, r = library(), F // head_dim, cos_BSr.shape[2]
     assert kernel is not None, "rotates() was asked"
@@ -158,7 +158,9 @@ def rotate(x_BCSF: Tensor, cos_BSr: Tensor, sin_BSr: Tensor, head_dim: int) -> T
     assert cos.shape == sin.shape and cos.shape[0] in (1, B) and cos.shape[1] == S, "tables are of these tokens"
     out = torch.empty(B, C * heads, S, head_dim, dtype=x_BCSF.dtype, device=x_BCSF.device)
     table_batch = S * r if len(cos) > 1 else 0
-    sizes = _Rotation(*x_BCSF.stride()[:3], table_batch, B, C, heads, S, head_dim, r)
+    sizes = _Rotation(
+        *x_BCSF.stride()[:3], table_batch, B, C, heads, S, head_dim, r, r // 2 if pairs is None else pairs
+    )
     kernel.kvfold_rotate(
         *(ctypes.c_int(part.dtype == torch.bfloat16) for part in (x_BCSF, cos)),
         ctypes.byref(sizes),

@@ -21,7 +21,7 @@ from kvfold.runtimes.kernels.attention import (
     products_attention,
 )
 from kvfold.runtimes.kernels.packed_tokens import PackedTokens, SideBySide, Stored, read_all, recorded
-from kvfold.runtimes.kernels.rotary import apply_rotary
+from kvfold.runtimes.kernels.rotary import apply_rotary, rotate_fast
 
 
 class Way(Enum):
@@ -166,15 +166,17 @@ def unpack(
     return triton_codes.unpack(rows_BCSX, format, out)
 
 
-def rotated_heads(x_BCSF: Tensor, head_dim: int, cos_BSr: Tensor, sin_BSr: Tensor) -> Tensor:
-    """The heads [B, K, S, H] that groups of heads side by side consist of, rotated by tables [B or 1, S, r]."""
+def rotated_heads(x_BCSF: Tensor, head_dim: int, cos_BSr: Tensor, sin_BSr: Tensor, pairs: int | None = None) -> Tensor:
+    """The heads [B, K, S, H] that groups of heads side by side consist of, rotated by tables [B or 1, S, r]. pairs: so many
+    turn, the first ones; all if None."""
     if cpu.rotates(x_BCSF, cos_BSr, sin_BSr):
-        return cpu.rotate(x_BCSF, cos_BSr, sin_BSr, head_dim)
-    if gpu.rotates(x_BCSF, cos_BSr, sin_BSr):
+        return cpu.rotate(x_BCSF, cos_BSr, sin_BSr, head_dim, pairs)
+    if pairs is None and gpu.rotates(x_BCSF, cos_BSr, sin_BSr):
         from kvfold.runtimes.kernels import triton_codes
 
         return triton_codes.rotate(x_BCSF, cos_BSr, sin_BSr, head_dim)
-    return apply_rotary(x_BCSF.unflatten(3, (-1, head_dim)).transpose(2, 3).flatten(1, 2), cos_BSr, sin_BSr)
+    heads = x_BCSF.unflatten(3, (-1, head_dim)).transpose(2, 3).flatten(1, 2)
+    return apply_rotary(heads, cos_BSr, sin_BSr) if pairs is None else rotate_fast(heads, cos_BSr, sin_BSr, pairs)
 
 
 def roundtrip(x_BCTR: Tensor, format: NumberFormat | None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
+from kvfold.runtimes.kernels.dispatch import rotated_heads
 from kvfold.runtimes.kernels.head_runs import begin_of
 from kvfold.runtimes.kernels.packed_tokens import (
     IndexedTokens,
@@ -23,7 +24,7 @@ from kvfold.runtimes.kernels.packed_tokens import (
     side_by_side,
     with_gradient,
 )
-from kvfold.runtimes.kernels.rotary import apply_rotary, rotate_fast
+from kvfold.runtimes.kernels.rotary import apply_rotary
 from kvfold.runtimes.transformers.foreseen_run import without_cache
 from kvfold.runtimes.transformers.forward_state import ForwardState
 
@@ -126,7 +127,7 @@ class NewTokens(nn.Module):
         if rotary is not None and self.spec.rope == "applied":
             z = apply_rotary(z, *rotary)
         elif rotary is not None and self.spec.fast_pairs:
-            z = rotate_fast(z, *rotary, self.spec.fast_pairs)
+            z = rotated_heads(z, z.shape[3], *rotary, self.spec.fast_pairs)
         if self.spec.shared_latent:
             y = None
         elif self.v_a_proj is None:

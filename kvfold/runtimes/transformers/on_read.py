@@ -36,11 +36,12 @@ class KeysOnRead:
         def keys(start: int, end: int) -> Tensor:
             if tables is None:
                 return self.attention._rebuild(read(z, start, end), "k_b", near)
-            return self._rotated(read(z, start, end), [table[:, start:end] for table in tables], near)
+            some = tables[0][:, start:end], tables[1][:, start:end]
+            return self._rotated(read(z, start, end), some, near)
 
         return keys
 
-    def _rotated(self, z_BCSR: Tensor, tables: list[Tensor], near: bool) -> Tensor:
+    def _rotated(self, z_BCSR: Tensor, tables: tuple[Tensor, Tensor], near: bool) -> Tensor:
         attention = self.attention
         if attention.spec.hidden or attention.k_b_proj is None:
             return apply_rotary(attention._rebuild(z_BCSR, "k_b", near), *tables)

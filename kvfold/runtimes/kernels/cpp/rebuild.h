@@ -138,7 +138,7 @@ struct Rebuilding {
       for (int h = 0; h < map.heads; ++h) {
         const int64_t first = h * map.head_dim;
         rotate_head(rebuilt.data() + int64_t(s) * padded + first, offset ? offset + first : nullptr, cos + at, sin + at, map.head_dim,
-                    map.rotated, keys.data() + int64_t(s) * map.columns() + first);
+                    map.rotated, map.rotated / 2, keys.data() + int64_t(s) * map.columns() + first);
       }
     }
   }
