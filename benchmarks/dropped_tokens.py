@@ -4,7 +4,7 @@
         [--markdown FILE] [--rows FOLDER]
 
 Asks what `kvfold evaluate --context` asks. An interrupted command goes on behind the last fold whose rows are in FOLDER and
-younger than the fold. One JSON line last.
+younger than the fold; empty FOLDER when kvfold itself has changed. One JSON line last.
 """
 
 from __future__ import annotations
@@ -72,16 +72,19 @@ def asked(
 
 
 def kept(folder: Path, options: argparse.Namespace) -> list[Remembered]:
-    """Rows of a command before, of the same contexts of this fold; none where it was folded again since."""
+    """Rows of a command before, of the same contexts of this fold; none where it or the text was written since."""
     file = rows_file(folder, options)
-    if not options.rows or not file.exists() or file.stat().st_mtime < (folder / "config.json").stat().st_mtime:
+    if not options.rows or not file.exists():
+        return []
+    if file.stat().st_mtime < max(one.stat().st_mtime for one in (folder / "config.json", options.data)):
         return []
     return [Remembered(**row) for row in json.loads(file.read_text())]
 
 
 def rows_file(folder: Path, options: argparse.Namespace) -> Path:
-    """Named by all that the questions depend on."""
-    return Path(options.rows or ".") / f"{folder.name}-{options.data.stem}-{options.context}x{options.sequences}.json"
+    """Named by the fold's place and what it is asked; what kvfold itself does is not in it."""
+    place = "-".join(part.strip("/") for part in folder.parts if part.strip("/"))
+    return Path(options.rows or ".") / f"{place}-{options.data.stem}-{options.context}x{options.sequences}.json"
 
 
 def table(found: dict[str, list[Remembered]], options: argparse.Namespace) -> Table:

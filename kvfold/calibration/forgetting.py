@@ -236,7 +236,7 @@ def costs(
             states_of_all = (q_NTH, k_KTH, v_KTH)
             worth = _scored(layer, states_of_all, start, choice, output) if worth_KS is None else worth_KS[:, :start]
             needed, context = _ranked(worth, choice.newest, sinks), start
-            missed = [_missed(worth, needed, sinks)]
+            missed = [_missed(worth, needed, sinks)]  # of the whole context, which comes last
             needed = F.pad(needed, (0, end - start))[:, None]
         change_nNMH = _changes(layer, states[0][:, at_M], *states[1:], at_M, needed, context, sinks)
         felt_nNM = (change_nNMH * gradient_NTH[:, at_M]).sum(-1, dtype=torch.float64)

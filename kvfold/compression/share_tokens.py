@@ -161,8 +161,8 @@ def _competing(
 ) -> dict[Head, int]:
     """Of the heads of one layer that keep so many tokens in the mean, each a part of them at least."""
     room = mean * sum(price[owner, head] for owner, spec in layer.items() for head in range(spec.num_kv_heads))
-    allowed = [size for size in sizes if size >= mean * SAFEGUARD]
-    return _by_cost(layer, price, allowed, room, curves, known)
+    floor = max(sizes[0], round(mean * SAFEGUARD))
+    return _by_cost(layer, price, [floor, *(size for size in sizes if size > floor)], room, curves, known)
 
 
 def _row_bytes(plan: CachePlan, spec: CacheSpec) -> float:

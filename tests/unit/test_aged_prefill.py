@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kvfold.runtimes.kernels.aged_prefill import prefill_by_age, prefill_by_biases
+from kvfold.runtimes.kernels import aged_prefill
+from kvfold.runtimes.kernels.aged_prefill import prefill_by_age, prefill_by_biases, prefill_by_log_sums
 from kvfold.testing import assert_close
 
 SCALE, RECENT = 0.3, 6
@@ -48,14 +49,19 @@ LENGTHS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_both_ways_give_what_one_softmax_gives(lengths, dtype):
+def test_both_ways_give_what_one_softmax_gives(lengths, dtype, monkeypatch):
+    monkeypatch.setattr(aged_prefill, "QUERIES_AT_ONCE", 4)
     q, keys, values = drawn(*lengths, dtype=dtype)
     wanted = expected(q, keys, values)
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
-    for prefill in (prefill_by_age, prefill_by_biases):
-        found = prefill(q, keys, values, None, recent=RECENT, scale=SCALE)
+    ways = {
+        "log_sums": prefill_by_log_sums(q, keys, values, recent=RECENT, scale=SCALE),
+        "biases": prefill_by_biases(q, keys, values, None, recent=RECENT, scale=SCALE),
+        "age": prefill_by_age(q, keys, values, None, recent=RECENT, scale=SCALE),
+    }
+    for name, found in ways.items():
         assert found.dtype == dtype
-        assert_close(found.double(), wanted, tolerance=tolerance, name=prefill.__name__)
+        assert_close(found.double(), wanted, tolerance=tolerance, name=name)
 
 
 def test_what_a_mask_hides_is_not_seen():
@@ -80,8 +86,24 @@ def test_gradients_reach_queries_keys_and_values_of_both_forms():
         assert_close(a, b, tolerance=1e-9)
 
 
-def test_no_score_of_a_plain_prompt_is_told_by_numbers_to_add(monkeypatch):
-    """Which takes twice as long."""
-    monkeypatch.setattr("kvfold.runtimes.kernels.aged_prefill.prefill_by_biases", None)
+def test_long_prompts_are_read_by_log_sums(monkeypatch):
+    """Which takes half the time; short ones, and numbers that its operator would misread, are not."""
+    monkeypatch.setattr(aged_prefill, "prefill_by_biases", lambda *given, **sizes: "biases")
+    monkeypatch.setattr(aged_prefill, "prefill_by_log_sums", lambda *given, **sizes: "log_sums")
+
+    def way(q, keys, values):
+        return prefill_by_age(q, keys, values, None, recent=RECENT, scale=SCALE)
+
+    q, keys, values = drawn(24, 24, 24)
+    assert way(q, keys, values) == "log_sums" and way(*drawn(23, 23, 23)) == "biases"
+    assert way(q.double(), keys, values) == "biases"
+    assert way(q.mT.contiguous().mT, keys, values) == "biases"
+
+
+def test_numbers_of_two_kinds(dtype=torch.bfloat16):
+    """As autocast makes them where a family normalises queries and keys."""
     q, keys, values = drawn(30, 30, 30)
-    prefill_by_age(q, keys, values, None, recent=RECENT, scale=SCALE)
+    low = tuple(x.to(dtype) for x in values)
+    with torch.autocast("cpu", dtype):
+        found = prefill_by_age(q, keys, low, None, recent=RECENT, scale=SCALE)
+    assert_close(found.double(), expected(q, keys, low), tolerance=3e-2)

@@ -178,6 +178,14 @@ def test_heads_that_compete_keep_what_one_ranking_of_their_tokens_keeps():
         assert (kept[layer] - chosen.bincount(minlength=4)).abs().max() <= context / 16, (layer, kept[layer])
 
 
+@pytest.mark.parametrize(("context", "kept"), [(32768, 0.01), (16384, 0.013), (1024, 0.04)])
+def test_heads_that_compete_for_few_tokens_keep_no_more(context, kept):
+    curves = torch.rand(3, 4, len(SHARES), dtype=torch.float64).flip(-1).cumsum(-1).flip(-1)
+    method = Scored(rule="snapkv", sharing="ada", kept=kept)
+    made = tokens_of(share_tokens(plan_of(context), method, None, lambda owner, spec: curves[owner], SHARES))
+    assert (made.double().mean(1) <= kept * context).all() and made.min() >= 36
+
+
 def test_equal_shares_ask_for_no_curves():
     kept = tokens_of(share_tokens(plan_of(), Recency(sharing="equal", kept=0.5), None, None, SHARES))
     assert (kept == 512).all()
@@ -199,6 +207,7 @@ def test_a_budget_that_every_head_exceeds_is_refused():
             "one of equal, pyramid, ada, classes, measured",
         ),
         ({"length": {"method": "recency", "kept": 0.5, "sharing": "ada"}}, RecipeError, "length.method=scored"),
+        ({"length": {"method": "foreseen", "kept": 0.5, "sharing": "ada"}}, RecipeError, "length.method=scored"),
         (
             {"preset": "windows", "kv_budget": 0.5, "calibration": {"data": None}},
             DataError,

@@ -178,6 +178,20 @@ def test_decoding_sequences_that_are_read_in_place_are_one_batch():
     assert [x.tables_Bp.tolist() for x in found if x.queries == 1] == [[[0, 1, 2], [3, 4, 5], [9, 10, 11]]]
 
 
+@pytest.mark.parametrize("window", [None, 3, 7, 8, 12])
+@pytest.mark.parametrize("queries, lengths", [(1, [8]), (3, [8]), (8, [8]), (1, [8, 5]), (3, [8, 8]), (3, [5, 8])])
+def test_who_sees_all_and_whom_a_mask_tells(queries, lengths, window):
+    batch = Batch(torch.arange(len(lengths) * queries), queries, lengths, torch.zeros(len(lengths), 1), max(lengths))
+    width, mask = batch.width_of(window), batch.mask(window)
+    at, token = torch.arange(width - queries, width)[:, None], torch.arange(width)
+    causal = (token <= at).expand(len(lengths), 1, -1, -1)
+    first = width - torch.tensor(lengths)[:, None, None, None]
+    seen = causal & (token >= first) & (token > at - (window or width))
+    assert batch.sees_all(window) == torch.equal(seen, causal)
+    assert torch.equal(seen, causal) if mask is None else torch.equal(mask, seen)
+    assert (mask is None) == (torch.equal(seen, causal) and queries in (1, width))
+
+
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("ages", [(0, 1 << 62), (0, 5), (5, 1 << 62), (2, 9)])
 def test_of_each_sequence_those_are_read_that_some_query_sees(ages, queries):

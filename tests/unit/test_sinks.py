@@ -17,7 +17,7 @@ from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes import reference
 from kvfold.runtimes.kernels import aged_kernels, cpu_decode
 from kvfold.runtimes.kernels.aged_attention import attend_by_age
-from kvfold.runtimes.kernels.aged_prefill import prefill_by_age, prefill_by_biases
+from kvfold.runtimes.kernels.aged_prefill import prefill_by_biases, prefill_by_log_sums
 from kvfold.runtimes.kernels.attention import chunked_attention, grouped_attention, kernel_attention, prefill_attention
 from kvfold.runtimes.kernels.cpu_layer import LayerReader
 from kvfold.runtimes.kernels.dispatch import Way, decode_attention, pack
@@ -115,9 +115,9 @@ def test_tokens_of_two_forms(T):
     }
     for name, attend in ways.items():
         assert_close(attend()[0].double(), wanted, tolerance=1e-5, name=str(name))
-    for prefill in (prefill_by_age, prefill_by_biases):
-        made = prefill(q, (far, near), (far, near), None, recent=recent, **sizes)
-        assert_close(made.double(), wanted, tolerance=1e-5, name=prefill.__name__)
+    both = (far, near), (far, near)
+    assert_close(prefill_by_log_sums(q, *both, recent=recent, **sizes).double(), wanted, tolerance=1e-5)
+    assert_close(prefill_by_biases(q, *both, None, recent=recent, **sizes).double(), wanted, tolerance=1e-5)
     if T == 1:
         assert aged_kernels.serves((q, q), z, z)
         assert_close(aged_kernels.attend((q, q), z, z, None, 16, **sizes).double(), wanted, tolerance=1e-5)

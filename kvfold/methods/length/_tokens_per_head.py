@@ -34,7 +34,7 @@ class TokensPerHead(LengthMethod):
             raise RecipeError(f"length.kept is {self.kept}; it is a share of the tokens, above 0 and at most 1.")
         if self.sharing not in SHARING:
             raise RecipeError(f"length.sharing is {self.sharing!r}; it is one of {', '.join(SHARING)}.")
-        if self.competes and self.scorer is None:
+        if self.competes and (self.scorer is None or self.foresees):
             raise RecipeError("length.sharing='ada' shares tokens by what a scorer says; take length.method=scored.")
         if self.sinks < 0 or self.newest < 1:
             raise RecipeError(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kvfold.runtimes.kernels.aged_attention import QUERIES_AT_ONCE
 from kvfold.runtimes.kernels.attention import additive_rows, as_wide, prefill_attention, repeat_heads
+from kvfold.runtimes.kernels.packed_tokens import recorded
 from kvfold.runtimes.kernels.sinks import beside_sinks
 
+LONG = 4
+"""So many times as long as what is recent a prompt is worth being read in blocks of that."""
 Heads = tuple[Tensor, Tensor]
 """Of the source, keys or values: far [B, K, S, H] of all S tokens, near [B, K, n, H] of the last n."""
 
@@ -26,19 +31,26 @@ def prefill_by_age(
 ) -> Tensor:
     """[B, T, N, V] of T queries, the last of S tokens, of which each sees the newest `recent` in the near form. mask: None
     where they see all that came before them."""
-    plain = mask is None and q_BNTH.device.type == "cpu" and not _wants_gradient(q_BNTH, *keys, *values)
-    if plain:
-        return _by_log_sums(q_BNTH, keys, values, recent, scale, sinks)
-    return prefill_by_biases(q_BNTH, keys, values, mask, recent=recent, scale=scale, sinks=sinks)
+    sizes: dict[str, Any] = {"recent": recent, "scale": scale, "sinks": sinks}
+    long = q_BNTH.shape[2] >= LONG * recent
+    if mask is None and long and _takes(q_BNTH, *keys, *values):
+        return prefill_by_log_sums(q_BNTH, keys, values, **sizes)
+    return prefill_by_biases(q_BNTH, keys, values, mask, **sizes)
 
 
-def _wants_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+def _takes(*tensors: Tensor) -> bool:
+    """Whether the operator that gives log-sums takes these, which checks nothing, and nobody wants gradients or a graph."""
+    if recorded(*tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return False
+    kinds = {(x.dtype, x.device.type) for x in tensors}
+    return len(kinds) == 1 and tensors[0].device.type == "cpu" and all(x.stride(-1) == 1 for x in tensors)
 
 
-def _by_log_sums(q_BNTH: Tensor, keys: Heads, values: Heads, recent: int, scale: float, sinks: Tensor | None) -> Tensor:
-    """By torch's fused kernel: what all queries see far, what they see far one token further each, and what they see near in
-    blocks; the logarithms of their sums say what each part counts. No score is computed twice."""
+def prefill_by_log_sums(
+    q_BNTH: Tensor, keys: Heads, values: Heads, *, recent: int, scale: float, sinks: Tensor | None = None
+) -> Tensor:
+    """Without a mask, by torch's fused kernel on a CPU: what all queries see far, what they see far one token further each,
+    and what they see near in blocks; the logarithms of their sums say what each part counts."""
     (far_k, near_k), (far_v, near_v) = keys, values
     T, S = q_BNTH.shape[2], far_k.shape[2]
     out, log_sum = _banded(q_BNTH, near_k[:, :, -S:], near_v[:, :, -S:], recent, scale)

@@ -24,8 +24,7 @@ MOST = 1e3
 
 def matched(prompt: Prompt, index_BCn: Tensor, counts_Bn: Tensor) -> tuple[Tensor, Tensor]:
     """What is added to the scores of the tokens that stay [B, C, n], besides what was, and their values [B, C, n, V].
-    counts_Bn: which of them do. Solved in the precision of probabilities: a prompt waits for it, and the ridge leaves nothing
-    of the digits beyond."""
+    counts_Bn: which of them do."""
     S = prompt.keys_BCSR.shape[2] - prompt.again
     probs_BnQS, values_BCSV = prompt.asked_again[:, :, EVERY // 2 :: EVERY, :S], prompt.values_BCSV[:, :, :S]
     probs_BnQS = probs_BnQS / probs_BnQS.sum(-1, keepdim=True)
@@ -37,7 +36,8 @@ def matched(prompt: Prompt, index_BCn: Tensor, counts_Bn: Tensor) -> tuple[Tenso
     wanted_BCMV = (probs_BCMS.to(values_BCSV.dtype) @ values_BCSV).to(weights_BCn.dtype)
     weighed = shares_BCMn * weights_BCn[:, :, None]
     weighed = weighed / weighed.sum(-1, keepdim=True)
-    change = ridge(weighed, wanted_BCMV - weighed @ values_BCnV.to(weighed.dtype), counts_Bn.sum(-1)[:, None])
+    missing_BCMV = wanted_BCMV - weighed @ values_BCnV.to(weighed.dtype)
+    change = ridge(weighed.double(), missing_BCMV.double(), counts_Bn.sum(-1)[:, None])
     return weights_BCn.log(), (values_BCnV + change).to(values_BCSV.dtype)
 
 

@@ -74,7 +74,8 @@ class Batch:
         return min(self.lengths) >= S and (window is None or window >= S)
 
     def mask(self, window: int | None) -> Tensor | None:
-        """[B, 1, T, S] of what queries see, None where that is all that came before them, which torch's kernel knows."""
+        """[B, 1, T, S] of what queries see; None where torch's fused kernel knows it: they see all that came before, and are
+        one, or as many as tokens."""
         return self.once(("mask", window), lambda: self._mask(window))
 
     def once(self, name: Any, make: Callable[[], Any]) -> Any:
