@@ -65,26 +65,27 @@ def asked(
     """A fold's rows, kept if wanted."""
     loaded = load(folder)
     rows = compared(samples, expected, ask(loaded.model, samples, folder.name), loaded.plan)
-    if options.rows:
-        options.rows.mkdir(parents=True, exist_ok=True)
-        write_text(rows_file(folder, options), json.dumps([dataclasses.asdict(row) for row in rows]))
+    if file := rows_file(folder, options):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps([dataclasses.asdict(row) for row in rows]))
     return rows
 
 
 def kept(folder: Path, options: argparse.Namespace) -> list[Remembered]:
     """Rows of a command before, of the same contexts of this fold; none where it or the text was written since."""
     file = rows_file(folder, options)
-    if not options.rows or not file.exists():
+    if file is None or not file.exists():
         return []
     if file.stat().st_mtime < max(one.stat().st_mtime for one in (folder / "config.json", options.data)):
         return []
     return [Remembered(**row) for row in json.loads(file.read_text())]
 
 
-def rows_file(folder: Path, options: argparse.Namespace) -> Path:
-    """Named by the fold's place and what it is asked; what kvfold itself does is not in it."""
+def rows_file(folder: Path, options: argparse.Namespace) -> Path | None:
+    """Named by the fold's place and what it is asked, not by what kvfold itself does; None where rows are not kept."""
     place = "-".join(part.strip("/") for part in folder.parts if part.strip("/"))
-    return Path(options.rows or ".") / f"{place}-{options.data.stem}-{options.context}x{options.sequences}.json"
+    name = f"{place}-{options.data.stem}-{options.context}x{options.sequences}.json"
+    return options.rows and options.rows / name
 
 
 def table(found: dict[str, list[Remembered]], options: argparse.Namespace) -> Table:

@@ -1,4 +1,4 @@
-"""Packed numbers that kernels are tried with: formats, tokens in one piece and in pages, and what is in them."""
+"""Packed numbers that kernels are tried with: formats, tokens in one piece and in pages, what is in them; numbers to pack."""
 
 import torch
 
@@ -13,6 +13,11 @@ FORMS = {
     "tiers": NumberFormat(tiers=((24, 8), (40, 5), (71, 3), (130, 1))),
     "float8": NumberFormat(tiers=((77, 8),), scales="float8"),
 }
+
+
+def numbers(*shape, seed=0):
+    """The same for the same seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def distance(found, wanted):

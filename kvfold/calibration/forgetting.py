@@ -166,7 +166,7 @@ def forgetting(
                 layer_file(folder, layer.index).unlink()
         processes.wait_for_all()
     found = load_file(file)
-    return Forgetting(*(found.get(kind) for kind in (*KINDS, "worth")))
+    return Forgetting(found["ordinary"], found["repeated"], found.get("missed"), found.get("worth"))
 
 
 def with_repetition(contexts_BT: Tensor, seed: int = 0) -> Tensor:
@@ -225,7 +225,7 @@ def costs(
     how values come into the residual stream. worth_KS: what tokens of the first half were said to be worth, where that
     chooses."""
     S, K = k_KTH.shape[1] // 2, layer.num_kv_heads
-    found, missed = [], []
+    found = []
     for start, end in ((S // 2, S), (S, 2 * S)):
         at_M = torch.arange(start, end, max((end - start) // QUERIES, 1), device=q_NTH.device)
         states = (q_NTH[:, :end], k_KTH[:, :end], v_KTH[:, :end])
@@ -235,24 +235,28 @@ def costs(
             assert output is not None, "a choice may ask for it"
             states_of_all = (q_NTH, k_KTH, v_KTH)
             worth = _scored(layer, states_of_all, start, choice, output) if worth_KS is None else worth_KS[:, :start]
-            needed, context = _ranked(worth, choice.newest, sinks), start
-            missed = [_missed(worth, needed, sinks)]  # of the whole context, which comes last
-            needed = F.pad(needed, (0, end - start))[:, None]
+            ranks, context = _ranked(worth, choice.newest, sinks), start
+            needed = F.pad(ranks, (0, end - start))[:, None]
         change_nNMH = _changes(layer, states[0][:, at_M], *states[1:], at_M, needed, context, sinks)
         felt_nNM = (change_nNMH * gradient_NTH[:, at_M]).sum(-1, dtype=torch.float64)
         felt_nKM = felt_nNM.unflatten(1, (K, -1)).sum(2)  # the queries of a head miss the same tokens
         found.append(felt_nKM.square().mean(-1).T / 2)
-    return torch.stack(found + missed)
+    if choice is not None:  # of the whole context, which was the last prompt
+        found.append(_missed(worth, ranks, sinks))
+    return torch.stack(found)
 
 
-def _missed(worth_KT: Tensor, needed_KT: Tensor, sinks: int) -> Tensor:
+def _missed(worth_KT: Tensor, ranks_KT: Tensor, sinks: int) -> Tensor:
     """[K, n]: what tokens of a prompt that do not stay are worth in sum, above the least of the layer's. Where its heads
     compete for tokens, those with the most to miss get them (Ada-KV, arXiv 2407.11550)."""
-    T = worth_KT.shape[1]
-    worth_KT = worth_KT.double() - worth_KT.double().min()
-    room_n = torch.tensor([max(share * T - sinks, 0) if share < 1 else math.inf for share in SHARES])
-    needed_KT = torch.where(torch.arange(T, device=worth_KT.device) < sinks, 0, needed_KT)
-    return (worth_KT[:, None] * (needed_KT[:, None] > room_n.to(worth_KT.device)[:, None])).sum(-1)
+    above_KT = worth_KT.double() - worth_KT.double().min()
+    dropped_nKT = torch.stack([ranks_KT > _room(share, worth_KT.shape[1], sinks) for share in SHARES])
+    return (above_KT * dropped_nKT).sum(-1).T
+
+
+def _room(share: float, context: int, sinks: int) -> float:
+    """For tokens besides the first ones."""
+    return max(share * context - sinks, 0) if share < 1 else math.inf
 
 
 def _changes(
@@ -267,7 +271,7 @@ def _changes(
     group = 1 if len(needed) == 1 else len(q_NMH) // len(needed)
     parts, seen = [], torch.zeros_like(needed, dtype=torch.bool)
     for share in SHARES:
-        more = (needed <= max(share * context - sinks, 0) if share < 1 else torch.ones_like(seen)) & ~seen
+        more = (needed <= _room(share, context, sinks)) & ~seen
         parts.append(_sum_over(weights_NMT * more.repeat_interleave(group, dim=0), values_KTh))
         seen |= more
     summed_nNMh = torch.stack(parts).cumsum(0)
@@ -298,12 +302,14 @@ def _prompt(layer: AttentionLayer, states: States, T: int, first: int, end: int,
 
 
 def _ranked(worth_KT: Tensor, newest: int, sinks: int) -> Tensor:
-    """[K, T]: as the how-maniest of the tokens each head keeps it: the newest come first, then what is worth most."""
+    """[K, T]: as the how-maniest of the tokens each head keeps it: the newest come first, then what is worth most; 0 for the
+    first tokens, which always stay."""
     T, worth_KT = worth_KT.shape[1], worth_KT.float().clone()
     newest, back_T = min(newest, T), T - torch.arange(T, device=worth_KT.device)
     worth_KT[:, :sinks] = worth_KT[:, T - newest :] = -torch.inf
     rank_KT = worth_KT.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return torch.where(back_T <= newest, back_T, rank_KT + newest + 1)
+    first_T = torch.arange(T, device=worth_KT.device) < sinks
+    return torch.where(back_T <= newest, back_T, rank_KT + newest + 1).masked_fill(first_T, 0)
 
 
 def _since(context: int, at_M: Tensor, tokens: int) -> Tensor:

@@ -138,12 +138,11 @@ def share_tokens(
     if curves is not None and not method.competes:
         kept = _by_cost(dropping, price, sizes, budget, curves, known)
     else:
-        spread = method.spread(budget / sum(price.values()), len(dropping), context)
-        of_layer = dict(zip(dropping, spread, strict=True))
-        kept = {(owner, head): of_layer[owner] for owner, head in heads}
-        if curves is not None:
-            for owner, mean in of_layer.items():
-                kept |= _competing({owner: dropping[owner]}, price, sizes, mean, curves, known)
+        of_layer = dict(zip(dropping, method.spread(budget / sum(price.values()), len(dropping), context), strict=True))
+        if curves is None:
+            kept = {(owner, head): of_layer[owner] for owner, head in heads}
+        else:
+            kept = _competing(dropping, price, sizes, of_layer, curves, known)
     caches = list(plan.caches)
     for owner, spec in dropping.items():
         tokens_C = _merged([kept[owner, head] for head in range(spec.num_kv_heads)])
@@ -152,17 +151,21 @@ def share_tokens(
 
 
 def _competing(
-    layer: dict[int, CacheSpec],
+    dropping: dict[int, CacheSpec],
     price: dict[Head, float],
     sizes: Sequence[int],
-    mean: int,
+    of_layer: dict[int, int],
     curves: Curves,
     known: np.ndarray,
 ) -> dict[Head, int]:
-    """Of the heads of one layer that keep so many tokens in the mean, each a part of them at least."""
-    room = mean * sum(price[owner, head] for owner, spec in layer.items() for head in range(spec.num_kv_heads))
-    floor = max(sizes[0], round(mean * SAFEGUARD))
-    return _by_cost(layer, price, [floor, *(size for size in sizes if size > floor)], room, curves, known)
+    """Of heads that share what their layer keeps: so many tokens in the mean, each a part of them at least."""
+    kept: dict[Head, int] = {}
+    for owner, mean in of_layer.items():
+        spec, floor = dropping[owner], max(sizes[0], round(mean * SAFEGUARD))
+        room = mean * sum(price[owner, head] for head in range(spec.num_kv_heads))
+        allowed = [floor, *(size for size in sizes if size > floor)]
+        kept |= _by_cost({owner: spec}, price, allowed, room, curves, known)
+    return kept
 
 
 def _row_bytes(plan: CachePlan, spec: CacheSpec) -> float:

@@ -2,16 +2,13 @@
 
 import pytest
 import torch
+from packed_forms import numbers
 
 from kvfold.runtimes.kernels import aged_prefill
 from kvfold.runtimes.kernels.aged_prefill import prefill_by_age, prefill_by_biases, prefill_by_log_sums
 from kvfold.testing import assert_close
 
 SCALE, RECENT = 0.3, 6
-
-
-def numbers(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def expected(q_BNTH, keys, values):
@@ -100,10 +97,10 @@ def test_long_prompts_are_read_by_log_sums(monkeypatch):
     assert way(q.mT.contiguous().mT, keys, values) == "biases"
 
 
-def test_numbers_of_two_kinds(dtype=torch.bfloat16):
+def test_numbers_of_two_kinds():
     """As autocast makes them where a family normalises queries and keys."""
     q, keys, values = drawn(30, 30, 30)
-    low = tuple(x.to(dtype) for x in values)
-    with torch.autocast("cpu", dtype):
+    low = tuple(x.bfloat16() for x in values)
+    with torch.autocast("cpu", torch.bfloat16):
         found = prefill_by_age(q, keys, low, None, recent=RECENT, scale=SCALE)
     assert_close(found.double(), expected(q, keys, low), tolerance=3e-2)

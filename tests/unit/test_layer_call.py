@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from packed_forms import numbers
 
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels import cpu_decode
@@ -21,10 +22,6 @@ from kvfold.testing import assert_close
 B, H, SIZES = 2, 32, {"heads": 6, "scale": 0.2, "softcap": None}
 RUNS = ((0, 1, 4), 70), ((5,), 9), ((2, 3), 300)
 FORMAT = NumberFormat(tiers=((16, 4), (16, 2)))
-
-
-def numbers(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def stored(tokens, *, is_packed, seed=0):

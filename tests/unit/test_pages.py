@@ -178,10 +178,14 @@ def test_decoding_sequences_that_are_read_in_place_are_one_batch():
     assert [x.tables_Bp.tolist() for x in found if x.queries == 1] == [[[0, 1, 2], [3, 4, 5], [9, 10, 11]]]
 
 
+def batch_of(queries, lengths):
+    return Batch(torch.arange(len(lengths) * queries), queries, lengths, torch.zeros(len(lengths), 1), max(lengths))
+
+
 @pytest.mark.parametrize("window", [None, 3, 7, 8, 12])
 @pytest.mark.parametrize("queries, lengths", [(1, [8]), (3, [8]), (8, [8]), (1, [8, 5]), (3, [8, 8]), (3, [5, 8])])
 def test_who_sees_all_and_whom_a_mask_tells(queries, lengths, window):
-    batch = Batch(torch.arange(len(lengths) * queries), queries, lengths, torch.zeros(len(lengths), 1), max(lengths))
+    batch = batch_of(queries, lengths)
     width, mask = batch.width_of(window), batch.mask(window)
     at, token = torch.arange(width - queries, width)[:, None], torch.arange(width)
     causal = (token <= at).expand(len(lengths), 1, -1, -1)
@@ -196,7 +200,7 @@ def test_who_sees_all_and_whom_a_mask_tells(queries, lengths, window):
 @pytest.mark.parametrize("ages", [(0, 1 << 62), (0, 5), (5, 1 << 62), (2, 9)])
 def test_of_each_sequence_those_are_read_that_some_query_sees(ages, queries):
     lengths = [3, 5, 6, 40]
-    batch = Batch(torch.arange(len(lengths) * queries), queries, lengths, torch.zeros(len(lengths), 1), max(lengths))
+    batch = batch_of(queries, lengths)
     for length, (start, end, position) in zip(lengths, batch.seen(ages).tolist(), strict=True):
         seen = [s for s in range(length) if any(ages[0] <= t - s < ages[1] for t in range(length - queries, length))]
         assert position == length - queries

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from packed_forms import numbers
 from safetensors.torch import load_file, save_file
 from tiny import EXPERTS_IN_TURN, in_steps, load, logits, make_tiny, save_tiny, tokens
 
@@ -29,10 +30,6 @@ MODEL = "gpt_oss_experts"
 CALIBRATION = {"data": "self", "num_samples": 4, "seq_len": 160}
 SINKS = torch.tensor([-30.0, -1.0, 0.5, 4.0])
 """Of four heads: nothing, a little, about half, nearly all."""
-
-
-def numbers(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def expected(q, k, v, seen, scale=0.3):

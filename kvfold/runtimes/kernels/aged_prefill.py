@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvfold.runtimes.kernels.aged_attention import QUERIES_AT_ONCE
 from kvfold.runtimes.kernels.attention import additive_rows, as_wide, prefill_attention, repeat_heads
-from kvfold.runtimes.kernels.packed_tokens import recorded
+from kvfold.runtimes.kernels.recording import followed
 from kvfold.runtimes.kernels.sinks import beside_sinks
 
 LONG = 4
@@ -40,7 +40,7 @@ def prefill_by_age(
 
 def _takes(*tensors: Tensor) -> bool:
     """Whether the operator that gives log-sums takes these, which checks nothing, and nobody wants gradients or a graph."""
-    if recorded(*tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+    if followed(*tensors):
         return False
     kinds = {(x.dtype, x.device.type) for x in tensors}
     return len(kinds) == 1 and tensors[0].device.type == "cpu" and all(x.stride(-1) == 1 for x in tensors)

@@ -16,7 +16,8 @@ from kvfold.runtimes.kernels import cpu_decode
 from kvfold.runtimes.kernels.cpu import StoredTokens, rows_of
 from kvfold.runtimes.kernels.gathering import in_rows, row_numbers
 from kvfold.runtimes.kernels.native import library
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, Stored, recorded
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, Stored
+from kvfold.runtimes.kernels.recording import recorded
 
 
 class _Leading(ctypes.Structure):

@@ -14,7 +14,8 @@ from torch import Tensor
 from kvfold.plan.codecs.exponent import TRIED
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels.native import library
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, SideBySide, recorded
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, SideBySide
+from kvfold.runtimes.kernels.recording import followed, recorded
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -143,7 +144,7 @@ def unpack(rows_BCSX: Tensor, format: NumberFormat, out_BCSR: Tensor) -> Tensor:
 def rotates(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether the kernel turns these numbers, and nobody wants gradients or a graph of it."""
     tensors = (x, cos, sin)
-    if recorded(*tensors) or (torch.is_grad_enabled() and x.requires_grad):
+    if followed(*tensors):
         return False
     plain = all(part.device.type == "cpu" and part.dtype in DTYPES for part in tensors) and x.stride(-1) == 1
     return plain and cos.dtype == sin.dtype and library() is not None

@@ -16,7 +16,8 @@ from kvfold.runtimes.kernels.cpu import DTYPES, StoredTokens, rows_of
 from kvfold.runtimes.kernels.cpu_maps import HeadMap as HeadMap
 from kvfold.runtimes.kernels.cpu_maps import Rebuild, ValueMap
 from kvfold.runtimes.kernels.native import library
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, Stored, parts_of, recorded
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, Stored, parts_of
+from kvfold.runtimes.kernels.recording import followed
 
 ALL_OLDER = 1 << 62
 """An age that no token has."""
@@ -78,7 +79,7 @@ def serves(q: Tensor, keys: Stored, values: Stored) -> bool:
     """Whether the kernel takes these tensors, and nobody wants gradients or a graph of it."""
     parts = [*parts_of(keys), *parts_of(values)]
     tensors = [q, *map(rows_of, parts)]
-    if recorded(*tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+    if followed(*tensors):
         return False
     plain = all(x.device.type == "cpu" and x.stride(-1) == 1 for x in tensors)
     return plain and all(_is_known(x, q.dtype) for x in parts) and q.dtype in DTYPES and library() is not None

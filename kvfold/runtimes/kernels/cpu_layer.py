@@ -27,7 +27,8 @@ from kvfold.runtimes.kernels.cpu_decode import (
     serves,
 )
 from kvfold.runtimes.kernels.native import library
-from kvfold.runtimes.kernels.packed_tokens import parts_of, recorded
+from kvfold.runtimes.kernels.packed_tokens import parts_of
+from kvfold.runtimes.kernels.recording import recorded
 
 
 class Form(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels.cpu import DTYPES, Pages, packing_of, pages
 from kvfold.runtimes.kernels.native import library
-from kvfold.runtimes.kernels.packed_tokens import recorded
+from kvfold.runtimes.kernels.recording import recorded
 
 
 class Storage(NamedTuple):

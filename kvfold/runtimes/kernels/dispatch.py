@@ -20,7 +20,8 @@ from kvfold.runtimes.kernels.attention import (
     one_query_attention,
     products_attention,
 )
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, SideBySide, Stored, read_all, recorded
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, SideBySide, Stored, read_all
+from kvfold.runtimes.kernels.recording import recorded
 from kvfold.runtimes.kernels.rotary import apply_rotary, rotate_fast
 
 

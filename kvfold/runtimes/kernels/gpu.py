@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels.codec import pack, unpack
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, recorded
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens
+from kvfold.runtimes.kernels.recording import followed, recorded
 from kvfold.runtimes.kernels.rotary import apply_rotary
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -43,7 +44,7 @@ def unpacks(rows_BCSX: Tensor, format: NumberFormat, dtype: torch.dtype) -> bool
 
 def rotates(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether the kernel turns these numbers, and nobody wants gradients or a graph of it."""
-    if recorded(x, cos, sin) or (torch.is_grad_enabled() and x.requires_grad):
+    if followed(x, cos, sin):
         return False
     heads = x.shape[0] * x.shape[1] * x.shape[3]  # at most
     return x.stride(-1) == 1 and cos.device == sin.device == x.device and heads <= LARGEST_GRID * 16 and works_for(x)

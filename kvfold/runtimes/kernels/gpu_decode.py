@@ -14,7 +14,8 @@ from kvfold.runtimes.kernels import gpu
 from kvfold.runtimes.kernels.cpu_decode import ANY_AGE
 from kvfold.runtimes.kernels.cpu_maps import tolerance_of
 from kvfold.runtimes.kernels.gpu import works_for
-from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, SideBySide, Stored, parts_of, recorded
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, PagedTokens, SideBySide, Stored, parts_of
+from kvfold.runtimes.kernels.recording import recorded
 from kvfold.runtimes.kernels.turning import turns_slowly
 
 if TYPE_CHECKING:

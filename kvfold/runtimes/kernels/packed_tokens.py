@@ -19,14 +19,6 @@ Operand = Tensor | list[Scaled]
 """Heads of some tokens [B, heads, tokens, width], or their tiers: a number is (code + 1/2) times its token's scale."""
 
 
-def recorded(*tensors: Tensor) -> bool:
-    """Whether somebody records or transforms what is done with these tensors, so that their memory means nothing."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    real = (Tensor, torch.nn.Parameter)
-    return any(type(x) not in real or torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
-
-
 class PackedTokens:
     """Tokens [B, C, S, R] as bytes, turned into numbers where they are read.
 
