@@ -1,15 +1,14 @@
 """Folded models ask the GPU's kernels, which Triton's interpreter runs where there is no GPU."""
 
-import importlib
+import sys
 
 from kvfold.runtimes.kernels import cpu_decode, gpu_decode
-
-ASKING = ("kernels.attention", "kernels.aged_kernels", "transformers.on_read", "vllm.reading")
-LEADING_BACK = ("transformers.attention", "transformers.attention_by_age", "vllm.reading")
+from kvfold.runtimes.kernels.packed_tokens import parts_of
 
 
-def ask_gpu(replace, *, vllm=False):
-    """replace(object, name, value), as `setattr` does. The list of what the kernels were called with."""
+def ask_gpu(replace):
+    """replace(object, name, value), as `setattr` does, in every module that is loaded. The list of what the kernels were
+    called with."""
     calls, decode_part = [], gpu_decode.decode_part
 
     def noted(*args, **options):
@@ -17,14 +16,13 @@ def ask_gpu(replace, *, vllm=False):
         return decode_part(*args, **options)
 
     def serves(q, *sides):
-        return all(gpu_decode._is_known(part, q) for side in sides for part in gpu_decode._parts(side))
+        return all(gpu_decode._is_known(part, q) for side in sides for part in parts_of(side))
 
-    for names, name, value in (
-        (ASKING, "kernels_for", lambda q: gpu_decode),
-        (LEADING_BACK, "value_map", lambda *args: None),
-    ):
-        for module in names if vllm else names[:-1]:
-            replace(importlib.import_module(f"kvfold.runtimes.{module}"), name, value)
+    asking = [module for name, module in sys.modules.items() if name.startswith("kvfold.runtimes.")]
+    for name, value in (("kernels_for", lambda q: gpu_decode), ("value_map", lambda *args: None)):
+        for module in asking:
+            if name in vars(module):
+                replace(module, name, value)
     replace(gpu_decode, "serves", serves)
     replace(gpu_decode, "decode_part", noted)
     replace(cpu_decode, "serves", lambda *args: False)

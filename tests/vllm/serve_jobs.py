@@ -47,7 +47,7 @@ def by_gpu():
 
     for module in (packed_attention, reading):
         module.reads_in_place = lambda *args: True
-    return ask_gpu(setattr, vllm=True)
+    return ask_gpu(setattr)
 
 
 def recorded(length):
