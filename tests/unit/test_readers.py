@@ -160,6 +160,38 @@ def test_likelihoods():
     assert (drawn[:, 0, 0].sum(-1) == 3).all()
 
 
+def test_likelihoods_are_those_of_shares_given_out_again_and_again():
+    """What is above 1 goes to the others, until nothing is; of worths that differ by many orders of magnitude."""
+    generator = torch.Generator().manual_seed(0)
+    worth = (20 * torch.randn(40, 50, generator=generator, dtype=torch.float64)).exp()
+    worth[20:, 12:] = 0
+    for count in (0, 1, 7, 12, 13, 50):
+        u = torch.zeros_like(worth)
+        for _ in range(200):
+            sure = u >= 1
+            rest = worth.masked_fill(sure, 0)
+            total = rest.sum(-1, keepdim=True)
+            shared = (count - sure.sum(-1, keepdim=True)).clamp_min(0) * rest / torch.where(total > 0, total, 1.0)
+            u = torch.where(sure, 1.0, shared.clamp_max(1))
+        found = likelihoods(worth[None], torch.full((1, 40, 1), count))[0]
+        assert torch.allclose(found, u, atol=1e-12)
+        assert torch.allclose(found.sum(-1), torch.tensor([count] * 20 + [min(count, 12)] * 20).double())
+
+
+def test_what_is_not_drawn_is_hidden(asked):
+    """Where fewer tokens foretell anything than may be read, the others are masked."""
+    reader, one = Sampled(Reading(rule="sampled", leading=2, **READING)), asked()
+    keys = one.keys.clone()
+    keys[:, :, :, :2] = torch.where(
+        torch.arange(S)[:, None] < S - 6, -1e4, keys[:, :, :, :2]
+    )  # nothing attends to these
+    queries = one.queries_BNTR.clone()
+    queries[..., :2] = queries[..., :2].abs() + 1
+    choice = reader.choose(dataclasses.replace(one, keys=keys, queries_BNTR=queries))
+    hidden = choice.added_BNTn == -torch.inf
+    assert hidden.any() and not hidden.all() and choice.added_BNTn.max() < torch.inf
+
+
 def test_sums_over_what_is_drawn_are_unbiased(asked, monkeypatch):
     """Whatever the leading numbers foretell."""
     reader, asked = Sampled(Reading(rule="sampled", leading=2, **READING)), asked()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvfold.runtimes.readers.base import Asked, Choice, Reader, for_queries
-
-ROUNDS = 8
-"""In which likelihoods above 1 are shared out."""
 
 
 class Sampled(Reader):
@@ -27,7 +25,8 @@ class Sampled(Reader):
         worth = drawn.double().masked_fill(always, 2.0)
         index = worth.topk(asked.count, sorted=False).indices.sort().values
         found = worth.gather(2, index) > 0
-        added = -u_BGS.clamp_min(1e-9).log().masked_fill(always, 0.0).gather(2, index).masked_fill(~found, -torch.inf)
+        raised_BGS = u_BGS.masked_fill(always | (u_BGS == 0), 1.0).log().neg()
+        added = raised_BGS.gather(2, index).masked_fill(~found, -torch.inf)
         return Choice(index, for_queries(added, asked.queries_BNTR).to(asked.queries_BNTR.dtype), asked.count / S)
 
     def _offset(self, tokens: int) -> float:
@@ -36,14 +35,14 @@ class Sampled(Reader):
 
 def likelihoods(worth_BGS: Tensor, count_BG1: Tensor) -> Tensor:
     """In proportion to worth, at most 1, and `count` in sum where there is worth for it."""
-    u = torch.zeros_like(worth_BGS)
-    for _ in range(ROUNDS):
-        full = u >= 1
-        left = (count_BG1 - full.sum(-1, keepdim=True)).clamp_min(0)
-        rest = worth_BGS.masked_fill(full, 0)
-        share = left * rest / rest.sum(-1, keepdim=True).clamp_min(1e-300)
-        u = torch.where(full, 1.0, share.clamp_max(1))
-    return u
+    largest = worth_BGS.sort(-1, descending=True).values
+    rest = largest.flip(-1).cumsum(-1).flip(-1)  # of worth, from each on
+    left = count_BG1 - torch.arange(worth_BGS.shape[-1], device=worth_BGS.device)  # where all before it are read
+    whole = (largest > 0) & (left > 0) & (left * largest >= rest)
+    sure = whole.to(torch.int64).cumprod(-1).sum(-1, keepdim=True)
+    least = pad(largest, (1, 0), value=torch.inf).gather(-1, sure)
+    shared = worth_BGS * (count_BG1.clamp_min(0) - sure) / pad(rest, (0, 1)).gather(-1, sure).clamp_min(1e-300)
+    return torch.where(worth_BGS >= least, 1.0, shared.clamp_max(1))
 
 
 def picked(u_BGS: Tensor, offset: float) -> Tensor:
