@@ -42,7 +42,7 @@ from kvfold.plan.token_runs import FORESEEN
 from kvfold.runtimes.reference import alibi_slope
 from kvfold.runtimes.scorers.base import Prompt, Scorer
 
-FORGETTING_VERSION = 8
+FORGETTING_VERSION = 9
 """To be raised when curves are computed differently, so that old ones on disk are not taken for new ones."""
 
 SHARES = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
