@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from vllm import ModelRegistry
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 
 from kvfold.architectures.base import Architecture, architecture, empty_model, source_config
@@ -105,11 +106,16 @@ class _Folded:
                     continue
                 place = f"{self.attentions[prefix]}.{name.removeprefix(prefix)}"
                 part = getattr(parameters[place], "of_rank", whole)(tensor)
-                with torch.no_grad():  # which counts versions, by which what was made of weights is made anew
-                    parameters[place].copy_(part)
+                # its own while an engine reloads weights
+                getattr(parameters[place], "weight_loader", default_weight_loader)(parameters[place], part)
                 loaded.add(place)
 
-        return super().load_weights(others()) | loaded  # type: ignore[misc]
+        loaded |= super().load_weights(others())  # type: ignore[misc]
+        with torch.no_grad():  # loaders count no versions, by which what was made of weights is made anew
+            for path in self.attentions.values():
+                for parameter in self.get_submodule(path).parameters():  # type: ignore[attr-defined]
+                    parameter.mul_(1)
+        return loaded
 
 
 class _FoldedTransformers(_Folded):

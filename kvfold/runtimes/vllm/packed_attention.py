@@ -28,6 +28,8 @@ from kvfold.runtimes.vllm.writing import PageWriter
 class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
     """Takes the place of a family's attention module in vLLM. Tokens [T] of all sequences in a row."""
 
+    slopes_N: Tensor | None
+
     def __init__(
         self,
         layer: AttentionLayer,
@@ -53,7 +55,8 @@ class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
                 cut = functools.partial(rank.cut, name, layer=layer, spec=spec)
                 self.get_parameter(name).of_rank = cut  # type: ignore[attr-defined]
         slopes = getattr(stock.impl, "alibi_slopes", None)
-        self.slopes_N = None if slopes is None else torch.as_tensor(slopes, dtype=torch.float32)
+        slopes_N = None if slopes is None else torch.as_tensor(slopes, dtype=torch.float32)
+        self.register_buffer("slopes_N", slopes_N, persistent=False)
         self.attn = PackedAttention(self, pages, stock.layer_name, window_of(layer, stock))
         self.read_tables = None if tables is None else tables.of_slow(spec.fast_pairs)
         self.reader, self.writer = PageReader(self), PageWriter(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvfold.architectures._rotary import CHANGING, rope_types
 from kvfold.architectures.base import Architecture
@@ -13,12 +13,17 @@ from kvfold.errors import PlanError
 from kvfold.runtimes.kernels.rotary import own_tables, slow_tables
 
 
-class RotaryTables:
+class RotaryTables(nn.Module):
     """Of one kind of rotation of a family, by the family's own module: [positions, r] each. Kernels are told once where they
-    lie."""
+    lie; as buffers of attention they are what an engine saves before it sleeps without weights, and puts back there."""
+
+    cos_Sr: Tensor
+    sin_Sr: Tensor
 
     def __init__(self, cos_Sr: Tensor, sin_Sr: Tensor) -> None:
-        self.cos_Sr, self.sin_Sr = cos_Sr.contiguous(), sin_Sr.contiguous()
+        super().__init__()
+        self.register_buffer("cos_Sr", cos_Sr.contiguous(), persistent=False)
+        self.register_buffer("sin_Sr", sin_Sr.contiguous(), persistent=False)
         self.slow: dict[int, RotaryTables] = {}
 
     def of_slow(self, fast_pairs: int) -> RotaryTables:
