@@ -275,7 +275,7 @@ def _changes(
         parts.append(_sum_over(weights_NMT * more.repeat_interleave(group, dim=0), values_KTh))
         seen |= more
     summed_nNMh = torch.stack(parts).cumsum(0)
-    out_nNMH = summed_nNMh[..., :H] / summed_nNMh[..., H:]
+    out_nNMH = summed_nNMh[..., :H] / summed_nNMh[..., H:].clamp_min(1e-30)  # all may be gone
     return out_nNMH - out_nNMH[-1:]
 
 

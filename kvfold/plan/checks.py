@@ -10,7 +10,7 @@ from kvfold.plan.cache_spec import CACHE_BLOCK, ITEMSIZE, CacheSpec, SourceLayer
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.number_format import NumberFormat, StoredShape
 from kvfold.plan.reading import MOST_BITS, Reading
-from kvfold.plan.token_runs import FORESEEN, PROMPTS, RECENCY, TokenRuns
+from kvfold.plan.token_runs import FEW_TOKENS, FORESEEN, PROMPTS, RECENCY, TokenRuns
 
 if TYPE_CHECKING:
     from kvfold.plan.plan import CachePlan
@@ -198,6 +198,11 @@ def _check_reading(index: int, spec: CacheSpec, reading: Reading) -> None:
     if not 0 < reading.share <= 1 or reading.newest < 1 or reading.least < reading.sinks + reading.newest:
         raise PlanError(
             f"{where}: a step reads a share above 0 of the context, and at least its sinks and newest; found {reading}."
+        )
+    if reading.sinks < 1 and reading.newest < FEW_TOKENS:
+        raise PlanError(
+            f"{where}: sinks is {reading.sinks} and newest {reading.newest}: of a step of {FEW_TOKENS} tokens the first ones"
+            " might see nothing that is read; keep a sink."
         )
     if reading.leading > spec.head_dim or (reading.page and CACHE_BLOCK % reading.page):
         raise PlanError(

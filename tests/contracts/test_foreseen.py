@@ -10,6 +10,7 @@ from tiny import FULL_ATTENTION, MODELS, in_steps, load, logits, tokens
 from kvfold.plan.token_runs import FORESEEN, TokenRun, TokenRuns
 from kvfold.runtimes.kernels.survival import NEVER, gone_at
 from kvfold.runtimes.transformers.cache import FoldedCache
+from kvfold.runtimes.transformers.foreseen_run import marked
 from kvfold.testing import assert_close
 
 CASES = [
@@ -178,3 +179,12 @@ def test_the_map_is_the_ridge_regression(tiny_dir):
     )
     assert_close(found, expected.T / len(x), tolerance=1e-5)
     assert_close(found, truth.double(), tolerance=0.2)
+
+
+def test_what_a_token_is_worth_fits_two_bytes():
+    """The first ones stay before whatever else a layer's input says."""
+    runs = TokenRuns(runs=(TokenRun(heads=(0,), share=0.5, least=6),), rule="foreseen", sinks=2, newest=4)
+    worth = torch.tensor([[[0.0, 1.0, 7e4, torch.inf, torch.nan, -torch.inf, -7e4, 2.0]]])
+    found = marked(runs, worth, 8, None)
+    assert found.isfinite().tolist() == [[[False] * 2 + [True] * 6]]
+    assert found[0, 0, 2:].tolist() == [65504.0, 65504.0, 0.0, -65504.0, -65504.0, 2.0]

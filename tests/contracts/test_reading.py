@@ -260,6 +260,7 @@ def test_what_is_refused(fold, tiny_dir):
         ({"leading": 9}, "which have 8"),
         ({"bits": 4}, "in one table or more"),
         ({"newest": 0}, "at least its sinks and newest"),
+        ({"sinks": 0, "newest": 4}, "keep a sink"),
         ({"page": 2.5}, "no numbers of tokens"),
     ):
         broken = dataclasses.replace(spec, reading=dataclasses.replace(spec.reading, **change))

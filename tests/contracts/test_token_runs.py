@@ -57,6 +57,24 @@ def test_cached_equals_uncached(fold, model, form, monkeypatch):
         assert_close(again[seen[:, 50:]], expected[:, 50:][seen[:, 50:]], tolerance=1e-3)
 
 
+@pytest.mark.parametrize("sinks", [0, 1, 2, 4])
+@pytest.mark.parametrize("method", ["recency", "scored", "foreseen"])
+def test_a_batch_in_which_no_sequence_begins_at_once(fold, method, sinks):
+    """Tokens that have yet to come behind the padding are not forgotten before."""
+    folded = fold("llama_mha", method=method, sinks=sinks, sharing="equal")
+    network, ids = load(folded.out, dtype=torch.float64), tokens(1, 60)
+    for padding in (3, 35):
+        mask = torch.ones_like(ids)
+        mask[0, :padding] = 0
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        for cuts in ([*range(1, 61)], [2, 8, 24, 40, 60], [padding, *range(padding + 1, 61)]):
+            few = [cut for cut in cuts if cut > padding]
+            found = in_steps(network, ids, mask, positions, FoldedCache(folded.plan), cuts)[:, padding:]
+            alone = [part[:, padding:] for part in (ids, mask, positions)]
+            expected = in_steps(network, *alone, FoldedCache(folded.plan), [cut - padding for cut in few])
+            assert_close(found, expected, tolerance=1e-3, name=f"{padding} of padding, cuts {cuts[:3]}")
+
+
 @pytest.mark.filterwarnings("ignore:kv_budget")
 @every_form
 def test_real_bytes_are_planned_bytes(fold, model, form):

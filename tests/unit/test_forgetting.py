@@ -246,3 +246,19 @@ def test_a_pyramid_keeps_the_mean(mean, first, last):
     assert (kept[0], kept[-1]) == (first, last) and not method.weighs_heads
     assert sum(kept) <= 30 * mean < sum(kept) + 30
     assert kept == sorted(kept, reverse=True)
+
+
+def test_equal_shares_keep_what_was_asked_for():
+    """Though 0.6 * 1,000 tokens are less by what products of bytes were rounded by."""
+    assert Recency().spread(600 * (1 - 2e-16), 2, 1000) == [600] * 2
+    assert Recency(sharing="pyramid").spread(58.85, 12, 2048)[-1] == 36
+
+
+def test_queries_that_lose_everything_they_see_cost_a_number():
+    """Where all that stays is too far below what went."""
+    network = make_tiny("llama_mha")
+    layer = architecture(network.config.model_type).describe(network)[0]
+    torch.manual_seed(0)
+    q, g = 12 * torch.randn(2, layer.num_attention_heads, 128, layer.head_dim)
+    k, v = 12 * torch.randn(2, layer.num_kv_heads, 128, layer.head_dim)
+    assert costs(layer, q, k, v, g, SINKS).isfinite().all()

@@ -79,6 +79,26 @@ def test_effects_of_all_queries_together(prompt):
     assert_close(prompt[0].effect(probs), prompt[0].effects(probs).sum(2), tolerance=1e-4)
 
 
+def test_effects_where_one_token_gets_almost_everything(prompt):
+    """In float32, where 1 - p of it, and v - o, have lost their digits."""
+    prompt, (N, Q) = prompt[0], (prompt[0].queries_BnTH.shape[1], 24)
+    scores = torch.randn(2, N, Q, T, dtype=torch.float64) * torch.linspace(1, 24, Q).double()[:, None]
+    single = dataclasses.replace(
+        prompt, queries_BnTH=prompt.queries_BnTH.float(), keys_BCSR=prompt.keys_BCSR.float(),
+        values_BCSV=prompt.values_BCSV.float(), output=lambda: prompt.output().float(),
+    )  # fmt: skip
+    probs = scores.softmax(-1)
+    values = prompt.values_BCSV.repeat_interleave(N // prompt.values_BCSV.shape[1], dim=1)
+    without = torch.stack([scores.index_fill(3, torch.tensor(s), -torch.inf).softmax(-1) for s in range(T)], dim=3)
+    moved = torch.einsum(
+        "dnv,bnqsv->bnqsd", prompt.output(), without @ values[:, :, None] - (probs @ values)[:, :, :, None]
+    )
+    expected = moved.square().sum(-1)
+    assert probs.max() > 1 - 1e-8
+    assert_close(single.effects(probs.float()), expected.float(), tolerance=1e-4)
+    assert ((single.effect(probs.float()) - expected.sum(2)).abs() < 1e-3 * expected.sum(2)).all()
+
+
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_observed(prompt, rounds, monkeypatch):
     """Queries before rotation, turned to where they are asked again; of longer prompts more of them."""
@@ -156,6 +176,16 @@ def test_expected_attention_is_that_of_normal_queries(prompt, monkeypatch):
         keys = prompt.keys_BCSR[b, 0] * layer.scaling
         expected += (keys @ mean + ((keys @ spread) * keys).sum(-1) / 2).softmax(0)
     assert_close(found[b, 0], expected * prompt.values_BCSV[b, 0].norm(dim=-1), tolerance=1e-4)
+
+
+def test_queries_that_see_nothing_of_what_stays_ask_for_nothing(prompt):
+    """Whose probabilities of it are too small to be numbers."""
+    prompt, _ = prompt
+    sharp = dataclasses.replace(prompt, queries_BnTH=1e4 * prompt.queries_BnTH)
+    index = torch.arange(20, 26).expand(2, prompt.keys_BCSR.shape[1], 6)
+    assert (sharp.asked_again[..., 20:26].sum(-1) == 0).any()
+    added, values = matched(sharp, index, torch.ones(2, 6, dtype=torch.bool))
+    assert added.isfinite().all() and values.isfinite().all()
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])

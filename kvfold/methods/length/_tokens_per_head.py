@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvfold.errors import RecipeError
-from kvfold.methods.length.base import LengthMethod
+from kvfold.methods.length.base import LengthMethod, whole
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.token_runs import TokenRun, TokenRuns
@@ -72,7 +72,7 @@ class TokensPerHead(LengthMethod):
             return super().spread(mean, layers, context_len)
         last = max(mean / STEEPNESS, min(self.least, mean), 2 * mean - context_len)
         step = 2 * (mean - last) / (layers - 1)
-        return [int(2 * mean - last - layer * step) for layer in range(layers)]
+        return [whole(2 * mean - last - layer * step) for layer in range(layers)]
 
     def sizes(self, context_len: int, sizes: Sequence[int]) -> list[int]:
         least = min(self.least, context_len)

@@ -55,7 +55,7 @@ class LengthMethod(ABC):
     def spread(self, mean: float, layers: int, context_len: int) -> list[int]:
         """Of a method that asks for no costs: how many of `context_len` tokens the heads of each layer keep, in the mean
         `mean`."""
-        return [min(int(mean), context_len)] * layers
+        return [min(whole(mean), context_len)] * layers
 
     def keep(self, spec: CacheSpec, tokens_C: Sequence[int], context_len: int) -> CacheSpec:
         """The same method's cache whose stored heads keep so many tokens of `context_len`."""
@@ -67,3 +67,8 @@ class LengthMethod(ABC):
 
 
 CONTRACT = LengthMethod
+
+
+def whole(tokens: float) -> int:
+    """So many tokens at most, of which 599.9999999 of a share of bytes are 600."""
+    return int(tokens * (1 + 1e-9))

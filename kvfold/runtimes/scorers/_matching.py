@@ -33,8 +33,10 @@ def matched(prompt: Prompt, index_BCn: Tensor, counts_Bn: Tensor) -> tuple[Tenso
     weights_BCn = weights_of(shares_BCMn)
     wanted_BCMV = (probs_BCMS.to(values_BCSV.dtype) @ values_BCSV).to(weights_BCn.dtype)
     weighed = shares_BCMn * weights_BCn[:, :, None]
-    weighed = weighed / weighed.sum(-1, keepdim=True)
+    mass_BCM1 = weighed.sum(-1, keepdim=True)
+    weighed = weighed / mass_BCM1.clamp_min(1e-30)
     missing_BCMV = wanted_BCMV - weighed @ values_BCnV.to(weighed.dtype)
+    missing_BCMV = missing_BCMV * (mass_BCM1 > 0)  # of what stays a query may see nothing
     change = ridge(weighed.double(), missing_BCMV.double(), counts_Bn.sum(-1)[:, None])
     return weights_BCn.log(), (values_BCnV + change).to(values_BCSV.dtype)
 

@@ -131,23 +131,44 @@ class Prompt:
     def effects(self, probs_BnQS: Tensor) -> Tensor:
         """[B, n, Q, S]: the square of how far a query's head moves in the residual stream when one token is dropped,
         p / (1 - p) W (v - o); exact for one token."""
-        (led_BnSV, own_BnS), (out_BnQV, out_BnQ) = self._led, self._averages(probs_BnQS)
+        led_BnSV, own_BnS = self._led
+        odds_BnQS, out_BnQV, out_BnQ, at_BnQ1, of_most_BnQ1 = self._parted(probs_BnQS)
         far_BnQS = own_BnS[:, :, None] + out_BnQ[..., None] - 2 * out_BnQV @ led_BnSV.transpose(2, 3)
-        return far_BnQS.clamp_min(0) * _odds(probs_BnQS).square()
+        return (far_BnQS.clamp_min(0) * odds_BnQS.square()).scatter(3, at_BnQ1, of_most_BnQ1)
 
     def effect(self, probs_BnQS: Tensor) -> Tensor:
         """[B, n, S]: `effects` summed over queries, by one product of odds with what they weigh."""
-        (led_BnSV, own_BnS), (out_BnQV, out_BnQ) = self._led, self._averages(probs_BnQS)
-        weights_BnSQ = _odds(probs_BnQS).square_().transpose(2, 3)
+        led_BnSV, own_BnS = self._led
+        odds_BnQS, out_BnQV, out_BnQ, at_BnQ1, of_most_BnQ1 = self._parted(probs_BnQS)
         ones_BnQ1 = torch.ones_like(out_BnQ)[..., None]
+        weights_BnSQ = odds_BnQS.square_().transpose(2, 3)
         sums_BnSV = weights_BnSQ @ torch.cat([-2 * out_BnQV, ones_BnQ1, out_BnQ[..., None]], dim=-1)
         mixed_BnSV, odds_BnS, out_BnS = sums_BnSV[..., :-2], sums_BnSV[..., -2], sums_BnSV[..., -1]
-        return ((mixed_BnSV * led_BnSV).sum(-1) + odds_BnS * own_BnS + out_BnS).clamp_min_(0)
+        others_BnS = ((mixed_BnSV * led_BnSV).sum(-1) + odds_BnS * own_BnS + out_BnS).clamp_min_(0)
+        return others_BnS.scatter_add_(2, at_BnQ1[..., 0], of_most_BnQ1[..., 0])
 
-    def _averages(self, probs_BnQS: Tensor) -> tuple[Tensor, Tensor]:
-        """o [B, n, Q, V] and o M o [B, n, Q], with the metric M."""
-        out_BnQV = weighted(probs_BnQS, self._values, self._values.dtype)
-        return out_BnQV, (out_BnQV @ self._metric * out_BnQV).sum(-1)
+    def _parted(self, probs_BnQS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """p / (1 - p) of all tokens but the one that a query attends to most; o [B, n, Q, V] and o M o [B, n, Q], with the
+        metric M; where that one is [B, n, Q, 1], and its effect, by the average of the others: its p may be almost 1, and
+        nothing be left of v - o."""
+        most_BnQ1, at_BnQ1 = probs_BnQS.max(-1, keepdim=True)
+        others_BnQS = probs_BnQS.scatter(3, at_BnQ1, 0)
+        rest_BnQV = weighted(others_BnQS, self._values, self._values.dtype)
+        own_BnQV = self._values_at(at_BnQ1)
+        away_BnQV = own_BnQV - rest_BnQV / others_BnQS.sum(-1, keepdim=True).clamp_min(1e-30)
+        of_most_BnQ = (away_BnQV @ self._metric * away_BnQV).sum(-1).clamp_min(0)
+        out_BnQV = rest_BnQV + most_BnQ1 * own_BnQV
+        out_BnQ = (out_BnQV @ self._metric * out_BnQV).sum(-1)
+        odds_BnQS = (
+            (1 - others_BnQS).reciprocal_().mul_(others_BnQS)
+        )  # new memory takes longer than what is done with it
+        return odds_BnQS, out_BnQV, out_BnQ, at_BnQ1, of_most_BnQ[..., None] * most_BnQ1.square()
+
+    def _values_at(self, at_BnQ1: Tensor) -> Tensor:
+        """[B, n, Q, V]."""
+        index_BCM1 = at_BnQ1.unflatten(1, (self._values.shape[1], -1)).flatten(2, 3)
+        found_BCMV = self._values.gather(2, index_BCM1.expand(-1, -1, -1, self._values.shape[3]))
+        return found_BCMV.reshape(*at_BnQ1.shape[:3], -1)
 
     @functools.cached_property
     def _led(self) -> tuple[Tensor, Tensor]:
@@ -171,11 +192,6 @@ class Prompt:
     def by_stored_head(self, x_BnS: Tensor) -> Tensor:
         """[B, C, S]: summed over the query heads that read one stored head."""
         return x_BnS.unflatten(1, (self.keys_BCSR.shape[1], -1)).sum(2)
-
-
-def _odds(probs: Tensor) -> Tensor:
-    """p / (1 - p). In place where it can be: new memory takes longer than what is done with it."""
-    return (1 - probs).clamp_min_(1e-6).reciprocal_().mul_(probs)
 
 
 class Scorer(ABC):

@@ -183,6 +183,7 @@ class HeadRun:
 
     def drop(self, first: int, held: int, begin_B: Tensor | None) -> None:
         """Forget the columns before `first` but for early ones; `held`: columns so far."""
+        first = min(first, held)  # sequences whose tokens have yet to come, behind padding, have none to forget
         gone = first - (self.tokens.sinks if self.place.first is None else self.place.first)
         if gone > 0:
             early = self._early(held, begin_B)
