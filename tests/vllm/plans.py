@@ -26,6 +26,13 @@ PACKED = (
         "int4": {"preset": "int4"},
         "fp8": {"preset": "fp8"},
         "small": {"preset": "small", "kv_budget": 1 / 4},
+        "predicted": {
+            "width": {"method": "mla", "multiple": 4, "leading": 6, "recent_leading": 10},
+            "bits": {"method": "mixed", "multiple": 4},
+            "allocate": "greedy",
+            "kv_budget": 0.15,
+            "length": {"method": "recent", "tokens": 16},
+        },
         "shared_int4": {
             "preset": "mlkv",
             "depth": {"owners": 2},
