@@ -102,8 +102,7 @@ def test_effects_where_one_token_gets_almost_everything(prompt):
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_observed(prompt, rounds, monkeypatch):
     """Queries before rotation, turned to where they are asked again; of longer prompts more of them."""
-    monkeypatch.setattr(base, "TOKENS", 10)
-    monkeypatch.setattr(base, "FEW", {1: T, 3: 20}[rounds])  # the other sequence has 1 or 4
+    monkeypatch.setattr(base, "TOKENS", {1: 33, 3: 10}[rounds])  # the other sequence has 1 or 4
     prompt, before = prompt
     found, (b, n) = score("observed", prompt), (0, 1)
     group = before.shape[1] // found.shape[1]

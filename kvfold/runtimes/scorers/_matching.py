@@ -12,6 +12,8 @@ from torch import Tensor
 from kvfold.runtimes.kernels.gathering import gather_tokens
 from kvfold.runtimes.scorers.base import Prompt
 
+EVERY = 2
+"""Of the queries that are asked again one in so many is matched: what is solved grows with their square."""
 ROUNDS = 5
 """Of multiplicative steps, which keep weights positive."""
 RIDGE = 1e-2
@@ -24,7 +26,7 @@ def matched(prompt: Prompt, index_BCn: Tensor, counts_Bn: Tensor) -> tuple[Tenso
     """What is added to the scores of the tokens that stay [B, C, n], besides what was, and their values [B, C, n, V].
     counts_Bn: which of them do."""
     S = prompt.keys_BCSR.shape[2] - prompt.again
-    probs_BnQS, values_BCSV = prompt.asked_again[..., :S], prompt.values_BCSV[:, :, :S]
+    probs_BnQS, values_BCSV = prompt.asked_again[:, :, EVERY // 2 :: EVERY, :S], prompt.values_BCSV[:, :, :S]
     probs_BnQS = probs_BnQS / probs_BnQS.sum(-1, keepdim=True)
     probs_BCMS = probs_BnQS.unflatten(1, (index_BCn.shape[1], -1)).flatten(2, 3)
     values_BCnV = gather_tokens(values_BCSV, index_BCn)

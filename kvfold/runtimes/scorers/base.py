@@ -17,8 +17,8 @@ from kvfold.runtimes.kernels.rotary import apply_rotary
 
 AT_ONCE = 256
 """Queries of which probabilities exist."""
-QUERIES, TOKENS, FEW = 32, 256, 1024
-"""So many are asked again for every so many tokens of a prompt; of one of FEW tokens or less, once."""
+QUERIES, TOKENS = 64, 512
+"""So many are asked again for every so many tokens of a prompt; of one of twice as many tokens or less, once."""
 AHEAD, STRIDE = 128, 37
 """They are turned to places among the next AHEAD tokens, STRIDE apart, which has no divisor in common."""
 
@@ -87,7 +87,7 @@ class Prompt:
     def rounds_B(self) -> Tensor:
         """[B]: how often QUERIES queries of a sequence are asked again."""
         tokens_B = self.steps - self.first_B
-        rounds_B = torch.where(tokens_B > FEW, tokens_B // TOKENS, 1)
+        rounds_B = torch.where(tokens_B > 2 * TOKENS, tokens_B // TOKENS, 1)
         return rounds_B.expand(len(self.queries_BnTH))
 
     @functools.cached_property
