@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def _unpickle(path: Path, pickles: list[Path], folder: Path) -> None:
 
 def _tensors(file: Path) -> dict[str, Tensor]:
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # whatever a broken or hostile file makes of the unpickler
         raise CheckpointError(
             f"{file} is no file of weights that torch loads without running code ({one_line(error)})."

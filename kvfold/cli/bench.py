@@ -147,10 +147,12 @@ def _folders(
     folded: list[str], against: str | None, shape: Any, recipes: Mapping[str, Any], dtype: str
 ) -> Iterator[dict[str, Path]]:
     """What an engine loads: the given folders, or those of a shape while they are needed."""
+    from kvfold.evaluation.speed import by_name
     from kvfold.evaluation.throughput import of_shape
 
     if shape is None:
-        yield {"original": Path(f"{against}")} | {Path(folder).name: Path(folder) for folder in folded}
+        original = {"original": Path(f"{against}")}
+        yield original | by_name(folded, taken=original)
         return
     with tempfile.TemporaryDirectory() as scratch:
         yield of_shape(shape, recipes, Path(scratch), "bfloat16" if dtype == "auto" else dtype)

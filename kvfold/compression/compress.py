@@ -247,7 +247,7 @@ def _or_plain(
     simple = dataclasses.replace(
         recipe, width={"method": "identity"}, bits=PLAIN_BITS, length={"method": "identity"}, allocate="uniform"
     )
-    asked = dataclasses.replace(request, axes=simple.axes)
+    asked = dataclasses.replace(request, axes=simple.axes, kept=1.0)  # which drops no tokens
     try:
         plain = allocate(asked, kv_budget=recipe.kv_budget, strategy="uniform", curves=dict)
     except BudgetError:
@@ -273,6 +273,7 @@ def _probe(
         tokens=tokens_BT,
         statistics=statistics and statistics.folder.name,
         width=recipe.to_dict()["width"],
+        length=recipe.to_dict()["length"],
         targets=request.targets,
         device=material.device.partition(":")[0],
     )

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from kvfold.checkpoint.atomic import make_folder
 from kvfold.compression.export_gqa import export_gqa
 from kvfold.errors import OutputError, RecipeError
 
@@ -26,6 +27,7 @@ def export_gguf(folder: str | Path, out: str | Path, *, overwrite: bool = False)
     script, file = converter(folder), Path(os.path.abspath(out))
     if file.exists() and not overwrite:
         raise OutputError(f"{out} exists already. Give another --out, or --overwrite to replace it.")
+    make_folder(file.parent)
     with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as scratch:
         heads, made = export_gqa(folder, Path(scratch) / "stock"), Path(scratch) / file.name
         command = [sys.executable, str(script), str(Path(scratch) / "stock"), "--outfile", str(made)]

@@ -6,6 +6,7 @@ heads per speed stop rotating, so that it loses much and wants training (TransML
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,7 +103,7 @@ def rank_of(layer: AttentionLayer, kv_budget: float) -> int:
             f"kv_budget is {kv_budget}; it is a share of the original cache's bytes, above 0 and at most 1."
         )
     whole = 2 * layer.num_kv_heads * layer.head_dim
-    rank = int(kv_budget * whole) - layer.head_dim
+    rank = math.floor(kv_budget * whole * (1 + 1e-9)) - layer.head_dim
     if rank < 1:
         least = (layer.head_dim + 1) / whole
         raise BudgetError(

@@ -95,6 +95,11 @@ class Recipe:
             raise RecipeError(registry.unknown("allocation", self.allocate, ALLOCATIONS))
         for axis in registry.AXES:
             self.method(axis)
+        if self.target_kl is not None and self.axes.length.after_reading:
+            raise RecipeError(
+                f"target_kl is measured by forwards without a cache, in which length.method {self.length['method']!r} leaves"
+                " every token; give kv_budget."
+            )
         if self.bits["method"] != "identity" and self.method("width").joint:
             raise RecipeError(
                 f"width method {self.width['method']!r} fills caches that are not quantized; leave bits out."
@@ -166,7 +171,9 @@ def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
         data = {**data, "preset": _text(preset, "preset")}
         _merge(tree, find_preset(preset).fragment)
     _merge(tree, data)
-    for assignment in sets:
+    for assignment in sorted(
+        sets, key=lambda text: ".method=" not in text
+    ):  # whose fields the others are, in any order
         _merge(tree, _parse_set(assignment))
     if tree.get("kv_budget") is not None:
         tree["kv_budget"] = parse_budget(tree["kv_budget"])
@@ -257,7 +264,7 @@ def parse_budget(value: Any) -> float:
     """0.25, "0.25" or "1/4"."""
     try:
         return float(Fraction(str(value)))
-    except (ValueError, ZeroDivisionError) as error:
+    except (ValueError, OverflowError, ZeroDivisionError) as error:
         raise RecipeError(f"kv_budget {value!r} is not a number; give 0.25 or 1/4.") from error
 
 
@@ -287,7 +294,7 @@ def _merge(tree: dict[str, Any], more: Mapping[str, Any]) -> None:
     for name, value in more.items():
         if isinstance(value, Mapping) and isinstance(tree.get(name), dict):
             # another method's fields would not fit
-            if value.get("method", tree[name].get("method")) != tree[name].get("method"):
+            if "method" in tree[name] and value.get("method", tree[name]["method"]) != tree[name]["method"]:
                 tree[name] = {}
             _merge(tree[name], value)
         elif isinstance(value, Mapping):

@@ -171,8 +171,13 @@ class Request:
     def cost(self, key: Key, shape: StoredShape) -> float:
         """Bytes per token, of those that stay; those of recent tokens are shared out among `context_len`."""
         whole = shape.bytes_per_token(self.itemsize)
-        share = self.axes.length.recent / self.context_len if key[1].startswith(RECENT) else self.kept
+        share = self.axes.length.recent / self.context_len if key[1].startswith(RECENT) else self.kept_of(key[0])
         return whole * share
+
+    def kept_of(self, layer: int) -> float:
+        """The share of its tokens that stay in a layer; all where it is kept, or forgets by itself."""
+        drops = layer not in self.limits.keep_layers and self.layers[layer].window is None
+        return self.kept if drops else 1.0
 
     def total(self, chosen: Mapping[Key, StoredShape]) -> float:
         """Bytes per token of all that was chosen."""

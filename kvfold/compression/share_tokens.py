@@ -124,6 +124,13 @@ def share_tokens(
     """
     context = plan.context_len
     dropping = {i: spec for i, spec in enumerate(plan.caches) if spec is not None and spec.tokens is not None}
+    if not dropping:  # every layer has a sliding window or is kept
+        if method.share_kept is None and kv_budget is not None and plan.kv_budget > kv_budget * SLACK:
+            raise BudgetError(
+                f"kv_budget {kv_budget:.4g} is out of reach: no layer drops tokens, since all have a sliding window or are"
+                f" kept (keep_layers); they take {plan.kv_budget:.4g}."
+            )
+        return plan
     heads = [(i, head) for i, spec in dropping.items() for head in range(spec.num_kv_heads)]
     price = {head: _row_bytes(plan, dropping[head[0]]) for head in heads}
     sizes = method.sizes(context, [context * step // STEPS for step in range(1, STEPS)])
@@ -180,7 +187,7 @@ def _left(plan: CachePlan, method: LengthMethod, kv_budget: float | None, whole:
     assert kv_budget is not None, "check_tokens was asked"
     everything = sum(spec.bytes_per_token(plan.itemsize()) for spec in plan.owned) + plan.position_bytes
     asked = kv_budget * plan.source_kv_bytes_per_token()
-    return (asked - (everything - whole)) * plan.context_len
+    return (asked - (everything - whole)) * plan.context_len - plan.recent_bytes()
 
 
 def _by_cost(

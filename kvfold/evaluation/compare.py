@@ -23,6 +23,7 @@ from kvfold.compression.recipe import Recipe, make_recipe, material_of, preset_r
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.evaluation.context import Remembered, ask, compared, draw_samples
 from kvfold.evaluation.generate import continue_prompt
+from kvfold.evaluation.standard_errors import defined
 from kvfold.evaluation.texts import Evaluation, Predictions, evaluate_models
 from kvfold.linalg.eigen import discarded_energy
 from kvfold.runtimes.transformers.load import default_dtype, load_weights, resolve_device
@@ -119,7 +120,7 @@ def compare(
         rows=rows,
         energy=energy,
     )
-    write_text(out / "comparison.json", json.dumps(result.to_json(), indent=1))
+    write_text(out / "comparison.json", json.dumps(defined(result.to_json()), indent=1, allow_nan=False))
     return result
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,12 +143,20 @@ def _of_folders(
 ) -> dict[str, Contestant]:
     original = load_weights(Path(against), dtype, device)
     contestants = _stock(original, load_plan(against)[0], tokens)
-    for folder in folded:
+    for name, folder in by_name(folded, taken=contestants).items():
         plan, _ = load_plan(folder)
         cache = _cache_of(plan)
-        model = load_weights(Path(folder), dtype, device)
-        contestants[Path(folder).name] = Contestant(model=model, plan=plan, new_cache=cache)
+        contestants[name] = Contestant(model=load_weights(folder, dtype, device), plan=plan, new_cache=cache)
     return contestants
+
+
+def by_name(folders: Iterable[str | Path], taken: Container[str]) -> dict[str, Path]:
+    """Folders by their names, or by their paths where a name is taken."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        whole = Path(folder).resolve()
+        found[str(whole) if whole.name in found or whole.name in taken else whole.name] = Path(folder)
+    return found
 
 
 def _of_shape(

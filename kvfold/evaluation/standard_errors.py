@@ -31,6 +31,10 @@ def ratio_stderr(top: float, bottom: float, *, top_stderr: float, bottom_stderr:
     return math.sqrt(max(variance, 0.0) if not math.isnan(variance) else math.nan) / abs(bottom)
 
 
-def defined(values: dict[str, Any]) -> dict[str, Any]:
-    """For JSON, which has no nan: null where a number is not defined."""
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
+def defined(tree: Any) -> Any:
+    """The same dictionaries and lists for JSON, which has no number for nan and infinity: null instead."""
+    if isinstance(tree, dict):
+        return {name: defined(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [defined(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

@@ -120,7 +120,7 @@ def evaluate_folds(
     options = {"manager": manager, "limit": limit}
 
     def asked(path: str | Path) -> dict[int | None, dict[str, Any]]:
-        asked_for = {str(shots): [_what(spec) for spec in specs] for shots, specs in runs.items()}
+        asked_for = [[shots, [_what(spec) for spec in specs]] for shots, specs in runs.items()]  # in this order
         key = fingerprint(model=Checkpoint.open(path).fingerprint(), tasks=asked_for, limit=limit, dtype=dtype)
         file = Path(answers) / f"answers-{key[:16]}.json" if answers else None
         if file is not None and file.exists():
@@ -256,7 +256,7 @@ def _effects(value: float, leaves: list[Tensor | None]) -> Tensor | None:
     centred_N = torch.cat([part - part.mean() for part in parts])  # samples vary within their task
     if math.isclose(all_N.mean().item(), value, rel_tol=1e-6, abs_tol=1e-9):
         return centred_N
-    if math.isclose(math.exp(-all_N.mean().item()), value, rel_tol=1e-6):  # a perplexity of log-probabilities
+    if math.isclose((-all_N.mean()).exp().item(), value, rel_tol=1e-6):  # a perplexity of log-probabilities
         return -value * centred_N
     if math.isclose(sum(part.mean().item() for part in parts) / len(parts), value, rel_tol=1e-6):  # tasks count alike
         return torch.cat([(part - part.mean()) * len(all_N) / len(parts) / len(part) for part in parts])

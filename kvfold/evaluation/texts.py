@@ -159,9 +159,9 @@ def evaluate_models(model: Any, base: Any, windows_WT: Tensor, plan: CachePlan) 
     stderr = change.std().item() / math.sqrt(len(change)) if len(change) > 1 else math.nan
     return Evaluation(
         loss=loss,
-        perplexity=math.exp(loss),
+        perplexity=perplexity_of(loss),
         base_loss=base_loss,
-        base_perplexity=math.exp(base_loss),
+        base_perplexity=perplexity_of(base_loss),
         kl=kl,
         top1_agreement=agreement,
         kv_budget=plan.kv_budget,
@@ -170,6 +170,11 @@ def evaluate_models(model: Any, base: Any, windows_WT: Tensor, plan: CachePlan) 
         tokens=windows_WT.shape[0] * (windows_WT.shape[1] - 1),
         loss_change_stderr=stderr,
     )
+
+
+def perplexity_of(loss: float) -> float:
+    """e^loss, infinite beyond the largest number; nan of nan."""
+    return math.inf if loss > 700 else math.exp(loss)
 
 
 def _folded_logits(model: Any, windows_WT: Tensor, plan: CachePlan) -> Iterator[tuple[Tensor, Tensor]]:

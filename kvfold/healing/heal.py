@@ -215,7 +215,7 @@ def _arguments(healing: Healing, run_dir: Path, device: str, rows: int, blocks: 
     """blocks: class names of the layers that are sharded one by one."""
     world = processes.world_size()
     batches = math.ceil(rows / (healing.batch_size * world))
-    steps = max(int(math.ceil(batches / healing.accumulate) * healing.epochs), 1)
+    steps = max(math.floor(math.ceil(batches / healing.accumulate) * healing.epochs * (1 + 1e-9)), 1)
     evaluates = healing.eval_data is not None
     sharding: dict[str, Any] = {}
     if healing.shard and world > 1:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from kvfold.checkpoint.atomic import write_text
 from kvfold.errors import HealError
 from kvfold.healing.elastic import Elastic
 from kvfold.healing.objectives import Objective
@@ -95,10 +96,8 @@ class _Metrics(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and self.file.exists():
-            lines = [
-                line for line in self.file.read_text().splitlines() if json.loads(line)["step"] <= state.global_step
-            ]
-            self.file.write_text("".join(f"{line}\n" for line in lines) if state.global_step else "")
+            kept = [entry for entry in read_metrics(self.file) if entry["step"] <= state.global_step]
+            write_text(self.file, "".join(json.dumps(entry) + "\n" for entry in kept) if state.global_step else "")
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
@@ -159,5 +158,5 @@ def last_checkpoint(run_dir: Path) -> str | None:
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """What was logged."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    """What was logged; a last line that was cut off, as by a full disk, is none."""
+    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvfold.linalg.eigen import RELATIVE_FLOOR, powers
+from kvfold.linalg.eigen import DEAD, RELATIVE_FLOOR, powers
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class BlockDiagonal:
         where that fails by the symmetric root with floored eigenvalues."""
         lower, failed = torch.linalg.cholesky_ex(self.blocks_nbb.double())
         diagonal = lower.diagonal(dim1=1, dim2=2)
-        if bool(failed.any()) or bool((diagonal.amin(1) < RELATIVE_FLOOR**0.5 * diagonal.amax(1)).any()):
+        least = (RELATIVE_FLOOR**0.5 * diagonal.amax(1)).clamp_min(DEAD**0.5)
+        if bool(failed.any()) or bool((diagonal.amin(1) < least).any()):
             root, inverse = self.powers(0.5, -0.5)
             return root, inverse
         eye = torch.eye(lower.shape[1]).to(lower).expand_as(lower)

@@ -10,6 +10,9 @@ from torch import Tensor
 RELATIVE_FLOOR = 1e-9
 """Eigenvalues below this share of the largest count as this share, where a matrix is inverted."""
 
+DEAD = 1e-200
+"""Matrices no larger than this are of nothing: their inverse would not be finite in float32."""
+
 LARGE = 2048
 """Numbers from which only the wanted eigenvectors are computed."""
 MOST_ITERATIONS = 12
@@ -78,7 +81,8 @@ def _orthonormal(basis_FR: Tensor) -> Tensor:
 def powers(moment_FF: Tensor, *exponents: float, floor: float = RELATIVE_FLOOR) -> list[Tensor]:
     """Powers of a symmetric positive matrix, such as its root (0.5) and its inverse (-1), with floored eigenvalues."""
     values, vectors = eigh_descending(moment_FF)
-    values = values.clamp_min(floor * values[0].clamp_min(torch.finfo(torch.float64).tiny))
+    largest = torch.where(values[0] > DEAD, values[0], 1.0)
+    values = values.clamp_min(floor * largest)
     return [vectors * values**exponent @ vectors.T for exponent in exponents]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from kvfold import distributed as processes
@@ -20,6 +21,7 @@ from kvfold.evaluation.context import Remembered
 from kvfold.evaluation.inspection import shared_out
 from kvfold.evaluation.memory import Capacity
 from kvfold.evaluation.recall import Recall
+from kvfold.evaluation.standard_errors import defined
 from kvfold.evaluation.tasks import TaskScore
 from kvfold.evaluation.texts import Evaluation
 from kvfold.plan.cache_spec import CacheSpec
@@ -39,7 +41,7 @@ def print_json(values: dict[str, Any]) -> None:
     """One line for programs."""
     # not through rich, which would wrap the line at the width of the terminal
     if not processes.rank():
-        print(json.dumps(values), flush=True)
+        print(json.dumps(defined(values), allow_nan=False), flush=True)
 
 
 def print_plan(plan: CachePlan, title: str) -> None:
@@ -275,7 +277,9 @@ def print_comparison(found: Comparison, out: Path) -> None:
     columns = elements.columns
     lines = [["original", "1.000", *[""] * (len(columns) - 2)], *elements.rows]
     lines = [[cell.partition(" ±")[0] for cell in line] for line in lines]
-    table = RichTable(box=SIMPLE_HEAD, title=f"{found.model}, calibrated on {found.calibration}", title_justify="left")
+    table = RichTable(
+        box=SIMPLE_HEAD, title=escape(f"{found.model}, calibrated on {found.calibration}"), title_justify="left"
+    )
     left = STDOUT.width - 2
     for column, cells_below in zip(columns, zip(*lines, strict=True), strict=True):
         width = max(map(len, [*cells_below, *column.split()]))  # headers wrap at words, numbers never
@@ -285,9 +289,10 @@ def print_comparison(found: Comparison, out: Path) -> None:
     if wide:
         table.add_column("continuation", width=left - 3, no_wrap=True, overflow="ellipsis")
     for line, (_, text) in zip(lines, continued, strict=True):
-        table.add_row(*line, *([_one_line(text)] if wide else []))
+        table.add_row(*line, *([escape(_one_line(text))] if wide else []))
     STDOUT.print(table)
-    STDOUT.print(f"evaluated on {found.evaluated_on}; prompt: {found.prompt!r}; report: {report}", highlight=False)
+    of_text = f"evaluated on {found.evaluated_on}; prompt: {found.prompt!r}; report: {report}"
+    STDOUT.print(of_text, markup=False, highlight=False)
     if not wide:
         for name, text in continued:
             STDOUT.print(f"{name}: {_one_line(text)}", no_wrap=True, overflow="ellipsis", markup=False, highlight=False)

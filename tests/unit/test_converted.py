@@ -56,6 +56,15 @@ def test_pickles_are_read_where_they_are_allowed(original, tmp_path, parts):
     assert converted(source, tmp_path / "out.run", allow_pickle=True) == folder
 
 
+def test_pickles_of_old(original, tmp_path):
+    """As torch wrote them before 1.6, which are no zip files."""
+    source = as_pickles(original, tmp_path / "source", 1)
+    state = torch.load(source / "pytorch_model.bin", weights_only=True)
+    torch.save(state, source / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    out = fold(source, tmp_path / "out", allow_pickle=True)
+    assert torch.equal(logits(load(out), tokens()), logits(load(original), tokens()))
+
+
 class Harmful:
     def __reduce__(self):
         return print, ("harm",)

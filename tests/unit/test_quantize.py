@@ -44,6 +44,14 @@ def test_packed_numbers_are_what_the_oracle_reads(format):
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_a_number_beyond_half_precision_spoils_nothing(format):
+    """In which scales are stored."""
+    x = elements(format, torch.float32)
+    x[0, 0, 3, 5], x[0, 1, 4, 2] = 2e5, -3e9
+    assert unpack(pack(x, format), format, torch.float32).isfinite().all()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_dtype_is_packed_alike(format, dtype):
     x = elements(format, dtype)

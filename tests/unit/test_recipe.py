@@ -38,6 +38,19 @@ def test_another_method_drops_the_presets_fields():
     assert recipe.width == {"method": "svd_w"}
 
 
+def test_fields_are_those_of_the_method_that_is_set_in_any_order():
+    for sets in (["width.latent=group", "width.method=logit"], ["width.method=logit", "width.latent=group"]):
+        assert make_recipe(BASE, sets).width == {"method": "logit", "latent": "group"}
+    assert make_recipe(BASE | {"width": {"latent": "group"}}, ["width.method=logit"]).width["latent"] == "group"
+
+
+def test_a_loss_that_would_not_be_seen_is_no_aim():
+    for length in ({"method": "scored"}, {"method": "recency", "prompt": "whole"}, {"method": "lead"}):
+        with pytest.raises(RecipeError, match="leaves every token"):
+            make_recipe(BASE | {"target_kl": 0.1, "length": length})
+    make_recipe(BASE | {"target_kl": 0.1, "length": {"method": "recency"}})
+
+
 @pytest.mark.parametrize(
     ("data", "sets", "message"),
     [

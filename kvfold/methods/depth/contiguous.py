@@ -38,7 +38,7 @@ def _layout(layers: Sequence[AttentionLayer], owners: int) -> Targets:
             f" at least {len(kinds)}."
         )
     for kind, count in zip(kinds, _shares(owners, [len(kind) for kind in kinds]), strict=True):
-        first = [int(i * (len(kind) / count)) for i in range(count)]
+        first = [i * len(kind) // count for i in range(count)]
         for position, layer in enumerate(kind):
             owner_of[layer] = kind[max(f for f in first if f <= position)]
     return targets_of(owner_of)

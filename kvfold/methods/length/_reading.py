@@ -34,6 +34,10 @@ class ReadsSome(LengthMethod):
                 " read is part of the least, and one of it is new."
             )
 
+    @property
+    def after_reading(self) -> bool:
+        return True
+
     def apply(self, layer: AttentionLayer, spec: CacheSpec, finer: CacheSpec | None = None) -> CacheSpec:
         if layer.window is not None:
             return spec

@@ -29,6 +29,11 @@ class LengthMethod(ABC):
         return False
 
     @property
+    def after_reading(self) -> bool:
+        """Whether tokens are dropped or chosen only when a prompt was read, so that a forward without a cache sees all."""
+        return False
+
+    @property
     def share_kept(self) -> float | None:
         """Of the tokens, in the mean over heads; None for what a budget leaves."""
         return None

@@ -28,6 +28,10 @@ class Foreseen(TokensPerHead):
             raise RecipeError(f"length.prompt is {self.prompt!r}; it is one of {', '.join(PROMPTS)}.")
 
     @property
+    def after_reading(self) -> bool:
+        return self.prompt == "whole"
+
+    @property
     def scorer(self) -> str:
         return FORESEEN
 

@@ -35,5 +35,9 @@ class Recency(TokensPerHead):
         if self.prompt not in PROMPTS:
             raise RecipeError(f"length.prompt is {self.prompt!r}; it is one of {', '.join(PROMPTS)}.")
 
+    @property
+    def after_reading(self) -> bool:
+        return self.prompt == "whole"
+
     def _tokens(self, *runs: TokenRun) -> TokenRuns:
         return TokenRuns(runs=runs, sinks=self.sinks, prompt=self.prompt)

@@ -40,6 +40,10 @@ class Scored(TokensPerHead):
             raise RecipeError(registry.unknown("scorer", self.rule, known))
 
     @property
+    def after_reading(self) -> bool:
+        return True
+
+    @property
     def scorer(self) -> str:
         return self.rule
 

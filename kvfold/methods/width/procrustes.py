@@ -81,8 +81,8 @@ class Procrustes(WidthMethod):
         return [self._distortion(group, shape.num_heads, "values") for shape in shapes]
 
     def spec(self, layer: AttentionLayer, keys: StoredShape, values: StoredShape) -> CacheSpec:
-        if keys != values:  # one number of heads, as ordinary checkpoints have
-            keys = values = min(keys, values)
+        heads = min(keys.num_heads, values.num_heads)  # one number of heads, as ordinary checkpoints have
+        keys, values = keys._replace(num_heads=heads), values._replace(num_heads=heads)
         return plain_spec(layer, keys, values)
 
     def fold(self, group: LayerGroup, spec: CacheSpec) -> Iterator[FoldedWeights]:

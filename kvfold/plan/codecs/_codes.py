@@ -47,8 +47,9 @@ def joined(parts: list[Tensor]) -> Tensor:
 
 def over_range(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
     """float16 (low, step) [..., 2] over `dim`, and the codes of x in them as they will be read."""
-    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-    scale = ((high - low) / (2**bits - 1)).clamp_min(torch.finfo(torch.float16).smallest_normal)
+    range16 = torch.finfo(torch.float16)
+    low, high = (of(dim, keepdim=True).clamp(range16.min, range16.max) for of in (x.amin, x.amax))
+    scale = ((high - low) / (2**bits - 1)).clamp(range16.smallest_normal, range16.max)
     stored = torch.stack([low, scale], dim=-1).to(torch.float16)
     low, scale = stored.to(x.dtype).unbind(-1)
     return stored, ((x - low) / scale).round().clamp(0, 2**bits - 1).to(torch.uint8)

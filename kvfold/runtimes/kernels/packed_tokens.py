@@ -240,7 +240,8 @@ def index_of(heads: tuple[int, ...], device: torch.device) -> Any:
     first, count = heads[0], len(heads)
     if heads == tuple(range(first, first + count)):
         return slice(first, first + count)
-    return torch.tensor(heads, device=device)
+    with torch.inference_mode(False):  # who trains later picks heads by it too
+        return torch.tensor(heads, device=device)
 
 
 def heads_of(stored_BCSR: Tensor, run: TokenRun) -> Tensor:

@@ -260,6 +260,16 @@ def _folded_forward(stock_class: type[PreTrainedModel]) -> Any:
     return forward
 
 
+def _folded_preparation(stock_class: type[PreTrainedModel]) -> Any:
+    """The mixin's, under the family's signature, by which generate() sees whether it takes inputs_embeds."""
+
+    @functools.wraps(stock_class.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return FoldedModel.prepare_inputs_for_generation(self, *args, **kwargs)
+
+    return prepare_inputs_for_generation
+
+
 @functools.cache
 def folded_classes(arch: Architecture) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
     """The config class and the model class of a folded family, for example KvfoldLlamaForCausalLM."""
@@ -286,6 +296,7 @@ def folded_classes(arch: Architecture) -> tuple[type[PretrainedConfig], type[Pre
             "architecture": arch,
             "config_class": config,
             "forward": _folded_forward(arch.model_class),
+            "prepare_inputs_for_generation": _folded_preparation(arch.model_class),
             "_tp_plan": None,
             "_pp_plan": None,
             "_supports_flash_attn": False,

@@ -157,7 +157,7 @@ def _kept(projection: Any, name: Any, make: Callable[[], Any]) -> Any:
     """What was made of the weight as it is now, beside it."""
     kept = projection.__dict__.setdefault("packed", {})
     tensors = [x for x in (projection.weight, projection.bias) if x is not None]
-    state = tuple((x.data_ptr(), x._version) for x in tensors)
+    state = tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors)
     if kept.get(name, ((),))[0] != state:
         kept[name] = state, make()
     return kept[name][1]

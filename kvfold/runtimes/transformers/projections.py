@@ -32,6 +32,8 @@ class GroupedLinear(nn.Module):
         return f"{groups=}, {in_features=}, {out_features=}"
 
     def forward(self, x: Tensor, *, heads: int | None = None, transposed: bool = False, last: bool = False) -> Tensor:
+        if torch.is_grad_enabled() and self.weight.requires_grad:  # it is trained
+            self.__dict__.pop("packed", None)
         weight = self.weight if heads is None else self.weight.view(heads, -1, self.weight.shape[2])
         weight = weight if transposed else self.of_width(x.shape[-1], last=last, weight=weight)
         # One product per group over all rows of the batch: a product that broadcasts the weight would copy it for each row.
@@ -43,6 +45,12 @@ class GroupedLinear(nn.Module):
         else:
             out = torch.baddbmm(self.bias.view(G, 1, -1), rows, weight)
         return out.view(G, B, T, -1).transpose(0, 1)
+
+    def train(self, mode: bool = True) -> GroupedLinear:
+        """Forget what kernels made of the weight: some optimizers write through `.data`, which counts no version."""
+        self.__dict__.pop("packed", None)
+        super().train(mode)
+        return self
 
     def of_width(self, width: int, *, last: bool = False, weight: Tensor | None = None) -> Tensor:
         """The part of the weight that takes so many numbers."""

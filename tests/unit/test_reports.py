@@ -1,0 +1,70 @@
+"""What is printed and kept for people and programs, of names and texts of any kind."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from kvfold.checkpoint.push import updated_card
+from kvfold.evaluation.speed import by_name
+from kvfold.evaluation.standard_errors import defined
+from kvfold.evaluation.task_files import read_task_file
+from kvfold.evaluation.tasks import _effects
+from kvfold.evaluation.texts import perplexity_of
+from kvfold.healing.trainer import read_metrics
+from kvfold.report import tables
+
+
+def test_json_has_numbers_only(capsys):
+    tree = {"a": math.nan, "rows": [{"b": (1.5, math.inf), "c": "nan"}, None]}
+    assert defined(tree) == {"a": None, "rows": [{"b": [1.5, None], "c": "nan"}, None]}
+    tables.print_json(tree)
+    json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+
+
+def test_losses_that_no_perplexity_can_say():
+    assert (
+        perplexity_of(2.0) == math.exp(2.0) and perplexity_of(800.0) == math.inf and math.isnan(perplexity_of(math.nan))
+    )
+    assert _effects(0.3, [torch.tensor([-800.0, -900.0])]) is None
+
+
+def test_folders_of_one_name_are_both_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = by_name(["a/folded", "b/folded", ".", "original"], taken=["original"])
+    root = tmp_path.resolve()
+    assert list(found) == ["folded", f"{root}/b/folded", root.name, f"{root}/original"]
+    assert [str(folder) for folder in found.values()] == ["a/folded", "b/folded", ".", "original"]
+
+
+def test_words_of_a_card_that_are_its_folders_name_stay():
+    body = """# without
+
+A model with a smaller KV cache, folded by kvfold.
+
+AutoModelForCausalLM.from_pretrained("folded"); kvfold evaluate folded --data x; vllm serve folded
+
+out: folded
+"""
+    card = updated_card(f"---\nlicense: mit\n---\n{body}", "me/model", base_model=None, license=None, measured=None)
+    assert "folded by kvfold" in card and "out: folded" in card and "# without" in card
+    assert (
+        'from_pretrained("me/model")' in card and "evaluate me/model --data" in card and "vllm serve me/model" in card
+    )
+
+
+def test_a_line_of_metrics_that_was_cut_off(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert read_metrics(file) == [{"step": 1, "loss": 2.0}]
+
+
+def test_task_files_as_programs_write_them(tmp_path):
+    """With a mark of byte order, line separators within texts, an empty line at the end."""
+    file = tmp_path / "asked.jsonl"
+    row = {"query": "one\u2028two\u0085?", "choices": [" a", " b"], "gold": 1}
+    file.write_text("\ufeff" + 2 * (json.dumps(row, ensure_ascii=False) + "\n") + "\n", encoding="utf-8")
+    assert [found["query"] for found in read_task_file(file).rows] == [row["query"]] * 2
