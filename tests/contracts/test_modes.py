@@ -1,4 +1,4 @@
-"""Folded models as users call them: embeddings as a prompt, evaluation before training, weights that are written, dead layers."""
+"""Folded models as users call them: embeddings as prompts, evaluation before training, written weights, dead layers."""
 
 from __future__ import annotations
 
