@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvfold.linalg.eigen import DEAD, RELATIVE_FLOOR
+
 
 class Decoupled(NamedTuple):
     """Linear maps of keys [K*H] before rotation, halves of a head being its pairs' first and second numbers.
@@ -44,11 +46,9 @@ def decouple(
     shared_HF, back_KHH = torch.zeros(H, K * H, dtype=torch.float64), torch.zeros(K, H, H, dtype=torch.float64)
     for pair in range(half):
         i, j = real[pair], real[pair] + half
-        cost_K = (
-            torch.ones(K, dtype=torch.float64)
-            if published
-            else ((costs_KH[:, pair] + costs_KH[:, pair + half]) / 2).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-        )
+        cost_K = torch.ones(K, dtype=torch.float64)
+        if not published:
+            cost_K = _roots((costs_KH[:, pair] + costs_KH[:, pair + half]) / 2)
         a, b = second_FF[i][:, i] + second_FF[j][:, j], second_FF[j][:, i] - second_FF[i][:, j]
         b = torch.zeros_like(b) if published else b
         u_K = torch.linalg.eigh(torch.complex(a, b) * (cost_K[:, None] * cost_K))[1][:, -1]
@@ -61,6 +61,12 @@ def decouple(
     share_H, phase_h = mean_h.abs().repeat(2), mean_h / mean_h.abs().clamp_min(torch.finfo(torch.float64).tiny)
     rest_FF = share_H.repeat(K)[:, None] * (eye_FF - back_KHH.flatten(0, 1) @ shared_HF)
     return Decoupled(shared_HF, back_KHH, rest_FF, turned_by(phase_h.conj()))
+
+
+def _roots(costs_K: Tensor) -> Tensor:
+    """Of costs, none of which is nothing beside the others; all alike where nothing costs anything."""
+    largest = costs_K.max()
+    return costs_K.clamp_min(RELATIVE_FLOOR * largest).sqrt() if largest > DEAD else torch.ones_like(costs_K)
 
 
 def mean_turn(speeds: tuple[float, ...], distance: int) -> Tensor:

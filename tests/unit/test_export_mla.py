@@ -40,6 +40,17 @@ def test_one_key_head_is_rotated_as_it_is(exported):
     assert torch.equal(stock.generate(tokens(2, 9), **options), original.generate(tokens(2, 9), **options))
 
 
+@pytest.mark.parametrize("dead", ["o_proj", "q_proj", "k_proj"])
+def test_layers_that_say_nothing(tmp_path, dead):
+    """Whose keys cost nothing."""
+    network = make_tiny("llama_mha")
+    with torch.no_grad():
+        getattr(network.model.layers[1].self_attn, dead).weight.zero_()
+    source, out = save_tiny(network, tmp_path / "source"), tmp_path / "out"
+    export_mla(source, out, kv_budget=0.6, calibration=CALIBRATION, runtime="transformers")
+    assert logits(load(out), tokens()).isfinite().all()
+
+
 def test_epsilon_is_that_of_whom_it_is_for(exported):
     """Where vLLM would take another one, which is read is said; the folder that is read by the other is wrong."""
     with pytest.raises(RecipeError, match="rms_norm_eps is 1e-05.* --runtime transformers, or vllm"):
