@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -150,3 +150,12 @@ def publish(partial: Path, out: Path, overwrite: bool) -> None:
 
 MAX_SHARD_BYTES = 512 * 1024**2
 """Small shards keep the memory of a fold low: one shard and one layer are in memory at a time."""
+
+
+def by_name(folders: Iterable[str | Path], taken: Container[str]) -> dict[str, Path]:
+    """Folders by their names, or by their paths where a name is taken."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        whole = Path(folder).resolve()
+        found[str(whole) if whole.name in found or whole.name in taken else whole.name] = Path(folder)
+    return found

@@ -147,7 +147,7 @@ def _folders(
     folded: list[str], against: str | None, shape: Any, recipes: Mapping[str, Any], dtype: str
 ) -> Iterator[dict[str, Path]]:
     """What an engine loads: the given folders, or those of a shape while they are needed."""
-    from kvfold.evaluation.speed import by_name
+    from kvfold.checkpoint.folder import by_name
     from kvfold.evaluation.throughput import of_shape
 
     if shape is None:

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from kvfold.architectures.base import architecture, empty_model
+from kvfold.checkpoint.folder import by_name
 from kvfold.checkpoint.source import load_plan
 from kvfold.compression.recipe import Recipe, preset_recipe
 from kvfold.evaluation.geometries import Shape
@@ -148,15 +149,6 @@ def _of_folders(
         cache = _cache_of(plan)
         contestants[name] = Contestant(model=load_weights(folder, dtype, device), plan=plan, new_cache=cache)
     return contestants
-
-
-def by_name(folders: Iterable[str | Path], taken: Container[str]) -> dict[str, Path]:
-    """Folders by their names, or by their paths where a name is taken."""
-    found: dict[str, Path] = {}
-    for folder in folders:
-        whole = Path(folder).resolve()
-        found[str(whole) if whole.name in found or whole.name in taken else whole.name] = Path(folder)
-    return found
 
 
 def _of_shape(

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
+from kvfold.checkpoint.folder import by_name
 from kvfold.checkpoint.push import updated_card
-from kvfold.evaluation.speed import by_name
 from kvfold.evaluation.standard_errors import defined
 from kvfold.evaluation.task_files import read_task_file
 from kvfold.evaluation.tasks import _effects
@@ -50,7 +50,7 @@ AutoModelForCausalLM.from_pretrained("folded"); kvfold evaluate folded --data x;
 out: folded
 """
     card = updated_card(f"---\nlicense: mit\n---\n{body}", "me/model", base_model=None, license=None, measured=None)
-    assert "folded by kvfold" in card and "out: folded" in card and "# without" in card
+    assert "folded by kvfold" in card and "out: me/model" in card and "# without" in card
     assert (
         'from_pretrained("me/model")' in card and "evaluate me/model --data" in card and "vllm serve me/model" in card
     )
