@@ -10,6 +10,7 @@ import torch
 
 from kvfold.checkpoint.folder import by_name
 from kvfold.checkpoint.push import updated_card
+from kvfold.evaluation.compare import Comparison, Row
 from kvfold.evaluation.standard_errors import defined
 from kvfold.evaluation.task_files import read_task_file
 from kvfold.evaluation.tasks import _effects
@@ -23,6 +24,18 @@ def test_json_has_numbers_only(capsys):
     assert defined(tree) == {"a": None, "rows": [{"b": [1.5, None], "c": "nan"}, None]}
     tables.print_json(tree)
     json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+
+
+def test_texts_in_brackets_are_texts(tmp_path, monkeypatch, capsys):
+    """Which rich would take for markup."""
+    monkeypatch.setattr(tables.STDOUT, "width", 200)
+    for drawn in ("render", "budget_plot"):
+        monkeypatch.setattr(tables, drawn, lambda found: "")
+    row = Row("svd_a", 0.5, None, None, "[/b] else", note="out of reach")
+    found = Comparison("model", "self", "a text", [], "[INST] hello [/INST]", "[/INST] so", [row], {})
+    tables.print_comparison(found, tmp_path)
+    shown = capsys.readouterr().out
+    assert "[INST] hello [/INST]" in shown and "[/INST] so" in shown and "[/b] else" in shown
 
 
 def test_losses_that_no_perplexity_can_say():
