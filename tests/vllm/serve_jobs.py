@@ -60,7 +60,8 @@ def sleep(model):
     saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
     for module in model.modules():
         for made in filter(None, (getattr(module, "tables", None), getattr(module, "read_tables", None))):
-            made.cos_Sr.fill_(7.0), made.sin_Sr.fill_(7.0)
+            for table in (made.cos_Sr, made.sin_Sr):
+                table.fill_(7.0)
         if getattr(module, "slopes_N", None) is not None:
             module.slopes_N.fill_(7.0)
     for name, buffer in model.named_buffers():

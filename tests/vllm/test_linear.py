@@ -29,4 +29,5 @@ def test_maps_of_several_heads_are_not():
     torch.nn.init.normal_(made.weight)
     made.quant_method.process_weights_after_loading(made)
     x = torch.randn(1, 2, 3, 16)
+    made.eval()  # as an engine does with a model it has loaded
     assert made.packed is None and torch.equal(made(x), projections.GroupedLinear.forward(made, x))

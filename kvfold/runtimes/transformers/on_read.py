@@ -92,7 +92,7 @@ def head_maps(attention: Any, way: str, dtype: torch.dtype) -> Callable[[int, bo
         return None
 
     def of(width: int, near: bool) -> Any:
-        def made() -> Any:
+        def make() -> Any:
             weight = projection.of_width(width, last=near)
             fast_pairs = attention.spec.fast_pairs if way == "k_b" else 0
             speeds = attention.layer.speeds_without(fast_pairs) if fast_pairs else ()
@@ -100,7 +100,7 @@ def head_maps(attention: Any, way: str, dtype: torch.dtype) -> Callable[[int, bo
             kernels, head_dim = kernels_for(weight), attention.layer.head_dim
             return kernels.HeadMap.of(weight, projection.bias, head_dim, speeds, packed=packed)
 
-        return _kept(projection, (width, near), made)
+        return projection.made((width, near), make)
 
     return of
 
@@ -110,8 +110,9 @@ def value_map(attention: Any, dtype: torch.dtype) -> cpu_decode.ValueMap | None:
     projection = attention.v_b_proj
     if attention.spec.hidden or not _is_plain(projection, dtype) or projection.weight.is_cuda:
         return None
-    made = functools.partial(cpu_decode.ValueMap.of, projection.weight, attention.layer.head_dim)
-    return _kept(projection, "values", made)
+    make = functools.partial(cpu_decode.ValueMap.of, projection.weight, attention.layer.head_dim)
+    made: cpu_decode.ValueMap | None = projection.made("values", make)
+    return made
 
 
 def all_keys(attention: Any, z: Stored, on_read: KeysOnRead | None, *, near: bool = False) -> Tensor:
@@ -151,13 +152,3 @@ def _is_plain(projection: Any, dtype: torch.dtype) -> bool:
         return False
     hooked = hasattr(projection, "_hf_hook") or getattr(projection, "_forward_hooks", None)
     return not hooked and projection.weight.dtype == dtype and projection.weight.device.type in ("cpu", "cuda")
-
-
-def _kept(projection: Any, name: Any, make: Callable[[], Any]) -> Any:
-    """What was made of the weight as it is now, beside it."""
-    kept = projection.__dict__.setdefault("packed", {})
-    tensors = [x for x in (projection.weight, projection.bias) if x is not None]
-    state = tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors)
-    if kept.get(name, ((),))[0] != state:
-        kept[name] = state, make()
-    return kept[name][1]

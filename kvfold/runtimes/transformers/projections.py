@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,14 +26,15 @@ class GroupedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(groups, out_features, in_features, **options))
         self.bias = nn.Parameter(torch.empty(groups, out_features, **options)) if bias else None
+        self._made: dict[Any, tuple[Any, Any]] = {}
 
     def extra_repr(self) -> str:
         groups, out_features, in_features = self.weight.shape
         return f"{groups=}, {in_features=}, {out_features=}"
 
     def forward(self, x: Tensor, *, heads: int | None = None, transposed: bool = False, last: bool = False) -> Tensor:
-        if torch.is_grad_enabled() and self.weight.requires_grad:  # it is trained
-            self.__dict__.pop("packed", None)
+        if self._made and torch.is_grad_enabled() and self.weight.requires_grad:  # it is trained
+            self._made.clear()
         weight = self.weight if heads is None else self.weight.view(heads, -1, self.weight.shape[2])
         weight = weight if transposed else self.of_width(x.shape[-1], last=last, weight=weight)
         # One product per group over all rows of the batch: a product that broadcasts the weight would copy it for each row.
@@ -46,9 +47,17 @@ class GroupedLinear(nn.Module):
             out = torch.baddbmm(self.bias.view(G, 1, -1), rows, weight)
         return out.view(G, B, T, -1).transpose(0, 1)
 
+    def made(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What `make` makes of the weight as it is now, kept beside it."""
+        tensors = [x for x in (self.weight, self.bias) if x is not None]
+        state = tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors)
+        if self._made.get(name, ((),))[0] != state:
+            self._made[name] = state, make()
+        return self._made[name][1]
+
     def train(self, mode: bool = True) -> GroupedLinear:
-        """Forget what kernels made of the weight: some optimizers write through `.data`, which counts no version."""
-        self.__dict__.pop("packed", None)
+        """Forget what was made of the weight: some optimizers write through `.data`, which counts no version."""
+        self._made.clear()
         super().train(mode)
         return self
 

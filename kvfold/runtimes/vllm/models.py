@@ -114,7 +114,7 @@ class _Folded:
         with torch.no_grad():  # loaders count no versions, by which what was made of weights is made anew
             for path in self.attentions.values():
                 for parameter in self.get_submodule(path).parameters():  # type: ignore[attr-defined]
-                    parameter.mul_(1)
+                    parameter[:0].zero_()
         return loaded
 
 
