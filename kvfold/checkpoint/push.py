@@ -50,6 +50,8 @@ def push(
     return str(getattr(done, "commit_url", done))
 
 
+USES = ('from_pretrained("{}")', "kvfold evaluate {} ", "serve {}", "\nout: {}\n")
+"""Where a card names its folder."""
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 
 
@@ -62,12 +64,7 @@ def updated_card(text: str, repo: str, *, base_model: str | None, license: str |
     facts.license = license or facts.license
     body = card.text
     if folder := _folder_in(body):
-        for use in (
-            'from_pretrained("{}")',
-            "kvfold evaluate {} ",
-            "serve {}",
-            "\nout: {}\n",
-        ):  # its name may be a word of the text
+        for use in USES:  # its name may be a word of the text
             body = body.replace(use.format(folder), use.format(repo))
     if measured:
         before, found, after = body.partition(BEGIN)

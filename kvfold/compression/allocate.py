@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from kvfold.compression.hulls import SLACK, Choice, Curve, Curves, Key, best_within
+from kvfold.compression.hulls import Choice, Curve, Curves, Key, best_within
 from kvfold.compression.request import SIDES, Groups, Request
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.linalg.sensitivity import RECENT
@@ -16,6 +16,7 @@ from kvfold.methods.depth.base import Sample, Targets
 from kvfold.methods.width.base import LayerGroup
 from kvfold.plan.number_format import StoredShape
 from kvfold.plan.plan import CachePlan, source_layer
+from kvfold.plan.rounding import SLACK
 
 SMALLEST_BUDGET = 1 / 256
 """Where the search for the smallest cache begins."""

@@ -6,7 +6,6 @@ heads per speed stop rotating, so that it loses much and wants training (TransML
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ from kvfold.linalg.reduced_rank import Term, solve
 from kvfold.linalg.sensitivity import METRIC, WEIGHTED
 from kvfold.methods.width.mla import BOTH, Mla
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
+from kvfold.plan.rounding import whole
 from kvfold.runtimes.transformers.load import resolve_device
 
 SMALL = 1e-7
@@ -102,10 +102,10 @@ def rank_of(layer: AttentionLayer, kv_budget: float) -> int:
         raise BudgetError(
             f"kv_budget is {kv_budget}; it is a share of the original cache's bytes, above 0 and at most 1."
         )
-    whole = 2 * layer.num_kv_heads * layer.head_dim
-    rank = math.floor(kv_budget * whole * (1 + 1e-9)) - layer.head_dim
+    numbers = 2 * layer.num_kv_heads * layer.head_dim
+    rank = whole(kv_budget * numbers) - layer.head_dim
     if rank < 1:
-        least = (layer.head_dim + 1) / whole
+        least = (layer.head_dim + 1) / numbers
         raise BudgetError(
             f"kv_budget {kv_budget:.4g} leaves nothing beside the rotated head; the least is {least:.4g}."
         )

@@ -7,9 +7,7 @@ import heapq
 from collections.abc import Callable, Sequence
 
 from kvfold.plan.number_format import StoredShape
-
-SLACK = 1 + 1e-9
-"""Of a budget: sums of bytes are floating-point numbers."""
+from kvfold.plan.rounding import SLACK
 
 Key = tuple[int, str]
 """Owner of a cache, and a side of it."""

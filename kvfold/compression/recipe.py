@@ -171,9 +171,8 @@ def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
         data = {**data, "preset": _text(preset, "preset")}
         _merge(tree, find_preset(preset).fragment)
     _merge(tree, data)
-    for assignment in sorted(
-        sets, key=lambda text: ".method=" not in text
-    ):  # whose fields the others are, in any order
+    # methods first: the others are their fields, in whatever order they were given
+    for assignment in sorted(sets, key=lambda text: ".method=" not in text):
         _merge(tree, _parse_set(assignment))
     if tree.get("kv_budget") is not None:
         tree["kv_budget"] = parse_budget(tree["kv_budget"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from kvfold.compression.hulls import SLACK, Choice, Key
+from kvfold.compression.hulls import Choice, Key
 from kvfold.errors import RecipeError
 from kvfold.linalg.sensitivity import RECENT
 from kvfold.methods.bits.base import BitsMethod
@@ -19,6 +19,7 @@ from kvfold.plan.cache_spec import ITEMSIZE, POSITION_BYTES, CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.number_format import StoredShape
 from kvfold.plan.plan import BUDGET_CONTEXT, CachePlan, source_layer
+from kvfold.plan.rounding import SLACK
 from kvfold.runtimes.base import runtime
 
 SIDES = ("keys", "values")

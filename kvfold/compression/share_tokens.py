@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from kvfold.compression.hulls import SLACK, best_within
 from kvfold.compression.hulls import Curves as ShapeCurves
+from kvfold.compression.hulls import best_within
 from kvfold.compression.request import Request
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.linalg.sensitivity import RECENT
 from kvfold.methods.length.base import LengthMethod
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.plan import CachePlan
+from kvfold.plan.rounding import SLACK
 
 STEPS = 64
 """Windows are multiples of so many parts of the context."""

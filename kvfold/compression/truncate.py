@@ -12,13 +12,13 @@ from kvfold.architectures.base import architecture, empty_model, source_config
 from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.folder import new_folder, refuse_out, write_files, write_weights
 from kvfold.checkpoint.reader import Checkpoint
-from kvfold.compression.hulls import SLACK
 from kvfold.errors import BudgetError, CheckpointError
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
 from kvfold.plan.nested import MULTIPLE, check_nested, kept_width
 from kvfold.plan.plan import CachePlan
+from kvfold.plan.rounding import SLACK
 from kvfold.plan.tensors import Shape, tensor_shapes
 
 CARD = """# {name}

@@ -41,6 +41,7 @@ from kvfold.healing.trainable import choose_trainable, merged
 from kvfold.healing.trainer import METRICS, SHOWN, HealTrainer, last_checkpoint, read_metrics
 from kvfold.plan.nested import check_nested
 from kvfold.plan.plan import CachePlan
+from kvfold.plan.rounding import whole
 from kvfold.progress import without_bars
 from kvfold.report.plots import SVG, loss_plot
 from kvfold.runtimes.transformers.load import load_weights, resolve_device
@@ -215,7 +216,7 @@ def _arguments(healing: Healing, run_dir: Path, device: str, rows: int, blocks: 
     """blocks: class names of the layers that are sharded one by one."""
     world = processes.world_size()
     batches = math.ceil(rows / (healing.batch_size * world))
-    steps = max(math.floor(math.ceil(batches / healing.accumulate) * healing.epochs * (1 + 1e-9)), 1)
+    steps = max(whole(math.ceil(batches / healing.accumulate) * healing.epochs), 1)
     evaluates = healing.eval_data is not None
     sharding: dict[str, Any] = {}
     if healing.shard and world > 1:

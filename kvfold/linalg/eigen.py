@@ -78,11 +78,15 @@ def _orthonormal(basis_FR: Tensor) -> Tensor:
     return basis_FR
 
 
+def largest_of(values_F: Tensor) -> Tensor:
+    """Of falling ones the first; 1 of what is nothing, so that it may be divided by."""
+    return torch.where(values_F[0] > DEAD, values_F[0], 1.0)
+
+
 def powers(moment_FF: Tensor, *exponents: float, floor: float = RELATIVE_FLOOR) -> list[Tensor]:
     """Powers of a symmetric positive matrix, such as its root (0.5) and its inverse (-1), with floored eigenvalues."""
     values, vectors = eigh_descending(moment_FF)
-    largest = torch.where(values[0] > DEAD, values[0], 1.0)
-    values = values.clamp_min(floor * largest)
+    values = values.clamp_min(floor * largest_of(values))
     return [vectors * values**exponent @ vectors.T for exponent in exponents]
 
 

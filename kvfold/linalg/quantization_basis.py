@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvfold.linalg.block_diagonal import BlockDiagonal
-from kvfold.linalg.eigen import DEAD, eigh_descending, powers
+from kvfold.linalg.eigen import eigh_descending, largest_of, powers
 from kvfold.linalg.reduced_rank import Latents, Terms, blocks
 from kvfold.plan.number_format import LEAST_VARIANCE, NumberFormat
 
@@ -66,7 +66,7 @@ def _turn(covariance_RR: Tensor, cost_RR: Tensor, format: NumberFormat) -> tuple
     solved = _alike(cost_RR, eye)  # in this very metric
     root, inverse = (eye, eye) if solved else powers(cost_RR, 0.5, -0.5)
     variances, vectors = _eigen(covariance_RR if solved else root @ covariance_RR @ root)
-    largest = torch.where(variances[0] > DEAD, variances[0], 1.0)  # what never varies is stored as zeros
+    largest = largest_of(variances)  # what never varies is stored as zeros
     roots = (variances / largest).clamp_min(LEAST_VARIANCE) ** 0.25
     sizes = roots * largest.sqrt()
     turn = torch.block_diag(*(_orthogonal(elements) for elements, _ in format.tiers)).to(root)

@@ -277,9 +277,8 @@ def print_comparison(found: Comparison, out: Path) -> None:
     columns = elements.columns
     lines = [["original", "1.000", *[""] * (len(columns) - 2)], *elements.rows]
     lines = [[cell.partition(" ±")[0] for cell in line] for line in lines]
-    table = RichTable(
-        box=SIMPLE_HEAD, title=escape(f"{found.model}, calibrated on {found.calibration}"), title_justify="left"
-    )
+    title = escape(f"{found.model}, calibrated on {found.calibration}")
+    table = RichTable(box=SIMPLE_HEAD, title=title, title_justify="left")
     left = STDOUT.width - 2
     for column, cells_below in zip(columns, zip(*lines, strict=True), strict=True):
         width = max(map(len, [*cells_below, *column.split()]))  # headers wrap at words, numbers never

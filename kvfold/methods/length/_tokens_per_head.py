@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvfold.errors import RecipeError
-from kvfold.methods.length.base import LengthMethod, whole
+from kvfold.methods.length.base import LengthMethod
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
+from kvfold.plan.rounding import whole
 from kvfold.plan.token_runs import TokenRun, TokenRuns
 
 SHARING = ("equal", "pyramid", "ada", "classes", "measured")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
+from kvfold.plan.rounding import whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +73,3 @@ class LengthMethod(ABC):
 
 
 CONTRACT = LengthMethod
-
-
-def whole(tokens: float) -> int:
-    """So many tokens at most, of which 599.9999999 of a share of bytes are 600."""
-    return int(tokens * (1 + 1e-9))

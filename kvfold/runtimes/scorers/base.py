@@ -159,9 +159,8 @@ class Prompt:
         of_most_BnQ = (away_BnQV @ self._metric * away_BnQV).sum(-1).clamp_min(0)
         out_BnQV = rest_BnQV + most_BnQ1 * own_BnQV
         out_BnQ = (out_BnQV @ self._metric * out_BnQV).sum(-1)
-        odds_BnQS = (
-            (1 - others_BnQS).reciprocal_().mul_(others_BnQS)
-        )  # new memory takes longer than what is done with it
+        # in place: new memory takes longer than what is done with it
+        odds_BnQS = (1 - others_BnQS).reciprocal_().mul_(others_BnQS)
         return odds_BnQS, out_BnQV, out_BnQ, at_BnQ1, of_most_BnQ[..., None] * most_BnQ1.square()
 
     def _values_at(self, at_BnQ1: Tensor) -> Tensor:

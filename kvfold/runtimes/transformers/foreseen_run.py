@@ -90,12 +90,8 @@ def marked(tokens: TokenRuns, worth_BcT: Tensor, length: int, begin_B: Tensor | 
     begin_B1 = begin_of_rows(begin_B, worth_BcT)[:, None]
     own_BT = torch.arange(length - worth_BcT.shape[2], length, device=worth_BcT.device) - begin_B1
     largest = torch.finfo(WORTH).max
-    return (
-        worth_BcT.nan_to_num()
-        .clamp(-largest, largest)
-        .to(WORTH)
-        .masked_fill((own_BT < tokens.sinks)[:, None], torch.inf)
-    )
+    worth_BcT = worth_BcT.nan_to_num().clamp(-largest, largest).to(WORTH)
+    return worth_BcT.masked_fill((own_BT < tokens.sinks)[:, None], torch.inf)
 
 
 def without_cache(stored: RunTokens, worth_BCT: Tensor, begin_B: Tensor | None) -> RunTokens:
