@@ -53,6 +53,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest --collect-only -qqq --disable-warnings # a name that tests import and that is gone
 
 check: lint test
 

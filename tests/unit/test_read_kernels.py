@@ -13,7 +13,6 @@ from kvfold.runtimes.kernels.aged_attention import attend_by_age
 from kvfold.runtimes.kernels.codec import pack, unpack
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, PackedTokens
 from kvfold.runtimes.kernels.rotary import apply_rotary, rotate_fast
-from kvfold.runtimes.transformers.on_read import _kept
 from kvfold.runtimes.transformers.projections import GroupedLinear
 
 compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="this machine has no C++ compiler")
@@ -107,8 +106,8 @@ def test_both_forms_under_one_softmax(is_padded, is_packed, queries, recent):
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_what_was_made_of_weights_follows_them(name):
     projection = GroupedLinear(1, 8, 16, bias=True)
-    made = [_kept(projection, "k_b", object) for _ in range(2)]
+    made = [projection.made("k_b", object) for _ in range(2)]
     assert made[0] is made[1]
     with torch.no_grad():
         getattr(projection, name).fill_(1)
-    assert _kept(projection, "k_b", object) is not made[0]
+    assert projection.made("k_b", object) is not made[0]
