@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -177,13 +178,45 @@ def test_expected_attention_is_that_of_normal_queries(prompt, monkeypatch):
     assert_close(found[b, 0], expected * prompt.values_BCSV[b, 0].norm(dim=-1), tolerance=1e-4)
 
 
+def in_float32(prompt):
+    """As the CPU's kernel takes it, where there is one."""
+    tensors = {name: getattr(prompt, name).float() for name in ("queries_BnTH", "keys_BCSR", "values_BCSV")}
+    return dataclasses.replace(prompt, **tensors, output=lambda: prompt.output().float())
+
+
+def test_observed_in_rounds_by_the_kernel(prompt, monkeypatch):
+    """As torch's operations say in float64; of a sequence behind padding fewer rounds."""
+    monkeypatch.setattr(base, "TOKENS", 13)
+    prompt, _ = prompt
+    assert prompt.rounds_B.tolist() == [2, 3] and not prompt.by_kernel
+    assert in_float32(prompt).by_kernel == (shutil.which("c++") is not None)
+    found, wanted = score("observed", in_float32(prompt)), score("observed", prompt)
+    for b in range(2):
+        assert_close(found[b][:, real(prompt, b)], wanted[b][:, real(prompt, b)].float(), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_what_stays_is_matched_by_the_kernel(prompt, hidden):
+    """Where nothing is hidden; as all attention says."""
+    prompt, _ = prompt
+    if not hidden:
+        prompt = dataclasses.replace(
+            prompt, first_B=torch.zeros(1, dtype=torch.long), seen=lambda rows: torch.ones(1, 1, 1, T).bool()
+        )
+    index = torch.stack([torch.randperm(T - 7)[:12].sort().values + 7 for _ in range(2 * prompt.keys_BCSR.shape[1])])
+    given = index.view(2, -1, 12), torch.ones(2, 12, dtype=torch.bool)
+    found, wanted = (matched(x, slice(None), *given) for x in (in_float32(prompt), prompt))
+    assert_close(found[0], wanted[0].float(), tolerance=1e-3)
+    assert_close(found[1], wanted[1].float(), tolerance=1e-3)
+
+
 def test_queries_that_see_nothing_of_what_stays_ask_for_nothing(prompt):
     """Whose probabilities of it are too small to be numbers."""
     prompt, _ = prompt
     sharp = dataclasses.replace(prompt, queries_BnTH=1e4 * prompt.queries_BnTH)
     index = torch.arange(20, 26).expand(2, prompt.keys_BCSR.shape[1], 6)
     assert (sharp.asked_again[..., 20:26].sum(-1) == 0).any()
-    added, values = matched(sharp, index, torch.ones(2, 6, dtype=torch.bool))
+    added, values = matched(sharp, slice(None), index, torch.ones(2, 6, dtype=torch.bool))
     assert added.isfinite().all() and values.isfinite().all()
 
 
@@ -199,7 +232,7 @@ def test_what_stays_is_matched(prompt, share):
             [torch.stack([torch.randperm(T - 7)[:12].sort().values + 7 for _ in range(C)]) for _ in range(B)]
         )
         counts = torch.ones(B, 12, dtype=torch.bool)
-    added, values = matched(prompt, index, counts)
+    added, values = matched(prompt, slice(None), index, counts)
     assert (added >= 0).all() and added.shape == index.shape
     group = prompt.queries_BnTH.shape[1] // C
     before, after = [], []

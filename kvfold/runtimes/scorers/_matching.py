@@ -6,9 +6,12 @@ sum of exponentials, by a weight for every token, then the same average, by othe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from kvfold.runtimes.kernels.attention import scores_of
 from kvfold.runtimes.kernels.gathering import gather_tokens
 from kvfold.runtimes.scorers.base import Prompt
 
@@ -22,25 +25,43 @@ MOST = 1e3
 """Of weights, which are 1 at least: a token stands for itself, whatever a few queries say."""
 
 
-def matched(prompt: Prompt, index_BCn: Tensor, counts_Bn: Tensor) -> tuple[Tensor, Tensor]:
-    """What is added to the scores of the tokens that stay [B, C, n], besides what was, and their values [B, C, n, V].
-    counts_Bn: which of them do."""
-    S = prompt.keys_BCSR.shape[2] - prompt.again
-    probs_BnQS, values_BCSV = prompt.asked_again[:, :, EVERY // 2 :: EVERY, :S], prompt.values_BCSV[:, :, :S]
-    probs_BnQS = probs_BnQS / probs_BnQS.sum(-1, keepdim=True)
-    probs_BCMS = probs_BnQS.unflatten(1, (index_BCn.shape[1], -1)).flatten(2, 3)
-    values_BCnV = gather_tokens(values_BCSV, index_BCn)
-    shares_BCMn = probs_BCMS.gather(3, index_BCn[:, :, None].expand(-1, -1, probs_BCMS.shape[2], -1))
+def matched(prompt: Prompt, heads: Any, index_BCn: Tensor, counts_Bn: Tensor) -> tuple[Tensor, Tensor]:
+    """What is added to the scores of the tokens that stay [B, C, n], besides what was, and their values [B, C, n, V]. heads:
+    picks theirs of the stored heads. counts_Bn: which of them do."""
+    values_BCnV = gather_tokens(prompt.values_BCSV[:, heads], index_BCn)
+    ways = _by_kernel if prompt.by_kernel and prompt.hidden_at_the_end is None and not prompt.again else _by_all
+    shares_BCMn, wanted_BCMV = ways(prompt, heads, index_BCn)
     shares_BCMn = shares_BCMn * counts_Bn[:, None, None]
     weights_BCn = weights_of(shares_BCMn)
-    wanted_BCMV = (probs_BCMS.to(values_BCSV.dtype) @ values_BCSV).to(weights_BCn.dtype)
     weighed = shares_BCMn * weights_BCn[:, :, None]
     mass_BCM1 = weighed.sum(-1, keepdim=True)
     weighed = weighed / mass_BCM1.clamp_min(1e-30)
     missing_BCMV = wanted_BCMV - weighed @ values_BCnV.to(weighed.dtype)
     missing_BCMV = missing_BCMV * (mass_BCM1 > 0)  # of what stays a query may see nothing
     change = ridge(weighed.double(), missing_BCMV.double(), counts_Bn.sum(-1)[:, None])
-    return weights_BCn.log(), (values_BCnV + change).to(values_BCSV.dtype)
+    return weights_BCn.log(), (values_BCnV + change).to(values_BCnV.dtype)
+
+
+def _by_all(prompt: Prompt, heads: Any, index_BCn: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all attention of matched queries what the tokens that stay get [B, C, M, n], and the averages [B, C, M, V]."""
+    S = prompt.keys_BCSR.shape[2] - prompt.again
+    probs_BCMS, values_BCSV = _of(prompt, heads, prompt.asked_again)[..., :S], prompt.values_BCSV[:, heads, :S]
+    probs_BCMS = probs_BCMS / probs_BCMS.sum(-1, keepdim=True)
+    shares_BCMn = probs_BCMS.gather(3, index_BCn[:, :, None].expand(-1, -1, probs_BCMS.shape[2], -1))
+    return shares_BCMn, (probs_BCMS.to(values_BCSV.dtype) @ values_BCSV).to(probs_BCMS.dtype)
+
+
+def _by_kernel(prompt: Prompt, heads: Any, index_BCn: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where the kernel has said what all scores sum up to, and the averages."""
+    found = (prompt.absorbed_again, prompt.losses.log_sums_BnQ[..., None], prompt.losses.averages_BnQV)
+    queries_BCMR, log_sums_BCM1, averages_BCMV = (_of(prompt, heads, x) for x in found)
+    scores_BCMn = scores_of(queries_BCMR, gather_tokens(prompt.keys_BCSR[:, heads], index_BCn))
+    return (prompt.capped(scores_BCMn) - log_sums_BCM1).exp(), averages_BCMV
+
+
+def _of(prompt: Prompt, heads: Any, x_BnQX: Tensor) -> Tensor:
+    """[B, C, M, X]: of the queries that are matched, by the stored heads that they read."""
+    return x_BnQX[:, :, EVERY // 2 :: EVERY].unflatten(1, (prompt.keys_BCSR.shape[1], -1))[:, heads].flatten(2, 3)
 
 
 def weights_of(shares_BCMn: Tensor) -> Tensor:

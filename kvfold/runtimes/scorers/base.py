@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvfold.plan.layer import AttentionLayer
+from kvfold.runtimes.kernels import effects
 from kvfold.runtimes.kernels.attention import exact, scores_of, softmax, weighted
 from kvfold.runtimes.kernels.rotary import apply_rotary
 
@@ -25,7 +26,7 @@ AHEAD, STRIDE = 128, 37
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What the heads of one run hold when a prompt was read, and its queries.
+    """What heads that hold the same tokens hold when a prompt was read, and its queries.
 
     queries_BnTH: of the n query heads that read them, rotated, of the step's T tokens, which are the last of the S held ones.
         absorb: leads such queries to stored keys.
@@ -33,6 +34,7 @@ class Prompt:
     seen: (rows) -> what these queries see of the S tokens, as a mask [B or 1, n or 1, rows, S]: bool, or numbers to add.
     first_B: [B] or [1], the first of the T queries that is no padding.
     output: gives [D, n, V], how averages of stored values come into the residual stream.
+    root: gives the `root_of` it, if somebody keeps that.
     again: of the S tokens the last so many are those of a second reading, of which nothing stays.
     """
 
@@ -44,6 +46,7 @@ class Prompt:
     seen: Callable[[slice], Tensor]
     first_B: Tensor
     output: Callable[[], Tensor]
+    root: Callable[[], Tensor] | None = None
     again: int = 0
 
     @property
@@ -76,12 +79,15 @@ class Prompt:
 
     def attention(self, queries_BnQH: Tensor, seen: Tensor) -> Tensor:
         """[B, n, Q, S]."""
-        scores = scores_of(self.absorb(queries_BnQH) * self.layer.scaling, self.keys_BCSR)
-        if self.layer.softcap is not None:
-            scores = self.layer.softcap * torch.tanh(scores / self.layer.softcap)
+        scores = self.capped(scores_of(self.absorb(queries_BnQH) * self.layer.scaling, self.keys_BCSR))
         if seen.dtype == torch.bool and seen.shape[2] == 1 and seen.all():  # a whole pass over memory less
             return scores.softmax(-1)
         return softmax(scores, seen)
+
+    def capped(self, scores: Tensor) -> Tensor:
+        """Scores as the layer's softmax takes them."""
+        cap = self.layer.softcap
+        return scores if cap is None else cap * torch.tanh(scores / cap)
 
     @functools.cached_property
     def rounds_B(self) -> Tensor:
@@ -93,17 +99,58 @@ class Prompt:
     @functools.cached_property
     def asked_again(self) -> Tensor:
         """[B, n, QUERIES, S]: what queries of the prompt, evenly, would attend to if they were asked again behind it."""
-        return self.asked(0)
+        return self.attention(self.questions(0), self.seen_at_the_end)
 
-    def asked(self, round: int) -> Tensor:
-        """The same of other queries, between those of the rounds before; 0 of sequences that have no such round."""
+    def lost(self, round: int) -> Tensor:
+        """[B, n, S]: the `effect` on what queries of a round attend to; 0 of sequences that have no such round."""
+        if round == 0:
+            return self.losses.effect_BnS if self.by_kernel else self.effect(self.asked_again)
+        if self.by_kernel:
+            lost_BnS = self._losses(self._absorbed(round)).effect_BnS
+        else:
+            lost_BnS = self.effect(self.attention(self.questions(round), self.seen_at_the_end))
+        return lost_BnS * (round < self.rounds_B)[:, None, None]
+
+    @property
+    def by_kernel(self) -> bool:
+        """Whether the CPU's kernel says what queries that are asked again lose."""
+        return effects.serves(self.queries_BnTH, self.keys_BCSR, self.values_BCSV)
+
+    @functools.cached_property
+    def losses(self) -> effects.Losses:
+        """Of the first round, by the kernel."""
+        return self._losses(self.absorbed_again)
+
+    @functools.cached_property
+    def absorbed_again(self) -> Tensor:
+        """[B, n, QUERIES, R]: the first round's, scaled, as they meet stored keys."""
+        return self._absorbed(0)
+
+    def _absorbed(self, round: int) -> Tensor:
+        return self.absorb(self.questions(round)) * self.layer.scaling
+
+    def _losses(self, queries_BnQR: Tensor) -> effects.Losses:
+        root_nVV = self.root() if self.root else root_of(self.output())
+        given = (queries_BnQR, self.keys_BCSR, self.values_BCSV, self.hidden_at_the_end, root_nVV)
+        return effects.losses(*given, softcap=self.layer.softcap)
+
+    @functools.cached_property
+    def hidden_at_the_end(self) -> Tensor | None:
+        """`seen_at_the_end` as numbers to add to scores [B or 1, n or 1, S]; None where nothing is hidden."""
+        seen = self.seen_at_the_end[:, :, 0]
+        if seen.dtype != torch.bool:
+            return seen
+        return None if seen.all() else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+    def questions(self, round: int) -> Tensor:
+        """[B, n, QUERIES, H]: queries of the prompt as they are asked again behind it, of each round others, between those of
+        the rounds before."""
         # the first round asks those in the middle of what all rounds of a sequence share
         at_B1 = ((round + self.rounds_B // 2) % self.rounds_B)[:, None]
         at_Q = torch.arange(QUERIES, device=at_B1.device)
         at_BQ = self.places(at_Q * self.rounds_B[:, None] + at_B1, QUERIES * self.rounds_B[:, None])
         beyond_Q = (at_Q + round * QUERIES) * STRIDE % AHEAD + 1
-        probs_BnQS = self.attention(self.ahead(at_BQ, beyond_Q.expand_as(at_BQ)), self.seen_at_the_end)
-        return probs_BnQS if round == 0 else probs_BnQS * (round < self.rounds_B)[:, None, None, None]
+        return self.ahead(at_BQ, beyond_Q.expand_as(at_BQ))
 
     def ahead(self, at_BQ: Tensor, beyond_BQ: Tensor) -> Tensor:
         """[B, n, Q, H]: the queries at places of the step, as if they stood so many tokens behind its last one."""
@@ -193,14 +240,25 @@ class Prompt:
         return x_BnS.unflatten(1, (self.keys_BCSR.shape[1], -1)).sum(2)
 
 
+def root_of(output_DnV: Tensor) -> Tensor:
+    """[n, V, V] R: the squares of output v and of R v are the same, but for what is small."""
+    led_nDV = output_DnV.transpose(0, 1).float()
+    metric_nVV = (led_nDV.transpose(1, 2) @ led_nDV).double()
+    least_n1 = 1e-6 * metric_nVV.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30  # of heads that say nothing
+    metric_nVV.diagonal(dim1=1, dim2=2).add_(least_n1)
+    return torch.linalg.cholesky_ex(metric_nVV)[0].mT.float()
+
+
 class Scorer(ABC):
     """Says which tokens of a prompt its heads keep, when it was read and before anything is asked.
 
     repeats: whether the prompt is read a second time for it, behind itself; the queries are those of that reading then, and
     the tokens it reads the last of those held, of which nothing stays.
+    agree: whether what it says of a head depends on the others of its run; if not, heads of several runs are asked together.
     """
 
     repeats: ClassVar[bool] = False
+    agree: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, prompt: Prompt) -> Tensor:

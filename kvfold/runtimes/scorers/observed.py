@@ -12,7 +12,7 @@ class Observed(Scorer):
     worth the square of what its loss does to the layer's output, summed over them."""
 
     def score(self, prompt: Prompt) -> Tensor:
-        total = prompt.effect(prompt.asked_again)
+        total = prompt.lost(0)
         for round in range(1, int(prompt.rounds_B.max())):
-            total += prompt.effect(prompt.asked(round))
+            total += prompt.lost(round)
         return prompt.by_stored_head(total)

@@ -43,7 +43,7 @@ from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardSta
 from kvfold.runtimes.transformers.head_runs import AttentionByRun
 from kvfold.runtimes.transformers.new_tokens import NewTokens
 from kvfold.runtimes.transformers.on_read import Heads, KeysOnRead, all_keys, all_values, tables_on_read, value_map
-from kvfold.runtimes.transformers.projections import projections
+from kvfold.runtimes.transformers.projections import Made, projections
 from kvfold.runtimes.transformers.some_tokens import AttentionToSome
 from kvfold.runtimes.transformers.temperature import tempered
 
@@ -91,9 +91,15 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome
                 " (tokens.columns); fold the model again."
             )
         check_sinks(layer, spec)
-        self.steps = Steps()
+        self.steps, self.made = Steps(), Made()
         if self.s_proj is not None:  # which chooses, and gets no gradient
             self.s_proj.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> FoldedAttention:
+        """Forget what was made of weights."""
+        self.made.forget()
+        super().train(mode)
+        return self
 
     def extra_repr(self) -> str:
         s = self.spec

@@ -163,6 +163,9 @@ class HeadRun:
         column_BS = columns(self.place, length, begin_B1)
         at_S = torch.arange(column_BS.shape[1], device=column_BS.device)
         start = length - self.new
+        if start == 0:  # all is new
+            free_BS = (column_BS >= begin_B1) & (at_S < len(at_S) - newest)
+            return free_BS, free_BS & (column_BS < begin_B1 + self.tokens.sinks)
         before_BS = stays_before(self.run, self.tokens, self.place, column_BS, begin_B1, start)
         new_BS = is_new(self.place, column_BS, begin_B1, start)
         free_BS = (before_BS | new_BS) & (at_S < len(at_S) - newest)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,13 @@ from kvfold.runtimes.kernels.head_runs import (
     query_heads,
     seen_by,
 )
-from kvfold.runtimes.kernels.packed_tokens import RunPlace, RunTokens, Stored, heads_of, read_all
+from kvfold.runtimes.kernels.packed_tokens import RunPlace, RunTokens, Stored, heads_of, index_of, read_all
 from kvfold.runtimes.scorers._matching import matched
-from kvfold.runtimes.scorers.base import Prompt, Scorer
+from kvfold.runtimes.scorers.base import Prompt, Scorer, root_of
 from kvfold.runtimes.transformers.foreseen_run import ForeseenRun
 from kvfold.runtimes.transformers.head_run import HeadRun, begin_of_rows
 from kvfold.runtimes.transformers.on_read import KeysOnRead, all_keys, all_values, value_map
+from kvfold.runtimes.transformers.projections import Made
 
 CHOSEN = (
     "attentions cannot be shown: which tokens of the prompt stayed is not kept, but them; ask for those of a forward without"
@@ -108,6 +109,7 @@ class AttentionByRun(nn.Module):
     k_b_proj: Any
     v_b_proj: Any
     steps: Steps
+    made: Made
     _eager: Callable[[], bool]
     _over_stored: Callable[..., Any]
 
@@ -174,28 +176,32 @@ class AttentionByRun(nn.Module):
         if rule.repeats and not z.again:
             return
         begin_B, length = cache.begin_B, z.length - z.again
-        runs = zip(cache.runs, z.parts, y.parts, z.places, strict=True)
-        for one, keys, values, place in (run for run in runs if run[0].pending is not None):
-            stored = keys.shape[2] - z.again
-            worth_BCS, match = q.new_zeros(q.shape[0], keys.shape[1], stored), None
-            if one.drops or begin_B is not None:
-                shown = self._numbers(keys, values, tables)
-                prompt = self._prompt(one.run, q, *shown, z, place, mask, begin_of_rows(begin_B, q))
-                worth_BCS = rule.score(prompt)[..., :stored]
-                worth_BCS = worth_BCS.sum(1, keepdim=True) if self.spec.drops_of_layer else worth_BCS
-                match = functools.partial(matched, prompt) if z.tokens.matched else None
-            one.choose(worth_BCS, length, begin_B, match)
+        scored = []
+        for one, keys, values, place in zip(cache.runs, z.parts, y.parts, z.places, strict=True):
+            if one.pending is not None and (one.drops or begin_B is not None):
+                scored.append(Pending(one, place, *self._numbers(keys, values, tables)))
+            elif one.pending is not None:
+                one.choose(q.new_zeros(len(q), keys.shape[1], keys.shape[2] - z.again), length, begin_B)
+        alike = not rule.agree and all(run.place.first is None for run in scored)  # they hold all that there was
+        for runs in [scored] if alike and scored else [[run] for run in scored]:
+            prompt = self._prompt(runs, q, z, mask, begin_of_rows(begin_B, q))
+            worth_BCS = rule.score(prompt)[..., : prompt.keys_BCSR.shape[2] - z.again]
+            for run, heads in zip(runs, _places(runs), strict=True):
+                own_BCS = worth_BCS[:, heads].sum(1, keepdim=True) if self.spec.drops_of_layer else worth_BCS[:, heads]
+                match = functools.partial(matched, prompt, heads) if z.tokens.matched else None
+                run.held.choose(own_BCS, length, begin_B, match)
 
-    def _prompt(
-        self, run: TokenRun, q: Tensor, keys: Tensor, values: Tensor, held: RunTokens, place: RunPlace, mask: Tensor | None,
-        begin_B: Tensor,
-    ) -> Prompt:  # fmt: skip
-        B, N, T, H = q.shape
-        heads = query_heads(run, N // self.spec.num_kv_heads, q.device)
+    def _prompt(self, runs: list[Pending], q: Tensor, held: RunTokens, mask: Tensor | None, begin_B: Tensor) -> Prompt:
+        """As the heads of some runs see it, which hold the same tokens."""
+        (B, N, T, H), (run, place, keys, values) = q.shape, runs[0]
+        if len(runs) > 1:
+            keys = _side_by_side([each.keys_BCSR for each in runs], _places(runs))
+            values = _side_by_side([each.values_BCSV for each in runs], _places(runs))
+        heads = query_heads(_together(runs), N // self.spec.num_kv_heads, q.device)
         own, queries_BnTH = mask[:, heads] if mask is not None and mask.shape[1] > 1 else mask, q[:, heads]
 
         def seen(rows: slice) -> Tensor:
-            found = seen_by(run, held, place, own, queries_BnTH, rows)
+            found = seen_by(run.run, held, place, own, queries_BnTH, rows)
             if found is not None:
                 return found
             last_T = torch.arange(held.length - T, held.length, device=q.device)[rows]
@@ -211,7 +217,8 @@ class AttentionByRun(nn.Module):
         return Prompt(
             layer=self.layer, queries_BnTH=queries_BnTH, absorb=absorb, keys_BCSR=keys,
             values_BCSV=values, seen=seen, first_B=(begin_B - (held.length - held.again - T)).clamp_min(0),
-            output=lambda: self._output_of_values()[:, heads, : values.shape[3]], again=held.again,
+            output=lambda: self._output_of_values()[:, heads, : values.shape[3]],
+            root=lambda: self._root_of_values(values.shape[3])[heads], again=held.again,
         )  # fmt: skip
 
     def _numbers(self, keys: Stored, values: Stored, tables: Any) -> tuple[Tensor, Tensor]:
@@ -220,6 +227,12 @@ class AttentionByRun(nn.Module):
             return read_all(keys), read_all(values)
         return all_keys(self, keys, KeysOnRead(self, tables)), all_values(self, values)
 
+    def _root_of_values(self, width: int) -> Tensor:
+        """[N, V, V], the `root_of` the same."""
+        weights = (self.o_proj.weight, None if self.v_b_proj is None else self.v_b_proj.weight)
+        made: Tensor = self.made.of(width, weights, lambda: root_of(self._output_of_values()[..., :width]))
+        return made
+
     def _output_of_values(self) -> Tensor:
         """[D, N, V]: how averages of what a scorer sees of values come into the residual stream."""
         weight_DNV = self.o_proj.weight.unflatten(1, (self.layer.num_attention_heads, -1))
@@ -227,3 +240,34 @@ class AttentionByRun(nn.Module):
             return weight_DNV
         back_KHV = self.v_b_proj.weight.reshape(self.layer.num_kv_heads, self.layer.head_dim, -1)
         return torch.einsum("dkgh,khv->dkgv", weight_DNV.unflatten(1, (len(back_KHV), -1)), back_KHV).flatten(1, 2)
+
+
+class Pending(NamedTuple):
+    """A run of which it has to be chosen what stays, and what a scorer sees of its tokens."""
+
+    held: HeadRun
+    place: RunPlace
+    keys_BCSR: Tensor
+    values_BCSV: Tensor
+
+
+def _together(runs: list[Pending]) -> TokenRun:
+    return TokenRun(heads=tuple(sorted(head for run in runs for head in run.held.run.heads)))
+
+
+def _places(runs: list[Pending]) -> list[Any]:
+    """What picks each run's heads of all of theirs."""
+    if len(runs) == 1:
+        return [slice(None)]
+    place = {head: i for i, head in enumerate(_together(runs).heads)}
+    device = runs[0].keys_BCSR.device
+    return [index_of(tuple(place[head] for head in run.held.run.heads), device) for run in runs]
+
+
+def _side_by_side(sides: Sequence[Tensor], places: list[Any]) -> Tensor:
+    """Keys or values of runs [B, C, S, R] as those of all their heads."""
+    B, _, S, R = sides[0].shape
+    together = sides[0].new_empty(B, sum(side.shape[1] for side in sides), S, R)
+    for side, place in zip(sides, places, strict=True):
+        together[:, place] = side
+    return together

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,28 @@ from kvfold.plan.tensors import PROJECTIONS, Shape
 
 MAKING = ("k_a_proj", "v_a_proj", "k_p_proj")
 """Projections that make what is stored."""
+
+
+class Made:
+    """What was made of weights as they are now."""
+
+    def __init__(self) -> None:
+        self._of: dict[Any, tuple[Any, Any]] = {}
+
+    def of(self, name: Any, weights: Iterable[Tensor | None], make: Callable[[], Any]) -> Any:
+        """What `make` makes of them, kept under this name until they change."""
+        present = (x for x in weights if x is not None)
+        state = tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in present)
+        if self._of.get(name, ((),))[0] != state:
+            self._of[name] = state, make()
+        return self._of[name][1]
+
+    def __reduce__(self) -> tuple[type[Made], tuple[()]]:
+        return Made, ()  # whoever copies a model or sends it elsewhere makes it anew
+
+    def forget(self) -> None:
+        """Some optimizers write through `.data`, which counts no version: whoever trains says so."""
+        self._of.clear()
 
 
 class GroupedLinear(nn.Module):
@@ -26,15 +48,15 @@ class GroupedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(groups, out_features, in_features, **options))
         self.bias = nn.Parameter(torch.empty(groups, out_features, **options)) if bias else None
-        self._made: dict[Any, tuple[Any, Any]] = {}
+        self._made = Made()
 
     def extra_repr(self) -> str:
         groups, out_features, in_features = self.weight.shape
         return f"{groups=}, {in_features=}, {out_features=}"
 
     def forward(self, x: Tensor, *, heads: int | None = None, transposed: bool = False, last: bool = False) -> Tensor:
-        if self._made and torch.is_grad_enabled() and self.weight.requires_grad:  # it is trained
-            self._made.clear()
+        if torch.is_grad_enabled() and self.weight.requires_grad:  # it is trained
+            self._made.forget()
         weight = self.weight if heads is None else self.weight.view(heads, -1, self.weight.shape[2])
         weight = weight if transposed else self.of_width(x.shape[-1], last=last, weight=weight)
         # One product per group over all rows of the batch: a product that broadcasts the weight would copy it for each row.
@@ -49,15 +71,11 @@ class GroupedLinear(nn.Module):
 
     def made(self, name: Any, make: Callable[[], Any]) -> Any:
         """What `make` makes of the weight as it is now, kept beside it."""
-        tensors = [x for x in (self.weight, self.bias) if x is not None]
-        state = tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors)
-        if self._made.get(name, ((),))[0] != state:
-            self._made[name] = state, make()
-        return self._made[name][1]
+        return self._made.of(name, (self.weight, self.bias), make)
 
     def train(self, mode: bool = True) -> GroupedLinear:
-        """Forget what was made of the weight: some optimizers write through `.data`, which counts no version."""
-        self._made.clear()
+        """Forget what was made of the weight."""
+        self._made.forget()
         super().train(mode)
         return self
 
