@@ -29,6 +29,7 @@ def fold(tiny_dir, tmp_path_factory):
 @pytest.fixture
 def often(monkeypatch):
     """Tokens are dropped at every ninth."""
+    monkeypatch.setattr("kvfold.runtimes.kernels.head_runs.SURVIVING", 16)
     for module in ("kernels.survival", "transformers.foreseen_run", "transformers.head_run"):
         monkeypatch.setattr(f"kvfold.runtimes.{module}.RUN_BLOCK", BLOCK)
 

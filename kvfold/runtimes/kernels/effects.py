@@ -18,10 +18,10 @@ PART = 32
 
 
 class Losses(NamedTuple):
-    """effect_BnS: summed over queries; of every query the logarithm of what its scores' exponentials sum up to [B, n, Q], and
-    the average of stored values [B, n, Q, V]."""
+    """effect_BnpS: summed over PART queries each; of every query the logarithm of what its scores' exponentials sum up to
+    [B, n, Q], and the average of stored values [B, n, Q, V]."""
 
-    effect_BnS: Tensor
+    effect_BnpS: Tensor
     log_sums_BnQ: Tensor
     averages_BnQV: Tensor
 
@@ -70,4 +70,4 @@ def losses(
     found = (ctypes.c_void_p * 4)(*(x.data_ptr() for x in (effect, lengths, log_sums, averages)))
     described = [StoredTokens.of(x) for x in (keys_BCSR, values_BCSV)]
     kernel.kvfold_effects(ctypes.byref(facts), *(ctypes.byref(x) for x in described), ctypes.byref(found))
-    return Losses(effect.sum(2), log_sums, averages)
+    return Losses(effect, log_sums, averages)

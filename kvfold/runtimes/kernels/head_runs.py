@@ -12,10 +12,13 @@ from torch import Tensor
 from kvfold.plan.token_runs import FEW_TOKENS, TokenRun, TokenRuns
 from kvfold.runtimes.kernels.attention import grouped_attention, prefill_attention
 from kvfold.runtimes.kernels.cpu_layer import Form, Steps, asked_of
+from kvfold.runtimes.kernels.gathering import gather_tokens
 from kvfold.runtimes.kernels.packed_tokens import RunPlace, RunTokens, Stored, index_of, read_all
 
-QUERIES_AT_ONCE = 1024
+QUERIES_AT_ONCE = 256
 """Of a prompt: what they see is a mask, and of a window only the tokens that one of them sees are read."""
+SURVIVING = 256
+"""Queries that share what was not dropped before them."""
 
 Attend = Callable[[Tensor, Stored, Stored, Tensor | None], Tensor]
 """Few absorbed queries [B, n, T, R] over stored keys and values under a mask: [B, T, n, V]."""
@@ -248,6 +251,8 @@ def _prompt(
     T, k, v = q_BnTR.shape[2], read_all(keys), read_all(values)
     if sees_all(run, held, place, T):
         return prefill_attention(q_BnTR, k, v, mask, scale=scale)
+    if held.tokens.foreseen and mask is None and place.gone_BCS is not None:
+        return _by_survivors(q_BnTR, k, v, held, place, scale)
     if held.tokens.foreseen and (mask is None or mask.shape[1] == 1):
         seen = _not_gone(held, place, mask, q_BnTR, slice(0, T))
         return _by_stored_head(q_BnTR, k, v, seen, scale)
@@ -258,6 +263,24 @@ def _prompt(
         assert seen is not None, "several queries see different tokens"
         some = _of_some(seen)
         parts.append(prefill_attention(q_BnTR[:, :, rows], k[:, :, some], v[:, :, some], seen[..., some], scale=scale))
+    return torch.cat(parts, dim=1)
+
+
+def _by_survivors(q_BnTR: Tensor, k: Tensor, v: Tensor, held: RunTokens, place: RunPlace, scale: float) -> Tensor:
+    """The same where it is said when each token is dropped, and no sequence is padded: some queries at a time, of what the
+    first of them sees and of their own tokens, as many of every head."""
+    assert place.gone_BCS is not None, "it is said"
+    (B, C, S), T = place.gone_BCS.shape, q_BnTR.shape[2]
+    column_S = columns(place, held.length, torch.zeros(1, 1, dtype=torch.long, device=q_BnTR.device))[0]
+    parts = []
+    for start in range(0, T, SURVIVING):
+        rows = slice(start, min(start + SURVIVING, T))
+        at_T = torch.arange(held.length - T, held.length, device=q_BnTR.device)[rows, None]
+        gone_BCS = place.gone_BCS[..., : S - T + rows.stop]
+        index_BCn = (gone_BCS > held.length - T + start).nonzero()[:, 2].view(B, C, -1)
+        seen = (column_S[index_BCn][:, :, None] <= at_T) & (at_T < gone_BCS.gather(2, index_BCn)[:, :, None])
+        keys, values = (gather_tokens(x, index_BCn) for x in (k, v))
+        parts.append(_by_stored_head(q_BnTR[:, :, rows], keys, values, seen, scale))
     return torch.cat(parts, dim=1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,17 +37,21 @@ def gone_at(
 
 
 def _gone_at(run: TokenRun, tokens: TokenRuns, worth_bCS: Tensor, own_S: Tensor, lengths: list[int]) -> Tensor:
-    """Of sequences with as many tokens. Of tokens worth as much the earliest goes first."""
-    rank_bCS = worth_bCS.float().argsort(dim=-1, stable=True).argsort(dim=-1)
-    gone_bCS = torch.full(worth_bCS.shape, NEVER, dtype=torch.int32, device=worth_bCS.device)
-    counted = [own for own in own_S.tolist() if own >= 0]
-    dropped = 0
+    """Of sequences with as many tokens. Of tokens worth as much the earliest goes first. By numpy: what is dropped at one
+    length decides what can be at the next, and torch's operations on so few numbers take longer to call than to do."""
+    rank_rS = worth_bCS.float().argsort(dim=-1, stable=True).argsort(dim=-1).flatten(0, 1).cpu().numpy()
+    gone_rS = np.full(rank_rS.shape, NEVER, dtype=np.int32)  # of the token of each rank
+    counted = own_S.argsort(stable=True)[int((own_S < 0).sum()) :]
+    places_s, counted_s = own_S[counted].cpu().numpy(), counted.cpu().numpy()
+    held_rn, row_r1 = rank_rS[:, :0], np.arange(len(rank_rS))[:, None]
+    seen = 0
     for at in lengths:
-        beyond = at - tokens.newest
-        excess = sum(own < beyond for own in counted) - dropped - (run.kept(at) - tokens.newest)
+        due = int(np.searchsorted(places_s, at - tokens.newest))
+        held_rn, seen = np.concatenate([held_rn, rank_rS[:, counted_s[seen:due]]], axis=1), due
+        excess = held_rn.shape[1] - (run.kept(at) - tokens.newest)
         if excess > 0:
-            stays_bCS = (own_S < 0) | (own_S >= beyond) | (gone_bCS != NEVER)
-            worst_bCn = rank_bCS.masked_fill(stays_bCS, own_S.numel()).topk(excess, largest=False).indices
-            gone_bCS.scatter_(2, worst_bCn, at)
-            dropped += excess
-    return gone_bCS
+            held_rn = np.partition(held_rn, excess - 1, axis=1)
+            gone_rS[row_r1, held_rn[:, :excess]] = at
+            held_rn = held_rn[:, excess:]
+    gone_rS = np.take_along_axis(gone_rS, rank_rS, axis=1)
+    return torch.from_numpy(gone_rS).view(worth_bCS.shape).to(worth_bCS.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvfold.runtimes.kernels.attention import scores_of
 from kvfold.runtimes.kernels.gathering import gather_tokens
-from kvfold.runtimes.scorers.base import Prompt
+from kvfold.runtimes.scorers.base import QUERIES, Prompt
 
 EVERY = 2
 """Of the queries that are asked again one in so many is matched: what is solved grows with their square."""
@@ -61,7 +61,9 @@ def _by_kernel(prompt: Prompt, heads: Any, index_BCn: Tensor) -> tuple[Tensor, T
 
 def _of(prompt: Prompt, heads: Any, x_BnQX: Tensor) -> Tensor:
     """[B, C, M, X]: of the queries that are matched, by the stored heads that they read."""
-    return x_BnQX[:, :, EVERY // 2 :: EVERY].unflatten(1, (prompt.keys_BCSR.shape[1], -1))[:, heads].flatten(2, 3)
+    return (
+        x_BnQX[:, :, EVERY // 2 : QUERIES : EVERY].unflatten(1, (prompt.keys_BCSR.shape[1], -1))[:, heads].flatten(2, 3)
+    )
 
 
 def weights_of(shares_BCMn: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ AT_ONCE = 256
 """Queries of which probabilities exist."""
 QUERIES, TOKENS = 64, 512
 """So many are asked again for every so many tokens of a prompt; of one of twice as many tokens or less, once."""
+ROUNDS_AT_ONCE = 4
+"""Of which the kernel keeps losses apart."""
 AHEAD, STRIDE = 128, 37
 """They are turned to places among the next AHEAD tokens, STRIDE apart, which has no divisor in common."""
 
@@ -99,17 +101,27 @@ class Prompt:
     @functools.cached_property
     def asked_again(self) -> Tensor:
         """[B, n, QUERIES, S]: what queries of the prompt, evenly, would attend to if they were asked again behind it."""
-        return self.attention(self.questions(0), self.seen_at_the_end)
+        return self._asked(0)
 
-    def lost(self, round: int) -> Tensor:
-        """[B, n, S]: the `effect` on what queries of a round attend to; 0 of sequences that have no such round."""
-        if round == 0:
-            return self.losses.effect_BnS if self.by_kernel else self.effect(self.asked_again)
+    def lost(self) -> Tensor:
+        """[B, n, S]: the `effect` on what the queries of all rounds attend to."""
+        total_BnS = self.queries_BnTH.new_zeros((*self.queries_BnTH.shape[:2], self.keys_BCSR.shape[2])).float()
+        for first in range(0, int(self.rounds_B.max()), ROUNDS_AT_ONCE):
+            total_BnS += self._lost_from(first)
+        return total_BnS
+
+    def _lost_from(self, first: int) -> Tensor:
+        """Of ROUNDS_AT_ONCE rounds; 0 of sequences that have no such round."""
+        rounds = range(first, min(first + ROUNDS_AT_ONCE, int(self.rounds_B.max())))
         if self.by_kernel:
-            lost_BnS = self._losses(self._absorbed(round)).effect_BnS
+            found = self.losses if first == 0 else self._losses(rounds)
+            parts = found.effect_BnpS.unflatten(2, (len(rounds), -1)).sum(3).unbind(2)
         else:
-            lost_BnS = self.effect(self.attention(self.questions(round), self.seen_at_the_end))
-        return lost_BnS * (round < self.rounds_B)[:, None, None]
+            parts = tuple(self.effect(self.asked_again if round == 0 else self._asked(round)) for round in rounds)
+        return sum(part * (round < self.rounds_B)[:, None, None] for round, part in zip(rounds, parts, strict=True))
+
+    def _asked(self, round: int) -> Tensor:
+        return self.attention(self.questions(round), self.seen_at_the_end)
 
     @property
     def by_kernel(self) -> bool:
@@ -118,8 +130,14 @@ class Prompt:
 
     @functools.cached_property
     def losses(self) -> effects.Losses:
-        """Of the first round, by the kernel."""
-        return self._losses(self.absorbed_again)
+        """Of the first rounds, by the kernel."""
+        return self._losses(range(min(ROUNDS_AT_ONCE, int(self.rounds_B.max()))))
+
+    def _losses(self, rounds: range) -> effects.Losses:
+        root_nVV = self.root() if self.root else root_of(self.output())
+        queries_BnQR = torch.cat([self.absorbed_again if round == 0 else self._absorbed(round) for round in rounds], 2)
+        given = (queries_BnQR, self.keys_BCSR, self.values_BCSV, self.hidden_at_the_end, root_nVV)
+        return effects.losses(*given, softcap=self.layer.softcap)
 
     @functools.cached_property
     def absorbed_again(self) -> Tensor:
@@ -128,11 +146,6 @@ class Prompt:
 
     def _absorbed(self, round: int) -> Tensor:
         return self.absorb(self.questions(round)) * self.layer.scaling
-
-    def _losses(self, queries_BnQR: Tensor) -> effects.Losses:
-        root_nVV = self.root() if self.root else root_of(self.output())
-        given = (queries_BnQR, self.keys_BCSR, self.values_BCSV, self.hidden_at_the_end, root_nVV)
-        return effects.losses(*given, softcap=self.layer.softcap)
 
     @functools.cached_property
     def hidden_at_the_end(self) -> Tensor | None:

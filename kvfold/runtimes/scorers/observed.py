@@ -12,7 +12,4 @@ class Observed(Scorer):
     worth the square of what its loss does to the layer's output, summed over them."""
 
     def score(self, prompt: Prompt) -> Tensor:
-        total = prompt.lost(0)
-        for round in range(1, int(prompt.rounds_B.max())):
-            total += prompt.lost(round)
-        return prompt.by_stored_head(total)
+        return prompt.by_stored_head(prompt.lost())
