@@ -69,13 +69,12 @@ def _of(prompt: Prompt, heads: Any, x_BnQX: Tensor) -> Tensor:
 def weights_of(shares_BCMn: Tensor) -> Tensor:
     """[B, C, n]: sums of shares, weighed by them, are as near to 1 as can be in the mean square, before weights below 1 are
     taken as 1."""
-    weights = torch.ones_like(shares_BCMn[:, :, 0])
-    transposed = shares_BCMn.transpose(2, 3)
-    reached = shares_BCMn.sum(2)
+    shares, reached = shares_BCMn.flatten(0, 1), shares_BCMn.sum(2).view(-1, shares_BCMn.shape[3], 1)
+    weights, transposed = torch.ones_like(reached), shares.mT
     for _ in range(ROUNDS):
-        sums = shares_BCMn @ weights[..., None]
-        weights = weights * reached / (transposed @ sums)[..., 0].clamp_min(1e-20)
-    return weights.clamp(1, MOST)
+        back = transposed.bmm(shares.bmm(weights))
+        weights = weights.mul(reached).div_(back.clamp_min_(1e-20))
+    return weights.clamp_(1, MOST).view(*shares_BCMn.shape[:2], -1)
 
 
 def ridge(x_BCMn: Tensor, y_BCMV: Tensor, tokens: Tensor) -> Tensor:

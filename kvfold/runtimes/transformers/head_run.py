@@ -135,10 +135,11 @@ class HeadRun:
         early, shown = int(chosen_B.max()), worth_BCS.shape[2]
         last_n = torch.arange(shown - newest, shown, device=worth_BCS.device)
         best_BCE = worth_BCS.argsort(dim=-1, descending=True, stable=True)[..., :early]  # of equals the first
-        rank_E = torch.arange(early, device=best_BCE.device)
-        # those that do not count, of shorter sequences, come first, and others as they came
-        unused_BCE = (rank_E >= chosen_B[:, None])[:, None]
-        best_BCE = best_BCE.gather(2, best_BCE.masked_fill(unused_BCE, -1).argsort(stable=True))
+        if begin_B is None:
+            best_BCE = best_BCE.sort().values  # as they came
+        else:  # behind those that do not count, of shorter sequences
+            unused_BCE = (torch.arange(early, device=best_BCE.device) >= chosen_B[:, None])[:, None]
+            best_BCE = best_BCE.gather(2, best_BCE.masked_fill(unused_BCE, -1).argsort(stable=True))
         index_BCn = torch.cat([best_BCE, last_n.expand(*worth_BCS.shape[:2], -1)], dim=2)
         room = room_for(self.run, length)
         for side, stored in zip(self.buffers, self.pending, strict=True):

@@ -32,15 +32,19 @@ inline float sum_of(Lanes x) {
   return sum;
 }
 
-// Sum of rows [count, wide], each times a number, and the square of that sum. wide: a multiple of 2 LANES.
+// Sum of rows [count, wide], each times a number, and the square of that sum. wide: a multiple of DEPTH.
 inline float combine(const float *rows, const float *x, int count, int wide, float *out) {
   Lanes squares = {};
-  for (int at = 0; at < wide; at += 2 * LANES) {
-    Lanes sums[2] = {};
+  constexpr int AT_A_TIME = DEPTH / LANES;
+  for (int at = 0; at < wide; at += DEPTH) {
+    Lanes sums[2][AT_A_TIME] = {};  // of even and odd rows: an addition takes as long as four others
     for (int i = 0; i < count; ++i)
-      for (int half = 0; half < 2; ++half) sums[half] += x[i] * load<Lanes>(rows + i * wide + at + half * LANES);
-    std::memcpy(out + at, sums, sizeof sums);
-    squares += sums[0] * sums[0] + sums[1] * sums[1];
+      for (int part = 0; part < AT_A_TIME; ++part) sums[i % 2][part] += x[i] * load<Lanes>(rows + i * wide + at + part * LANES);
+    for (int part = 0; part < AT_A_TIME; ++part) {
+      const Lanes sum = sums[0][part] + sums[1][part];
+      std::memcpy(out + at + part * LANES, &sum, sizeof sum);
+      squares += sum * sum;
+    }
   }
   return sum_of(squares);
 }
@@ -51,6 +55,7 @@ class Asking {
   const Effects &found;
   const int each, V, wide;
   const int64_t padded;
+  int64_t rooted = -1;
   Running<float> by_keys, by_values;
   Room<float> key_numbers, value_numbers, weights, root, columns;
 
@@ -79,7 +84,7 @@ class Asking {
     const int rows = std::min<int64_t>(PART, q.rows - part * PART);
     std::vector<float> sums(PART * by_keys.v_padded), totals(rows), led(rows * wide), own(rows);
     std::vector<int64_t> most(rows);
-    load_root(head);
+    if (head != rooted) load_root(head);
     score(batch, head, at, rows);
     for (int row = 0; row < rows; ++row) {
       float *w = weights.data() + row * padded;
@@ -109,6 +114,7 @@ class Asking {
 
   // Rows of the root, padded with zeros, and its columns.
   void load_root(int64_t head) {
+    rooted = head;
     std::fill(root.begin(), root.end(), 0.0f);
     std::fill(columns.begin(), columns.end(), 0.0f);
     for (int i = 0; i < V; ++i)
@@ -136,11 +142,17 @@ class Asking {
     for (int64_t i = 0; bias && i < q.tokens; ++i) s[i] += bias[i];
     std::fill(s + q.tokens, s + padded, -std::numeric_limits<float>::infinity());
     Lanes highest = load<Lanes>(s);
-    for (int64_t i = LANES; i < whole; i += LANES) highest = load<Lanes>(s + i) > highest ? load<Lanes>(s + i) : highest;
-    float top = highest[0];
-    for (int lane = 1; lane < LANES; ++lane) top = std::max(top, highest[lane]);
-    most = 0;
-    while (most + 1 < q.tokens && s[most] != top) ++most;
+    Integers places = {};
+    for (int64_t i = LANES; i < whole; i += LANES) {
+      const Lanes x = load<Lanes>(s + i);
+      places = x > highest ? Integers{} + int32_t(i) : places;
+      highest = x > highest ? x : highest;
+    }
+    int top_lane = 0;
+    for (int lane = 1; lane < LANES; ++lane)
+      if (highest[lane] > highest[top_lane]) top_lane = lane;
+    const float top = highest[top_lane];
+    most = std::min<int64_t>(places[top_lane] + top_lane, q.tokens - 1);
     for (int64_t i = 0; i < whole; i += LANES) {
       const Lanes x = exp_of(load<Lanes>(s + i) - top);
       std::memcpy(s + i, &x, sizeof x);
