@@ -8,6 +8,9 @@ from dropped import CONTEXT, FORMS, folds
 from tiny import FULL_ATTENTION, MODELS, in_steps, load, logits, tokens
 
 from kvfold.plan.token_runs import FORESEEN, TokenRun, TokenRuns
+from kvfold.runtimes.kernels.attention import grouped_attention
+from kvfold.runtimes.kernels.head_runs import _not_gone, _prompt, columns
+from kvfold.runtimes.kernels.packed_tokens import RunPlace, RunTokens
 from kvfold.runtimes.kernels.survival import NEVER, gone_at
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.runtimes.transformers.foreseen_run import marked
@@ -87,6 +90,25 @@ def test_the_least_worth_are_dropped(share, least):
             found = {s: int(at) for s, at in enumerate(gone[b, c, begin:]) if at != NEVER}
             assert found == expected and len(expected) > 5
     assert (gone[1, :, :13] == NEVER).all()
+
+
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("prompt", ["masked", "whole"])
+def test_prompts_meet_what_is_left(prompt):
+    """Behind tokens that were chosen before: what masks of all tokens say."""
+    run, made = TokenRun(heads=(0, 1), share=0.3, least=20), torch.Generator().manual_seed(0)
+    tokens = TokenRuns(runs=(run,), rule=FORESEEN, sinks=2, newest=5, prompt=prompt)
+    place, length, T = RunPlace(195, 40, torch.full((2,), 40)), 370, 170
+    held = RunTokens((), (), length, tokens)
+    column_1S = columns(place, length, torch.zeros(1, 1, dtype=torch.long))[:1]
+    worth = torch.rand(2, 2, column_1S.shape[1], generator=made)
+    gone = gone_at(run, tokens, worth, column_1S.expand(2, -1), [(200, 370)] * 2, whole=prompt == "whole")
+    place = place._replace(gone_BCS=gone)
+    k, v = torch.randn(2, 2, 2, column_1S.shape[1], 16, generator=made)
+    q = torch.randn(2, 4, T, 16, generator=made)
+    seen = _not_gone(held, place, None, q, slice(0, T))
+    wanted, _ = grouped_attention(q, k, v, seen.repeat_interleave(2, dim=1) if seen.shape[1] > 1 else seen, scale=0.25)
+    assert_close(_prompt(q, k, v, run, held, place, None, 0.25), wanted)
 
 
 @pytest.mark.filterwarnings("ignore:kv_budget")

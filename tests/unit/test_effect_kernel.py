@@ -81,6 +81,35 @@ def test_a_root_says_what_values_weigh():
     assert_close(torch.einsum("nwv,nv->nw", root, v).square().sum(1), wanted, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("rank", [1, 8, 32])
+def test_a_root_of_few_directions(rank):
+    """As values in a latent are that is wider than their heads."""
+    torch.manual_seed(0)
+    output = (torch.randn(2, 200, rank) @ torch.randn(2, rank, 96)).transpose(0, 1)
+    v, root = torch.randn(30, 2, 96), root_of(output)
+    wanted = torch.einsum("dnv,bnv->bdn", output, v).square().sum(1)
+    found = torch.einsum("nwv,bnv->bnw", root, v).square().sum(2)
+    assert ((found - wanted).abs() < 1e-5 * wanted.mean()).all()
+
+
+@compiler
+def test_another_default_device_and_dtype_change_nothing():
+    torch.manual_seed(0)
+    given = torch.randn(1, 2, 64, 16), torch.randn(1, 1, 9, 16), torch.randn(1, 1, 9, 16), None, torch.randn(2, 16, 16)
+    wanted = effects.losses(*given)
+    with torch.device("meta"):
+        found = effects.losses(*given)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_merged_adapters_are_seen():
+    """They write through `.data`, of which no version tells."""
+    weight, made = torch.nn.Parameter(torch.ones(8, 8)), Made()
+    assert made.of("sum", (weight, None), lambda: float(weight.sum()), some=3) == 64
+    weight.data += 1
+    assert made.of("sum", (weight, None), lambda: float(weight.sum()), some=3) == 128
+
+
 def test_what_was_made_of_weights_is_made_anew_by_who_copies_them():
     weight, made, calls = torch.ones(2), Made(), []
     for holder in (made, made, copy.deepcopy(made)):

@@ -12,7 +12,7 @@ from tiny import make_tiny
 from kvfold import registry
 from kvfold.architectures.base import architecture
 from kvfold.runtimes.kernels.rotary import apply_rotary
-from kvfold.runtimes.scorers import base, expected_attention, snapkv
+from kvfold.runtimes.scorers import _matching, base, expected_attention, snapkv
 from kvfold.runtimes.scorers._matching import matched
 from kvfold.runtimes.scorers.base import Prompt
 from kvfold.testing import assert_close
@@ -208,6 +208,36 @@ def test_what_stays_is_matched_by_the_kernel(prompt, hidden):
     found, wanted = (matched(x, slice(None), *given) for x in (in_float32(prompt), prompt))
     assert_close(found[0], wanted[0].float(), tolerance=1e-3)
     assert_close(found[1], wanted[1].float(), tolerance=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_observed_of_padding_in_another_default_dtype(prompt, dtype):
+    prompt = in_float32(prompt[0])
+    wanted = score("observed", prompt)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(score("observed", dataclasses.replace(prompt)), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="this machine has no C++ compiler")
+def test_what_stays_is_matched_in_bfloat16_where_scores_are_large(prompt):
+    """As well as where everything is bfloat16's alike."""
+    prompt, _ = prompt
+    halves = {"keys_BCSR": prompt.keys_BCSR.bfloat16(), "values_BCSV": prompt.values_BCSV.bfloat16()}
+    halves["queries_BnTH"] = (30 * prompt.queries_BnTH).bfloat16()
+    seen = {"first_B": torch.zeros(1, dtype=torch.long), "seen": lambda rows: torch.ones(1, 1, 1, T).bool()}
+    prompt = dataclasses.replace(prompt, **halves, **seen)
+    exact = dataclasses.replace(prompt, **{name: x.double() for name, x in halves.items()})
+    C = prompt.keys_BCSR.shape[1]
+    index = torch.stack([torch.randperm(T)[:30].sort().values for _ in range(2 * C)]).view(2, C, 30)
+    counts = torch.ones(2, 30, dtype=torch.bool)
+    shares, wanted = _matching._by_all(exact, slice(None), index)
+    found, averages = _matching._by_kernel(prompt, slice(None), index)
+    assert prompt.by_kernel and counts.all()
+    assert_close(averages, wanted.float(), tolerance=2e-2)
+    assert_close(found.sum(-1), shares.sum(-1).float(), tolerance=2e-2)
 
 
 def test_queries_that_see_nothing_of_what_stays_ask_for_nothing(prompt):

@@ -14,7 +14,7 @@ from kvfold.runtimes.kernels.native import library
 from kvfold.runtimes.kernels.recording import recorded
 
 PART = 32
-"""Queries whose losses are added up together, as effect.cpp has it."""
+"""Queries whose losses are added up together: their weights of all tokens lie in a core's cache."""
 
 
 class Losses(NamedTuple):
@@ -33,7 +33,7 @@ class _Asked(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("queries", "bias", "root")),
         *(
             (name, ctypes.c_int64)
-            for name in ("bias_batch", "bias_head", "batch", "heads", "rows", "tokens", "threads")
+            for name in ("bias_batch", "bias_head", "batch", "heads", "rows", "tokens", "part", "threads")
         ),
         ("softcap", ctypes.c_float),
     )
@@ -41,8 +41,11 @@ class _Asked(ctypes.Structure):
 
 def serves(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether the kernel reads these, and nobody records what is done with the queries."""
-    plain = all(x.device.type == "cpu" and x.dtype in DTYPES and x.stride(-1) == 1 for x in (keys, values))
-    return plain and keys.dtype == values.dtype and not recorded(queries, keys, values) and library() is not None
+    here = all(x.device.type == "cpu" for x in (queries, keys, values))
+    plain = all(x.dtype in DTYPES and x.stride(-1) == 1 for x in (keys, values))
+    return (
+        here and plain and keys.dtype == values.dtype and not recorded(queries, keys, values) and library() is not None
+    )
 
 
 def losses(
@@ -63,10 +66,10 @@ def losses(
     bias = None if seen is None else seen.float().contiguous().expand(B, n, S)
     facts = _Asked(
         queries.data_ptr(), None if bias is None else bias.data_ptr(), root.data_ptr(),
-        *((0, 0) if bias is None else bias.stride()[:2]), B, n, Q, S, torch.get_num_threads(), softcap or 0.0,
+        *((0, 0) if bias is None else bias.stride()[:2]), B, n, Q, S, PART, torch.get_num_threads(), softcap or 0.0,
     )  # fmt: skip
     shapes = (B, n, -(-Q // PART), S), (B, n, S), (B, n, Q), (B, n, Q, V)
-    effect, lengths, log_sums, averages = (torch.empty(shape, dtype=torch.float32) for shape in shapes)
+    effect, lengths, log_sums, averages = (queries.new_empty(shape) for shape in shapes)
     found = (ctypes.c_void_p * 4)(*(x.data_ptr() for x in (effect, lengths, log_sums, averages)))
     described = [StoredTokens.of(x) for x in (keys_BCSR, values_BCSV)]
     kernel.kvfold_effects(ctypes.byref(facts), *(ctypes.byref(x) for x in described), ctypes.byref(found))

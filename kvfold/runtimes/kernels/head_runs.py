@@ -251,7 +251,7 @@ def _prompt(
     T, k, v = q_BnTR.shape[2], read_all(keys), read_all(values)
     if sees_all(run, held, place, T):
         return prefill_attention(q_BnTR, k, v, mask, scale=scale)
-    if held.tokens.foreseen and mask is None and place.gone_BCS is not None:
+    if held.tokens.foreseen and mask is None and place.gone_BCS is not None and not reads_whole(held.tokens, T):
         return _by_survivors(q_BnTR, k, v, held, place, scale)
     if held.tokens.foreseen and (mask is None or mask.shape[1] == 1):
         seen = _not_gone(held, place, mask, q_BnTR, slice(0, T))

@@ -53,9 +53,11 @@ def _by_all(prompt: Prompt, heads: Any, index_BCn: Tensor) -> tuple[Tensor, Tens
 
 def _by_kernel(prompt: Prompt, heads: Any, index_BCn: Tensor) -> tuple[Tensor, Tensor]:
     """The same where the kernel has said what all scores sum up to, and the averages."""
-    found = (prompt.absorbed_again, prompt.losses.log_sums_BnQ[..., None], prompt.losses.averages_BnQV)
+    losses = prompt.first_losses
+    found = (prompt.absorbed_again.float(), losses.log_sums_BnQ[..., None], losses.averages_BnQV)
     queries_BCMR, log_sums_BCM1, averages_BCMV = (_of(prompt, heads, x) for x in found)
-    scores_BCMn = scores_of(queries_BCMR, gather_tokens(prompt.keys_BCSR[:, heads], index_BCn))
+    # as exactly as the sums are: what remains of a large score is a difference of both
+    scores_BCMn = scores_of(queries_BCMR, gather_tokens(prompt.keys_BCSR[:, heads], index_BCn).float())
     return (prompt.capped(scores_BCMn) - log_sums_BCM1).exp(), averages_BCMV
 
 

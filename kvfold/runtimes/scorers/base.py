@@ -105,8 +105,8 @@ class Prompt:
 
     def lost(self) -> Tensor:
         """[B, n, S]: the `effect` on what the queries of all rounds attend to."""
-        total_BnS = self.queries_BnTH.new_zeros((*self.queries_BnTH.shape[:2], self.keys_BCSR.shape[2])).float()
-        for first in range(0, int(self.rounds_B.max()), ROUNDS_AT_ONCE):
+        total_BnS = self._lost_from(0)
+        for first in range(ROUNDS_AT_ONCE, int(self.rounds_B.max()), ROUNDS_AT_ONCE):
             total_BnS += self._lost_from(first)
         return total_BnS
 
@@ -133,6 +133,11 @@ class Prompt:
         """Of the first rounds, by the kernel."""
         return self._losses(range(min(ROUNDS_AT_ONCE, int(self.rounds_B.max()))))
 
+    @functools.cached_property
+    def first_losses(self) -> effects.Losses:
+        """Of the first round at least."""
+        return self.losses if "losses" in self.__dict__ else self._losses(range(1))
+
     def _losses(self, rounds: range) -> effects.Losses:
         root_nVV = self.root() if self.root else root_of(self.output())
         queries_BnQR = torch.cat([self.absorbed_again if round == 0 else self._absorbed(round) for round in rounds], 2)
@@ -153,7 +158,8 @@ class Prompt:
         seen = self.seen_at_the_end[:, :, 0]
         if seen.dtype != torch.bool:
             return seen
-        return None if seen.all() else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        lowest = torch.finfo(torch.float32).min
+        return None if seen.all() else torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, lowest)
 
     def questions(self, round: int) -> Tensor:
         """[B, n, QUERIES, H]: queries of the prompt as they are asked again behind it, of each round others, between those of
@@ -186,7 +192,9 @@ class Prompt:
     def places(self, index: Tensor, count: Tensor | int) -> Tensor:
         """[B, Q]: of `count` places [B, 1] these [Q or B, Q]."""
         first_B1 = self.first_B[:, None].expand(len(self.queries_BnTH), 1)
-        return (first_B1 + ((self.steps - first_B1) * ((index + 0.5) / count)).long()).clamp_max(self.steps - 1)
+        return (first_B1 + ((self.steps - first_B1) * ((index.double() + 0.5) / count)).long()).clamp_max(
+            self.steps - 1
+        )
 
     def effects(self, probs_BnQS: Tensor) -> Tensor:
         """[B, n, Q, S]: the square of how far a query's head moves in the residual stream when one token is dropped,
@@ -255,8 +263,8 @@ class Prompt:
 
 def root_of(output_DnV: Tensor) -> Tensor:
     """[n, V, V] R: the squares of output v and of R v are the same, but for what is small."""
-    led_nDV = output_DnV.transpose(0, 1).float()
-    metric_nVV = (led_nDV.transpose(1, 2) @ led_nDV).double()
+    of_heads = (led_DV.double() for led_DV in output_DnV.unbind(1))  # one by one: of all heads they are large
+    metric_nVV = torch.stack([led_DV.mT @ led_DV for led_DV in of_heads])
     least_n1 = 1e-6 * metric_nVV.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30  # of heads that say nothing
     metric_nVV.diagonal(dim1=1, dim2=2).add_(least_n1)
     return torch.linalg.cholesky_ex(metric_nVV)[0].mT.float()

@@ -26,12 +26,16 @@ from kvfold.runtimes.kernels.head_runs import (
 )
 from kvfold.runtimes.kernels.packed_tokens import RunPlace, RunTokens, Stored, heads_of, index_of, read_all
 from kvfold.runtimes.scorers._matching import matched
-from kvfold.runtimes.scorers.base import Prompt, Scorer, root_of
+from kvfold.runtimes.scorers.base import AT_ONCE, Prompt, Scorer, root_of
 from kvfold.runtimes.transformers.foreseen_run import ForeseenRun
 from kvfold.runtimes.transformers.head_run import HeadRun, begin_of_rows
 from kvfold.runtimes.transformers.on_read import KeysOnRead, all_keys, all_values, value_map
 from kvfold.runtimes.transformers.projections import Made
 
+KEPT, SOME = 1 << 21, 61
+"""Numbers of what is kept beside a layer's weights; of those one in so many tells whether they have changed."""
+TOGETHER = 1 << 26
+"""Probabilities that may be there at once, of heads that are scored together."""
 CHOSEN = (
     "attentions cannot be shown: which tokens of the prompt stayed is not kept, but them; ask for those of a forward without"
     " a cache."
@@ -182,8 +186,7 @@ class AttentionByRun(nn.Module):
                 scored.append(Pending(one, place, *self._numbers(keys, values, tables)))
             elif one.pending is not None:
                 one.choose(q.new_zeros(len(q), keys.shape[1], keys.shape[2] - z.again), length, begin_B)
-        alike = not rule.agree and all(run.place.first is None for run in scored)  # they hold all that there was
-        for runs in [scored] if alike and scored else [[run] for run in scored]:
+        for runs in [scored] if not rule.agree and _alike(scored, q) else [[run] for run in scored]:
             prompt = self._prompt(runs, q, z, mask, begin_of_rows(begin_B, q))
             worth_BCS = rule.score(prompt)[..., : prompt.keys_BCSR.shape[2] - z.again]
             for run, heads in zip(runs, _places(runs), strict=True):
@@ -228,10 +231,16 @@ class AttentionByRun(nn.Module):
         return all_keys(self, keys, KeysOnRead(self, tables)), all_values(self, values)
 
     def _root_of_values(self, width: int) -> Tensor:
-        """[N, V, V], the `root_of` the same."""
+        """[N, V, V], the `root_of` the same; kept where it is small."""
         weights = (self.o_proj.weight, None if self.v_b_proj is None else self.v_b_proj.weight)
-        made: Tensor = self.made.of(width, weights, lambda: root_of(self._output_of_values()[..., :width]))
-        return made
+
+        def make() -> Tensor:
+            return root_of(self._output_of_values()[..., :width])
+
+        if self.layer.num_attention_heads * width**2 > KEPT:
+            return make()
+        root: Tensor = self.made.of(width, weights, make, some=SOME)
+        return root
 
     def _output_of_values(self) -> Tensor:
         """[D, N, V]: how averages of what a scorer sees of values come into the residual stream."""
@@ -249,6 +258,14 @@ class Pending(NamedTuple):
     place: RunPlace
     keys_BCSR: Tensor
     values_BCSV: Tensor
+
+
+def _alike(runs: list[Pending], q_BNTH: Tensor) -> bool:
+    """Whether they hold the same tokens, all that there were, and are no more than one matrix may be of."""
+    B, N = q_BNTH.shape[:2]
+    return bool(runs) and all(
+        run.place.first is None and B * N * AT_ONCE * run.keys_BCSR.shape[2] <= TOGETHER for run in runs
+    )
 
 
 def _together(runs: list[Pending]) -> TokenRun:

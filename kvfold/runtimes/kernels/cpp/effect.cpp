@@ -10,17 +10,17 @@
 namespace {
 
 constexpr int AT_ONCE = MOST_TOKENS;
-constexpr int PART = 32;  // queries of which weights lie in the cache together, and which a thread takes
 
 // queries [batch, heads, rows, width of keys], scaled; bias [batch, heads, tokens] by strides, which is added to scores, or null.
-// root [heads, V, V]: the square of root v is what a stored value v weighs in the residual stream.
+// root [heads, V, V]: the square of root v is what a stored value v weighs in the residual stream. part: queries of which weights
+// lie in the cache together, and which a thread takes.
 struct Asked {
   const float *queries, *bias, *root;
-  int64_t bias_batch, bias_head, batch, heads, rows, tokens, threads;
+  int64_t bias_batch, bias_head, batch, heads, rows, tokens, part, threads;
   float softcap;
 };
 
-// effect [batch, heads, parts, tokens] of PART queries each; lengths [batch, heads, tokens], of root v squared; of every query
+// effect [batch, heads, parts, tokens] of `part` queries each; lengths [batch, heads, tokens], of root v squared; of every query
 // log_sums [batch, heads, rows] and averages of stored values [batch, heads, rows, V].
 struct Effects {
   float *effect, *lengths, *log_sums, *averages;
@@ -62,9 +62,9 @@ class Asking {
  public:
   Asking(const Asked &q, const Stored &k, const Stored &v, const Effects &found)
       : q(q), keys(&k, 1, false), values(&v, 1, false), found(found), each(q.heads / keys.heads), V(values.width),
-        wide(pad(V, DEPTH)), padded(pad(q.tokens, AT_ONCE)), by_keys(PART, PART, keys.width, V, AT_ONCE),
-        by_values(std::max(PART, V), V, V, V, AT_ONCE), key_numbers(keys.room<float>(AT_ONCE)),
-        value_numbers(values.room<float>(AT_ONCE)), weights(PART * padded), root(V * wide), columns(V * wide) {}
+        wide(pad(V, DEPTH)), padded(pad(q.tokens, AT_ONCE)), by_keys(q.part, q.part, keys.width, V, AT_ONCE),
+        by_values(std::max<int>(q.part, V), V, V, V, AT_ONCE), key_numbers(keys.room<float>(AT_ONCE)),
+        value_numbers(values.room<float>(AT_ONCE)), weights(q.part * padded), root(V * wide), columns(V * wide) {}
 
   // Of the tokens from `start` on: how much each weighs.
   void weigh(int64_t batch, int64_t head, int64_t start) {
@@ -80,9 +80,9 @@ class Asking {
   }
 
   void ask(int64_t batch, int64_t head, int64_t part) {
-    const int64_t at = (batch * q.heads + head) * q.rows + part * PART;
-    const int rows = std::min<int64_t>(PART, q.rows - part * PART);
-    std::vector<float> sums(PART * by_keys.v_padded), totals(rows), led(rows * wide), own(rows);
+    const int64_t at = (batch * q.heads + head) * q.rows + part * q.part;
+    const int rows = std::min<int64_t>(q.part, q.rows - part * q.part);
+    std::vector<float> sums(q.part * by_keys.v_padded), totals(rows), led(rows * wide), own(rows);
     std::vector<int64_t> most(rows);
     if (head != rooted) load_root(head);
     score(batch, head, at, rows);
@@ -101,7 +101,7 @@ class Asking {
     lose_others(batch, head, rows, totals, led, own, to);
   }
 
-  int64_t parts() const { return (q.rows + PART - 1) / PART; }
+  int64_t parts() const { return (q.rows + q.part - 1) / q.part; }
 
  private:
   const float *bias(int64_t batch, int64_t head) const {
