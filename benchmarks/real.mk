@@ -1,7 +1,7 @@
 # Measurements on SmolLM2-135M (make real-models), each into a file of results/.
 
 .PHONY: results-real-frontier results-real-kivi results-real-auto results-real-ablation results-real-calibration \
-  results-real-depth results-real-tasks results-real-tasks-three results-real-recall results-dropped results-scored \
+  results-real-depth results-real-tasks results-real-tasks-three results-real-recall results-dropped results-scored results-dropped-speed \
   results-scored-4096 results-published-4096 results-real-context results-reading results-read-some results-real-speed \
   results-real results-nats
 
@@ -92,6 +92,13 @@ runs/scored/%: | $(VENV)/installed
 results-scored: $(SCORED)
 	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 1024 --sequences 16 $(ROWS) \
 	  --markdown results/scored-tokens-smollm2-135m.md
+
+# What choosing takes of a prompt, and what a step takes behind it, of the same folds: make results-dropped-speed CALIBRATION=..., in
+# ten minutes on a quiet machine
+DROPPING := $(addprefix runs/scored/,windows-quarter observed-quarter foreseen-quarter snapkv-quarter h2o-quarter)
+results-dropped-speed: $(DROPPING)
+	$(BIN)/kvfold bench $^ --against $(REAL) --batch 1 --context 1024 --prefills 9 --steps 8 --threads 2 --markdown results/dropped-prompts-smollm2-135m.md
+	$(BIN)/kvfold bench $^ --against $(REAL) --batch 4 --context 8192 --prefills 0 --steps 8 --threads 2 --markdown results/dropped-steps-smollm2-135m.md
 
 # And of 4,096 tokens, by the same folds and by one whose shares were measured there (half an hour), in an hour and a half
 runs/scored/observed-4096: | $(VENV)/installed

@@ -211,3 +211,14 @@ def test_what_a_token_is_worth_fits_two_bytes():
     found = marked(runs, worth, 8, None)
     assert found.isfinite().tolist() == [[[False] * 2 + [True] * 6]]
     assert found[0, 0, 2:].tolist() == [65504.0, 65504.0, 0.0, -65504.0, -65504.0, 2.0]
+
+
+def test_tokens_of_which_nobody_said_what_they_are_worth_leave_the_newest(fold):
+    """Such as random numbers by which speed is measured."""
+    plan = fold("llama_mha", "plain").plan
+    cache, run, K = FoldedCache(plan), plan.owned[0].tokens.runs[0], plan.owned[0].num_kv_heads
+    states = torch.arange(64.0).view(1, 1, 64, 1).expand(1, K, 64, 8)
+    for index in range(len(plan.caches)):
+        cache.update(states, states, index)
+    kept, sinks = cache.layers[0].runs[0].k.view()[0, 0, :, 0], plan.owned[0].tokens.sinks
+    assert kept.tolist() == [*range(sinks), *range(64 - run.kept(64) + sinks, 64)]

@@ -60,6 +60,8 @@ def seen_by(
         seen = _not_gone(held, place, mask, q_BnTR, rows)
         repeats = 1 if seen is None or seen.shape[1] == 1 else q_BnTR.shape[1] // seen.shape[1]
         return seen if seen is None or repeats == 1 else seen.repeat_interleave(repeats, dim=1)
+    if q_BnTR.shape[2] == 1 and mask is None and place.early_B is not None:
+        return _seen_by_one(run, held, place, q_BnTR)
     seen = _seen_by(run, held, place, mask, q_BnTR, rows)
     if place.added_BCS is None or place.first is None:
         return seen
@@ -67,6 +69,23 @@ def seen_by(
     if seen is None:
         return added
     return added.masked_fill(~seen, torch.finfo(added.dtype).min) if seen.dtype == torch.bool else added + seen
+
+
+def _seen_by_one(run: TokenRun, held: RunTokens, place: RunPlace, q_BnTR: Tensor) -> Tensor | None:
+    """The same of a step's one token behind chosen ones, where no sequence is padded: all but the oldest of the newest ones
+    that have not been forgotten yet."""
+    assert place.first is not None, "tokens were chosen"
+    B, n = q_BnTR.shape[:2]
+    first = held.tokens.first_newest(run, held.length, place.early)
+    hidden = slice(place.early, place.early + first - place.first)
+    if place.added_BCS is None and hidden.start == hidden.stop:
+        return None
+    C, S = len(run.heads), place.early + held.length - place.first
+    seen = q_BnTR.new_zeros(1, 1, 1, S) if place.added_BCS is None else q_BnTR.new_empty(B, C, n // C, S)
+    if place.added_BCS is not None:
+        seen.copy_(place.added_BCS[:, :, None])
+    seen[..., hidden] = torch.finfo(seen.dtype).min
+    return seen if place.added_BCS is None else seen.view(B, n, 1, S)
 
 
 def _seen_by(

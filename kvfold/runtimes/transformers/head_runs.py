@@ -76,10 +76,13 @@ class RunsMixin:
         return k, v
 
     def _add(self, one: HeadRun, z: Tensor, y: Tensor, worth_BCT: Tensor | None) -> tuple[Any, RunPlace]:
-        if isinstance(one, ForeseenRun):
-            assert worth_BCT is not None, "the layer says what its tokens are worth"
-            return one.add_worth(z, y, heads_of(worth_BCT, one.run), self.length, self.begin_B)
-        return one.add(z, y, self.length, self.begin_B, keep_all=self.record_past)
+        if not isinstance(one, ForeseenRun):
+            return one.add(z, y, self.length, self.begin_B, keep_all=self.record_past)
+        if worth_BCT is None:  # random numbers of a benchmark, say: the newest are worth most
+            own_BcT = torch.arange(self.length - z.shape[2], self.length, device=z.device).expand(*z.shape[:2], -1)
+        else:
+            own_BcT = heads_of(worth_BCT, one.run)
+        return one.add_worth(z, y, own_BcT, self.length, self.begin_B)
 
     @property
     def waits(self) -> bool:
