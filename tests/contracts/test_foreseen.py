@@ -9,8 +9,9 @@ from tiny import FULL_ATTENTION, MODELS, in_steps, load, logits, tokens
 
 from kvfold.plan.token_runs import FORESEEN, TokenRun, TokenRuns
 from kvfold.runtimes.kernels.attention import grouped_attention
-from kvfold.runtimes.kernels.head_runs import _not_gone, _prompt, columns
+from kvfold.runtimes.kernels.head_runs import _prompt
 from kvfold.runtimes.kernels.packed_tokens import RunPlace, RunTokens
+from kvfold.runtimes.kernels.seen_tokens import columns, not_gone
 from kvfold.runtimes.kernels.survival import NEVER, gone_at
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.runtimes.transformers.foreseen_run import marked
@@ -106,7 +107,7 @@ def test_prompts_meet_what_is_left(prompt):
     place = place._replace(gone_BCS=gone)
     k, v = torch.randn(2, 2, 2, column_1S.shape[1], 16, generator=made)
     q = torch.randn(2, 4, T, 16, generator=made)
-    seen = _not_gone(held, place, None, q, slice(0, T))
+    seen = not_gone(held, place, None, q, slice(0, T))
     wanted, _ = grouped_attention(q, k, v, seen.repeat_interleave(2, dim=1) if seen.shape[1] > 1 else seen, scale=0.25)
     assert_close(_prompt(q, k, v, run, held, place, None, 0.25), wanted)
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from kvfold.plan.cache_spec import CACHE_BLOCK, RUN_BLOCK, CacheSpec, room_for
 from kvfold.plan.token_runs import TokenRun, TokenRuns
-from kvfold.runtimes.kernels.head_runs import columns, reads_whole
 from kvfold.runtimes.kernels.packed_tokens import RunPlace, RunTokens, Stored, heads_of
+from kvfold.runtimes.kernels.seen_tokens import columns, reads_whole
 from kvfold.runtimes.kernels.survival import crossed, gone_at
 from kvfold.runtimes.transformers.buffers import Buffer, GrowingBuffer
 from kvfold.runtimes.transformers.head_run import HeadRun, begin_of_rows

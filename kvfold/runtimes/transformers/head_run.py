@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kvfold.plan.cache_spec import CACHE_BLOCK, RUN_BLOCK, CacheSpec, room_for
 from kvfold.plan.token_runs import FEW_TOKENS, TokenRun, TokenRuns
-from kvfold.runtimes.kernels.head_runs import columns, is_new, kept_of, stays_before
 from kvfold.runtimes.kernels.packed_tokens import RunPlace, Stored, read_all
+from kvfold.runtimes.kernels.seen_tokens import columns, is_new, kept_of, stays_before
 from kvfold.runtimes.transformers.buffers import Buffer, GrowingBuffer
 from kvfold.runtimes.transformers.packed_buffers import buffer
 

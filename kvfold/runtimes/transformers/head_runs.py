@@ -22,9 +22,9 @@ from kvfold.runtimes.kernels.head_runs import (
     by_one_call,
     probabilities,
     query_heads,
-    seen_by,
 )
 from kvfold.runtimes.kernels.packed_tokens import RunPlace, RunTokens, Stored, heads_of, index_of, read_all
+from kvfold.runtimes.kernels.seen_tokens import seen_by
 from kvfold.runtimes.scorers._matching import matched
 from kvfold.runtimes.scorers.base import AT_ONCE, Prompt, Scorer, root_of
 from kvfold.runtimes.transformers.foreseen_run import ForeseenRun

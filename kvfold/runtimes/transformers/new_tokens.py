@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.kernels.dispatch import rotated_heads
-from kvfold.runtimes.kernels.head_runs import begin_of
 from kvfold.runtimes.kernels.packed_tokens import (
     IndexedTokens,
     RunTokens,
@@ -25,6 +24,7 @@ from kvfold.runtimes.kernels.packed_tokens import (
     with_gradient,
 )
 from kvfold.runtimes.kernels.rotary import apply_rotary
+from kvfold.runtimes.kernels.seen_tokens import begin_of
 from kvfold.runtimes.transformers.foreseen_run import without_cache
 from kvfold.runtimes.transformers.forward_state import ForwardState
 
