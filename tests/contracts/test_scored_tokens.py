@@ -201,28 +201,6 @@ def test_a_padded_batch_is_its_sequences(fold, rule, form):
                     )
 
 
-@pytest.mark.parametrize("rule", [*RULES, "matched"])
-@pytest.mark.parametrize("model", ["llama_mha", "qwen2_bias_tied"])
-def test_heads_that_are_asked_together_say_what_each_run_says(fold, monkeypatch, model, rule):
-    """Of a batch with padding too; runs whose heads lie between each other's."""
-    named = {"rule": "observed", "matched": True} if rule == "matched" else {"rule": rule}
-    folded, ids = fold(model, kept=0.5, **named), tokens(2, 66)
-    spec = folded.plan.owned[0]
-    K = spec.num_kv_heads
-    parts = (tuple(range(0, K, 2)), tuple(range(1, K, 2)))
-    runs = tuple(TokenRun(heads=heads, share=0.3 + 0.3 * i, least=8) for i, heads in enumerate(parts))
-    caches = (dataclasses.replace(x, tokens=dataclasses.replace(x.tokens, runs=runs)) for x in folded.plan.caches)
-    plan, network = dataclasses.replace(folded.plan, caches=tuple(caches)), load(folded.out)
-    for padding in (0, 9):
-        mask = torch.ones_like(ids)
-        mask[0, :padding] = 0
-        together, _ = read(network, plan, ids, mask, [58, *range(59, 67)])
-        monkeypatch.setattr("kvfold.runtimes.transformers.head_runs.TOGETHER", 0)
-        apart, _ = read(network, plan, ids, mask, [58, *range(59, 67)])
-        monkeypatch.undo()
-        assert_close(together[mask.bool()], apart[mask.bool()], tolerance=1e-4)
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_dropping_changes_what_is_said(fold, rule):
     folded, ids = fold("llama_mha", rule=rule, kept=0.5), tokens(1, 60)

@@ -58,11 +58,12 @@ def _seen_by_one(run: TokenRun, held: RunTokens, place: RunPlace, q_BnTR: Tensor
     if place.added_BCS is None and hidden.start == hidden.stop:
         return None
     C, S = len(run.heads), place.early + held.length - place.first
-    seen = q_BnTR.new_zeros(1, 1, 1, S) if place.added_BCS is None else q_BnTR.new_empty(B, C, n // C, S)
-    if place.added_BCS is not None:
-        seen.copy_(place.added_BCS[:, :, None])
+    if place.added_BCS is None:
+        seen = q_BnTR.new_zeros(1, 1, 1, S)
+    else:
+        seen = q_BnTR.new_empty(B, C, n // C, S).copy_(place.added_BCS[:, :, None]).view(B, n, 1, S)
     seen[..., hidden] = torch.finfo(seen.dtype).min
-    return seen if place.added_BCS is None else seen.view(B, n, 1, S)
+    return seen
 
 
 def _seen_by(

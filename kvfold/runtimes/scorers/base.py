@@ -99,6 +99,11 @@ class Prompt:
         return rounds_B.expand(len(self.queries_BnTH))
 
     @functools.cached_property
+    def rounds(self) -> int:
+        """Of the sequence that has most of them."""
+        return int(self.rounds_B.max())
+
+    @functools.cached_property
     def asked_again(self) -> Tensor:
         """[B, n, QUERIES, S]: what queries of the prompt, evenly, would attend to if they were asked again behind it."""
         return self._asked(0)
@@ -106,13 +111,13 @@ class Prompt:
     def lost(self) -> Tensor:
         """[B, n, S]: the `effect` on what the queries of all rounds attend to."""
         total_BnS = self._lost_from(0)
-        for first in range(ROUNDS_AT_ONCE, int(self.rounds_B.max()), ROUNDS_AT_ONCE):
+        for first in range(ROUNDS_AT_ONCE, self.rounds, ROUNDS_AT_ONCE):
             total_BnS += self._lost_from(first)
         return total_BnS
 
     def _lost_from(self, first: int) -> Tensor:
         """Of ROUNDS_AT_ONCE rounds; 0 of sequences that have no such round."""
-        rounds = range(first, min(first + ROUNDS_AT_ONCE, int(self.rounds_B.max())))
+        rounds = range(first, min(first + ROUNDS_AT_ONCE, self.rounds))
         if self.by_kernel:
             found = self.losses if first == 0 else self._losses(rounds)
             parts = found.effect_BnpS.unflatten(2, (len(rounds), -1)).sum(3).unbind(2)
@@ -131,7 +136,7 @@ class Prompt:
     @functools.cached_property
     def losses(self) -> effects.Losses:
         """Of the first rounds, by the kernel."""
-        return self._losses(range(min(ROUNDS_AT_ONCE, int(self.rounds_B.max()))))
+        return self._losses(range(min(ROUNDS_AT_ONCE, self.rounds)))
 
     @functools.cached_property
     def first_losses(self) -> effects.Losses:

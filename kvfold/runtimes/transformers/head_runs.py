@@ -190,19 +190,22 @@ class AttentionByRun(nn.Module):
             elif one.pending is not None:
                 one.choose(q.new_zeros(len(q), keys.shape[1], keys.shape[2] - z.again), length, begin_B)
         for runs in [scored] if not rule.agree and _alike(scored, q) else [[run] for run in scored]:
-            prompt = self._prompt(runs, q, z, mask, begin_of_rows(begin_B, q))
+            places = _places(runs)
+            prompt = self._prompt(runs, places, q, z, mask, begin_of_rows(begin_B, q))
             worth_BCS = rule.score(prompt)[..., : prompt.keys_BCSR.shape[2] - z.again]
-            for run, heads in zip(runs, _places(runs), strict=True):
+            for run, heads in zip(runs, places, strict=True):
                 own_BCS = worth_BCS[:, heads].sum(1, keepdim=True) if self.spec.drops_of_layer else worth_BCS[:, heads]
                 match = functools.partial(matched, prompt, heads) if z.tokens.matched else None
                 run.held.choose(own_BCS, length, begin_B, match)
 
-    def _prompt(self, runs: list[Pending], q: Tensor, held: RunTokens, mask: Tensor | None, begin_B: Tensor) -> Prompt:
-        """As the heads of some runs see it, which hold the same tokens."""
+    def _prompt(
+        self, runs: list[Pending], places: list[Any], q: Tensor, held: RunTokens, mask: Tensor | None, begin_B: Tensor
+    ) -> Prompt:
+        """As the heads of some runs see it, which hold the same tokens. places: what picks each run's of all these heads."""
         (B, N, T, H), (run, place, keys, values) = q.shape, runs[0]
         if len(runs) > 1:
-            keys = _side_by_side([each.keys_BCSR for each in runs], _places(runs))
-            values = _side_by_side([each.values_BCSV for each in runs], _places(runs))
+            keys = _side_by_side([each.keys_BCSR for each in runs], places)
+            values = _side_by_side([each.values_BCSV for each in runs], places)
         heads = query_heads(_together(runs), N // self.spec.num_kv_heads, q.device)
         own, queries_BnTH = mask[:, heads] if mask is not None and mask.shape[1] > 1 else mask, q[:, heads]
 

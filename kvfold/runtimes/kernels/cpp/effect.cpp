@@ -26,12 +26,6 @@ struct Effects {
   float *effect, *lengths, *log_sums, *averages;
 };
 
-inline float sum_of(Lanes x) {
-  float sum = 0;
-  for (int lane = 0; lane < LANES; ++lane) sum += x[lane];
-  return sum;
-}
-
 // Sum of rows [count, wide], each times a number, and the square of that sum. wide: a multiple of DEPTH.
 inline float combine(const float *rows, const float *x, int count, int wide, float *out) {
   Lanes squares = {};
@@ -135,10 +129,7 @@ class Asking {
   // The sum of the others.
   float part_of_most(float *s, const float *bias, int64_t &most, float &log_sum) const {
     const int64_t whole = pad(q.tokens, LANES);
-    for (int64_t i = 0; q.softcap > 0 && i < q.tokens; i += LANES) {
-      const Lanes x = tanh_of(load<Lanes>(s + i) / q.softcap) * q.softcap;
-      std::memcpy(s + i, &x, sizeof x);
-    }
+    cap(s, q.tokens, q.softcap);
     for (int64_t i = 0; bias && i < q.tokens; ++i) s[i] += bias[i];
     std::fill(s + q.tokens, s + padded, -std::numeric_limits<float>::infinity());
     Lanes highest = load<Lanes>(s);

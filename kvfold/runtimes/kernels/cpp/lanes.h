@@ -133,6 +133,20 @@ inline Lanes tanh_of(Lanes x) {
   return (Lanes)((Integers)y | sign);
 }
 
+// Scores as a softmax takes them that has a cap, 0 for none; up to whole vectors of them.
+inline void cap(float *scores, int64_t count, float softcap) {
+  for (int64_t i = 0; softcap > 0 && i < count; i += LANES) {
+    const Lanes x = tanh_of(load<Lanes>(scores + i) / softcap) * softcap;
+    std::memcpy(scores + i, &x, sizeof x);
+  }
+}
+
+inline float sum_of(Lanes x) {
+  float sum = 0;
+  for (int lane = 0; lane < LANES; ++lane) sum += x[lane];
+  return sum;
+}
+
 // Of two vectors the lanes whose number lacks the bit D, and those that have it: of `b` where the place has the bit.
 template <int D, int... L>
 inline void parted(Lanes &a, Lanes &b, std::integer_sequence<int, L...>) {

@@ -66,10 +66,7 @@ struct Choosing {
   // The softmax of a row of scores, to what tokens are worth.
   void add_weights(const float *bias, float *s) {
     const int tokens = q.tokens, whole = pad(tokens, LANES);
-    for (int i = 0; q.softcap > 0 && i < tokens; i += LANES) {
-      const Lanes x = tanh_of(load<Lanes>(s + i) / q.softcap) * q.softcap;
-      std::memcpy(s + i, &x, sizeof x);
-    }
+    cap(s, tokens, q.softcap);
     for (int i = 0; bias && i < tokens; ++i) s[i] += bias[i], shown[i] |= bias[i] > HIDDEN;
     std::fill(s + tokens, s + whole, -std::numeric_limits<float>::infinity());
     Lanes highest = load<Lanes>(s), added = {};
@@ -81,8 +78,7 @@ struct Choosing {
       std::memcpy(s + i, &weight, sizeof weight);
       if (i + LANES <= tokens) added += x;
     }
-    float total = 0;
-    for (int lane = 0; lane < LANES; ++lane) total += added[lane];
+    float total = sum_of(added);
     for (int i = tokens / LANES * LANES; i < tokens; ++i) total += s[i] == s[i] ? s[i] : 0;
     for (int i = 0; i < tokens; ++i) worth[i] += s[i] / total;
   }

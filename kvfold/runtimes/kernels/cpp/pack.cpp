@@ -33,8 +33,7 @@ float squared_error(const float *x, int numbers, float scale, float half) {
     const Lanes part = load<Lanes>(x + i), lost = (codes_of(part, scale, half) + 0.5f) * scale - part;
     sum += lost * lost;
   }
-  float total = 0;
-  for (int lane = 0; lane < LANES; ++lane) total += sum[lane];
+  float total = sum_of(sum);
   for (; i < numbers; ++i) {
     const float lost = (codes_of(Lanes{} + x[i], scale, half)[0] + 0.5f) * scale - x[i];
     total += lost * lost;

@@ -97,10 +97,7 @@ struct Running {
                float &largest, float &total) {
     float *s = scores.data() + int64_t(row) * block;
     for (int i = 0; i < tokens; ++i) s[i] *= scale;
-    for (int i = 0; softcap > 0 && i < tokens; i += LANES) {
-      const Lanes x = tanh_of(load<Lanes>(s + i) / softcap) * softcap;
-      std::memcpy(s + i, &x, sizeof x);
-    }
+    cap(s, tokens, softcap);
     for (int i = 0; bias && i < tokens; ++i) s[i] += bias[i];
     std::fill(s, s + std::clamp(first, 0, tokens), LOWEST);
     std::fill(s + std::clamp(end, 0, tokens), s + tokens, LOWEST);
@@ -123,8 +120,7 @@ struct Running {
     Query *w = weights.data() + int64_t(row) * block;
     std::fill(s + tokens, s + pad(tokens, DEPTH), 0.0f);
     for (int i = 0; i < pad(tokens, DEPTH); i += LANES) put(load<Lanes>(s + i), w + i);
-    float sum = 0;
-    for (int lane = 0; lane < LANES; ++lane) sum += added[lane];
+    const float sum = sum_of(added);
     const float shrink = std::exp(largest - highest);
     if (shrink != 1.0f)
       for (int i = 0; i < v_padded; ++i) sums[i] *= shrink;
