@@ -98,6 +98,7 @@ results-scored: $(SCORED)
 DROPPING := $(addprefix runs/scored/,windows-quarter observed-quarter foreseen-quarter snapkv-quarter h2o-quarter)
 results-dropped-speed: $(DROPPING)
 	$(BIN)/kvfold bench $^ --against $(REAL) --batch 1 --context 1024 --prefills 9 --steps 8 --threads 2 --markdown results/dropped-prompts-smollm2-135m.md
+	$(BIN)/kvfold bench $^ --against $(REAL) --batch 1 --context 4096 --prefills 3 --steps 8 --threads 2 --markdown results/dropped-prompts-4096-smollm2-135m.md
 	$(BIN)/kvfold bench $^ --against $(REAL) --batch 4 --context 8192 --prefills 0 --steps 8 --threads 2 --markdown results/dropped-steps-smollm2-135m.md
 
 # And of 4,096 tokens, by the same folds and by one whose shares were measured there (half an hour), in an hour and a half
