@@ -146,6 +146,7 @@ class Form final : public Work {
     firsts.assign(q.batch * groups + 1, tasks.size());
     for (size_t i = tasks.size(); i-- > 0;) firsts[tasks[i].row * groups + tasks[i].group] = i;
     for (size_t i = firsts.size() - 1; i-- > 0;) firsts[i] = std::min(firsts[i], firsts[i + 1]);
+    for (int64_t group = 0; group < q.batch * groups; ++group) split |= !is_alone(group);
   }
 
   int64_t pieces() const override { return tasks.size(); }
@@ -154,13 +155,18 @@ class Form final : public Work {
     Own &mine = own[omp_get_thread_num()];
     if (!mine.decoding) start(mine);
     mine.decoding->work(tasks[i], q_width, parts.data() + i * size());
+    const int64_t group = tasks[i].row * groups + tasks[i].group;
+    for (int64_t row = 0; is_alone(group) && row < rows; ++row) merge(group * rows + row);  // while it is near this thread
   }
 
+  // Of what several tasks found, maybe in several threads.
   struct Merging final : Work {
     const Form &of;
     explicit Merging(const Form &of) : of(of) {}
-    int64_t pieces() const override { return of.q.batch * of.q.rows; }
-    void piece(int64_t row) override { of.merge(row); }
+    int64_t pieces() const override { return of.split ? of.q.batch * of.q.rows : 0; }
+    void piece(int64_t row) override {
+      if (!of.is_alone(row / of.rows)) of.merge(row);
+    }
   } merging;
 
  private:
@@ -176,6 +182,7 @@ class Form final : public Work {
   const Rebuild *map;
   const int groups, rows, width, padded, q_width;
   const bool turns;
+  bool split = false;  // a sequence's tokens are shared out, or it has none
   float *out, *log_sums;
   std::vector<Task> tasks;
   Room<float> parts;
@@ -183,6 +190,9 @@ class Form final : public Work {
   std::vector<Own> own;
 
   int64_t size() const { return int64_t(rows) * (padded + 2); }
+
+  // Whether the tokens of a sequence's group are one task.
+  bool is_alone(int64_t group) const { return firsts[group + 1] - firsts[group] == 1; }
 
   int block() const {
     int64_t longest = 1;

@@ -44,6 +44,18 @@ V load(const T *from, int count = sizeof(V) / sizeof(T)) {
   return out;
 }
 
+// Sums from memory and back, vector by vector: of sums that are copied at once compilers keep those in memory true in every step
+// of a loop (g++ 12), which takes as long as their products.
+template <int COUNT>
+void sums_from(Lanes (&sums)[COUNT], const float *from) {
+  for (int i = 0; i < COUNT; ++i) sums[i] = load<Lanes>(from + i * LANES);
+}
+
+template <int COUNT>
+void sums_to(const Lanes (&sums)[COUNT], float *to) {
+  for (int i = 0; i < COUNT; ++i) std::memcpy(to + i * LANES, &sums[i], sizeof sums[i]);
+}
+
 // What numbers are multiplied as, where they are made ready first: turning pairs into floats costs more than multiplying.
 #ifdef __AVX512BF16__
 template <typename T>

@@ -45,15 +45,17 @@ void score(const typename Numbers<T>::Query *q, int q_stride, const T *keys, int
     const T *key[TOKENS];
     for (int t = 0; t < TOKENS; ++t) key[t] = keys + std::min(s + t, tokens - 1) * stride;
     Lanes sums[ROWS * TOKENS] = {};
-    for (int r = 0; r < width; r += N::STEP) {
+    const auto add = [&](int r, auto stored) {
       typename N::Operand queries[ROWS];
       for (int row = 0; row < ROWS; ++row) queries[row] = N::query(q + row * q_stride + r);
       for (int t = 0; t < TOKENS; ++t) {
         __builtin_prefetch((const char *)(key[t] + r) + KEYS_AHEAD);
-        const auto x = r < full ? N::stored(key[t] + r) : N::stored(key[t] + r, width - r);
+        const auto x = stored(key[t] + r);
         for (int row = 0; row < ROWS; ++row) N::multiply(sums[row * TOKENS + t], queries[row], x);
       }
-    }
+    };
+    for (int r = 0; r < full; r += N::STEP) add(r, [](const T *x) { return N::stored(x); });
+    if (full < width) add(full, [&](const T *x) { return N::stored(x, width - full); });
     const Lanes found = sums_of(sums);
     for (int row = 0; row < ROWS; ++row)
       std::memcpy(out + row * out_stride + s, (const float *)&found + row * TOKENS, TOKENS * sizeof(float));
@@ -66,7 +68,7 @@ template <typename T, int ROWS>
 void score_tile(const int32_t *q, int q_stride, const Lanes *keys, int words, float *out, int out_stride) {
   using Operand = typename Numbers<T>::Operand;
   Lanes sums[ROWS][2];
-  for (int row = 0; row < ROWS; ++row) std::memcpy(sums[row], out + row * out_stride, sizeof sums[row]);
+  for (int row = 0; row < ROWS; ++row) sums_from(sums[row], out + row * out_stride);
   for (int r = 0; r < words; ++r) {
     const Operand first = (Operand)in_register(keys[2 * r]), second = (Operand)in_register(keys[2 * r + 1]);
     for (int row = 0; row < ROWS; ++row) {
@@ -75,7 +77,7 @@ void score_tile(const int32_t *q, int q_stride, const Lanes *keys, int words, fl
       Numbers<T>::multiply(sums[row][1], query, second);
     }
   }
-  for (int row = 0; row < ROWS; ++row) std::memcpy(out + row * out_stride, sums[row], sizeof sums[row]);
+  for (int row = 0; row < ROWS; ++row) sums_to(sums[row], out + row * out_stride);
 }
 
 // Scores of many queries: words of 2 LANES tokens are transposed, so that scores lie side by side and need not be summed over lanes.
@@ -116,11 +118,11 @@ void add_strip(const typename Numbers<T>::Query *weights, int w_stride, const La
   using N = Numbers<T>;
   constexpr int PARTS = STEPS * N::STEP / LANES;
   Lanes own[ROWS][PARTS];
-  for (int row = 0; row < ROWS; ++row) std::memcpy(own[row], sums + row * width, sizeof own[row]);
+  for (int row = 0; row < ROWS; ++row) sums_from(own[row], sums + row * width);
   for (int s = 0; s < tokens; s += N::PAIR, strip += PARTS)
     for (int row = 0; row < ROWS; ++row)
       for (int part = 0; part < PARTS; ++part) N::weigh(own[row][part], weights + row * w_stride + s, strip[part]);
-  for (int row = 0; row < ROWS; ++row) std::memcpy(sums + row * width, own[row], sizeof own[row]);
+  for (int row = 0; row < ROWS; ++row) sums_to(own[row], sums + row * width);
 }
 
 // The same for columns that only these ROWS need: they are made ready on the way.
@@ -130,7 +132,7 @@ void add_once(const typename Numbers<T>::Query *weights, int w_stride, const T *
   using N = Numbers<T>;
   constexpr int PARTS = N::STEP / LANES;
   Lanes own[ROWS][STEPS * PARTS];
-  for (int row = 0; row < ROWS; ++row) std::memcpy(own[row], sums + row * width, sizeof own[row]);
+  for (int row = 0; row < ROWS; ++row) sums_from(own[row], sums + row * width);
   for (int s = 0; s < tokens; s += N::PAIR) {
     const T *token = values + s * stride, *next = s + 1 < tokens ? token + stride : token;
     for (int i = 0; i < STEPS; ++i) {
@@ -142,7 +144,7 @@ void add_once(const typename Numbers<T>::Query *weights, int w_stride, const T *
         for (int part = 0; part < PARTS; ++part) N::weigh(own[row][i * PARTS + part], weights + row * w_stride + s, x[part]);
     }
   }
-  for (int row = 0; row < ROWS; ++row) std::memcpy(sums + row * width, own[row], sizeof own[row]);
+  for (int row = 0; row < ROWS; ++row) sums_to(own[row], sums + row * width);
 }
 
 template <typename T, int ROWS>

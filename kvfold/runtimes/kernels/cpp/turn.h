@@ -27,7 +27,7 @@ struct Turning {
   const Turn &turn;
   const int rows, functions, depth, half;  // rows: queries of a stored head
   Running<T> run;
-  Room<float> cos, sin, turned_cos, turned_sin, shares, made, unturned, constants;
+  Room<float> cos, sin, turned_cos, turned_sin, turned, shares, made, unturned, constants;
   std::vector<int64_t> taken;  // of each stored head, for which tokens its queries are turned
   int64_t first = 0;           // token of a task, from which on they are counted
   double turned_by = -1;
@@ -38,7 +38,7 @@ struct Turning {
   Turning(const Rebuild &map, int heads, int rows, int width, int block)
       : map(map), turn(*map.turn), rows(rows), functions(turn.functions), depth(pad(width, DEPTH)), half(map.rotated / 2),
         run(heads * rows * functions, rows * functions, width, 0, block), cos(half), sin(half), turned_cos(half),
-        turned_sin(half), shares(int64_t(rows) * functions * map.head_dim), made(int64_t(rows) * functions * depth),
+        turned_sin(half), turned(2 * half), shares(int64_t(rows) * functions * map.head_dim), made(int64_t(rows) * functions * depth),
         unturned(int64_t(heads) * rows * depth), constants(int64_t(heads) * rows * functions), taken(heads, -1) {
     int kept = 0;
     while (kept < half && !turn.speeds[kept]) ++kept;
@@ -98,13 +98,19 @@ struct Turning {
         std::fill(std::copy(same + i * depth, same + (i + 1) * depth, all), all + functions * depth, 0.0f);
       }
       for (const Shared &some : turning) absorb(some, each, weights, to, functions * depth);
-      for (int n = 0; n < each * functions; ++n) {
-        float sum = 0;
-        for (int f = 0; map.offset && f < map.head_dim; ++f) sum += shares[n * map.head_dim + f] * map.offset[column + f];
-        constants[(c * rows + h * each) * functions + n] = sum;
-      }
+      for (int n = 0; n < each * functions; ++n)
+        constants[(c * rows + h * each) * functions + n] = map.offset ? of_offset(shares.data() + n * map.head_dim, map.offset + column) : 0;
     }
     run.take(c * rows * functions, rows * functions, made.data(), depth);
+  }
+
+  float of_offset(const float *share, const float *offset) const {
+    Lanes sums = {};
+    for (int f = 0, now; f < map.head_dim; f += now) {
+      now = std::min<int>(LANES, map.head_dim - f);
+      sums += load<Lanes>(share + f, now) * load<Lanes>(offset + f, now);
+    }
+    return sum_of(sums);
   }
 
   // cos and sin in the middle of the tokens, `by` tokens before the one at a place of the tables.
@@ -132,12 +138,15 @@ struct Turning {
   void share_out(const float *q, float *out) {
     std::fill(out, out + functions * map.head_dim, 0.0f);
     for (int i = 0; i < half; ++i) {
-      const float a = q[i] * cos[i] + q[half + i] * sin[i], b = q[half + i] * cos[i] - q[i] * sin[i];
-      for (int k = 0; k < functions && i < turn.reach[k]; ++k) {
-        const float share = turn.shares[k * half + i];
-        out[k * map.head_dim + i] = share * (k % 2 ? b : a);
-        out[k * map.head_dim + half + i] = share * (k % 2 ? -a : b);
-      }
+      turned[i] = q[i] * cos[i] + q[half + i] * sin[i];
+      turned[half + i] = q[half + i] * cos[i] - q[i] * sin[i];
+    }
+    for (int k = 0; k < functions; ++k) {
+      const float *share = turn.shares + k * half, *first = turned.data() + k % 2 * half, *second = turned.data() + (1 - k % 2) * half;
+      const float sign = k % 2 ? -1 : 1;
+      float *to = out + k * map.head_dim;
+      for (int i = 0; i < turn.reach[k]; ++i) to[i] = share[i] * first[i];
+      for (int i = 0; i < turn.reach[k]; ++i) to[half + i] = sign * share[i] * second[i];
     }
     for (int f = map.rotated; f < map.head_dim; ++f) out[f] = q[f];
   }
@@ -161,7 +170,7 @@ struct Turning {
   void absorb(const std::vector<Range> &numbers, const float *const *share, const float *weights, float *const *to) {
     for (int r = 0; r < depth; r += 2 * LANES, weights += map.head_dim * 2 * LANES) {
       Lanes sums[COUNT][2];
-      for (int i = 0; i < COUNT; ++i) std::memcpy(sums[i], to[i] + r, sizeof sums[i]);
+      for (int i = 0; i < COUNT; ++i) sums_from(sums[i], to[i] + r);
       for (const Range &range : numbers)
         for (int f = range.first; f < range.end; ++f) {
           const Lanes a = in_register(load<Lanes>(weights + 2 * f * LANES));
@@ -171,7 +180,7 @@ struct Turning {
             sums[i][1] += share[i][f] * b;
           }
         }
-      for (int i = 0; i < COUNT; ++i) std::memcpy(to[i] + r, sums[i], sizeof sums[i]);
+      for (int i = 0; i < COUNT; ++i) sums_to(sums[i], to[i] + r);
     }
   }
 };

@@ -88,9 +88,13 @@ template <typename T>
 inline void store(Lanes x, T *to) {
   if constexpr (sizeof(T) == 4) {
     std::memcpy(to, &x, sizeof x);
-  } else {
-    const Integers bits = (Integers)x;  // to the nearest, ties to even
+  } else {  // to the nearest, ties to even
+#ifdef __AVX512BF16__
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)x);
+#else
+    const Integers bits = (Integers)x;
     const Halves halves = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Halves);
+#endif
     std::memcpy(to, &halves, sizeof halves);
   }
 }
