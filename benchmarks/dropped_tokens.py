@@ -4,7 +4,7 @@
         [--markdown FILE] [--rows FOLDER]
 
 Asks what `kvfold evaluate --context` asks. An interrupted command goes on behind the last fold whose rows are in FOLDER and
-younger than the fold; empty FOLDER when kvfold itself has changed. One JSON line last.
+younger than the fold, the text and kvfold itself. One JSON line last.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import kvfold
 from kvfold.checkpoint.atomic import write_text
 from kvfold.evaluation.context import Answers, Remembered, Sample, ask, compared, draw_samples
 from kvfold.evaluation.texts import check_original
@@ -72,11 +73,12 @@ def asked(
 
 
 def kept(folder: Path, options: argparse.Namespace) -> list[Remembered]:
-    """Rows of a command before, of the same contexts of this fold; none where it or the text was written since."""
+    """Rows of a command before, of the same contexts of this fold; none where it, the text or kvfold was written since."""
     file = rows_file(folder, options)
     if file is None or not file.exists():
         return []
-    if file.stat().st_mtime < max(one.stat().st_mtime for one in (folder / "config.json", options.data)):
+    code = (one for one in Path(kvfold.__file__).parent.rglob("*") if one.suffix in (".py", ".cpp", ".h"))
+    if file.stat().st_mtime < max(one.stat().st_mtime for one in (folder / "config.json", options.data, *code)):
         return []
     return [Remembered(**row) for row in json.loads(file.read_text())]
 

@@ -164,7 +164,8 @@ class Material:
         warn_if_too_long(self.seq_len, self.source.checkpoint.config)
         if calibration.data == "self":
             return self._chosen(self._own, self.num_samples)
-        own = min(math.ceil(calibration.own * self.num_samples), self.num_samples - 1)
+        own = math.ceil(round(calibration.own * self.num_samples, 6))  # 0.07 of 100 are 7
+        own = min(own, self.num_samples - 1)
         tokens_BT = self._chosen(self._text, self.num_samples - own)
         return torch.cat([tokens_BT, self._chosen(self._own, own)]) if own else tokens_BT
 

@@ -59,8 +59,8 @@ def updated_card(text: str, repo: str, *, base_model: str | None, license: str |
     """The same card for this repo. A base model that is a path on this machine is left out of its metadata."""
     card = ModelCard(text)
     facts: Any = card.data
-    base = base_model or facts.base_model
-    facts.base_model = base if base and is_model_id(base) else None
+    named = (base for base in (base_model, facts.base_model) if base and is_model_id(base))
+    facts.base_model = next(named, None)  # a local copy of the original does not hide its id
     facts.license = license or facts.license
     body = card.text
     if folder := _folder_in(body):

@@ -213,7 +213,7 @@ def _prefer(tree: dict[str, Any]) -> None:
     if method == "fisher":
         tree["width"] = tree["width"] | {"rope": rope}
     elif rope == "applied":  # a latent of both holds keys before rotation
-        tree["width"] = {"method": "fisher", "rope": rope}
+        tree["width"] = tree["width"] | {"method": "fisher", "rope": rope}
     else:
         tree["width"] = {"rope": rope, "leading": 0, "recent_leading": 0} | tree["width"]
 

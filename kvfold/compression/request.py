@@ -71,12 +71,20 @@ class Limits:
 def limits_of(recipe: Any, tokens: int | None = None) -> Limits:
     """What a recipe says of them, and its runtime of whole heads of plain numbers."""
     where, axes = runtime(recipe.runtime), recipe.axes
+    sides = {getattr(axes.width, side, "layer") for side in ("latent", "v_latent")}
+    # of heads that drop tokens of their own keys and values stay together
+    by_head = axes.length.drops and "group" in sides and not axes.bits.by_spectrum
+    if by_head and len(sides) > 1:
+        raise RecipeError(
+            "heads that drop tokens of their own store as many heads of values as of keys; set width.latent and"
+            " width.v_latent to the same."
+        )
     latents = len(axes.width.parts) == 1 or getattr(axes.width, "rebuilds_on_read", False)
     heads = isinstance(axes.bits, Identity) and not latents
     return Limits(
         keep_layers=recipe.keep_layers,
         min_width=recipe.min_width,
-        one_shape=where.one_shape and heads,
+        one_shape=by_head or (where.one_shape and heads),
         widths=where.widths if heads else (),
         tokens=tokens,
     )

@@ -11,7 +11,7 @@ from kvfold.evaluation.context import KINDS, Remembered
 from kvfold.evaluation.texts import Evaluation
 from kvfold.plan.plan import CachePlan
 from kvfold.report.plots import frontier_plot, plan_plot, svg
-from kvfold.report.table import Table
+from kvfold.report.table import Table, plus_minus
 from kvfold.version import __version__
 
 if TYPE_CHECKING:
@@ -108,12 +108,13 @@ def _asked(row: Row) -> list[str]:
 def remembered(one: Remembered) -> str:
     """What a cache still knows, beside the original, with errors."""
     if one.kind == KINDS[0]:
-        return f"{one.kl:.5f} ± {one.kl_stderr:.5f}"
-    return f"{one.accuracy:.1%} ({100 * (one.accuracy - one.base_accuracy):+.1f} ± {100 * one.change_stderr:.1f})"
+        return f"{one.kl:.5f}{plus_minus(one.kl_stderr, '.5f')}"
+    change = 100 * (one.accuracy - one.base_accuracy)
+    return f"{one.accuracy:.1%} ({change:+.1f}{plus_minus(100 * one.change_stderr, '.1f')})"
 
 
 def _change(e: Evaluation) -> str:
-    return f"{e.loss_change:+.4f} ± {e.loss_change_stderr:.4f}"
+    return f"{e.loss_change:+.4f}{plus_minus(e.loss_change_stderr)}"
 
 
 COLUMNS = ("preset", "kv_budget", "bytes per token", "MB at 32k tokens", "loss change", "KL", "top-1 agreement")

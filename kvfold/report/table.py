@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table as RichTable
+
+
+def plus_minus(error: float, form: str = ".4f") -> str:
+    """ " ± 0.0123", behind what it is the error of; nothing where there is none, as of one sample."""
+    return "" if math.isnan(error) else f" ± {error:{form}}"
 
 
 @dataclass

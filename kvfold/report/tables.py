@@ -28,7 +28,7 @@ from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.plan import CachePlan
 from kvfold.report.html import budget_plot, numbers_table, render
 from kvfold.report.plots import SVG, bar, described
-from kvfold.report.table import Table
+from kvfold.report.table import Table, plus_minus
 
 STDOUT = Console(width=None if sys.stdout.isatty() else 160, quiet=processes.rank() > 0)
 LENGTHS = (1024, 4096, 32_768)
@@ -181,7 +181,7 @@ def quality_table(found: Evaluation, text: str = "") -> Table:
 
 def _difference(found: Evaluation) -> str:
     return (
-        f"loss change {found.loss_change:+.4f} ± {found.loss_change_stderr:.4f}, KL {found.kl:.5f} nats per token, top-1"
+        f"loss change {found.loss_change:+.4f}{plus_minus(found.loss_change_stderr)}, KL {found.kl:.5f} nats per token, top-1"
         f" agreement {found.top1_agreement:.2%}, {found.tokens:,} tokens"
     )
 
@@ -190,7 +190,7 @@ def print_texts(names: Sequence[str], found: Sequence[Evaluation]) -> None:
     """One row per text: what is lost at home, on the first, and what elsewhere."""
     table = Table(("text", "tokens", "loss", "folded", "loss change", "KL", "KL / first", "top-1 agreement"))
     for name, one in zip(names, found, strict=True):
-        change = f"{one.loss_change:+.4f} ± {one.loss_change_stderr:.4f}"
+        change = f"{one.loss_change:+.4f}{plus_minus(one.loss_change_stderr)}"
         times = f"{one.kl / found[0].kl:.2f}" if found[0].kl else ""
         elements = [
             f"{one.base_loss:.4f}",
@@ -262,8 +262,8 @@ def print_context(rows: Sequence[Remembered]) -> None:
 def _with_error(value: float, error: float, *, sign: str = "") -> str:
     if math.isnan(value):
         return "-"
-    shown = f"{value:{sign}.4f}" if abs(value) < 100 else f"{value:{sign},.1f}"
-    return shown if math.isnan(error) else f"{shown} ± {error:.4f}" if abs(value) < 100 else f"{shown} ± {error:,.1f}"
+    form = ".4f" if abs(value) < 100 else ",.1f"
+    return f"{value:{sign}{form}}{plus_minus(error, form)}"
 
 
 def print_comparison(found: Comparison, out: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 import kvfold
 from kvfold.compression.recipe import make_recipe
-from kvfold.errors import BudgetError
+from kvfold.errors import BudgetError, RecipeError
 
 LATENTS = {"method": "fisher", "latent": "group", "v_latent": "group", "group_size": 1, "multiple": 2}
 RECENCY = {"method": "recency", "sinks": 2, "newest": 3}
@@ -48,3 +48,14 @@ def test_models_in_which_every_layer_has_a_window(tiny_dir, tmp_path):
     assert budget(tiny_dir, tmp_path, "mistral_window", preset="streaming_llm", length={"kept": 0.5}) == 1
     with pytest.raises(BudgetError, match="no layer drops tokens"):
         budget(tiny_dir, tmp_path, "mistral_window", preset="streaming_llm", kv_budget=0.1)
+
+
+@pytest.mark.parametrize("kv_budget", [0.3, 0.5])
+def test_groups_of_heads_that_drop_tokens(tiny_dir, tmp_path, kv_budget):
+    """Keys and values of a layer in equally many heads, whatever is chosen for each; unlike latents are refused at once."""
+    fields = {"preset": "observed", "kv_budget": kv_budget}
+    alike = {"method": "fisher", "latent": "group", "v_latent": "group"}
+    found = budget(tiny_dir, tmp_path, "qwen2_bias_tied", width=alike, **fields)
+    assert kv_budget / 2 < found <= kv_budget + 0.005
+    with pytest.raises(RecipeError, match=r"set width.latent and width.v_latent to the same"):
+        budget(tiny_dir, tmp_path, "qwen2_bias_tied", width=alike | {"v_latent": "layer"}, **fields)

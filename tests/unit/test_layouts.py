@@ -59,6 +59,9 @@ def test_owners_are_shared_out_exactly_among_windows(tiny_dir):
         make_recipe({"model": "-", "out": "-", "depth": {"method": "contiguous", "owners": 1}}).method("depth").layouts(
             mixed, None
         )
+    both = make_recipe({"model": "-", "out": "-", "depth": {"method": "cla", "factor": 2, "owners": 3}})
+    with pytest.raises(RecipeError, match="factor = 2 and depth.owners = 3 both say"):
+        both.method("depth").layouts(mixed, None)
 
 
 def shared(folder, out, kv_budget, **fields):

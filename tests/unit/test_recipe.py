@@ -73,6 +73,11 @@ def test_a_loss_that_would_not_be_seen_is_no_aim():
         ({"target_kl": 0}, [], "above 0"),
         ({"preset": "auto", "prefer": "sped"}, [], "Did you mean 'speed'"),
         ({"preset": "svd_a", "prefer": "speed"}, [], "goes with width methods mla and fisher"),
+        (
+            {"preset": "auto", "prefer": "speed"},
+            ["width.leading=32"],
+            "no field of width method 'fisher' called 'leading'",
+        ),
         ({"min_width": 2.0}, [], "0 to 1"),
         ({"keep_layers": ["0"]}, [], "not a list of whole numbers"),
         ({"preset": "xkv"}, ["bits.method=integer"], "not quantized"),
@@ -122,6 +127,8 @@ def test_a_preference_is_how_keys_are_stored():
     assert make_recipe(BASE | own).width == small | {"leading": 32}
     assert make_recipe(BASE | {"preset": "small", "prefer": "size"}).width["rope"] == "on_read"
     assert make_recipe(BASE | {"preset": "auto", "prefer": "speed"}).width["rope"] == "applied"
+    coarse = make_recipe(BASE | {"preset": "auto", "prefer": "speed"}, ["width.multiple=16"])
+    assert coarse.width == {"method": "fisher", "rope": "applied", "multiple": 16}
     assert make_recipe(BASE | {"preset": "auto"}).calibration.data == "self"
     assert make_recipe(BASE | {"preset": "auto"}).length == {"method": "recent"}
     assert make_recipe(BASE | {"preset": "auto", "prefer": "speed"}).length == {"method": "recent"}

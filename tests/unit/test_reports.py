@@ -11,12 +11,15 @@ import torch
 from kvfold.checkpoint.folder import by_name
 from kvfold.checkpoint.push import updated_card
 from kvfold.evaluation.compare import Comparison, Row
+from kvfold.evaluation.context import Remembered
 from kvfold.evaluation.standard_errors import defined
 from kvfold.evaluation.task_files import read_task_file
 from kvfold.evaluation.tasks import _effects
 from kvfold.evaluation.texts import perplexity_of
 from kvfold.healing.trainer import read_metrics
 from kvfold.report import tables
+from kvfold.report.html import remembered
+from kvfold.report.table import plus_minus
 
 
 def test_json_has_numbers_only(capsys):
@@ -43,6 +46,15 @@ def test_losses_that_no_perplexity_can_say():
         perplexity_of(2.0) == math.exp(2.0) and perplexity_of(800.0) == math.inf and math.isnan(perplexity_of(math.nan))
     )
     assert _effects(0.3, [torch.tensor([-800.0, -900.0])]) is None
+
+
+def test_of_one_sample_there_is_no_error():
+    assert plus_minus(0.25) == " ± 0.2500" and plus_minus(12.25, ",.1f") == " ± 12.2" and plus_minus(math.nan) == ""
+    errors = {"change_stderr": math.nan, "kl_stderr": math.nan}
+    sizes = {"cache_bytes": 1, "base_cache_bytes": 2, "kv_share": 0.5, "share_read": 1.0}
+    asked = {"kind": "needles", "context_len": 8, "sequences": 1, "accuracy": 0.5, "base_accuracy": 0.75, "kl": 0.1}
+    one = Remembered(**asked, **errors, **sizes)
+    assert remembered(one) == "50.0% (-25.0)"
 
 
 def test_folders_of_one_name_are_both_measured(tmp_path, monkeypatch):

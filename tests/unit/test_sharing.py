@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -17,7 +18,7 @@ from tiny import load, logits, make_tiny, save_tiny, tokens
 from typer.testing import CliRunner
 
 import kvfold
-from kvfold.checkpoint.push import push
+from kvfold.checkpoint.push import push, updated_card
 from kvfold.checkpoint.remote_code import FILE
 from kvfold.cli.main import app
 from kvfold.compression.recipe import make_recipe
@@ -132,6 +133,27 @@ def test_push_without_anything_said(folded, tmp_path, monkeypatch):
     push(own, "model")
     card = ModelCard((tmp_path / "model" / "README.md").read_text())
     assert card.data.base_model is None and "was not measured" in card.text
+
+
+def test_a_local_copy_of_the_original_does_not_hide_its_id():
+    text = "---\nbase_model: they/original\n---\nbody"
+    for given, named in (("./copy", "they/original"), ("we/other", "we/other"), (None, "they/original")):
+        card = updated_card(text, "me/model", base_model=given, license=None, measured=None)
+        assert ModelCard(card).data.base_model == named
+
+
+def test_saving_to_the_hub_uploads_what_loads_the_folder(folded, tmp_path, monkeypatch):
+    """transformers uploads before its save_pretrained returns."""
+    sent = []
+    api = SimpleNamespace(
+        create_repo=lambda repo_id, **rest: SimpleNamespace(repo_id=repo_id),
+        create_commit=lambda operations, **rest: sent.extend(operation.path_in_repo for operation in operations),
+    )
+    monkeypatch.setattr("transformers.utils.hub._hf_api", api)
+    card = SimpleNamespace(save=lambda path: Path(path).write_text("card"))
+    monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", lambda *args, **rest: card)
+    load(folded).save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/model")
+    assert {"modeling_kvfold.py", "config.json", "model.safetensors"} <= set(sent)
 
 
 def test_push_measures(tmp_path, monkeypatch):

@@ -27,6 +27,11 @@ class Cla(DepthMethod):
                 f"depth.factor = {self.factor}, depth.owners = {self.owners}, depth.offset = {self.offset} do not fit the"
                 f" model's {L} layers."
             )
+        if self.factor and self.owners:
+            raise RecipeError(
+                f"depth.factor = {self.factor} and depth.owners = {self.owners} both say how many layers share a cache; give"
+                " one of them, and the other as 0."
+            )
         factors = range(1, L + 1) if self.owners else [self.factor] if self.factor else range(2, L + 1)
         found = dict.fromkeys(self._layout(layers, factor) for factor in factors)
         fitting = [targets for targets in found if targets.count(None) == self.owners] if self.owners else list(found)

@@ -89,7 +89,15 @@ class FoldedModel:
         names = type(self.config).__name__, type(self).__name__
         self.config.auto_map = auto_map(*names)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        write_text(Path(save_directory) / FILE, remote_code(*names))
+        self._write_code(save_directory)
+
+    def _write_code(self, folder: Any) -> None:
+        write_text(Path(folder) / FILE, remote_code(type(self.config).__name__, type(self).__name__))
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which uploads before its `save_pretrained` returns."""
+        self._write_code(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
