@@ -47,6 +47,14 @@ EngineName = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
+Turns = Annotated[
+    int,
+    typer.Option(
+        help="How often every request comes, each time with its answer and 64 tokens more.",
+        min=1,
+        rich_help_panel=ENGINE,
+    ),
+]
 Rounds = Annotated[int, typer.Option(help="How often every engine answers.", min=1, rich_help_panel=ENGINE)]
 Compiled = Annotated[
     bool, typer.Option("--compiled", help="Compiled as `vllm serve` does: minutes per engine.", rich_help_panel=ENGINE)
@@ -77,6 +85,7 @@ def command(
     prefills: Annotated[int, typer.Option(help="Prompts of each contestant; 0 for none.", min=0)] = 3,
     memory: Memory = None,
     engine: EngineName = "transformers",
+    turns: Turns = 1,
     rounds: Rounds = 3,
     compiled: Compiled = False,
     max_num_batched_tokens: Batched = None,
@@ -107,13 +116,15 @@ def command(
             "requests": batch,
             "prompt": tokens,
             "tokens": steps,
+            "turns": turns,
             "memory": parse_size(memory or "1GiB"),
             "compiled": compiled,
             "max_num_batched_tokens": max_num_batched_tokens,
         }
         _report(_requests(folded or [], geometry, **what, engine=engine, rounds=rounds, **sizes), plot, markdown)
         return
-    for option, given in (("--compiled", compiled), ("--max-num-batched-tokens", max_num_batched_tokens)):
+    of_engines = {"--compiled": compiled, "--max-num-batched-tokens": max_num_batched_tokens, "--turns": turns > 1}
+    for option, given in of_engines.items():
         if given:
             raise RecipeError(f"{option} goes with an engine that serves requests, not with {engine}.")
     from kvfold.evaluation.speed import bench

@@ -20,6 +20,8 @@ from kvfold.runtimes.base import runtime
 
 WARM_UP = 8
 """Tokens of the requests that do not count."""
+FOLLOW_UP = 64
+"""Tokens by which a request is longer when it comes back, beside its answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,7 @@ def measure(
     prompt: int,
     tokens: int,
     memory: int,
+    turns: int = 1,
     rounds: int = 3,
     dtype: str = "auto",
     compiled: bool = False,
@@ -72,14 +75,17 @@ def measure(
 ) -> ThroughputBenchmark:
     """`requests` random prompts of `prompt` tokens, each answered with `tokens` tokens, from a cache of `memory` bytes.
 
+    `turns`: so often every request comes, each time with its answer and FOLLOW_UP tokens more, as chats and questions about a
+    document do: an engine that has kept its tokens reads the new ones only.
     Folders by label, the original first; facts: for the table's title. `engine`: a runtime that serves requests. In another
     `dtype` than the checkpoint's every cache holds as many tokens as `memory` holds in that. `max_num_batched_tokens`: of
     prompts in one step; None leaves it to the engine. Raises KvfoldError where the
     engine is not installed, or where a cache does not hold one request.
     """
     plans = {label: load_plan(folder)[0] for label, folder in folders.items()}
+    length = prompt + turns * tokens + (turns - 1) * FOLLOW_UP
     for label, plan in plans.items():
-        need = plan.kv_bytes_per_token() * (prompt + tokens) + plan.recent_bytes()
+        need = plan.kv_bytes_per_token() * length + plan.recent_bytes()
         if need > memory:
             raise KvfoldError(
                 f"one request takes {need:,} bytes of {folders[label]}'s cache, and --memory gives {memory:,}."
@@ -87,7 +93,7 @@ def measure(
     engines = {
         label: runtime(engine).engine(
             folders[label],
-            length=prompt + tokens,
+            length=length,
             memory=_memory(plan, memory, dtype),
             dtype=dtype,
             compiled=compiled,
@@ -100,14 +106,27 @@ def measure(
     found: dict[str, list[tuple[float, float, float]]] = {label: [] for label in engines}
     for number in track(range(rounds), "rounds", rounds):
         for label, one in engines.items():
-            found[label].append(one.answer(_prompts(requests, prompt, seed=number), tokens))
+            found[label].append(answer_turns(one, _prompts(requests, prompt, seed=number), tokens, turns))
     first = next(iter(engines.values()))
     described = {"engine": first.name, "requests": requests, "prompt": prompt, "new_tokens": tokens}
+    described |= {"turns": turns} if turns > 1 else {}
     described |= {"cache_bytes": memory, "counted_in": next(iter(plans.values())).dtype}
     described |= {"rounds": rounds, "dtype": first.dtype, "compiled": compiled}
     described |= {"max_num_batched_tokens": first.max_num_batched_tokens}
     rows = tuple(_row(label, folders[label], engines[label].cache_tokens, found[label]) for label in engines)
     return ThroughputBenchmark(settings=described | dict(facts or {}), rows=rows)
+
+
+def answer_turns(engine: Any, prompts: list[list[int]], tokens: int, turns: int) -> tuple[float, float, float]:
+    """(tokens per second of all together, seconds to the first token, seconds per further token; medians of the turns)."""
+    found = []
+    for turn in range(turns):
+        found.append(engine.answer(prompts, tokens))
+        more = _prompts(len(prompts), FOLLOW_UP, seed=turn)
+        prompts = [[*was, *answer, *new] for was, answer, new in zip(prompts, found[-1].tokens, more, strict=True)]
+    seconds = sum(one.seconds for one in found)
+    ttft, tpot = (statistics.median(getattr(one, name) for one in found) for name in ("ttft", "tpot"))
+    return len(prompts) * tokens * turns / seconds, ttft, tpot
 
 
 def _memory(plan: CachePlan, memory: int, dtype: str) -> int:

@@ -1,6 +1,7 @@
 """What a benchmark reports: bytes that are really there, times that add up."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from tiny import make_tiny, save_tiny
@@ -12,6 +13,7 @@ from kvfold.errors import RecipeError
 from kvfold.evaluation.geometries import Shape
 from kvfold.evaluation.published_shapes import SHAPES
 from kvfold.evaluation.speed import bench
+from kvfold.evaluation.throughput import FOLLOW_UP, answer_turns
 
 
 @pytest.mark.parametrize("model", ["llama_mha", "bloom_alibi", "neox_partial"])
@@ -116,3 +118,21 @@ def test_mistakes_are_named():
     for option in (["--compiled"], ["--max-num-batched-tokens", "128"]):
         with pytest.raises(RecipeError, match=f"{option[0]} goes with an engine that serves requests, not with transf"):
             CliRunner().invoke(app, ["bench", "x", "--against", "y", *option], catch_exceptions=False)
+
+
+def test_requests_that_come_back():
+    """Each turn asks with all that was said before it; all turns are timed."""
+    asked = []
+
+    def answer(prompts, tokens):
+        asked.append(prompts)
+        answers = [[len(asked)] * tokens for _ in prompts]
+        return SimpleNamespace(seconds=len(asked), ttft=0.1 * len(asked), tpot=0.01 * len(asked), tokens=answers)
+
+    first = [[5, 6, 7], [8, 9]]
+    speed, ttft, tpot = answer_turns(SimpleNamespace(answer=answer), first, 4, turns=3)
+    assert (speed, ttft, tpot) == (2 * 4 * 3 / 6, 0.2, 0.02)
+    for before, after, turn in zip(asked, asked[1:], (1, 2), strict=False):
+        for old, new in zip(before, after, strict=True):
+            assert new[: len(old) + 4] == [*old, *[turn] * 4] and len(new) == len(old) + 4 + FOLLOW_UP
+    assert asked[0] == first and asked[2][0][-FOLLOW_UP:] != asked[2][1][-FOLLOW_UP:]

@@ -49,14 +49,14 @@ def test_two_processes_give_the_tokens_of_one(folder, tmp_path):
 def test_bench_measures_both(folder, tmp_path):
     command = [sys.executable, "-m", "kvfold", "bench", str(folder("shared")), "--against", str(MODEL)]
     command += ["--engine", "vllm", "--batch", "4", "--context", "64", "--steps", "8", "--memory", "4MiB"]
-    command += ["--rounds", "1", "--max-num-batched-tokens", "128"]
+    command += ["--rounds", "1", "--turns", "2", "--max-num-batched-tokens", "128"]
     command += ["--dtype", "float32", "--plot", str(tmp_path / "speed.svg"), "--markdown", str(tmp_path / "speed.md")]
     environment = os.environ | ENVIRONMENT | {BIND: "1"}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])
     original, shared = found["rows"]
-    assert found["max_num_batched_tokens"] == 128
+    assert found["max_num_batched_tokens"] == 128 and found["turns"] == 2
     assert (original["label"], shared["label"]) == ("original", "shared")
     assert shared["cache_tokens"] >= 0.97 * original["cache_tokens"] / shared["kv_budget"]
     assert original["tokens_per_second"] > 0 and original["ttft"] > 0 and original["tpot"] > 0

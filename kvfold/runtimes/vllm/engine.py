@@ -6,8 +6,19 @@ import os
 import statistics
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from kvfold.errors import KvfoldError
+
+
+class Answered(NamedTuple):
+    """`seconds`: of all requests together; `ttft`, `tpot`: to a request's first token and per further one, medians; `tokens`:
+    the answers."""
+
+    seconds: float
+    ttft: float
+    tpot: float
+    tokens: list[list[int]]
 
 
 class Engine:
@@ -50,15 +61,15 @@ class Engine:
         cache = config.cache_config
         self.cache_tokens = cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size
 
-    def answer(self, prompts: list[list[int]], tokens: int) -> tuple[float, float, float]:
-        """(tokens per second of all together, seconds to the first token, seconds per further token; medians)."""
+    def answer(self, prompts: list[list[int]], tokens: int) -> Answered:
+        """So many new tokens for every prompt."""
         from vllm import SamplingParams
 
         sampling = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, temperature=0)
         start = time.perf_counter()
         done = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
-        speed = len(prompts) * tokens / (time.perf_counter() - start)
+        seconds = time.perf_counter() - start
         found = [one.metrics for one in done]
         first = statistics.median(one.first_token_latency for one in found)
         further = statistics.median((m.last_token_ts - m.first_token_ts) / max(tokens - 1, 1) for m in found)
-        return speed, first, further
+        return Answered(seconds, first, further, [list(one.outputs[0].token_ids) for one in done])
