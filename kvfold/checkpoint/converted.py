@@ -40,7 +40,9 @@ def converted(model: str | Path, run_dir: Path, *, allow_pickle: bool = False) -
     if not path.is_dir():
         return model
     if (path / ADAPTER).exists() and not (path / "config.json").exists():
+        base = Path(str(read_json(path / ADAPTER).get("base_model_name_or_path")))
         facts = [path / ADAPTER, *sorted(path.glob("adapter_model.*"))]
+        facts += [*sorted(base.glob("*.safetensors")), base / "config.json"] if (base / "config.json").is_file() else []
         return _once(run_dir, "merged", path, facts, lambda folder: _merge(path, folder))
     pickles = pickled(path)
     if pickles and allow_pickle:
@@ -54,7 +56,10 @@ def pickled(path: Path) -> list[Path]:
         return []
     if (path / PICKLE_INDEX).exists():
         weight_map = read_json(path / PICKLE_INDEX).get("weight_map", {})
-        return [path / name for name in sorted(set(weight_map.values()))]
+        names = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
+        if wrong := [name for name in names if not isinstance(name, str) or not (path / Path(name).name).is_file()]:
+            raise CheckpointError(f"{path / PICKLE_INDEX} names {wrong[0]!r}, which is no file beside it.")
+        return [path / Path(name).name for name in sorted(set(names))]
     return [path / PICKLE] if (path / PICKLE).exists() else []
 
 
@@ -83,17 +88,18 @@ def _unpickle(path: Path, pickles: list[Path], folder: Path) -> None:
                 if len(pickles) == 1
                 else f"model-{number + 1:05d}-of-{len(pickles):05d}.safetensors"
             )
-            tensors = _tensors(file)
+            tensors = unpickled(file)
             write_tensors(partial / shard, tensors, {"format": "pt"})
             weight_map |= dict.fromkeys(tensors, shard)
         if len(pickles) > 1:
             write_text(partial / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
         for pattern in ("config.json", *SIDE_FILES):
-            for one in path.glob(pattern):
+            for one in filter(Path.is_file, path.glob(pattern)):
                 copy_file(one, partial / one.name)
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
+def unpickled(file: Path) -> dict[str, Tensor]:
+    """Tensors by name, by torch's unpickler for weights. Raises CheckpointError."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # whatever a broken or hostile file makes of the unpickler

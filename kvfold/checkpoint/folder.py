@@ -39,6 +39,10 @@ def refuse_out(out: Path, overwrite: bool, keep: Sequence[Path]) -> None:
     for path in keep:
         if path.resolve().is_relative_to(out.resolve()):
             raise OutputError(f"--out {out} is or holds {path}, which is needed; give another folder.")
+        if path.resolve() in [beside.resolve() for beside in _beside(out)]:
+            raise OutputError(
+                f"{path} is needed, and is what --out {out} is called while it is written; give another --out."
+            )
     if not out.exists():
         return
     if not overwrite:
@@ -49,9 +53,14 @@ def refuse_out(out: Path, overwrite: bool, keep: Sequence[Path]) -> None:
         raise OutputError(f"{out} was not written by kvfold, so --overwrite does not replace it; remove it yourself.")
 
 
+def _beside(out: Path) -> list[Path]:
+    """What a folder is called while it is written, and while it is replaced."""
+    return [out.with_name(out.name + end) for end in (".partial", ".replaced")]
+
+
 def partial_folder(out: Path, identity: str) -> Path:
     """The folder in which the result grows: that of an interrupted run with the same identity, or a new one."""
-    partial = out.with_name(out.name + ".partial")
+    partial, _ = _beside(out)
     marker = partial / MARKER
     if not marker.exists() or marker.read_bytes() != identity.encode():
         shutil.rmtree(partial, ignore_errors=True)
@@ -78,7 +87,9 @@ def _alone(out: Path) -> Iterator[None]:
     lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
-    except Timeout as error:
+    except (OSError, Timeout) as error:
+        if not isinstance(error, Timeout) or not file.exists():
+            raise OutputError(f"nothing can be written beside {out} ({error}); give another --out.") from error
         raise OutputError(
             f"another process is writing {out} ({_read_owner(file)}). Wait for it, or give another --out."
         ) from error
@@ -140,7 +151,7 @@ def publish(partial: Path, out: Path, overwrite: bool) -> None:
         leftover.unlink()
     write_manifest(partial, without=(MARKER,))
     (partial / MARKER).unlink()
-    replaced = out.with_name(out.name + ".replaced")
+    _, replaced = _beside(out)
     shutil.rmtree(replaced, ignore_errors=True)
     if out.exists():
         out.rename(replaced)

@@ -96,10 +96,14 @@ def command(
     device: Device = "auto",
 ) -> None:
     """Measure speed: first token, further tokens, bytes read, share of the memory bandwidth; all in turn in one run."""
+    from kvfold.checkpoint.atomic import make_folder
     from kvfold.evaluation.geometries import Shape
     from kvfold.evaluation.memory import parse_size
     from kvfold.runtimes.base import runtime
 
+    for file in (plot, markdown):
+        if file is not None:
+            make_folder(file.parent)
     if (against is None) == (shape is None) or bool(folded) != (shape is None):
         raise RecipeError("give folders and --against MODEL, or --shape NAME with --preset or --kv-heads.")
     geometry = Shape(name=shape, layers=layers) if shape else None

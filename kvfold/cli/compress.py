@@ -64,6 +64,7 @@ def command(
     """Fold a model: read it, calibrate, plan, and write a new folder with a smaller cache."""
     from kvfold.compression.compress import compress
     from kvfold.compression.recipe import load_recipe, make_recipe
+    from kvfold.errors import RecipeError
     from kvfold.report.tables import print_json, print_plan
 
     fields: dict[str, Any] = {"model": model, "out": out, "preset": preset, "kv_budget": kv_budget, "seed": seed}
@@ -80,7 +81,10 @@ def command(
         ("width", {"kv_heads": kv_heads}),
     ):
         if given_of_axis := given(of_axis):
-            tree[axis] = (tree.get(axis) or {}) | given_of_axis
+            known = tree.get(axis) or {}
+            if not isinstance(known, dict):
+                raise RecipeError(f"{axis} = {known!r} in {recipe}: its fields are meant ({axis}: {{...}}).")
+            tree[axis] = known | given_of_axis
     where: dict[str, Any] = {"run_dir": run_dir, "overwrite": overwrite, "device": device}
     made = compress(make_recipe(tree, set_ or []), allow_pickle=allow_pickle, **where)
     print_plan(made.plan, f"{made.out}")

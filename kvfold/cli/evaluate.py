@@ -60,6 +60,10 @@ def command(
 
     if not (data or tasks or recall) or (context and not data):
         raise typer.BadParameter("say what to measure: --data, --tasks or --recall (--context goes with --data)")
+    if not tasks and (limit is not None or num_fewshot is not None):
+        raise typer.BadParameter("--limit and --num-fewshot go with --tasks")
+    if context and (max_tokens or seq_len or len(data or []) > 1):
+        raise typer.BadParameter("--context goes with one --data, without --max-tokens and --seq-len")
     common: dict[str, Any] = {"against": against, "dtype": dtype, "device": device}
     values: dict[str, Any] = {}
     if context and data:

@@ -33,5 +33,5 @@ def command(
     found = evaluate(folder, against=against, data_file=data, max_tokens=max_tokens) if data and against else None
     measured = quality_table(found, data.name).markdown() if found and data else None
     address = push(folder, repo, base_model=against, license=license, measured=measured, private=private)
-    STDOUT.print(f"{folder} is at {address}")
+    STDOUT.print(f"{folder} is at {address}", markup=False)
     print_json({"folder": str(folder), "repo": repo, "address": address, "measured": found and found.to_json()})

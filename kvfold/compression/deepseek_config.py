@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvfold import registry
-from kvfold.architectures.base import source_config
+from kvfold.architectures.base import empty_model, source_config
 from kvfold.checkpoint.source import Source, source_dtype
 from kvfold.errors import CheckpointError, RecipeError
 from kvfold.plan.layer import AttentionLayer
@@ -47,6 +47,12 @@ def dtype_of(source: Source, layer: AttentionLayer) -> str:
     return "bfloat16" if dtype == "float16" else dtype
 
 
+def attention_scaling(source: Source) -> float:
+    """By which the source's cosines and sines are longer (YaRN)."""
+    stock = empty_model(source.arch, source_config(source.arch, source.checkpoint.config))
+    return float(stock.get_submodule(source.arch.rotary).attention_scaling)
+
+
 def deepseek_config(source: Source, rank: int) -> dict[str, Any]:
     """config.json: every MLP is dense, queries have no latent."""
     layer = source.layers[0]
@@ -56,7 +62,10 @@ def deepseek_config(source: Source, rank: int) -> dict[str, Any]:
         "max_position_embeddings", "initializer_range", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
         "tie_word_embeddings", "attention_dropout", "rms_norm_eps",
     )  # fmt: skip
-    return {name: stock[name] for name in kept if name in stock} | {
+    rope = {name: value for name, value in stock["rope_parameters"].items() if not name.startswith("mscale")}
+    if rope["rope_type"] == "yarn":  # of `mscale_all_dim` DeepSeek's class scales scores once more
+        rope["attention_factor"] = attention_scaling(source)
+    return {name: stock[name] for name in kept if name in stock} | {"rope_parameters": rope} | {
         "dtype": dtype_of(source, layer), "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"],
         "num_key_value_heads": layer.num_attention_heads, "q_lora_rank": None, "kv_lora_rank": rank,
         "qk_nope_head_dim": layer.head_dim, "qk_rope_head_dim": layer.head_dim, "v_head_dim": layer.head_dim,

@@ -25,6 +25,8 @@ def export_gguf(folder: str | Path, out: str | Path, *, overwrite: bool = False)
     file exists or the converter fails.
     """
     script, file = converter(folder), Path(os.path.abspath(out))
+    if file.is_dir():
+        raise OutputError(f"{out} is a folder; --out names the file.")
     if file.exists() and not overwrite:
         raise OutputError(f"{out} exists already. Give another --out, or --overwrite to replace it.")
     make_folder(file.parent)

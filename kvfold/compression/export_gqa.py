@@ -42,6 +42,11 @@ def export_gqa(folder: str | Path, out: str | Path, *, overwrite: bool = False) 
     if CONFIG_KEY not in checkpoint.config:
         raise CheckpointError(f"{folder} is not a folded model; it needs no export.")
     plan = CachePlan.from_dict(checkpoint.config[CONFIG_KEY])
+    if checkpoint.packed:
+        raise PlanError(
+            f"{folder} has quantized matrices ({min(checkpoint.packed)} and others), which are not exported; fold and export"
+            " the model as it was before, and quantize the export."
+        )
     arch = architecture(checkpoint.config["model_type"].removeprefix(MODEL_TYPE_PREFIX))
     heads = _uniform_heads(plan, arch, checkpoint.config)
     refuse_out(out, overwrite, keep=(checkpoint.path,))
@@ -121,7 +126,7 @@ def _nearest(plan: CachePlan, arch: Architecture, config: dict[str, Any]) -> str
 
 
 def _stock_config(config: dict[str, Any], arch: Architecture, heads: int) -> dict[str, Any]:
-    stock = {name: value for name, value in config.items() if name != CONFIG_KEY}
+    stock = {name: value for name, value in config.items() if name not in (CONFIG_KEY, "auto_map")}
     return stock | {
         "model_type": arch.model_type, "architectures": [arch.causal_lm], "num_key_value_heads": heads,
     }  # fmt: skip
@@ -160,8 +165,9 @@ def _stock_tensors(checkpoint: Checkpoint, arch: Architecture, names: list[str],
 def _check(names: dict[str, str], arch: Architecture, stock: Any) -> None:
     stored = arch.names_in_files(stock)
     expected = {part for name, parts in stored.items() for part in ([name] if name in names else parts)}
-    if stock.config.tie_word_embeddings:
-        expected -= set(stock._tied_weights_keys or {}) - set(names)
+    if stock.config.tie_word_embeddings:  # files hold one of both names
+        tied = stock._tied_weights_keys or {}
+        expected -= ({*tied} | {*tied.values()}) - set(names)
     assert set(names) == expected, (
         f"tensors of the stock class and of the export differ: {sorted(set(names) ^ expected)[:4]}"
     )

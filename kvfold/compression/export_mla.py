@@ -19,7 +19,7 @@ from kvfold.calibration.material import Material
 from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.folder import EXPORT_MARKER, new_folder, refuse_out, write_files, write_weights
 from kvfold.checkpoint.source import Source, open_source, read_layer
-from kvfold.compression.deepseek_config import EPSILONS, deepseek_config, dtype_of, epsilon_of
+from kvfold.compression.deepseek_config import EPSILONS, attention_scaling, deepseek_config, dtype_of, epsilon_of
 from kvfold.errors import BudgetError, CheckpointError
 from kvfold.linalg.block_diagonal import BlockDiagonal
 from kvfold.linalg.decoupled_rotation import decouple
@@ -159,7 +159,7 @@ def _layer(
     layer = source.layers[index]
     dtype = getattr(torch, dtype_of(source, layer))
     weights = read_layer(source.checkpoint, source.arch, layer)
-    made = mla_weights(layer, weights, moments, rank, published, epsilon)
+    made = mla_weights(layer, weights, moments, rank, published, epsilon, attention_scaling(source))
     return {name: made[part].to(dtype).contiguous() for name, part in zip(_names(source, index), MADE, strict=True)}
 
 
@@ -170,8 +170,10 @@ def mla_weights(
     rank: int,
     published: bool = False,
     epsilon: float = EPSILONS["transformers"],
+    attention_scaling: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Of one layer, by DeepSeek's names, in float64. moments: of keys before rotation and values, and of what errors cost."""
+    """Of one layer, by DeepSeek's names, in float64. moments: of keys before rotation and values, and of what errors cost.
+    attention_scaling: of cosines and sines (YaRN), which in DeepSeek's class do not scale what is left unrotated."""
     K, N, H = layer.num_kv_heads, layer.num_attention_heads, layer.head_dim
     metric, second_FF = BlockDiagonal(moments[METRIC + BOTH].second_FF), moments[WEIGHTED + BOTH].second_FF
     costs_KH = metric.dense().diagonal()[: K * H].unflatten(0, (K, H))
@@ -189,7 +191,7 @@ def mla_weights(
     up_KHR, v_KHR = (x.unflatten(0, (K, H)) for x in back_FR.chunk(2))
     of_heads = torch.cat([up_KHR, v_KHR], 1).repeat_interleave(N // K, 0)
     return {
-        "q_proj": torch.cat([parts.phase_HH @ q_NHD, rotated_NHD], 1).flatten(0, 1),
+        "q_proj": torch.cat([parts.phase_HH @ q_NHD * attention_scaling**2, rotated_NHD], 1).flatten(0, 1),
         "kv_a_proj_with_mqa": torch.cat([stored_RD * (SMALL / size), (parts.shared_HF @ weights.k_proj)[pairs]]),
         "kv_a_layernorm": torch.full((rank,), float(epsilon**0.5 / (SMALL / size)), dtype=torch.float64),
         "kv_b_proj": of_heads.flatten(0, 1),

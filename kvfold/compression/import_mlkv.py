@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from kvfold import registry
 from kvfold.architectures.base import Architecture, architecture, empty_model, source_config
 from kvfold.checkpoint.atomic import write_tensors
+from kvfold.checkpoint.converted import unpickled
 from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.folder import (
     MAX_SHARD_BYTES,
@@ -106,6 +106,9 @@ def _stock_config(config: Mapping[str, Any], family: Architecture) -> dict[str, 
         raise CheckpointError(
             f"config.json lacks {missing}: this is no MLKV checkpoint. `kvfold compress` folds ordinary ones."
         )
+    sizes = (LAYERS, HEADS, "num_attention_heads", "num_hidden_layers")
+    if wrong := [name for name in sizes if not isinstance(config.get(name), int) or config[name] < 1]:
+        raise CheckpointError(f"config.json: {wrong[0]} is {config.get(wrong[0])!r}, which is no number above 0.")
     if config.get("use_key_value_mlp"):
         raise CheckpointError("use_key_value_mlp is on: key/value projections made of an MLP are not supported.")
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
@@ -140,14 +143,15 @@ def _plan(layers: list[AttentionLayer], config: Mapping[str, Any], dtype: str, a
 
 def _read(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
     if (path / SINGLE).exists():
-        return load_file(path / SINGLE)
+        checkpoint = Checkpoint.open(path)
+        return {name: checkpoint.raw(name) for name in checkpoint.tensors}
     if not (path / PICKLE).exists():
         raise CheckpointError(f"{path} holds neither {SINGLE} nor {PICKLE} (sharded: {(path / INDEX).exists()}).")
     if not allow_pickle:
         raise CheckpointError(
             f"{path} holds its weights as {PICKLE}, a pickle. --allow-pickle reads the tensors in it and runs no code."
         )
-    return torch.load(path / PICKLE, map_location="cpu", weights_only=True)
+    return unpickled(path / PICKLE)
 
 
 def _dtype(state: Mapping[str, Tensor]) -> str:

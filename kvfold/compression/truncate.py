@@ -82,7 +82,7 @@ def _tensors(checkpoint: Checkpoint, names: list[str], plan: CachePlan, narrow: 
     folded = _folded_layers(checkpoint)
     tensors = {}
     for name in names:
-        tensors[name] = checkpoint.read(name)
+        tensors[name] = checkpoint.raw(name)  # codes stay codes
         for prefix, layer in folded.items():
             if name.startswith(prefix):
                 spec, owns = plan.cache_of(layer.index), plan.owner(layer.index) == layer.index

@@ -31,7 +31,7 @@ from kvfold.checkpoint.folder import (
 from kvfold.checkpoint.reader import DTYPES, Checkpoint
 from kvfold.checkpoint.source import default_seq_len, load_plan, open_source, warn_if_too_long
 from kvfold.checkpoint.tokenizer import load_tokenizer
-from kvfold.errors import PlanError, RecipeError
+from kvfold.errors import HealError, OutputError, PlanError, RecipeError
 from kvfold.healing.elastic import Elastic
 from kvfold.healing.objectives import CrossEntropy, Distillation, LayerMatch, Objective
 from kvfold.healing.packing import Rows, pack
@@ -77,13 +77,15 @@ def heal(
     run_dir = Path(run_dir) if run_dir else out.with_name(out.name + ".heal")
     inputs = [Path(healing.folded), *([Path(healing.teacher)] if healing.teacher else [])]
     refuse_out(out, overwrite, keep=[*inputs, run_dir])
+    if run_dir.resolve() in [path.resolve() for path in inputs]:
+        raise OutputError(f"--run-dir {run_dir} is a model that is read; give another folder.")
     device = processes.start(_device(device))
     checkpoint, plan = _folded(healing)
     tokenizer = load_tokenizer(checkpoint.path)
     model: Any = load_weights(checkpoint.path, "float32", device)
     model.generation_config = GenerationConfig()  # what a folder says of sampling may not be fit for saving
     rows, eval_rows = _rows(healing, checkpoint, tokenizer, together=model.architecture.keeps_documents_apart)
-    _claim(run_dir, healing, checkpoint, rows)
+    _claim(run_dir, healing, checkpoint, rows, eval_rows)
     objective = _objective(healing, plan, rows, eval_rows, run_dir, device)
     processes.wait_for_all()  # for what the teacher says of the other processes' rows
     torch.manual_seed(healing.seed)
@@ -110,6 +112,10 @@ def heal(
         state = healed.state_dict()
         if healed.architecture.experts:  # one by one, as files have them
             state = revert_weight_conversion(healed, state)
+        if wrong := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+            raise HealError(
+                f"{wrong[0]} and {len(wrong) - 1} others are no numbers any more; try a smaller --learning-rate."
+            )
         _write(out, healing, checkpoint, state, run_dir, overwrite)
     processes.wait_for_all()
     logged = read_metrics(run_dir / METRICS)
@@ -139,7 +145,15 @@ def _folded(healing: Healing) -> tuple[Checkpoint, CachePlan]:
         )
     if healing.elastic:
         check_nested(plan)
-    return Checkpoint.open(healing.folded), plan
+    checkpoint = Checkpoint.open(healing.folded)
+    if checkpoint.packed:
+        raise RecipeError(
+            f"{healing.folded} has quantized matrices ({min(checkpoint.packed)} and others), which are not trained; fold and"
+            " heal the model as it was before."
+        )
+    if any(spec.tokens is not None and spec.tokens.scored for spec in plan.owned):
+        warnings.warn("what scorers drop behind a prompt is not seen by training, which heals what else was folded.")
+    return checkpoint, plan
 
 
 def _rows(healing: Healing, checkpoint: Checkpoint, tokenizer: Any, *, together: bool) -> tuple[Rows, Rows | None]:
@@ -171,15 +185,16 @@ def _trainable(model: Any, healing: Healing) -> Any:
     )
 
 
-def _claim(run_dir: Path, healing: Healing, checkpoint: Checkpoint, rows: Rows) -> None:
+def _claim(run_dir: Path, healing: Healing, checkpoint: Checkpoint, rows: Rows, eval_rows: Rows | None) -> None:
     """Raise RecipeError where the folder holds checkpoints of another run, which would be continued with other settings."""
     if not processes.rank():
         make_folder(run_dir)
         teacher = healing.teacher and Checkpoint.open(healing.teacher).fingerprint()
         settings, model = dataclasses.asdict(healing), checkpoint.fingerprint()
-        identity = fingerprint(
-            version=__version__, settings=settings, model=model, teacher=teacher, text=rows.input_ids
-        )
+        facts = {"version": __version__, "settings": settings, "model": model, "teacher": teacher}
+        if healing.teacher_top and eval_rows is not None:  # of which is kept what the teacher says
+            facts["eval_text"] = eval_rows.input_ids
+        identity = fingerprint(**facts, text=rows.input_ids)
         file = run_dir / "healing.txt"
         if file.exists() and file.read_bytes() != identity.encode():
             raise RecipeError(

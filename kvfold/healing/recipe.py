@@ -85,6 +85,8 @@ class Healing:
         for name, limit in least.items():
             if getattr(self, name) < limit:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be at least {limit}.")
+        if self.seq_len == 1:
+            raise RecipeError("seq_len is 1; a row needs a token before the one it predicts: at least 2, or 0.")
         if not 0 <= self.lora_dropout < 1:
             raise RecipeError(f"lora_dropout is {self.lora_dropout}; it is a share below 1.")
         if not 0 <= self.elastic < 1:

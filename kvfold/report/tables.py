@@ -46,7 +46,7 @@ def print_json(values: dict[str, Any]) -> None:
 
 def print_plan(plan: CachePlan, title: str) -> None:
     """What every layer stores, and what it adds up to."""
-    table = RichTable(title=title, title_justify="left")
+    table = RichTable(title=escape(title), title_justify="left")
     for column in ("layers", "keys", "", "values", "", "tokens", "bytes per token", "of the original"):
         left = column in ("layers", "keys", "values", "")
         table.add_column(column, justify="left" if left else "right", no_wrap=not column)

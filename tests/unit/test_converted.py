@@ -93,7 +93,13 @@ def test_an_adapter_is_merged_into_its_base(original, tmp_path):
     assert not torch.allclose(expected, logits(load(original), tokens()), atol=1e-2)
     found = logits(load(fold(tmp_path / "adapter", tmp_path / "out")), tokens())
     assert torch.allclose(found, expected, atol=1e-5)
+    base = save_tiny(make_tiny("qwen2_bias_tied"), tmp_path / "base")
     config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}))
+    first = converted(str(tmp_path / "adapter"), tmp_path / "run", allow_pickle=False)
+    tensors = {name: tensor * 1.5 for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    assert converted(str(tmp_path / "adapter"), tmp_path / "run", allow_pickle=False) != first  # of another base
     config.write_text(
         json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "nothing")})
     )
@@ -157,3 +163,12 @@ def test_a_tokenizer_of_one_file_goes_along(tmp_path, model):
     assert type(before) is type(after)
     for text in ("the quick brown Fox", " jumps", "日本 dogs\n"):
         assert before(text)["input_ids"] == after(text)["input_ids"]
+
+
+def test_an_index_that_names_no_files(original, tmp_path):
+    source = as_pickles(original, tmp_path / "source", 2)
+    file = source / "pytorch_model.bin.index.json"
+    for weight_map in ([1, 2], {"x": "missing.bin"}, {"x": 3}):
+        file.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match="which is no file beside it"):
+            fold(source, tmp_path / "out", allow_pickle=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import MODELS, copy_heads, load, logits, make_tiny, save_tiny, tokens
 
 import kvfold
@@ -192,3 +193,20 @@ def test_without_a_converter_the_way_by_hand_is_said(fold, tmp_path, monkeypatch
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RecipeError, match=f"kvfold export {folded} --out STOCK, then python llama.cpp/convert_hf"):
         export_gguf.export_gguf(folded, tmp_path / "half.gguf")
+
+
+def test_an_export_names_no_code_of_kvfolds(fold, tmp_path):
+    export_gqa(fold("llama_mha", "mean_pool", kv_budget=0.5).out, tmp_path / "stock")
+    assert "auto_map" not in json.loads((tmp_path / "stock" / "config.json").read_text())
+
+
+def test_tied_weights_under_the_head_s_name(tmp_path):
+    source = save_tiny(make_tiny("qwen2_bias_tied"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    recipe = {"model": str(source), "out": str(tmp_path / "folded"), "width": {"method": "mean_pool"}, "kv_budget": 0.5}
+    export_gqa(kvfold.compress(recipe, device="cpu").out, tmp_path / "stock")
+    assert_close(
+        logits(load(tmp_path / "stock"), tokens()), logits(load(tmp_path / "folded"), tokens()), tolerance=1e-6
+    )

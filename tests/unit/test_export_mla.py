@@ -170,3 +170,29 @@ def test_bytes_are_those_of_the_budget(exported):
     cache = transformers.AutoModelForCausalLM.from_pretrained(out)(tokens(1, 9), use_cache=True).past_key_values
     held = sum(x.numel() for layer in cache.layers for x in (layer.keys, layer.values))
     assert held == 9 * len(cache.layers) * whole / 2 and source.exists()
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 128}
+
+
+def exported_logits(tmp_path, rope, kv_heads, dead=False):
+    network = make_tiny("llama_mha", num_key_value_heads=kv_heads, rms_norm_eps=1e-6, rope_parameters=rope)
+    for layer in network.model.layers if dead else ():  # of which only what hardly turns says anything
+        with torch.no_grad():
+            layer.self_attn.k_proj.weight.unflatten(0, (kv_heads, 2, -1))[:, :, 0] = 0
+    source, out = save_tiny(network, tmp_path / "source"), tmp_path / "out"
+    export_mla(source, out, kv_budget=1.0, calibration=CALIBRATION, runtime="transformers")
+    return logits(transformers.AutoModelForCausalLM.from_pretrained(out).eval(), tokens()), logits(
+        load(source), tokens()
+    )
+
+
+@pytest.mark.parametrize("more", [{}, {"attention_factor": 3.0}, {"mscale": 1.0, "mscale_all_dim": 1.0}])
+def test_yarn_of_one_key_head(tmp_path, more):
+    """DeepSeek's class would scale scores once more by what `mscale_all_dim` says."""
+    assert_close(*exported_logits(tmp_path, YARN | more, 1), tolerance=1e-4)
+
+
+def test_yarn_scales_what_does_not_turn_as_well(tmp_path):
+    rope = YARN | {"factor": 40.0, "rope_theta": 1e24, "attention_factor": 1.5}
+    assert_close(*exported_logits(tmp_path, rope, 8, dead=True), tolerance=1e-3)

@@ -13,8 +13,9 @@ from tiny import load, logits, make_tiny, tokens
 import kvfold
 from kvfold.checkpoint.quantized import AWQ_ORDER
 from kvfold.checkpoint.source import open_source
+from kvfold.compression.export_gqa import export_gqa
 from kvfold.compression.recipe import make_recipe
-from kvfold.errors import CheckpointError, RecipeError
+from kvfold.errors import CheckpointError, PlanError, RecipeError
 from kvfold.testing import assert_close
 
 GROUP = 16
@@ -141,7 +142,7 @@ def quantized(root, form, model="llama_mha"):
         else:
             tensors[name] = meaning[name] = tensor
     source = root / "quantized"
-    source.mkdir()
+    source.mkdir(parents=True)
     config = json.loads((root / "plain" / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"quantization_config": scheme}))
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
@@ -209,3 +210,30 @@ def test_the_meaning_is_close_to_what_was_quantized(tmp_path):
         assert (quantize(weight)[1] - weight).norm() < 0.15 * weight.norm(), form
     source, plain = quantized(tmp_path, "gptq")
     assert logits(load(plain), tokens()).isfinite().all() and source.exists()
+
+
+def fold_of_blocks(tmp_path):
+    source, _ = quantized(tmp_path, "fp8_blocks")
+    return fold(source, tmp_path / "folded", width={"method": "svd_w"}, kv_budget=0.5)
+
+
+def test_codes_stay_codes_when_a_fold_is_truncated(tmp_path):
+    folded = fold_of_blocks(tmp_path)
+    kvfold.truncate(folded, tmp_path / "narrow", kv_budget=0.32)
+    before, after = (load_file(folder / "model.safetensors") for folder in (folded, tmp_path / "narrow"))
+    codes = [name for name in before if before[name].dtype == torch.float8_e4m3fn]
+    assert codes
+    for name in codes:
+        assert torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)), name
+
+
+def test_quantized_folds_are_neither_healed_nor_exported(tmp_path):
+    """Said before anything is trained or written."""
+    folded, text = fold_of_blocks(tmp_path), tmp_path / "text.txt"
+    with pytest.raises(RecipeError, match="has quantized matrices .*not trained"):
+        kvfold.heal({"folded": str(folded), "out": str(tmp_path / "healed"), "data": str(text), "objective": "ce"})
+    source, _ = quantized(tmp_path / "other", "w4a16")
+    merged = fold(source, tmp_path / "other" / "merged", preset="procrustes", kv_budget=0.5)
+    with pytest.raises(PlanError, match="has quantized matrices .*not exported"):
+        export_gqa(merged, tmp_path / "stock")
+    assert not (tmp_path / "healed").exists() and not (tmp_path / "stock").exists()

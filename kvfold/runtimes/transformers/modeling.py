@@ -32,6 +32,7 @@ from kvfold.runtimes.transformers.attention import FoldedAttention, attention_cl
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState, note_positions
 from kvfold.runtimes.transformers.joint import JointAttention
+from kvfold.runtimes.transformers.padding import warn_of_holes
 from kvfold.runtimes.transformers.position_tables import PositionTables
 from kvfold.runtimes.transformers.projections import GroupedLinear
 
@@ -125,6 +126,7 @@ class FoldedModel:
                 "tokens: a prompt that is read twice to choose from it wants keys as they are read, and no finer form of"
                 " recent tokens; choose another length.rule, observed for example."
             )
+        self.counts_tokens = any(spec.tokens is not None or spec.recent for spec in plan.owned)
         layers = self.architecture.describe(self)  # type: ignore[arg-type]
         self.needs_state = (
             self.has_readers or plan.position_bytes > 0 or plan.joint or any(x.temperature for x in layers)
@@ -247,6 +249,12 @@ def _is_padded(cache: FoldedCache) -> bool:
     return bool(begins) and bool((begins[0] > 0).any())
 
 
+def _length(arguments: dict[str, Any]) -> int:
+    """Of the tokens of a forward."""
+    given = (arguments.get(name) for name in ("input_ids", "inputs_embeds"))
+    return next((x.shape[1] for x in given if x is not None), 0)
+
+
 def _folded_forward(stock_class: type[PreTrainedModel]) -> Any:
     """The family's forward, with a FoldedCache where it would make a DynamicCache. Its signature stays: generate(),
     Trainer and peft inspect it."""
@@ -263,6 +271,8 @@ def _folded_forward(stock_class: type[PreTrainedModel]) -> Any:
         if wanted and bound.get("past_key_values") is None:
             bound["past_key_values"] = FoldedCache(self.kv_plan)
         bound.pop("self")
+        if self.counts_tokens:
+            warn_of_holes(bound.get("attention_mask"), steps=_length(bound))
         return self._and_again(stock_class, bound) if self.repeats else self._in_state(stock_class, bound)
 
     return forward
