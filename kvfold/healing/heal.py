@@ -191,7 +191,7 @@ def _claim(run_dir: Path, healing: Healing, checkpoint: Checkpoint, rows: Rows, 
         make_folder(run_dir)
         teacher = healing.teacher and Checkpoint.open(healing.teacher).fingerprint()
         settings, model = dataclasses.asdict(healing), checkpoint.fingerprint()
-        facts = {"version": __version__, "settings": settings, "model": model, "teacher": teacher}
+        facts: dict[str, Any] = {"version": __version__, "settings": settings, "model": model, "teacher": teacher}
         if healing.teacher_top and eval_rows is not None:  # of which is kept what the teacher says
             facts["eval_text"] = eval_rows.input_ids
         identity = fingerprint(**facts, text=rows.input_ids)
