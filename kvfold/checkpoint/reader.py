@@ -147,8 +147,9 @@ def is_model_id(model: str | Path) -> bool:
     return not Path(model).exists() and not str(model).startswith((".", "/", "~")) and str(model).count("/") <= 1
 
 
-def locate(model: str | Path) -> Path:
-    """The local folder of a model: itself, or the hub's snapshot. Raises CheckpointError if there is neither."""
+def locate(model: str | Path, *, pickles: bool = False) -> Path:
+    """The local folder of a model: itself, or the hub's snapshot, with its pickles if they are wanted. Raises CheckpointError
+    if there is neither."""
     path = Path(model)
     if files := gguf_files(model):
         raise CheckpointError(
@@ -165,7 +166,8 @@ def locate(model: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_NOT)))
+        wanted = [*HUB_FILES, *(["pytorch_model*.bin"] if pickles else [])]
+        return Path(snapshot_download(str(model), allow_patterns=wanted, ignore_patterns=list(HUB_NOT)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{model} is neither a local folder nor a model that the hub would give: {error}"

@@ -65,7 +65,7 @@ def import_mlkv(
     as it should be. `allow_pickle`: read a pytorch_model.bin (tensors only, no code is run). Raises CheckpointError on a
     folder that is not of this layout.
     """
-    path, out = locate(model), Path(os.path.abspath(out))
+    path, out = locate(model, pickles=allow_pickle), Path(os.path.abspath(out))
     refuse_out(out, overwrite, keep=(path,))
     found = read_json(path / "config.json")
     family = _family(found.get("model_type", "(none)"))

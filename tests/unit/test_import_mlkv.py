@@ -148,6 +148,32 @@ def test_pickles_only_when_asked_for(tmp_path):
     assert load(tmp_path / "out").kv_plan.kv_sharing_target_layer == (None, 0, None, 2, None, 4)
 
 
+def test_pickles_of_the_hub(tmp_path, monkeypatch):
+    """Asked for by name where they are allowed."""
+    folder, *_ = checkpoint(tmp_path / "source", 3, 2, pickle=True)
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda model, allow_patterns, **rest: asked.append(allow_patterns) or folder,
+    )
+    import_mlkv("me/pythia-mlkv", tmp_path / "out", allow_pickle=True)
+    with pytest.raises(CheckpointError, match="a pickle"):
+        import_mlkv("me/pythia-mlkv", tmp_path / "other")
+    assert ["pytorch_model*.bin" in patterns for patterns in asked] == [True, False]
+
+
+def test_broken_files_are_named(tmp_path):
+    folder, *_ = checkpoint(tmp_path / "source", 3, 2)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError):
+        import_mlkv(folder, tmp_path / "out")
+    other, *_ = checkpoint(tmp_path / "pickled", 3, 2, pickle=True)
+    torch.save({"state_dict": {}}, other / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="holds other things"):
+        import_mlkv(other, tmp_path / "out", allow_pickle=True)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -156,6 +182,8 @@ def test_pickles_only_when_asked_for(tmp_path):
         ({"use_key_value_mlp": True}, "use_key_value_mlp"),
         ({"num_key_value_layers": 2}, "does not hold the tensors that its config asks for"),
         ({"intermediate_size": 40}, "has shape"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0, which is no number above 0"),
+        ({"num_attention_heads": "4"}, "num_attention_heads is '4'"),
     ],
     ids=str,
 )
