@@ -96,14 +96,11 @@ def command(
     device: Device = "auto",
 ) -> None:
     """Measure speed: first token, further tokens, bytes read, share of the memory bandwidth; all in turn in one run."""
-    from kvfold.checkpoint.atomic import make_folder
     from kvfold.evaluation.geometries import Shape
     from kvfold.evaluation.memory import parse_size
     from kvfold.runtimes.base import runtime
 
-    for file in (plot, markdown):
-        if file is not None:
-            make_folder(file.parent)
+    _make_folders(plot, markdown)
     if (against is None) == (shape is None) or bool(folded) != (shape is None):
         raise RecipeError("give folders and --against MODEL, or --shape NAME with --preset or --kv-heads.")
     geometry = Shape(name=shape, layers=layers) if shape else None
@@ -127,16 +124,29 @@ def command(
         }
         _report(_requests(folded or [], geometry, **what, engine=engine, rounds=rounds, **sizes), plot, markdown)
         return
-    of_engines = {"--compiled": compiled, "--max-num-batched-tokens": max_num_batched_tokens, "--turns": turns > 1}
-    for option, given in of_engines.items():
-        if given:
-            raise RecipeError(f"{option} goes with an engine that serves requests, not with {engine}.")
+    _refuse(engine, compiled=compiled, max_num_batched_tokens=max_num_batched_tokens, turns=turns > 1)
     from kvfold.evaluation.speed import bench
 
     room = parse_size(memory) if memory else None
     sizes = {"batch": batch, "context": tokens, "steps": steps, "prefills": prefills, "threads": threads}
     found = bench(folded or (), shape=geometry, **what, **sizes, device=device, memory=room)
     _report(found, plot, markdown)
+
+
+def _make_folders(*files: Path | None) -> None:
+    """Before anything is measured."""
+    from kvfold.checkpoint.atomic import make_folder
+
+    for file in filter(None, files):
+        make_folder(file.parent)
+
+
+def _refuse(engine: str, **options: Any) -> None:
+    """Raise RecipeError on options of engines that serve requests."""
+    for option, given in options.items():
+        if given:
+            name = option.replace("_", "-")
+            raise RecipeError(f"--{name} goes with an engine that serves requests, not with {engine}.")
 
 
 def _requests(

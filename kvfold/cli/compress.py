@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from kvfold.cli.options import (
@@ -64,7 +65,6 @@ def command(
     """Fold a model: read it, calibrate, plan, and write a new folder with a smaller cache."""
     from kvfold.compression.compress import compress
     from kvfold.compression.recipe import load_recipe, make_recipe
-    from kvfold.errors import RecipeError
     from kvfold.report.tables import print_json, print_plan
 
     fields: dict[str, Any] = {"model": model, "out": out, "preset": preset, "kv_budget": kv_budget, "seed": seed}
@@ -81,10 +81,7 @@ def command(
         ("width", {"kv_heads": kv_heads}),
     ):
         if given_of_axis := given(of_axis):
-            known = tree.get(axis) or {}
-            if not isinstance(known, dict):
-                raise RecipeError(f"{axis} = {known!r} in {recipe}: its fields are meant ({axis}: {{...}}).")
-            tree[axis] = known | given_of_axis
+            tree[axis] = _fields(tree, axis) | given_of_axis
     where: dict[str, Any] = {"run_dir": run_dir, "overwrite": overwrite, "device": device}
     made = compress(make_recipe(tree, set_ or []), allow_pickle=allow_pickle, **where)
     print_plan(made.plan, f"{made.out}")
@@ -97,3 +94,13 @@ def command(
             "seconds": made.seconds,
         }
     )
+
+
+def _fields(tree: Mapping[str, Any], axis: str) -> dict[str, Any]:
+    """What a recipe says of an axis. Raises RecipeError where that is no fields."""
+    from kvfold.errors import RecipeError
+
+    known = tree.get(axis) or {}
+    if not isinstance(known, dict):
+        raise RecipeError(f"{axis} = {known!r} in the recipe: its fields are meant ({axis}: {{...}}).")
+    return known

@@ -55,15 +55,13 @@ def command(
     device: Device = "auto",
 ) -> None:
     """Measure what a folded model lost: on texts (loss, perplexity, KL, top-1 agreement), tasks, in recall, of a context."""
-    from kvfold.evaluation.tasks import evaluate_tasks
-    from kvfold.report.tables import print_json, print_tasks
+    from kvfold.report.tables import print_json
 
-    if not (data or tasks or recall) or (context and not data):
-        raise typer.BadParameter("say what to measure: --data, --tasks or --recall (--context goes with --data)")
-    if not tasks and (limit is not None or num_fewshot is not None):
-        raise typer.BadParameter("--limit and --num-fewshot go with --tasks")
-    if context and (max_tokens or seq_len or len(data or []) > 1):
-        raise typer.BadParameter("--context goes with one --data, without --max-tokens and --seq-len")
+    nothing = not (data or tasks or recall) or (context and not data)
+    _refuse(nothing, "say what to measure: --data, --tasks or --recall (--context goes with --data)")
+    _refuse(not tasks and (limit or num_fewshot is not None), "--limit and --num-fewshot go with --tasks")
+    others = max_tokens or seq_len or len(data or []) > 1
+    _refuse(context and others, "--context goes with one --data, without --max-tokens and --seq-len")
     common: dict[str, Any] = {"against": against, "dtype": dtype, "device": device}
     values: dict[str, Any] = {}
     if context and data:
@@ -73,10 +71,13 @@ def command(
     if recall:
         values |= _of_recall(model, recall, data, common)
     if tasks:  # last, since it takes longest
-        scores = evaluate_tasks(model, tasks=tasks, limit=limit, num_fewshot=num_fewshot, **common)
-        print_tasks(scores)
-        values["tasks"] = [score.to_json() for score in scores]
+        values |= _of_tasks(model, tasks, common | {"limit": limit, "num_fewshot": num_fewshot})
     print_json(values)
+
+
+def _refuse(wrong: Any, what: str) -> None:
+    if wrong:
+        raise typer.BadParameter(what)
 
 
 def _of_texts(model: str, data: list[Path], options: dict[str, Any]) -> dict[str, Any]:
@@ -109,3 +110,12 @@ def _of_recall(model: str, recall: str, data: list[Path] | None, common: dict[st
     rows = measure_recall(model, lengths=lengths, filler=data[0] if data else None, **common)
     print_recall(rows)
     return {"recall": [row.to_json() for row in rows]}
+
+
+def _of_tasks(model: str, tasks: Any, options: dict[str, Any]) -> dict[str, Any]:
+    from kvfold.evaluation.tasks import evaluate_tasks
+    from kvfold.report.tables import print_tasks
+
+    scores = evaluate_tasks(model, tasks=tasks, **options)
+    print_tasks(scores)
+    return {"tasks": [score.to_json() for score in scores]}

@@ -36,6 +36,7 @@ from kvfold.compression.request import Groups, Request, limits_of
 from kvfold.compression.share_tokens import Curves as TokenCurves
 from kvfold.compression.share_tokens import (
     best_of_shares,
+    check_heads,
     check_tokens,
     leaves_open,
     lost_by_shapes,
@@ -145,6 +146,7 @@ def _request(recipe: Recipe, source: Source, material: Material) -> Request:
     asked, budget = of_shapes(asked, recipe.kv_budget)
     request = dataclasses.replace(asked, targets=choose_layout(asked, kv_budget=budget, sample=sample))
     check_tokens(request, recipe.kv_budget, in_nats=asked.axes.width.in_nats or recipe.allocate == "measured")
+    check_heads(request)
     check_request(request, 1.0 if recipe.target_kl else budget)
     _check_runtime(recipe, request, source.checkpoint.config)
     if recipe.keep_parameters:

@@ -73,12 +73,7 @@ def limits_of(recipe: Any, tokens: int | None = None) -> Limits:
     where, axes = runtime(recipe.runtime), recipe.axes
     sides = {getattr(axes.width, side, "layer") for side in ("latent", "v_latent")}
     # of heads that drop tokens of their own keys and values stay together
-    by_head = axes.length.drops and "group" in sides and not axes.bits.by_spectrum
-    if by_head and len(sides) > 1:
-        raise RecipeError(
-            "heads that drop tokens of their own store as many heads of values as of keys; set width.latent and"
-            " width.v_latent to the same."
-        )
+    by_head = axes.length.drops and sides == {"group"} and not axes.bits.by_spectrum
     latents = len(axes.width.parts) == 1 or getattr(axes.width, "rebuilds_on_read", False)
     heads = isinstance(axes.bits, Identity) and not latents
     return Limits(

@@ -69,6 +69,16 @@ def check_tokens(request: Request, kv_budget: float | None, *, in_nats: bool) ->
         )
 
 
+def check_heads(request: Request) -> None:
+    """Raise RecipeError where heads drop tokens of their own, and keys have other heads than values."""
+    sides = {getattr(request.axes.width, side, "layer") for side in ("latent", "v_latent")}
+    if request.axes.length.drops and len(sides) > 1 and not request.axes.bits.by_spectrum:
+        raise RecipeError(
+            "heads that drop tokens of their own store as many heads of values as of keys; set width.latent and"
+            " width.v_latent to the same."
+        )
+
+
 def best_of_shares(
     made: Callable[[float], CachePlan], shapes: Callable[[CachePlan], float], tokens: Callable[[CachePlan], float]
 ) -> CachePlan:

@@ -76,9 +76,7 @@ def heal(
     started, out = time.perf_counter(), Path(os.path.abspath(healing.out))
     run_dir = Path(run_dir) if run_dir else out.with_name(out.name + ".heal")
     inputs = [Path(healing.folded), *([Path(healing.teacher)] if healing.teacher else [])]
-    refuse_out(out, overwrite, keep=[*inputs, run_dir])
-    if run_dir.resolve() in [path.resolve() for path in inputs]:
-        raise OutputError(f"--run-dir {run_dir} is a model that is read; give another folder.")
+    _refuse(out, run_dir, inputs, overwrite)
     device = processes.start(_device(device))
     checkpoint, plan = _folded(healing)
     tokenizer = load_tokenizer(checkpoint.path)
@@ -112,10 +110,6 @@ def heal(
         state = healed.state_dict()
         if healed.architecture.experts:  # one by one, as files have them
             state = revert_weight_conversion(healed, state)
-        if wrong := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-            raise HealError(
-                f"{wrong[0]} and {len(wrong) - 1} others are no numbers any more; try a smaller --learning-rate."
-            )
         _write(out, healing, checkpoint, state, run_dir, overwrite)
     processes.wait_for_all()
     logged = read_metrics(run_dir / METRICS)
@@ -123,6 +117,13 @@ def heal(
     seconds = round(time.perf_counter() - started, 3)
     tokens = int(len(rows) * healing.epochs) * rows.input_ids.shape[1]
     return Healed(Path(healing.out), trainer.state.global_step, tokens, seconds, final)
+
+
+def _refuse(out: Path, run_dir: Path, inputs: list[Path], overwrite: bool) -> None:
+    """Raise OutputError where something that is needed would be written over."""
+    refuse_out(out, overwrite, keep=[*inputs, run_dir])
+    if run_dir.resolve() in [path.resolve() for path in inputs]:
+        raise OutputError(f"--run-dir {run_dir} is a model that is read; give another folder.")
 
 
 def _device(device: str) -> str:
@@ -275,7 +276,12 @@ def _arguments(healing: Healing, run_dir: Path, device: str, rows: int, blocks: 
 def _write(
     out: Path, healing: Healing, checkpoint: Checkpoint, state: dict[str, Tensor], run_dir: Path, overwrite: bool
 ) -> None:
-    """The healed folder: the fold's tensors in the dtypes in which they were stored, and what belongs beside them."""
+    """The healed folder: the fold's tensors in the dtypes in which they were stored, and what belongs beside them. Raises
+    HealError where the last step made what is no number."""
+    if wrong := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise HealError(
+            f"{wrong[0]} and {len(wrong) - 1} others are no numbers any more; try a smaller --learning-rate."
+        )
 
     def read(names: list[str]) -> dict[str, Tensor]:
         stored = {name: getattr(torch, DTYPES[checkpoint.tensors[name].dtype]) for name in names}
