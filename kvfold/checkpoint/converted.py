@@ -15,7 +15,7 @@ from kvfold.checkpoint.atomic import copy_file, write_tensors, write_text
 from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.folder import MAX_SHARD_BYTES, new_folder
 from kvfold.checkpoint.gguf import dequantize
-from kvfold.checkpoint.reader import INDEX, SIDE_FILES, gguf_files, read_json
+from kvfold.checkpoint.reader import INDEX, SIDE_FILES, gguf_files, read_json, shards_of_index
 from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.errors import CheckpointError, one_line
 from kvfold.progress import STDERR, without_bars
@@ -55,11 +55,7 @@ def pickled(path: Path) -> list[Path]:
     if any(path.glob("*.safetensors")):
         return []
     if (path / PICKLE_INDEX).exists():
-        weight_map = read_json(path / PICKLE_INDEX).get("weight_map", {})
-        names = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
-        if wrong := [name for name in names if not isinstance(name, str) or not (path / Path(name).name).is_file()]:
-            raise CheckpointError(f"{path / PICKLE_INDEX} names {wrong[0]!r}, which is no file beside it.")
-        return [path / Path(name).name for name in sorted(set(names))]
+        return [path / name for name in sorted(set(shards_of_index(path, PICKLE_INDEX).values()))]
     return [path / PICKLE] if (path / PICKLE).exists() else []
 
 

@@ -87,12 +87,12 @@ def _alone(out: Path) -> Iterator[None]:
     lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
-    except (OSError, Timeout) as error:
-        if not isinstance(error, Timeout) or not file.exists():
-            raise OutputError(f"nothing can be written beside {out} ({error}); give another --out.") from error
-        raise OutputError(
-            f"another process is writing {out} ({_read_owner(file)}). Wait for it, or give another --out."
-        ) from error
+    except OSError as error:
+        if isinstance(error, Timeout) and file.exists():
+            raise OutputError(
+                f"another process is writing {out} ({_read_owner(file)}). Wait for it, or give another --out."
+            ) from error
+        raise OutputError(f"nothing can be written beside {out} ({error}); give another --out.") from error
     owner = file.with_name(file.name + ".owner")
     try:
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")

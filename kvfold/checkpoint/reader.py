@@ -191,29 +191,27 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _shard_of(path: Path) -> dict[str, str]:
     if (path / SINGLE).exists():  # transformers, too, prefers it to an index
-        shard_of = dict.fromkeys(_read_header(path, SINGLE), SINGLE)
-    elif (path / INDEX).exists():
-        shard_of = _weight_map(path)
-    else:
-        pickles = sorted(p.name for p in path.glob("*.bin"))
-        hint = f" It has {pickles[0]}: kvfold compress --allow-pickle reads pickles (weights only)." if pickles else ""
-        raise CheckpointError(f"{path} has neither {SINGLE} nor {INDEX}.{hint}")
-    if missing := sorted(s for s in set(shard_of.values()) if not (path / s).is_file()):
-        raise CheckpointError(f"{path} lacks the weight file {missing[0]} that {INDEX} names; download it again.")
-    return shard_of
+        return dict.fromkeys(_read_header(path, SINGLE), SINGLE)
+    if (path / INDEX).exists():
+        return shards_of_index(path)
+    pickles = sorted(p.name for p in path.glob("*.bin"))
+    hint = f" It has {pickles[0]}: kvfold compress --allow-pickle reads pickles (weights only)." if pickles else ""
+    raise CheckpointError(f"{path} has neither {SINGLE} nor {INDEX}.{hint}")
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    """Of an index: the file of every tensor, inside the folder."""
-    weight_map = read_json(path / INDEX).get("weight_map")
-    pairs = weight_map.items() if isinstance(weight_map, dict) else [("weight_map", weight_map)]
+def shards_of_index(path: Path, index: str = INDEX) -> dict[str, str]:
+    """Of an index: the file of every tensor, inside the folder. Raises CheckpointError where it names what is not there."""
+    shard_of = read_json(path / index).get("weight_map")
+    pairs = shard_of.items() if isinstance(shard_of, dict) else [("weight_map", shard_of)]
     wrong = [f"{name}: {shard!r}" for name, shard in pairs if not (isinstance(shard, str) and _is_inside(shard))]
-    if wrong or not isinstance(weight_map, dict) or not weight_map:
+    if wrong or not isinstance(shard_of, dict) or not shard_of:
         raise CheckpointError(
-            f"{path / INDEX} names {len(wrong)} things that are no file of its folder, for example {wrong[:1]}; download it"
+            f"{path / index} names {len(wrong)} things that are no file of its folder, for example {wrong[:1]}; download it"
             " again."
         )
-    return weight_map
+    if missing := sorted(s for s in set(shard_of.values()) if not (path / s).is_file()):
+        raise CheckpointError(f"{path} lacks the weight file {missing[0]} that {index} names; download it again.")
+    return shard_of
 
 
 def _is_inside(shard: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from kvfold.cli.options import (
@@ -81,7 +80,8 @@ def command(
         ("width", {"kv_heads": kv_heads}),
     ):
         if given_of_axis := given(of_axis):
-            tree[axis] = _fields(tree, axis) | given_of_axis
+            known = tree.get(axis) or {}
+            tree[axis] = known | given_of_axis if isinstance(known, dict) else known  # which make_recipe refuses
     where: dict[str, Any] = {"run_dir": run_dir, "overwrite": overwrite, "device": device}
     made = compress(make_recipe(tree, set_ or []), allow_pickle=allow_pickle, **where)
     print_plan(made.plan, f"{made.out}")
@@ -94,13 +94,3 @@ def command(
             "seconds": made.seconds,
         }
     )
-
-
-def _fields(tree: Mapping[str, Any], axis: str) -> dict[str, Any]:
-    """What a recipe says of an axis. Raises RecipeError where that is no fields."""
-    from kvfold.errors import RecipeError
-
-    known = tree.get(axis) or {}
-    if not isinstance(known, dict):
-        raise RecipeError(f"{axis} = {known!r} in the recipe: its fields are meant ({axis}: {{...}}).")
-    return known

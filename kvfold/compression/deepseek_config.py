@@ -53,8 +53,8 @@ def attention_scaling(source: Source) -> float:
     return float(stock.get_submodule(source.arch.rotary).attention_scaling)
 
 
-def deepseek_config(source: Source, rank: int) -> dict[str, Any]:
-    """config.json: every MLP is dense, queries have no latent."""
+def deepseek_config(source: Source, rank: int, scaling: float) -> dict[str, Any]:
+    """config.json: every MLP is dense, queries have no latent. scaling: `attention_scaling` of the source."""
     layer = source.layers[0]
     stock = source_config(source.arch, source.checkpoint.config).to_dict()
     kept = (
@@ -64,7 +64,7 @@ def deepseek_config(source: Source, rank: int) -> dict[str, Any]:
     )  # fmt: skip
     rope = {name: value for name, value in stock["rope_parameters"].items() if not name.startswith("mscale")}
     if rope["rope_type"] == "yarn":  # of `mscale_all_dim` DeepSeek's class scales scores once more
-        rope["attention_factor"] = attention_scaling(source)
+        rope["attention_factor"] = scaling
     return {name: stock[name] for name in kept if name in stock} | {"rope_parameters": rope} | {
         "dtype": dtype_of(source, layer), "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"],
         "num_key_value_heads": layer.num_attention_heads, "q_lora_rank": None, "kv_lora_rank": rank,

@@ -64,7 +64,7 @@ def export_mla(
     _check(source)
     epsilon = epsilon_of(source, runtime)
     layer = source.layers[0]
-    rank = rank_of(layer, kv_budget)
+    rank, scaling = rank_of(layer, kv_budget), attention_scaling(source)
     run_dir = Path(run_dir) if run_dir else Path(f"{out}.run")
     refuse_out(out, overwrite, keep=(source.checkpoint.path, run_dir))
     names = frozenset({METRIC + BOTH, WEIGHTED + BOTH})
@@ -79,7 +79,7 @@ def export_mla(
             copied = {name: source.checkpoint.read(name) for name in names_of_file if name in source.checkpoint.tensors}
             made = (index for index in range(len(source.layers)) if _names(source, index)[0] in names_of_file)
             for index in made:
-                copied |= _layer(source, index, statistics.layer(index, names), rank, published, epsilon)
+                copied |= _layer(source, index, statistics.layer(index, names), rank, published, epsilon, scaling)
             return copied
 
         write_weights(partial, _files(source), tensors)
@@ -87,7 +87,7 @@ def export_mla(
         write_files(
             partial,
             {
-                "config.json": deepseek_config(source, rank),
+                "config.json": deepseek_config(source, rank, scaling),
                 "README.md": CARD.format(before=2 * layer.num_kv_heads * layer.head_dim, **facts),
                 EXPORT_MARKER: {"format": "mla", "source": str(model)},
             },
@@ -154,12 +154,18 @@ def _files(source: Source) -> dict[str, str]:
 
 
 def _layer(
-    source: Source, index: int, moments: Mapping[str, Moment], rank: int, published: bool, epsilon: float
+    source: Source,
+    index: int,
+    moments: Mapping[str, Moment],
+    rank: int,
+    published: bool,
+    epsilon: float,
+    scaling: float,
 ) -> dict[str, Tensor]:
     layer = source.layers[index]
     dtype = getattr(torch, dtype_of(source, layer))
     weights = read_layer(source.checkpoint, source.arch, layer)
-    made = mla_weights(layer, weights, moments, rank, published, epsilon, attention_scaling(source))
+    made = mla_weights(layer, weights, moments, rank, published, epsilon, scaling)
     return {name: made[part].to(dtype).contiguous() for name, part in zip(_names(source, index), MADE, strict=True)}
 
 
@@ -170,10 +176,10 @@ def mla_weights(
     rank: int,
     published: bool = False,
     epsilon: float = EPSILONS["transformers"],
-    attention_scaling: float = 1.0,
+    scaling: float = 1.0,
 ) -> dict[str, Tensor]:
     """Of one layer, by DeepSeek's names, in float64. moments: of keys before rotation and values, and of what errors cost.
-    attention_scaling: of cosines and sines (YaRN), which in DeepSeek's class do not scale what is left unrotated."""
+    scaling: of cosines and sines (YaRN), which in DeepSeek's class do not scale what is left unrotated."""
     K, N, H = layer.num_kv_heads, layer.num_attention_heads, layer.head_dim
     metric, second_FF = BlockDiagonal(moments[METRIC + BOTH].second_FF), moments[WEIGHTED + BOTH].second_FF
     costs_KH = metric.dense().diagonal()[: K * H].unflatten(0, (K, H))
@@ -191,7 +197,7 @@ def mla_weights(
     up_KHR, v_KHR = (x.unflatten(0, (K, H)) for x in back_FR.chunk(2))
     of_heads = torch.cat([up_KHR, v_KHR], 1).repeat_interleave(N // K, 0)
     return {
-        "q_proj": torch.cat([parts.phase_HH @ q_NHD * attention_scaling**2, rotated_NHD], 1).flatten(0, 1),
+        "q_proj": torch.cat([parts.phase_HH @ q_NHD * scaling**2, rotated_NHD], 1).flatten(0, 1),
         "kv_a_proj_with_mqa": torch.cat([stored_RD * (SMALL / size), (parts.shared_HF @ weights.k_proj)[pairs]]),
         "kv_a_layernorm": torch.full((rank,), float(epsilon**0.5 / (SMALL / size)), dtype=torch.float64),
         "kv_b_proj": of_heads.flatten(0, 1),

@@ -210,9 +210,7 @@ def _prefer(tree: dict[str, Any]) -> None:
     method, rope = tree.get("width", {}).get("method"), PREFERENCES[tree["prefer"]]
     if method not in ("fisher", "mla"):
         raise RecipeError("prefer goes with width methods mla and fisher (presets auto, fast and small).")
-    if method == "fisher":
-        tree["width"] = tree["width"] | {"rope": rope}
-    elif rope == "applied":  # a latent of both holds keys before rotation
+    if method == "fisher" or rope == "applied":  # a latent of both holds keys before rotation
         tree["width"] = tree["width"] | {"method": "fisher", "rope": rope}
     else:
         tree["width"] = {"rope": rope, "leading": 0, "recent_leading": 0} | tree["width"]

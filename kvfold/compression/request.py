@@ -49,6 +49,12 @@ class Axes:
         return self.length.recent if self.width.two_forms and self.bits.by_spectrum else 0
 
     @property
+    def latents_of_heads(self) -> set[str]:
+        """What keys and values share a latent by (`layer`, `group`) where heads drop tokens of their own; empty elsewhere."""
+        alone = self.length.drops and not self.bits.by_spectrum
+        return {getattr(self.width, side, "layer") for side in ("latent", "v_latent")} if alone else set()
+
+    @property
     def below(self) -> int:
         """Numbers of how many layers below say a part of what a layer would store. None where recent tokens are the same
         numbers before quantization: what is left to store depends on which of both is read."""
@@ -71,15 +77,12 @@ class Limits:
 def limits_of(recipe: Any, tokens: int | None = None) -> Limits:
     """What a recipe says of them, and its runtime of whole heads of plain numbers."""
     where, axes = runtime(recipe.runtime), recipe.axes
-    sides = {getattr(axes.width, side, "layer") for side in ("latent", "v_latent")}
-    # of heads that drop tokens of their own keys and values stay together
-    by_head = axes.length.drops and sides == {"group"} and not axes.bits.by_spectrum
     latents = len(axes.width.parts) == 1 or getattr(axes.width, "rebuilds_on_read", False)
     heads = isinstance(axes.bits, Identity) and not latents
     return Limits(
         keep_layers=recipe.keep_layers,
         min_width=recipe.min_width,
-        one_shape=by_head or (where.one_shape and heads),
+        one_shape=axes.latents_of_heads == {"group"} or (where.one_shape and heads),
         widths=where.widths if heads else (),
         tokens=tokens,
     )

@@ -71,8 +71,7 @@ def check_tokens(request: Request, kv_budget: float | None, *, in_nats: bool) ->
 
 def check_heads(request: Request) -> None:
     """Raise RecipeError where heads drop tokens of their own, and keys have other heads than values."""
-    sides = {getattr(request.axes.width, side, "layer") for side in ("latent", "v_latent")}
-    if request.axes.length.drops and len(sides) > 1 and not request.axes.bits.by_spectrum:
+    if len(request.axes.latents_of_heads) > 1:
         raise RecipeError(
             "heads that drop tokens of their own store as many heads of values as of keys; set width.latent and"
             " width.v_latent to the same."

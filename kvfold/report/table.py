@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 
 
 def plus_minus(error: float, form: str = ".4f") -> str:
-    """ " ± 0.0123", behind what it is the error of; nothing where there is none, as of one sample."""
+    """± 0.0123 behind a space, for what it is the error of; nothing where there is none, as of one sample."""
     return "" if math.isnan(error) else f" ± {error:{form}}"
 
 

@@ -213,8 +213,7 @@ def switch_of_rotation(config: PretrainedConfig) -> int | None:
 def second_reading(length: int, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that differ when a step, the last of `length` columns, is read once more behind them: its tokens see
     themselves as they did, at positions that go on."""
-    tokens = arguments.get("input_ids")
-    tokens = arguments["inputs_embeds"] if tokens is None else tokens
+    tokens = _inputs(arguments)
     B, T = tokens.shape[:2]
     mask = arguments.get("attention_mask")
     mask = torch.ones(B, length, dtype=torch.long, device=tokens.device) if mask is None else mask
@@ -249,10 +248,10 @@ def _is_padded(cache: FoldedCache) -> bool:
     return bool(begins) and bool((begins[0] > 0).any())
 
 
-def _length(arguments: dict[str, Any]) -> int:
-    """Of the tokens of a forward."""
-    given = (arguments.get(name) for name in ("input_ids", "inputs_embeds"))
-    return next((x.shape[1] for x in given if x is not None), 0)
+def _inputs(arguments: dict[str, Any]) -> Any:
+    """The tokens of a forward [B, T], or their embeddings [B, T, D]."""
+    tokens = arguments.get("input_ids")
+    return arguments.get("inputs_embeds") if tokens is None else tokens
 
 
 def _folded_forward(stock_class: type[PreTrainedModel]) -> Any:
@@ -272,7 +271,7 @@ def _folded_forward(stock_class: type[PreTrainedModel]) -> Any:
             bound["past_key_values"] = FoldedCache(self.kv_plan)
         bound.pop("self")
         if self.counts_tokens:
-            warn_of_holes(bound.get("attention_mask"), steps=_length(bound))
+            warn_of_holes(bound.get("attention_mask"), _inputs(bound))
         return self._and_again(stock_class, bound) if self.repeats else self._in_state(stock_class, bound)
 
     return forward

@@ -10,10 +10,10 @@ from torch import Tensor
 from kvfold.runtimes.kernels.recording import recorded
 
 
-def warn_of_holes(mask: Tensor | None, *, steps: int) -> None:
-    """Warn where a mask [B, tokens] hides tokens between others, of a forward of several tokens: columns are counted from
-    where a sequence begins, so that those age recent tokens and take the places of tokens that would stay."""
-    if mask is None or mask.dim() != 2 or steps < 2 or recorded(mask):
+def warn_of_holes(mask: Tensor | None, tokens: Tensor | None) -> None:
+    """Warn where a mask [B, columns] hides some between others, in a forward of several tokens [B, T, ...]: columns are
+    counted from where a sequence begins, so that those age recent tokens and take the places of tokens that would stay."""
+    if mask is None or tokens is None or mask.dim() != 2 or tokens.shape[1] < 2 or recorded(mask):
         return
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():  # nobody can wait for an answer
         return
