@@ -71,6 +71,11 @@ class NumberFormat:
         return sum(elements for elements, _ in self.tiers)
 
     @functools.cached_property
+    def mean_bits(self) -> float:
+        """Of one number's code."""
+        return sum(elements * bits for elements, bits in self.tiers) / self.width
+
+    @functools.cached_property
     def code_bytes(self) -> int:
         """Bytes of one token's codes in one head; every plane of bits fills whole bytes."""
         return sum(packed_bytes(elements, bits) for elements, bits in self.tiers)

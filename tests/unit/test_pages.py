@@ -8,7 +8,7 @@ from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels import cpu, native, paging
 from kvfold.runtimes.kernels.cpu_store import LayerWriter, Storage, stores
 from kvfold.runtimes.kernels.dispatch import pack, roundtrip
-from kvfold.runtimes.kernels.packed_tokens import read_all
+from kvfold.runtimes.kernels.packed_tokens import PackedTokens, read_all
 from kvfold.runtimes.vllm.batches import Batch, batches
 from kvfold.runtimes.vllm.pages import RECENT, Layout, PageFormat, Span
 
@@ -100,6 +100,28 @@ def test_numbers_are_stored_as_they_are_packed(dtype):
         found, unasked = LayerWriter(storages)([x_CTR, x_CTR], [slots, slots.int()])
         assert all(torch.equal(storage.rows, expected) for storage in storages) and unasked is None
         assert torch.equal(found, roundtrip(x_CTR[None], FOUR)[0])
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_known_of_tokens_is_taken_off_first(dtype):
+    """Two storages of the same numbers, by the first numbers of two tensors each."""
+    generator = torch.Generator().manual_seed(5)
+    for tokens in (1, 70):
+        x_TCE = torch.randn(tokens, 2, 30, generator=generator).to(dtype)
+        known = [[torch.randn(2, tokens, width, generator=generator).to(dtype) for width in (7, 19)] for _ in range(2)]
+        counts, slots = [(4, 9), (7, 1)], torch.arange(tokens)
+        ways = [torch.randn(sum(count), 19, generator=generator) for count in counts]
+        rows = [torch.zeros(9, 2, 8, FOUR.row_bytes, dtype=torch.uint8) for _ in counts]
+        storages = [Storage(rows[i], FOUR, read=True, first=11 * i, ways=ways[i]) for i in range(2)]
+        found = LayerWriter(storages, counts)([x_TCE.transpose(0, 1)], [slots, slots], known)
+        for i, count in enumerate(counts):
+            beside = torch.cat([x[..., :n] for x, n in zip(known[i], count, strict=True)], dim=2).double()
+            wanted = x_TCE.transpose(0, 1)[..., 11 * i : 11 * i + 19].double() - beside @ ways[i].double()
+            rounded = roundtrip(wanted.float()[None], FOUR)[0].to(dtype)
+            assert (found[i] != rounded).double().mean() < 0.01  # sums in another order: some fall to the other side
+            packed = rows[i].transpose(0, 1).flatten(1, 2)[None, :, :tokens]
+            assert torch.equal(read_all(PackedTokens(packed, FOUR, dtype))[0], found[i])
 
 
 def spec(width, window=None, recent=0):

@@ -199,6 +199,15 @@ def test_a_layer_is_its_parts(rebuilt, mapped, shared, dtype):
             Asked(q, rows, places[0].tables_Bp, bias) for q, rows, places in zip(queries, seen, paged, strict=True)
         ]
         assert torch.equal(reader(asked), wanted)
+        memory = torch.empty_like(wanted)
+        elsewhere = [
+            one._replace(queries=one.queries.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)) for one in asked
+        ]
+        assert reader(elsewhere, out=memory) is memory and torch.equal(memory, wanted)
+        if rebuilt:  # both forms meet the same queries
+            same = [one._replace(queries=queries[0].transpose(1, 2).contiguous().transpose(1, 2)) for one in asked]
+            assert torch.equal(reader(same), reader([one._replace(queries=queries[0]) for one in asked]))
+            assert not torch.equal(reader(same), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

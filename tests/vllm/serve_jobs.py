@@ -74,14 +74,14 @@ def recorded(length):
 
     found, read = {}, PackedFoldedAttention.read
 
-    def watched(self, q, far, batch, place):
+    def watched(self, q, far, batch, place, out=None):
         own = self.owner == self.layer_idx
         if batch.lengths == [length] and own and f"{self.owner}.k" not in found:
             for name, side in zip("kv", self._tokens(self.owner, far, batch, place), strict=True):
                 found[f"{self.owner}.{name}"] = getattr(side, "far", side).rows[0].clone()
                 if hasattr(side, "near"):
                     found[f"{self.owner}.{name}.recent"] = side.near.rows[0].clone()
-        return read(self, q, far, batch, place)
+        return read(self, q, far, batch, place, out)
 
     PackedFoldedAttention.read = watched
     return found

@@ -23,7 +23,6 @@ from kvfold.runtimes.kernels.cpu_decode import (
     ValueMap,
     Values,
     bias_rows,
-    float_rows,
     serves,
 )
 from kvfold.runtimes.kernels.native import library
@@ -72,6 +71,10 @@ class _Form(ctypes.Structure):
 
     _fields_ = (
         ("queries", Queries),
+        ("given", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("narrow", "batch_stride", "head_stride", "step_stride")),
+        ("table", ctypes.c_void_p),
+        ("table_stride", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("keys", "values", "map", "heads")),
         *((name, ctypes.c_int64) for name in ("places", "width", "column")),
     )
@@ -96,9 +99,9 @@ class LayerReader:
         self.dtype, self.width, self.map, self.heads = dtype, width, map, heads
         self.out_width = width if map is None else map.head_dim
         self.sinks = None if sinks is None else sinks.detach().float().contiguous()
+        self.values = Values.of(map, width, batch=0, heads=heads, steps=0, sinks=self.sinks)
         self.kept: list[Any] = []  # what pointers lead to; not the tokens, whose memory is their owner's
         self.forms = (_Form * len(forms))()
-        self.places: list[list[StoredTokens]] = []
         self.ways: list[Any] = []
         for described, form in zip(self.forms, forms, strict=True):
             self._describe(described, form)
@@ -120,7 +123,6 @@ class LayerReader:
         described.heads = None if own is None else ctypes.addressof(own)
         self.kept += [places, own, form.rebuild and form.rebuild.map, *(getattr(x, "format", None) for x in keys)]
         self.ways.append(way)
-        self.places.append(list(places))
 
     def _own(self, heads: tuple[int, ...]) -> Any:
         """Of all heads, which of these each is."""
@@ -129,42 +131,43 @@ class LayerReader:
             own[head] = place
         return own
 
-    def __call__(self, asked: Sequence[Asked], tables: Sequence[Rebuild | None] | None = None) -> Tensor:
-        """[B, T, N, H] of queries. tables: of each form, whose cos and sin take the place of those it was described with."""
+    def __call__(
+        self, asked: Sequence[Asked], tables: Sequence[Rebuild | None] | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """[B, T, N, H] of queries. tables: of each form, whose cos and sin take the place of those it was described with.
+        out: memory for the result."""
         kernel, threads = library(), torch.get_num_threads()
         assert kernel is not None, "serves() was asked"
         B, _, T, _ = asked[0].queries.shape
-        used: list[Tensor | None] = []  # as long as the kernel reads it
-        for form, one in zip(self.forms, asked, strict=True):
-            used += _ask(form.queries, one, threads)
-        for places, one in zip(self.places, asked, strict=True):
-            if one.table_Bp is not None:
-                for place in places:
-                    place.table, place.table_stride = one.table_Bp.data_ptr(), one.table_Bp.stride(0)
+        used = [
+            _ask(form, one, threads) for form, one in zip(self.forms, asked, strict=True)
+        ]  # until the kernel has read it
         for way, table in zip(self.ways, tables or (), strict=False):
             if way is not None and table is not None:
                 table.turn_by(way)
-        out = torch.empty(B, T, self.heads, self.out_width, dtype=self.dtype, device=asked[0].queries.device)
-        values = Values.of(self.map, self.width, batch=B, heads=self.heads, steps=T, sinks=self.sinks)
-        kernel.kvfold_layer(
-            ctypes.c_int(self.dtype == torch.bfloat16),
-            self.forms,
-            ctypes.c_int(len(self.forms)),
-            ctypes.byref(values),
-            ctypes.c_void_p(out.data_ptr()),
-        )
+        shape = B, T, self.heads, self.out_width
+        if out is None:
+            out = torch.empty(shape, dtype=self.dtype, device=asked[0].queries.device)
+        assert out.shape == shape and out.is_contiguous() and out.dtype == self.dtype
+        self.values.batch, self.values.steps, self.values.threads = B, T, threads
+        is_bfloat16, count = ctypes.c_int(self.dtype == torch.bfloat16), ctypes.c_int(len(used))
+        kernel.kvfold_layer(is_bfloat16, self.forms, count, ctypes.byref(self.values), ctypes.c_void_p(out.data_ptr()))
         return out
 
 
-def _ask(facts: Queries, asked: Asked, threads: int) -> list[Tensor | None]:
+def _ask(form: _Form, asked: Asked, threads: int) -> list[Tensor | None]:
     """Describe what is asked; what it points to."""
-    B, N, T, _ = asked.queries.shape
-    q = float_rows(asked.queries)
-    rows = None if asked.bias is None else bias_rows(asked.bias, B, N, T)
-    facts.data, facts.sequences = q.data_ptr(), asked.sequences_B3.data_ptr()
-    facts.batch, facts.rows, facts.steps, facts.threads = B, N * T, T, threads
+    (q, sequences_B3, table_Bp, bias), facts = asked, form.queries
+    B, N, T, _ = q.shape
+    as_it_lies = q.dtype == torch.float32 and q.is_contiguous()
+    q = q if q.stride(3) == 1 else q.contiguous()
+    rows = None if bias is None else bias_rows(bias, B, N, T)
+    form.given, facts.data = (None, q.data_ptr()) if as_it_lies else (q.data_ptr(), None)
+    form.narrow, (form.batch_stride, form.head_stride, form.step_stride, _) = q.dtype == torch.bfloat16, q.stride()
+    facts.sequences, facts.batch, facts.rows, facts.steps, facts.threads = sequences_B3.data_ptr(), B, N * T, T, threads
     facts.bias = None if rows is None else rows.data_ptr()
     facts.bias_batch, facts.bias_row = (0, 0) if rows is None else rows.stride()[:2]
+    form.table, form.table_stride = (None, 0) if table_Bp is None else (table_Bp.data_ptr(), table_Bp.stride(0))
     return [q, rows]
 
 

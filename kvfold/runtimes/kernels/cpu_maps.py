@@ -13,17 +13,18 @@ from kvfold.runtimes.kernels.native import library
 from kvfold.runtimes.kernels.turning import TurningFunctions, turning_functions, turns_slowly
 
 TOLERANCE = {torch.bfloat16: 1e-3, torch.float32: 1e-6}
-OF_PACKED = 2.0**-12
-"""By how much cosines and sines of queries that are turned may be off (`tolerance_of`)."""
+OF_PACKED = 2.0**-4
+"""By how much cosines and sines of queries that are turned may be off, of numbers as they are and of those of no bits
+(`tolerance_of`)."""
 DEPTH = 32
 """Of how many stored numbers a map takes a multiple (tiles.h)."""
 
 
-def tolerance_of(dtype: torch.dtype, *, packed: bool = False) -> float:
+def tolerance_of(dtype: torch.dtype, bits: float | None = None) -> float:
     """By how much cosines and sines of queries that are turned may be off: as numbers of such queries are; where they meet
-    packed numbers, an eighth of what eight bits are off by."""
+    numbers of so many bits on average, an eighth of what these are off by."""
     own = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
-    return max(own, OF_PACKED) if packed else own
+    return own if bits is None else max(own, OF_PACKED / 2**bits)
 
 
 class HeadMap(NamedTuple):
@@ -44,11 +45,12 @@ class HeadMap(NamedTuple):
         head_dim: int,
         speeds: tuple[float, ...] = (),
         *,
-        packed: bool = False,
+        bits: float | None = None,
     ) -> HeadMap:
-        """speeds: of keys that turn slowly, in radians per token, for each pair. packed: they are made of packed numbers."""
+        """speeds: of keys that turn slowly, in radians per token, for each pair. bits: on average of the numbers that they
+        are made of, if these are packed."""
         offset = None if bias_CF is None else bias_CF.detach().float().contiguous()
-        weight, tolerance = weight_CFR.detach(), tolerance_of(weight_CFR.dtype, packed=packed)
+        weight, tolerance = weight_CFR.detach(), tolerance_of(weight_CFR.dtype, bits)
         turn = Turn.of(weight, head_dim, speeds, tolerance) if turns_slowly(speeds) else None
         return cls(pack_map(weight), offset, weight_CFR.shape[1] // head_dim, head_dim, turn)
 

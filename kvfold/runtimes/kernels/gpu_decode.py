@@ -42,11 +42,11 @@ class HeadMap(NamedTuple):
         head_dim: int,
         speeds: tuple[float, ...] = (),
         *,
-        packed: bool = False,
+        bits: float | None = None,
     ) -> HeadMap:
         weights = weight_CFR.detach().reshape(-1, head_dim, weight_CFR.shape[2])
         offset = None if bias_CF is None else bias_CF.detach().float().reshape(-1, head_dim).contiguous()
-        return cls(weights, offset, speeds, tolerance_of(weight_CFR.dtype, packed=packed))
+        return cls(weights, offset, speeds, tolerance_of(weight_CFR.dtype, bits))
 
     def rebuild(self, cos: Tensor | None = None, sin: Tensor | None = None, *, evenly: bool = False) -> Rebuild | None:
         """With tables [B or 1, S, r] of the tokens; None where keys would have to be rebuilt."""

@@ -17,12 +17,18 @@ class Linear(nn.Linear):
         super().__init__(*args, **options)
         self.quant_method: Any = UnquantizedLinearMethod()
 
+    def keep(self) -> None:
+        """Leave the weight as it is: others read it."""
+        self.quant_method = None
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         return self.product(x, self.bias)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The same with another bias, or none."""
+        if self.quant_method is None:
+            return nn.functional.linear(x, self.weight, bias)
         return self.quant_method.apply(self, x, bias)
 
 

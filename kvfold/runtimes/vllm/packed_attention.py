@@ -49,6 +49,8 @@ class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
         super().__init__(
             config, rank.reader(layer), rank.spec(spec), norms, owner, shapes, linear=Linear, to_stored=GroupedLinear
         )
+        if self.k_p_proj is not None:
+            self.k_p_proj.keep()
         self.pages, self.tables, self.made_heads = pages, tables, rank.made_heads(layer, spec)
         for name in shapes:
             if "norm" not in name:
@@ -81,27 +83,20 @@ class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
 
     def store(self, z_TCE: Tensor, y_TUG: Tensor, far: Tensor, slots_T: Tensor) -> None:
         """Into pages, in both forms where there are two; less what the numbers of layers below say."""
-        new = [x[: len(slots_T)].transpose(0, 1) for x in (z_TCE, y_TUG)]
-        if self.spec.predicted_from:
-            new = [new[0] - self.k_p_proj(self._below()[None])[0]]
-        new = new[:1] if self.spec.shared_latent else new
-        stored = self.writer.write(new, far, slots_T)
+        sides = (z_TCE,) if self.spec.shared_latent else (z_TCE, y_TUG)
+        stored = self.writer.write([x[: len(slots_T)].transpose(0, 1) for x in sides], far, slots_T)
         if self.layer_idx in self.pages.last_reader:
             self.pages.new[self.layer_idx] = stored
 
-    def _below(self) -> Tensor:
-        """[C, T, numbers]: what layers below have just stored that says something of this one, form by form."""
-        forms = (self.spec, self.spec.of_recent) if self.spec.recent else (self.spec,)
-        known = [self.pages.new[i] for i in self.spec.predicted_from]
-        parts = [x[place][..., : form.predicting(x[place].shape[2])] for place, form in enumerate(forms) for x in known]
-        return torch.cat(parts, dim=2)
-
-    def read(self, q_tNH: Tensor, far: Tensor, batch: Batch, place: int) -> Tensor:
-        """[t, N, width] for the queries of a batch, the `place`-th of its step."""
+    def read(self, q_tNH: Tensor, far: Tensor, batch: Batch, place: int, out_tNV: Tensor | None = None) -> Tensor:
+        """[t, N, width] for the queries of a batch, the `place`-th of its step. out: memory that may take the result."""
         B, T = len(batch.lengths), batch.queries
         q = q_tNH.unflatten(0, (B, T)).transpose(1, 2)
-        if reads_in_place(far.device) and (out := self.reader.read(q, far, batch, place)) is not None:
-            return out.flatten(0, 1)
+        if reads_in_place(far.device):
+            memory = None if out_tNV is None else out_tNV.unflatten(0, (B, T))
+            out = self.reader.read(q, far, batch, place, memory)
+            if out is not None:
+                return out_tNV if out_tNV is not None and out is memory else out.flatten(0, 1)
         z, y = self._tokens(self.owner, far, batch, place)
         batch.gathered[self.owner] = z
         below = [first_numbers(batch.gathered[i], self.spec) for i in self.spec.predicted_from]

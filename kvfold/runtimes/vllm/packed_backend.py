@@ -88,7 +88,10 @@ class PackedImpl(AttentionImpl[PackedMetadata]):
         if attn_metadata is None:
             return output.zero_()
         for place, batch in enumerate(attn_metadata.batches):
-            output[batch.rows] = layer.folded.read(query[batch.rows], kv_cache, batch, place)
+            part = output[batch.rows] if isinstance(batch.rows, slice) else None  # a slice is the output's own memory
+            found = layer.folded.read(query[batch.rows], kv_cache, batch, place, part)
+            if found is not part:
+                output[batch.rows] = found
         return output
 
 

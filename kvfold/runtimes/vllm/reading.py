@@ -56,38 +56,40 @@ class PageReader:
         self.known: dict[Any, bool] = {}
         self.described: tuple[Any, LayerReader | None] = None, None
 
-    def read(self, q_BNTH: Tensor, far: Tensor, batch: Batch, place: int) -> Tensor | None:
-        """[B, T, N, width] of queries, or None where the kernel does not serve. far: pages of the layer's own kind."""
-        many = batch.queries > FEW_TOKENS
-        return (self.prompt if many else self.few)(q_BNTH, far, batch, place)
+    def read(
+        self, q_BNTH: Tensor, far: Tensor, batch: Batch, place: int, out_BTNV: Tensor | None = None
+    ) -> Tensor | None:
+        """[B, T, N, width] of queries, or None where the kernel does not serve. far: pages of the layer's own kind; out:
+        memory that may take the result."""
+        if batch.queries > FEW_TOKENS:
+            return self.prompt(q_BNTH, far, batch, place)
+        return self.few(q_BNTH, far, batch, place, out_BTNV)
 
-    def few(self, q_BNTH: Tensor, far: Tensor, batch: Batch, place: int) -> Tensor | None:
+    def few(
+        self, q_BNTH: Tensor, far: Tensor, batch: Batch, place: int, out_BTNV: Tensor | None = None
+    ) -> Tensor | None:
         """Of few queries."""
-        attention, spec = self.attention, self.attention.spec
-        if spec.hidden or (spec.rope == "on_read" and not self._rotates):
+        attention, spec, rotates = self.attention, self.attention.spec, self._rotates
+        if spec.hidden or (spec.rope == "on_read" and not rotates):
             return None
-        q = q_BNTH if self._rotates else attention._absorb(q_BNTH)
+        q = q_BNTH if rotates else attention._absorb(q_BNTH)
         asked = self._asked(far, batch, place)
         queries: Any = [q] * len(asked)
-        if spec.recent and not self._rotates:
+        if spec.recent and not rotates:
             widths = (spec.head_dim + spec.predictors, spec.of_recent.head_dim + spec.recent_predictors)
             queries = by_age(q, *widths)
-        by_cpu = kernels_for(q) is cpu_decode
-        return (self._by_one_call if by_cpu else self._part_by_part)(queries, asked, batch)
+        if kernels_for(q) is cpu_decode:
+            return self._by_one_call(queries, asked, batch, out_BTNV)
+        return self._part_by_part(queries, asked, batch)
 
     @property
     def _rotates(self) -> bool:
         return self.attention._rotates_on_read and self.attention.read_tables is not None
 
-    def _by_one_call(self, queries: list[Tensor], asked: list[_FormPages], batch: Batch) -> Tensor | None:
-        attention, dtype = self.attention, queries[0].dtype
-        weights = (x for way in (attention.k_b_proj, attention.v_b_proj) if way is not None for x in way.parameters())
-        state = (
-            dtype,
-            torch.is_grad_enabled(),
-            *(one.pages.data_ptr() for one in asked),
-            *((x.data_ptr(), x._version) for x in weights),
-        )
+    def _by_one_call(
+        self, queries: list[Tensor], asked: list[_FormPages], batch: Batch, out_BTNV: Tensor | None
+    ) -> Tensor | None:
+        state = queries[0].dtype, *(one.pages.data_ptr() for one in asked), *self._weights()
         if self.described[0] != state:
             self.described = state, self._describe(asked, queries[0])
         reader = self.described[1]
@@ -97,8 +99,15 @@ class PageReader:
         steps = [
             Asked(q, one.batch.seen(one.ages), one.batch.tables_Bp, bias) for q, one in zip(queries, asked, strict=True)
         ]
-        out = reader(steps)
-        return out if reader.map else attention._lead_values_back(out)
+        if reader.map:
+            return reader(steps, out=out_BTNV)
+        return self.attention._lead_values_back(reader(steps))
+
+    def _weights(self) -> list[tuple[int, int]]:
+        """Where what the description was made of lies, and how often it has changed."""
+        ways = self.attention.k_b_proj, self.attention.v_b_proj
+        weights = [x for way in ways if way is not None for x in (way.weight, way.bias) if x is not None]
+        return [(x.data_ptr(), x._version) for x in weights]
 
     def _describe(self, asked: list[_FormPages], q: Tensor) -> LayerReader | None:
         """None where the kernel does not serve."""
@@ -160,6 +169,10 @@ class PageReader:
 
     def _asked(self, far: Tensor, batch: Batch, place: int) -> list[_FormPages]:
         """Each form of what the queries may see."""
+        kind, recent = self.attention.attn.kind, self.attention.spec.recent
+        return batch.once(("forms", kind, recent), lambda: self._forms(far, batch, place))
+
+    def _forms(self, far: Tensor, batch: Batch, place: int) -> list[_FormPages]:
         recent, pages, kind = self.attention.spec.recent, self.attention.pages, self.attention.attn.kind
         oldest: Any = cpu_decode.ALL_OLDER if kind is None else kind
         if not recent:

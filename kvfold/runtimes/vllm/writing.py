@@ -1,35 +1,32 @@
-"""New tokens of one layer into its pages, in all their forms."""
+"""New tokens of one layer into its pages, in all their forms, by which layers above are then said."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 
+from kvfold.plan.cache_spec import CacheSpec
 from kvfold.runtimes.kernels.cpu_store import LayerWriter, Storage, stores
 from kvfold.runtimes.kernels.packed_tokens import by_age
 from kvfold.runtimes.vllm.pages import RECENT, Kind
 
 
-class _Form(NamedTuple):
-    """One form of tokens: its kind of pages, these pages, and where in them the tokens go."""
-
-    kind: Kind
-    pages: Tensor
-    slots_T: Tensor
-
-
 class _Part(NamedTuple):
-    """One side of a form, and how many numbers it has."""
+    """One side of one form, `form` counted from the one that all tokens have: where in what comes in its numbers are."""
 
-    form: _Form
-    side: str
+    form: int
+    kind: Kind
+    side: int
+    first: int
     width: int
 
-    def of(self, x_CTE: Tensor) -> Tensor:
-        return by_age(x_CTE, self.width, self.width)[self.form.kind == RECENT]
+    @property
+    def name(self) -> str:
+        return "kv"[self.side]
 
 
 class PageWriter:
@@ -37,55 +34,100 @@ class PageWriter:
 
     def __init__(self, attention: Any) -> None:
         self.attention = attention
+        self.parts: list[_Part] = []
         self.described: tuple[Any, LayerWriter | None] = None, None
 
     def write(self, new: Sequence[Tensor], far: Tensor, slots_T: Tensor) -> list[Tensor | None]:
-        """Keys, and values where they are others, [C, T, numbers] of all forms side by side. far: pages of the layer's own
-        kind. Returns the keys [C, T, R] of each form as they are stored, where layers above are said by them."""
-        forms = [_Form(self.attention.attn.kind, far, slots_T), *self._recent()]
-        parts = [(part, part.of(x)) for form in forms for part, x in zip(self._parts(form), new, strict=False)]
-        stored = self._by_one_call(parts) or [self._by_itself(*one) for one in parts]
-        return [x for (part, _), x in zip(parts, stored, strict=True) if part.side == "k"]
-
-    def _recent(self) -> list[_Form]:
-        if not self.attention.spec.recent:
-            return []
-        pages = self.attention.pages.recent
-        return [_Form(RECENT, pages.kv_cache, get_forward_context().slot_mapping[pages.layer_name])]
-
-    def _parts(self, form: _Form) -> Iterator[_Part]:
-        spec = self.attention.spec.of_recent if form.kind == RECENT else self.attention.spec.of_all
-        for name, side in zip("kv", spec.sides, strict=True):
-            yield _Part(form, name, side.width)
-
-    def _by_one_call(self, parts: Sequence[tuple[_Part, Tensor]]) -> list[Tensor | None] | None:
-        """None where the device's kernel does not serve."""
-        state = parts[0][1].dtype, *(part.form.pages.data_ptr() for part, _ in parts)
+        """Keys, and values where they are others, [C, T, numbers] of all forms side by side, less what the numbers of layers
+        below say. far: pages of the layer's own kind. Returns the keys [C, T, R] of each form as they are stored, where
+        layers above are said by them."""
+        attention, pages, slots = self.attention, [far], [slots_T]
+        if attention.spec.recent:
+            recent = attention.pages.recent
+            pages.append(recent.kv_cache)
+            slots.append(get_forward_context().slot_mapping[recent.layer_name])
+        state = new[0].dtype, *(x.data_ptr() for x in pages), self._ways()
         if self.described[0] != state:
-            self.described = state, self._describe(parts)
+            self.parts = list(self._parts(new))
+            self.described = state, self._describe(new, pages)
         writer = self.described[1]
-        return None if writer is None else writer([x for _, x in parts], [part.form.slots_T for part, _ in parts])
+        if writer is None:
+            stored = self._part_by_part(new, pages, slots)
+        else:
+            known = self._known() if attention.spec.predicted_from else ()
+            stored = writer(new, [slots[part.form] for part in self.parts], known)
+        return [x for part, x in zip(self.parts, stored, strict=True) if not part.side]
 
-    def _describe(self, parts: Sequence[tuple[_Part, Tensor]]) -> LayerWriter | None:
+    def _ways(self) -> Any:
+        """By which numbers of layers below say something, as they are now."""
+        if not self.attention.spec.predicted_from:
+            return None
+        weight = self.attention.k_p_proj.weight
+        return weight.data_ptr(), weight._version
+
+    def _parts(self, new: Sequence[Tensor]) -> Iterator[_Part]:
+        attention = self.attention
+        kinds = (attention.attn.kind, RECENT) if attention.spec.recent else (attention.attn.kind,)
+        for form, kind in enumerate(kinds):
+            for side, (x, stored) in enumerate(zip(new, self._form(kind).sides, strict=False)):
+                first = x.shape[2] - stored.width if kind == RECENT else 0
+                yield _Part(form, kind, side, first, stored.width)
+
+    def _form(self, kind: Kind) -> CacheSpec:
+        spec: CacheSpec = self.attention.spec
+        return spec.of_recent if kind == RECENT else spec.of_all
+
+    def _describe(self, new: Sequence[Tensor], pages: Sequence[Tensor]) -> LayerWriter | None:
+        """None where the device's kernel does not serve."""
+        predicted = bool(self.attention.spec.predicted_from)
+        numbers = self._numbers() if predicted else [[] for _ in self.parts]
         storages = []
-        for part, x in parts:
+        for place, part in enumerate(self.parts):
             format, key = self._format(part), self._key(part)
-            packed = format.regions[key].side.format
-            storage = packed and Storage(format.rows(part.form.pages, key), packed, self._again(part))
+            packed, x = format.regions[key].side.format, new[part.side][..., part.first : part.first + part.width]
+            rows = format.rows(pages[part.form], key)
+            storage = packed and Storage(
+                rows, packed, self._again(part), part.side, part.first, self._way(part, numbers[: place + 1])
+            )
             if storage is None or not stores(storage, x):
                 return None
             storages.append(storage)
-        return LayerWriter(storages)
+        return LayerWriter(storages, numbers if predicted else ())
 
-    def _by_itself(self, part: _Part, x_CTR: Tensor) -> Tensor | None:
-        form = part.form
-        return self._format(part).write(form.pages, self._key(part), form.slots_T, x_CTR, read=self._again(part))
+    def _way(self, part: _Part, numbers: Sequence[Sequence[int]]) -> Tensor | None:
+        """[known numbers of this form, R] of the last of these parts."""
+        if not numbers[-1]:
+            return None
+        first = sum(map(sum, numbers[:-1]))
+        way_RP: Tensor = self.attention.k_p_proj.weight.detach()[part.first : part.first + part.width]
+        return way_RP[:, first : first + sum(numbers[-1])].T.float().contiguous()
+
+    def _known(self) -> list[list[Tensor]]:
+        """Of each part [C, T, R] of what layers below have just stored, whose first numbers say something of it."""
+        new = [self.attention.pages.new[i] for i in self.attention.spec.predicted_from]
+        return [[x[part.form].contiguous() for x in new] for part in self.parts]
+
+    def _numbers(self) -> list[list[int]]:
+        """How many these are."""
+        parts = zip(self.parts, self._known(), strict=True)
+        return [[self._form(part.kind).predicting(x.shape[2]) for x in known] for part, known in parts]
+
+    def _part_by_part(self, new: Sequence[Tensor], pages: Sequence[Tensor], slots: Sequence[Tensor]) -> list[Any]:
+        if self.attention.spec.predicted_from:
+            known = zip(self._known(), self._numbers(), strict=True)
+            below = [x[..., :count] for own, counts in known for x, count in zip(own, counts, strict=True)]
+            new = [new[0] - self.attention.k_p_proj(torch.cat(below, dim=2))]
+        return [self._by_itself(part, new[part.side], pages[part.form], slots[part.form]) for part in self.parts]
+
+    def _by_itself(self, part: _Part, x_CTE: Tensor, pages: Tensor, slots_T: Tensor) -> Tensor | None:
+        x_CTR = by_age(x_CTE, part.width, part.width)[part.kind == RECENT]
+        return self._format(part).write(pages, self._key(part), slots_T, x_CTR, read=self._again(part))
 
     def _format(self, part: _Part) -> Any:
-        return self.attention.pages.layout.formats[part.form.kind]
+        return self.attention.pages.layout.formats[part.kind]
 
     def _key(self, part: _Part) -> tuple[int, str]:
-        return self.attention.layer_idx, part.side
+        return self.attention.layer_idx, part.name
 
     def _again(self, part: _Part) -> bool:
-        return part.side == "k" and self.attention.layer_idx in self.attention.pages.last_reader
+        return not part.side and self.attention.layer_idx in self.attention.pages.last_reader

@@ -6,10 +6,16 @@
 
 namespace {
 
-// As kvfold_decode takes it. width: of its averages; heads, column: as Part has them.
+// As kvfold_decode takes it. given: queries [batch, heads, steps, R] by strides of numbers, in bfloat16 where they are `narrow`,
+// instead of those that queries have, or null; table, by rows of `table_stride`: of the pages of all places, which have it from
+// here, or null; width: of its averages; heads, column: as Part has them.
 struct Asked {
   Queries queries;
-  const Stored *keys, *values;
+  const void *given;
+  int64_t narrow, batch_stride, head_stride, step_stride;
+  const int32_t *table;
+  int64_t table_stride;
+  Stored *keys, *values;
   const Rebuild *map;
   const int32_t *heads;
   int64_t places, width, column;
@@ -29,14 +35,51 @@ struct Answer {
                numbers.data() + rows * asked.width) {}
 };
 
+void put_table(const Asked &asked, Stored *places, int64_t count) {
+  for (int64_t i = 0; places && asked.table && i < count; ++i) places[i].table = asked.table, places[i].table_stride = asked.table_stride;
+}
+
+int query_width(const Asked &asked) {
+  int width = 0;
+  for (int64_t i = 0; i < asked.places; ++i) width += asked.keys[i].width;
+  return asked.map ? asked.map->head_dim : width;
+}
+
+bool same_queries(const Asked &a, const Asked &b) { return a.given == b.given && query_width(a) == query_width(b); }
+
+// Rows of the queries that are given, in float32.
+template <typename T>
+Room<float> rows_of(const Asked &asked) {
+  const int width = query_width(asked);
+  const int64_t steps = asked.queries.steps, heads = asked.queries.rows / steps;
+  Room<float> rows(asked.queries.batch * asked.queries.rows * width);
+  for (int64_t row = 0; row < asked.queries.batch * asked.queries.rows; ++row) {
+    const T *from = (const T *)asked.given + row / (heads * steps) * asked.batch_stride + row / steps % heads * asked.head_stride +
+                    row % steps * asked.step_stride;
+    for (int r = 0; r < width; r += LANES) {
+      const int now = std::min(LANES, width - r);
+      put(Numbers<float>::wide(from + r, now), rows.data() + row * width + r, now);
+    }
+  }
+  return rows;
+}
+
 }  // namespace
 
 // As kvfold_decode for every form, and kvfold_values over all of them.
-extern "C" void kvfold_layer(int is_bfloat16, const Asked *forms, int count, const Values *v, void *out) {
+extern "C" void kvfold_layer(int is_bfloat16, Asked *forms, int count, const Values *v, void *out) {
   std::vector<std::unique_ptr<Answer>> answers;
   std::vector<Part> parts;
   std::vector<Stage> stages(3);
+  std::vector<Room<float>> rows(count);
   for (int i = 0; i < count; ++i) {
+    put_table(forms[i], forms[i].keys, forms[i].places);
+    put_table(forms[i], forms[i].values, 1);
+    if (i && forms[i].given && same_queries(forms[i], forms[i - 1])) forms[i].queries.data = forms[i - 1].queries.data;
+    else if (forms[i].given) {
+      rows[i] = forms[i].narrow ? rows_of<bfloat16>(forms[i]) : rows_of<float>(forms[i]);
+      forms[i].queries.data = rows[i].data();
+    }
     answers.push_back(std::make_unique<Answer>(is_bfloat16, forms[i]));
     Answer &made = *answers.back();
     const Asked &asked = forms[i];

@@ -41,9 +41,20 @@ float squared_error(const float *x, int numbers, float scale, float half) {
   return total;
 }
 
-int best_exponent(const float *x, int numbers, float half, int tried) {
+float largest_of(const float *x, int numbers) {
+  Lanes most = {};
+  for (int i = 0, now; i < numbers; i += now) {
+    now = std::min(LANES, numbers - i);
+    const Lanes part = (Lanes)((Integers)load<Lanes>(x + i, now) & 0x7fffffff);
+    most = part > most ? part : most;
+  }
   float largest = std::numeric_limits<float>::min();
-  for (int i = 0; i < numbers; ++i) largest = std::max(largest, std::fabs(x[i]));
+  for (int lane = 0; lane < LANES; ++lane) largest = std::max(largest, most[lane]);
+  return largest;
+}
+
+int best_exponent(const float *x, int numbers, float half, int tried) {
+  const float largest = largest_of(x, numbers);
   const float highest = std::ceil(std::log2(largest / (half - 0.5f)) * STEPS_PER_OCTAVE);
   const int first = highest > -BIAS ? std::min(highest, BIAS - 1.0f) : -BIAS;  // of no number, too
   int best = first;
@@ -76,7 +87,8 @@ uint8_t *pack_tier(const float *x, Tier tier, int tried, uint8_t *exponent, uint
   for (int i = 0; i < tier.numbers; i += LANES) {
     const int count = std::min(LANES, tier.numbers - i);
     const Lanes code = codes_of(load<Lanes>(x + i, count), SCALES.of[best + BIAS], half) + half;
-    for (int lane = 0; lane < count; ++lane) codes[i + lane] = code[lane];
+    const Bytes bytes = __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(code, Integers), Halves), Bytes);
+    std::memcpy(codes + i, &bytes, count);
   }
   int shift = tier.bits;
   if (tier.bits & 8) to = pack_plane<8>(codes, tier.numbers, shift -= 8, to);
@@ -99,14 +111,24 @@ struct Packing {
   }
 };
 
+// What is known of a token already: the first `numbers` of rows [heads, tokens, stride].
+struct Known {
+  const void *rows;
+  int64_t stride, numbers;
+};
+
 // Numbers x [heads, tokens, width] by strides of numbers that go into pages, to slots [tokens]: page * tokens + place, negative ones are
-// left out. stored [heads, tokens, width]: as they are then read, or null.
+// left out. ways [known numbers, width]: what they say of x, which is taken off it. stored [heads, tokens, width]: as they are then
+// read, or null.
 struct Storing {
   const Packing *form;
   const Pages *pages;
   const int64_t *slots;
   const void *x;
   int64_t head_stride, token_stride;
+  const Known *known;
+  int64_t places;
+  const float *ways;
   void *stored;
 };
 
@@ -125,12 +147,26 @@ struct Storer {
       const Lanes wide = Numbers<float>::wide(from + r, std::min<int>(LANES, form.width - r));
       std::memcpy(numbers.data() + r, &wide, sizeof wide);
     }
+    take_off(to, head * tokens + token);
     form.pack(numbers.data(), row.data(), codes.data());
     const int64_t slot = to.slots[token], page_tokens = to.pages->tokens;
     if (slot >= 0) std::memcpy(to.pages->at(slot / page_tokens, head, slot % page_tokens), row.data(), form.row_bytes);
     if (!to.stored) return;
     unpack(row.data(), form.row_bytes, form.tiers, form.num_tiers, form.width, 1, read.data(), read.size());
     std::memcpy((T *)to.stored + (head * tokens + token) * form.width, read.data(), form.width * sizeof(T));
+  }
+
+  // What is known of the `at`-th row.
+  void take_off(const Storing &to, int64_t at) {
+    const float *way = to.ways;
+    for (int i = 0; i < to.places; ++i) {
+      const T *row = (const T *)to.known[i].rows + at * to.known[i].stride;
+      for (int n = 0; n < to.known[i].numbers; ++n, way += to.form->width) take_off(Numbers<float>::wide(row + n, 1)[0], way, to.form->width);
+    }
+  }
+
+  void take_off(float share, const float *way, int width) {
+    for (int r = 0; r < width; ++r) numbers[r] -= share * way[r];
   }
 
   void make_room(const Packing &form) {
@@ -145,7 +181,7 @@ template <typename T>
 void store(const Storing *parts, int count, int64_t tokens, int threads) {
   int64_t heads = 0, numbers = 0;
   for (int i = 0; i < count; ++i) heads += parts[i].pages->heads, numbers += parts[i].pages->heads * tokens * parts[i].form->width;
-  threads = std::clamp<int64_t>(numbers / 4096, 1, threads);  // few numbers are not worth waking others
+  threads = std::clamp<int64_t>(numbers / 512, 1, threads);  // few numbers are not worth waking others
 #pragma omp parallel num_threads(threads)
   {
     Storer<T> storer;
