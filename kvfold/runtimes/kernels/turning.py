@@ -21,7 +21,7 @@ TILES = range(32, 513, 32)
 class TurningFunctions(NamedTuple):
     """basis [m, P]: m functions of the place among P tokens. shares [m, r/2]: what each says of the cosine (the even ones) or
     the sine (the odd ones) of each pair's angle, counted from the middle. speeds [r/2]: radians per token, in float64. reach
-    [m], int32, falling: how many pairs, the first ones, a function is needed for."""
+    [m], int32, falling: how many pairs, the first ones, a function is needed for; of others it has no share."""
 
     basis: Tensor
     shares: Tensor
@@ -58,10 +58,9 @@ def _functions(speed_P: Tensor, tolerance: float, tokens: int) -> TurningFunctio
     needed_P = MOST + 1 - fits.sum(0)
     count, pair = int(needed_P.max()), torch.arange(1, len(speed_P) + 1)
     reach = torch.stack([(pair * (needed_P > k)).max() for k in range(count)]).int()
+    needed = shares[:count].masked_fill(pair > reach[:, None], 0.0)
     place = (torch.arange(tokens, dtype=torch.float64) - (tokens - 1) / 2) / (tokens / 2)
-    return TurningFunctions(
-        _chebyshev(place)[:count].float().contiguous(), shares[:count].float().contiguous(), speed_P, reach
-    )
+    return TurningFunctions(_chebyshev(place)[:count].float().contiguous(), needed.float(), speed_P, reach)
 
 
 def _errors(angle_P: Tensor, shares: Tensor) -> Tensor:

@@ -24,24 +24,25 @@ class Averaging final : public Work {
  public:
   Averaging(const Values &v, const Part *parts, int count, T *out)
       : v(v), parts(parts), count(count), shared(v.heads / v.kv_heads * v.steps), rows(v.batch * shared),
-        chunks((rows + ROWS - 1) / ROWS), deep(pad(v.depth, DEPTH)), wide(v.map ? pad(v.out_width, COLUMNS) : 0),
+        chunks((rows + ROWS - 1) / ROWS), columns(columns_of(v, chunks)), deep(pad(v.depth, DEPTH)), wide(v.map ? pad(v.out_width, COLUMNS) : 0),
         to_width(v.map ? v.out_width : v.depth), out(out) {}
 
-  int64_t pieces() const override { return v.kv_heads * chunks; }
+  int64_t pieces() const override { return v.kv_heads * chunks * (wide ? wide / columns : 1); }
 
   void piece(int64_t i) override {
-    const int64_t kv_head = i / chunks, first = i % chunks * ROWS, last = std::min<int64_t>(rows, first + ROWS);
-    std::vector<float> sums(deep), found(ROWS * wide);
+    const int64_t column = i / (v.kv_heads * chunks) * columns, within = i % (v.kv_heads * chunks);
+    const int64_t kv_head = within / chunks, first = within % chunks * ROWS, last = std::min<int64_t>(rows, first + ROWS);
+    std::vector<float> sums(deep), found(ROWS * columns);
     std::vector<M> numbers(int64_t(ROWS) * (deep + DEPTH));
     for (int64_t row = first; row < last; ++row)
       weigh(row / shared, head_of(kv_head, row), row % v.steps, sums, numbers.data() + (row - first) * (deep + DEPTH));
     if (v.map)
-      mapped(numbers.data(), deep + DEPTH, last - first, deep, (const M *)((const char *)v.map + kv_head * v.map_bytes), wide,
-             found.data(), wide);
+      mapped(numbers.data(), deep + DEPTH, last - first, deep, (const M *)((const char *)v.map + kv_head * v.map_bytes) + column * deep, columns,
+             found.data(), columns);
     for (int64_t row = first; row < last; ++row) {
       T *to = out + ((row / shared * v.steps + row % v.steps) * v.heads + head_of(kv_head, row)) * to_width;
-      for (int j = 0; j < to_width; ++j)
-        to[j] = v.map ? T(found[(row - first) * wide + j]) : T(numbers[(row - first) * (deep + DEPTH) + j]);
+      for (int j = 0; !v.map && j < to_width; ++j) to[j] = T(numbers[(row - first) * (deep + DEPTH) + j]);
+      for (int j = column; v.map && j < std::min<int>(to_width, column + columns); ++j) to[j] = T(found[(row - first) * columns + j - column]);
     }
   }
 
@@ -49,9 +50,14 @@ class Averaging final : public Work {
   const Values v;
   const Part *parts;
   const int count;
-  const int64_t shared, rows, chunks;
+  const int64_t shared, rows, chunks, columns;
   const int deep, wide, to_width;
   T *out;
+
+  // Of the map at a time: all of them, unless there is little to share out.
+  static int64_t columns_of(const Values &v, int64_t chunks) {
+    return v.kv_heads * chunks < 4 * v.threads ? COLUMNS : pad(v.out_width, COLUMNS);
+  }
 
   int64_t head_of(int64_t kv_head, int64_t row) const { return kv_head * (v.heads / v.kv_heads) + row % shared / v.steps; }
 

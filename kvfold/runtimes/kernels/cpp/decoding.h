@@ -21,7 +21,7 @@ namespace {
 
 constexpr int REBUILT_TOKENS = 256;  // at a time, in tiles
 constexpr int TASKS_PER_THREAD = 4, LEAST_TOKENS = 256;  // long sequences of few heads are split until there are so many
-constexpr int LEAST_TILES = 2;                           // and of tokens that queries are turned for
+constexpr int LEAST_TILES = 1;                           // and of tokens that queries are turned for
 
 struct Task {
   int64_t row, group, start, end;

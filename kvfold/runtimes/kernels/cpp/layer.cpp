@@ -85,7 +85,7 @@ extern "C" void kvfold_layer(int is_bfloat16, Asked *forms, int count, const Val
     const Asked &asked = forms[i];
     parts.push_back({made.numbers.data(), made.numbers.data() + made.rows * asked.width, asked.heads,
                      asked.queries.rows / asked.queries.steps, asked.width, asked.column});
-    stages[0].push_back(made.stages.tasks.get());
+    stages[0].insert(stages[0].begin(), made.stages.tasks.get());  // the last form's tokens take longest
     stages[1].push_back(made.stages.merging);
   }
   const auto led_back = averaging(is_bfloat16, *v, parts.data(), count, out);

@@ -34,6 +34,13 @@ void in_parts(int first, int end, const Run &run) {
   if constexpr (AT_ONCE > 1) in_parts<AT_ONCE / 2>(first, end, run);
 }
 
+// The same, but what is left is one part: of whatever is fetched anew for every part.
+template <int MOST, typename Run>
+void in_few_parts(int first, int end, const Run &run) {
+  for (; first + MOST <= end; first += MOST) run(std::integral_constant<int, MOST>(), first);
+  if constexpr (MOST > 1) in_few_parts<MOST - 1>(first, end, run);
+}
+
 // Scores of ROWS queries with LANES / ROWS tokens at a time. q [ROWS, padded width]; out [ROWS, stride].
 template <typename T, int ROWS>
 void score(const typename Numbers<T>::Query *q, int q_stride, const T *keys, int64_t stride, int width, int tokens,

@@ -13,7 +13,7 @@ constexpr int COLUMNS = 2 * LANES;  // of a map, and tokens, that are made at a 
 
 // How queries are turned instead of keys, `tokens` at a time (turn.h): weights [stored heads, heads, numbers up to the next 32nd / 2
 // LANES, head_dim, 2 LANES], the map; basis [functions, tokens], the functions; shares [functions, rotated / 2], what each says of the cosine
-// (the even ones) or the sine of each pair; reach [functions], falling: of the first how many pairs; speeds [rotated / 2], in radians per token.
+// (the even ones) or the sine of each pair, nothing of those beyond its reach; reach [functions], falling: of the first how many pairs; speeds [rotated / 2], in radians per token.
 struct Turn {
   const float *weights, *basis, *shares;
   const double *speeds;
@@ -63,8 +63,11 @@ void product(const T *z, int64_t stride, int depth, const T *map, float *out, in
 template <typename T>
 void products(const T *z, int64_t stride, int tokens, int depth, const T *map, int columns, float *out, int64_t out_stride) {
   for (int column = 0; column < columns; column += LANES, map += int64_t(depth) * LANES)
-    for (int s = 0; s < tokens; s += 8)
-      product<T, 8>(z + s * stride, stride, depth, map, out + s * out_stride + column, out_stride);
+    for (int s = 0; s < tokens; s += 8) {
+      float *const to = out + s * out_stride + column;
+      if (tokens - s > 4) product<T, 8>(z + s * stride, stride, depth, map, to, out_stride);
+      else product<T, 4>(z + s * stride, stride, depth, map, to, out_stride);
+    }
 }
 
 #ifdef __AMX_BF16__

@@ -27,7 +27,8 @@ struct Turning {
   const Turn &turn;
   const int rows, functions, depth, half;  // rows: queries of a stored head
   Running<T> run;
-  Room<float> cos, sin, turned_cos, turned_sin, turned, shares, made, unturned, constants;
+  Room<float> cos, sin, turned_cos, turned_sin, shares, made, unturned, constants;
+  std::vector<float> nothing;
   std::vector<int64_t> taken;  // of each stored head, for which tokens its queries are turned
   int64_t first = 0;           // token of a task, from which on they are counted
   double turned_by = -1;
@@ -38,8 +39,8 @@ struct Turning {
   Turning(const Rebuild &map, int heads, int rows, int width, int block)
       : map(map), turn(*map.turn), rows(rows), functions(turn.functions), depth(pad(width, DEPTH)), half(map.rotated / 2),
         run(heads * rows * functions, rows * functions, width, 0, block), cos(half), sin(half), turned_cos(half),
-        turned_sin(half), turned(2 * half), shares(int64_t(rows) * functions * map.head_dim), made(int64_t(rows) * functions * depth),
-        unturned(int64_t(heads) * rows * depth), constants(int64_t(heads) * rows * functions), taken(heads, -1) {
+        turned_sin(half), shares(int64_t(rows) * functions * map.head_dim), made(int64_t(rows) * functions * depth),
+        unturned(int64_t(heads) * rows * depth), constants(int64_t(heads) * rows * functions), nothing(depth), taken(heads, -1) {
     int kept = 0;
     while (kept < half && !turn.speeds[kept]) ++kept;
     still.numbers = {{0, kept}, {half, half + kept}, {2 * half, int(map.head_dim)}};
@@ -86,18 +87,10 @@ struct Turning {
     const int each = rows / map.heads;
     for (int h = 0; h < map.heads; ++h) {
       const int64_t column = head * map.columns() + h * map.head_dim;
-      const float *weights = turn.weights + column * depth, *of_head = q + int64_t(h) * each * map.head_dim;
+      const float *of_head = q + int64_t(h) * each * map.head_dim;
       float *same = unturned.data() + (int64_t(c) * rows + h * each) * depth, *to = made.data() + int64_t(h) * each * functions * depth;
       for (int i = 0; i < each; ++i) share_out(of_head + i * map.head_dim, shares.data() + i * functions * map.head_dim);
-      if (is_first) {
-        std::fill(same, same + each * depth, 0.0f);
-        absorb(still, each, weights, same, depth);
-      }
-      for (int i = 0; i < each; ++i) {
-        float *const all = to + int64_t(i) * functions * depth;
-        std::fill(std::copy(same + i * depth, same + (i + 1) * depth, all), all + functions * depth, 0.0f);
-      }
-      for (const Shared &some : turning) absorb(some, each, weights, to, functions * depth);
+      absorb_all(turn.weights + column * depth, each, is_first, same, to);
       for (int n = 0; n < each * functions; ++n)
         constants[(c * rows + h * each) * functions + n] = map.offset ? of_offset(shares.data() + n * map.head_dim, map.offset + column) : 0;
     }
@@ -136,41 +129,57 @@ struct Turning {
 
   // What each function takes of the numbers of a query: out [functions, head_dim].
   void share_out(const float *q, float *out) {
-    std::fill(out, out + functions * map.head_dim, 0.0f);
-    for (int i = 0; i < half; ++i) {
-      turned[i] = q[i] * cos[i] + q[half + i] * sin[i];
-      turned[half + i] = q[half + i] * cos[i] - q[i] * sin[i];
+    for (int i = 0, now; i < half; i += now) {
+      now = std::min(LANES, half - i);
+      const Lanes c = load<Lanes>(cos.data() + i, now), s = load<Lanes>(sin.data() + i, now);
+      const Lanes x = load<Lanes>(q + i, now), y = load<Lanes>(q + half + i, now), a = x * c + y * s, b = y * c - x * s;
+      for (int k = 0; k < functions; ++k) {
+        const Lanes share = load<Lanes>(turn.shares + k * half + i, now);
+        put(share * (k % 2 ? b : a), out + k * map.head_dim + i, now);
+        put(share * (k % 2 ? -a : b), out + k * map.head_dim + half + i, now);
+      }
     }
     for (int k = 0; k < functions; ++k) {
-      const float *share = turn.shares + k * half, *first = turned.data() + k % 2 * half, *second = turned.data() + (1 - k % 2) * half;
-      const float sign = k % 2 ? -1 : 1;
-      float *to = out + k * map.head_dim;
-      for (int i = 0; i < turn.reach[k]; ++i) to[i] = share[i] * first[i];
-      for (int i = 0; i < turn.reach[k]; ++i) to[half + i] = sign * share[i] * second[i];
+      float *const rest = out + k * map.head_dim + map.rotated;
+      if (k) std::fill(rest, out + (k + 1) * map.head_dim, 0.0f);
+      else std::copy(q + map.rotated, q + map.head_dim, rest);
     }
-    for (int f = map.rotated; f < map.head_dim; ++f) out[f] = q[f];
   }
 
-  // The shares of some functions in numbers of so many queries, times the map, added to [queries, stride].
-  void absorb(const Shared &some, int queries, const float *weights, float *to, int64_t stride) {
+  // Queries [each, functions, depth] of one head for each function; same [each, depth]: what does not turn gives, which is the
+  // first function's.
+  void absorb_all(const float *weights, int each, bool is_first, float *same, float *to) {
+    if (is_first) absorb(still, each, weights, same, depth, nullptr);
+    for (const Shared &some : turning) absorb(some, each, weights, to, functions * depth, &some == turning.data() ? same : to);
+    for (int i = 0; turning.empty() && i < each; ++i) {
+      float *const all = to + int64_t(i) * functions * depth;
+      std::fill(std::copy(same + i * depth, same + (i + 1) * depth, all), all + functions * depth, 0.0f);
+    }
+  }
+
+  // The shares of some functions in numbers of so many queries, times the map, on top of `from`: what there is, what the first
+  // function begins with [queries, depth], or nothing.
+  void absorb(const Shared &some, int queries, const float *weights, float *to, int64_t stride, const float *from) {
     constexpr int AT_ONCE = LANES > 8 ? 12 : 6;  // of 16 registers 12 for sums: additions take as long as four others
-    in_parts<AT_ONCE>(0, queries * some.functions, [&](auto now, int n) {
-      const float *share[now];
+    in_few_parts<AT_ONCE>(0, queries * some.functions, [&](auto now, int n) {
+      const float *share[now], *begin[now];
       float *sums[now];
       for (int i = 0; i < now; ++i) {
         const int query = (n + i) / some.functions, k = (n + i) % some.functions;
         share[i] = shares.data() + (query * functions + k) * map.head_dim;
         sums[i] = to + query * stride + k * depth;
+        begin[i] = from == to ? sums[i] : from && !k ? from + query * depth : nothing.data();
       }
-      absorb<now>(some.numbers, share, weights, sums);
+      absorb<now>(some.numbers, share, weights, begin, sums);
     });
   }
 
   template <int COUNT>
-  void absorb(const std::vector<Range> &numbers, const float *const *share, const float *weights, float *const *to) {
+  void absorb(const std::vector<Range> &numbers, const float *const *share, const float *weights, const float *const *begin,
+              float *const *to) {
     for (int r = 0; r < depth; r += 2 * LANES, weights += map.head_dim * 2 * LANES) {
       Lanes sums[COUNT][2];
-      for (int i = 0; i < COUNT; ++i) sums_from(sums[i], to[i] + r);
+      for (int i = 0; i < COUNT; ++i) sums_from(sums[i], begin[i] + r);
       for (const Range &range : numbers)
         for (int f = range.first; f < range.end; ++f) {
           const Lanes a = in_register(load<Lanes>(weights + 2 * f * LANES));
