@@ -13,8 +13,10 @@ from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels import cpu_decode
 from kvfold.runtimes.kernels.attention import grouped_attention
 from kvfold.runtimes.kernels.cpu_layer import Asked, Form, LayerReader
+from kvfold.runtimes.kernels.cpu_maps import tolerance_of
 from kvfold.runtimes.kernels.packed_tokens import SideBySide
 from kvfold.runtimes.kernels.rotary import apply_rotary
+from kvfold.runtimes.kernels.turning import turning_functions
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="this machine has no C++ compiler")
 FORMATS = [FORMS["tiers"], NumberFormat(tiers=((40, 5),)), FORMS["float8"]]
@@ -105,6 +107,24 @@ def test_queries_that_are_turned_meet_keys_that_are_not(B, C, S, within, H, r, N
         assert distance(turned.averages.transpose(1, 2), wanted) < TOLERANCE[dtype] * 5
         if T == 1 and S > 2:  # of two queries it may be less work to rebuild keys
             assert not torch.equal(turned.averages, rebuilt.averages)
+
+
+def test_queries_are_turned_as_exactly_as_bits_are():
+    """An eighth of what the bits on average are off by, and never more exactly than numbers of the dtype need."""
+    eight, few = NumberFormat(tiers=((40, 8),)), NumberFormat(tiers=((16, 4), (48, 2)))
+    assert few.mean_bits == 2.5
+    assert tolerance_of(torch.float32) == 1e-6 and tolerance_of(torch.float32, eight.mean_bits) == 2.0**-12
+    assert tolerance_of(torch.bfloat16, eight.mean_bits) == 1e-3
+    assert tolerance_of(torch.bfloat16, few.mean_bits) == tolerance_of(torch.float32, few.mean_bits)
+    assert tolerance_of(torch.float32, few.mean_bits) == pytest.approx(2.0**-6.5)
+    speeds = tuple(1e5 ** (-2 * i / 64) for i in range(12, 32))
+    for bits in (8, 2.5):
+        (basis, shares, _, reach), wanted = turning_functions(speeds, 2.0 ** -(bits + 4)), 2.0 ** -(bits + 4)
+        place = torch.arange(basis.shape[1]) - (basis.shape[1] - 1) / 2
+        angle_PS = torch.tensor(speeds)[:, None] * place
+        assert (shares[0::2].T @ basis[0::2] - angle_PS.cos()).abs().max() < wanted
+        assert (shares[1::2].T @ basis[1::2] - angle_PS.sin()).abs().max() < wanted
+        assert all(not share[int(pairs) :].any() for share, pairs in zip(shares, reach, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

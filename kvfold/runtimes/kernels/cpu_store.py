@@ -91,7 +91,8 @@ class LayerWriter:
         stored: list[Tensor | None] = []
         for part, one, slots_T in zip(self.parts, self.storages, to, strict=True):
             x = rows[one.side]
-            assert x.dtype == dtype and x.shape[1] == len(slots_T) == T and x.shape[2] >= one.first + one.format.width
+            assert x.dtype == dtype and x.shape[0] == one.rows.shape[1] and x.shape[1] == len(slots_T) == T
+            assert x.shape[2] >= one.first + one.format.width
             out = torch.empty(x.shape[0], T, one.format.width, dtype=dtype) if one.read else None
             part.slots, part.x = slots_T.data_ptr(), x.data_ptr() + one.first * x.element_size()
             (part.head_stride, part.token_stride, _), part.stored = x.stride(), None if out is None else out.data_ptr()

@@ -100,7 +100,8 @@ class PageReader:
             Asked(q, one.batch.seen(one.ages), one.batch.tables_Bp, bias) for q, one in zip(queries, asked, strict=True)
         ]
         if reader.map:
-            return reader(steps, out=out_BTNV)
+            fits = out_BTNV is not None and out_BTNV.is_contiguous() and out_BTNV.dtype == queries[0].dtype
+            return reader(steps, out=out_BTNV if fits else None)
         return self.attention._lead_values_back(reader(steps))
 
     def _weights(self) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int ROWS = 8;  // at a time
+constexpr int ROWS = 8;  // at a time; tiles take, and write, rows up to the next 32nd
 
 // Parts, each weighed by what it counts, led back by the map. M: what the map's numbers are multiplied as.
 template <typename T>
@@ -32,8 +32,8 @@ class Averaging final : public Work {
   void piece(int64_t i) override {
     const int64_t column = i / (v.kv_heads * chunks) * columns, within = i % (v.kv_heads * chunks);
     const int64_t kv_head = within / chunks, first = within % chunks * ROWS, last = std::min<int64_t>(rows, first + ROWS);
-    std::vector<float> sums(deep), found(ROWS * columns);
-    std::vector<M> numbers(int64_t(ROWS) * (deep + DEPTH));
+    Room<float> sums(deep), found(pad(ROWS, COLUMNS) * columns);
+    Room<M> numbers(int64_t(pad(ROWS, COLUMNS)) * (deep + DEPTH));
     for (int64_t row = first; row < last; ++row)
       weigh(row / shared, head_of(kv_head, row), row % v.steps, sums, numbers.data() + (row - first) * (deep + DEPTH));
     if (v.map)
@@ -62,7 +62,7 @@ class Averaging final : public Work {
   int64_t head_of(int64_t kv_head, int64_t row) const { return kv_head * (v.heads / v.kv_heads) + row % shared / v.steps; }
 
   // The numbers of one head of one query token.
-  void weigh(int64_t sequence, int64_t head, int64_t step, std::vector<float> &sums, M *to) const {
+  void weigh(int64_t sequence, int64_t head, int64_t step, Room<float> &sums, M *to) const {
     float largest = v.sinks ? v.sinks[head] : -std::numeric_limits<float>::infinity();
     for (int i = 0; i < count; ++i)
       if (const int64_t row = parts[i].row(sequence, head, step, v.steps); row >= 0) largest = std::max(largest, parts[i].log_sums[row]);
@@ -77,6 +77,7 @@ class Averaging final : public Work {
       total += share;
     }
     for (int64_t j = 0; j < v.depth; ++j) to[j] = M(sums[j] / total);
+    std::fill(to + v.depth, to + deep, M(0.0f));
   }
 };
 

@@ -45,7 +45,10 @@ int query_width(const Asked &asked) {
   return asked.map ? asked.map->head_dim : width;
 }
 
-bool same_queries(const Asked &a, const Asked &b) { return a.given == b.given && query_width(a) == query_width(b); }
+bool same_queries(const Asked &a, const Asked &b) {
+  const bool alike = a.narrow == b.narrow && a.queries.rows == b.queries.rows && query_width(a) == query_width(b);
+  return alike && a.given == b.given && a.batch_stride == b.batch_stride && a.head_stride == b.head_stride && a.step_stride == b.step_stride;
+}
 
 // Rows of the queries that are given, in float32.
 template <typename T>
