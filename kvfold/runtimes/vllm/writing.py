@@ -11,7 +11,6 @@ from vllm.forward_context import get_forward_context
 
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.runtimes.kernels.cpu_store import LayerWriter, Storage, stores
-from kvfold.runtimes.kernels.packed_tokens import by_age
 from kvfold.runtimes.vllm.pages import RECENT, Kind
 
 
@@ -27,6 +26,9 @@ class _Part(NamedTuple):
     @property
     def name(self) -> str:
         return "kv"[self.side]
+
+    def of(self, x_CTE: Tensor) -> Tensor:
+        return x_CTE[..., self.first : self.first + self.width]
 
 
 class PageWriter:
@@ -80,27 +82,22 @@ class PageWriter:
     def _describe(self, new: Sequence[Tensor], pages: Sequence[Tensor]) -> LayerWriter | None:
         """None where the device's kernel does not serve."""
         predicted = bool(self.attention.spec.predicted_from)
-        numbers = self._numbers() if predicted else [[] for _ in self.parts]
+        numbers = self._numbers() if predicted else []
+        ways = self._ways_of_parts(numbers) if predicted else [None] * len(self.parts)
         storages = []
-        for place, part in enumerate(self.parts):
+        for part, way in zip(self.parts, ways, strict=True):
             format, key = self._format(part), self._key(part)
-            packed, x = format.regions[key].side.format, new[part.side][..., part.first : part.first + part.width]
-            rows = format.rows(pages[part.form], key)
-            storage = packed and Storage(
-                rows, packed, self._again(part), part.side, part.first, self._way(part, numbers[: place + 1])
-            )
-            if storage is None or not stores(storage, x):
+            packed, rows = format.regions[key].side.format, format.rows(pages[part.form], key)
+            storage = packed and Storage(rows, packed, self._again(part), part.side, part.first, way)
+            if storage is None or not stores(storage, part.of(new[part.side])):
                 return None
             storages.append(storage)
-        return LayerWriter(storages, numbers if predicted else ())
+        return LayerWriter(storages, numbers)
 
-    def _way(self, part: _Part, numbers: Sequence[Sequence[int]]) -> Tensor | None:
-        """[known numbers of this form, R] of the last of these parts."""
-        if not numbers[-1]:
-            return None
-        first = sum(map(sum, numbers[:-1]))
-        way_RP: Tensor = self.attention.k_p_proj.weight.detach()[part.first : part.first + part.width]
-        return way_RP[:, first : first + sum(numbers[-1])].T.float().contiguous()
+    def _ways_of_parts(self, numbers: Sequence[Sequence[int]]) -> list[Tensor]:
+        """[known numbers, R] of each: where in the map its own numbers and those that are known of its form meet."""
+        columns = self.attention.k_p_proj.weight.detach().T.split([sum(own) for own in numbers])
+        return [part.of(way_PE).float().contiguous() for part, way_PE in zip(self.parts, columns, strict=True)]
 
     def _known(self) -> list[list[Tensor]]:
         """Of each part [C, T, R] of what layers below have just stored, whose first numbers say something of it."""
@@ -120,8 +117,7 @@ class PageWriter:
         return [self._by_itself(part, new[part.side], pages[part.form], slots[part.form]) for part in self.parts]
 
     def _by_itself(self, part: _Part, x_CTE: Tensor, pages: Tensor, slots_T: Tensor) -> Tensor | None:
-        x_CTR = by_age(x_CTE, part.width, part.width)[part.kind == RECENT]
-        return self._format(part).write(pages, self._key(part), slots_T, x_CTR, read=self._again(part))
+        return self._format(part).write(pages, self._key(part), slots_T, part.of(x_CTE), read=self._again(part))
 
     def _format(self, part: _Part) -> Any:
         return self.attention.pages.layout.formats[part.kind]
