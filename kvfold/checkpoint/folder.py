@@ -28,8 +28,8 @@ EXPORT_MARKER = "kvfold_export.json"
 
 
 def refuse_out(out: Path, overwrite: bool, keep: Sequence[Path]) -> None:
-    """Raise OutputError where writing `out` would destroy something (a file, what is in `keep`, a foreign folder), and
-    where it is a symbolic link, of which nobody can say which end is meant."""
+    """Raise OutputError where writing `out` would destroy something (a file, what is in `keep`, a foreign folder), where
+    nothing can be written, and where it is a symbolic link, of which nobody can say which end is meant."""
     if not out.name:
         raise OutputError(f"--out {out} is no name of a folder; give another one.")
     if out.is_symlink():
@@ -44,6 +44,9 @@ def refuse_out(out: Path, overwrite: bool, keep: Sequence[Path]) -> None:
                 f"{path} is needed, and is what --out {out} is called while it is written; give another --out."
             )
     if not out.exists():
+        place = next(path for path in out.absolute().parents if path.exists())
+        if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+            raise OutputError(f"--out {out} cannot be written: {place} takes no new files; give another folder.")
         return
     if not overwrite:
         raise OutputError(f"{out} exists already. Give another --out, or --overwrite to replace it.")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvfold.cli.options import Device, Dtype
+from kvfold.cli.options import Device, Dtype, require
 from kvfold.errors import RecipeError
 from kvfold.evaluation.published_shapes import SHAPES
 from kvfold.registry import names
@@ -73,6 +73,7 @@ Markdown = Annotated[Path | None, typer.Option(help="Table to write (.md).", sho
 
 
 def command(
+    ctx: typer.Context,
     folded: Folders = None,
     against: Against = None,
     shape: ShapeName = None,
@@ -103,16 +104,14 @@ def command(
     _make_folders(plot, markdown)
     if (against is None) == (shape is None) or bool(folded) != (shape is None):
         raise RecipeError("give folders and --against MODEL, or --shape NAME with --preset or --kv-heads.")
+    require(ctx, shape, "--shape", "layers", "preset", "kv_heads")
     geometry = Shape(name=shape, layers=layers) if shape else None
     tokens = parse_size(context, binary=True)
     what: dict[str, Any] = {"presets": preset or (), "kv_heads": kv_heads or (), "against": against, "dtype": dtype}
     if not runtime(engine).measured_by:
         raise RecipeError(f"runtime {engine!r} says no way to be measured (measured_by).")
     if runtime(engine).measured_by == "requests":
-        if threads or device != "auto":
-            raise RecipeError(
-                f"--engine {engine} goes without --threads and --device: it takes the device that it was built for."
-            )
+        require(ctx, None, "--engine transformers", "threads", "device", "prefills")
         sizes: dict[str, Any] = {
             "requests": batch,
             "prompt": tokens,
@@ -124,7 +123,7 @@ def command(
         }
         _report(_requests(folded or [], geometry, **what, engine=engine, rounds=rounds, **sizes), plot, markdown)
         return
-    _refuse(engine, compiled=compiled, max_num_batched_tokens=max_num_batched_tokens, turns=turns > 1)
+    require(ctx, None, "an --engine that serves requests", "compiled", "max_num_batched_tokens", "turns", "rounds")
     from kvfold.evaluation.speed import bench
 
     room = parse_size(memory) if memory else None
@@ -139,14 +138,6 @@ def _make_folders(*files: Path | None) -> None:
 
     for file in filter(None, files):
         make_folder(file.parent)
-
-
-def _refuse(engine: str, **options: Any) -> None:
-    """Raise RecipeError on options of engines that serve requests."""
-    for option, given in options.items():
-        if given:
-            name = option.replace("_", "-")
-            raise RecipeError(f"--{name} goes with an engine that serves requests, not with {engine}.")
 
 
 def _requests(

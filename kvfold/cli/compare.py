@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from kvfold.cli.options import Device, Model, NumSamples, SeqLen, given
+from kvfold.cli.options import Device, Model, NumSamples, SeqLen, given, require
 
 
 def command(
+    ctx: typer.Context,
     model: Model,
     preset: Annotated[
         list[str], typer.Option(help="NAME or NAME:AXIS.FIELD=VALUE,...; repeatable.", show_default=False)
@@ -43,6 +44,7 @@ def command(
     from kvfold.evaluation.compare import compare
     from kvfold.report.tables import print_comparison
 
+    require(ctx, context, "--context", "sequences")
     found = compare(
         model,
         presets=preset,

@@ -7,45 +7,50 @@ from typing import Annotated, Any
 
 import typer
 
-from kvfold.cli.options import Device, Dtype, Model, SeqLen, integers
+from kvfold.cli.options import Device, Dtype, Model, SeqLen, integers, require
 from kvfold.evaluation.task_presets import TASK_PRESETS
 
 TASKS_HELP = "A task of lm-evaluation-harness, a .jsonl file, or the tasks of a paper: " + ", ".join(TASK_PRESETS)
 TASKS_HELP += "; repeatable. Needs the extra eval (lm-eval)."
 
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Text to evaluate on, cut into sequences from its beginning; an incomplete last one is left out. Repeatable:"
+        " further texts show what is lost on other kinds of text.",
+        show_default=False,
+    ),
+]
+Recall = Annotated[
+    str | None,
+    typer.Option(
+        help="Does it still find passages far back in its cache? Lengths in tokens: 1024,4096; auto: up to the model's"
+        " context, at most 2048. Contexts are stretches of --data if there is one, else random tokens.",
+        show_default=False,
+    ),
+]
+Lengths = Annotated[
+    str | None,
+    typer.Option(
+        help="What does a cache of so many tokens still know? Lengths: 1024,4096. Contexts are stretches of --data;"
+        " behind each, its continuation, facts, passages and pairs are asked for.",
+        show_default=False,
+    ),
+]
+
 
 def command(
+    ctx: typer.Context,
     model: Model,
     against: Annotated[str, typer.Option(help="The original model.", show_default=False)],
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Text to evaluate on, cut into sequences from its beginning; an incomplete last one is left out. Repeatable:"
-            " further texts show what is lost on other kinds of text.",
-            show_default=False,
-        ),
-    ] = None,
+    data: Texts = None,
     tasks: Annotated[list[str] | None, typer.Option(help=TASKS_HELP, show_default=False)] = None,
     limit: Annotated[int | None, typer.Option(help="Samples per task.", min=1, show_default=False)] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(help="Examples before a question (default: the task's).", min=0, show_default=False)
     ] = None,
-    recall: Annotated[
-        str | None,
-        typer.Option(
-            help="Does it still find passages far back in its cache? Lengths in tokens: 1024,4096; auto: up to the model's"
-            " context, at most 2048. Contexts are stretches of --data if there is one, else random tokens.",
-            show_default=False,
-        ),
-    ] = None,
-    context: Annotated[
-        str | None,
-        typer.Option(
-            help="What does a cache of so many tokens still know? Lengths: 1024,4096. Contexts are stretches of --data;"
-            " behind each, its continuation, facts, passages and pairs are asked for.",
-            show_default=False,
-        ),
-    ] = None,
+    recall: Recall = None,
+    context: Lengths = None,
     sequences: Annotated[int, typer.Option(help="Contexts of --context.", min=2)] = 16,
     max_tokens: Annotated[
         int | None, typer.Option(help="Use at most this many tokens of a text.", min=2, show_default=False)
@@ -59,7 +64,9 @@ def command(
 
     nothing = not (data or tasks or recall) or (context and not data)
     _refuse(nothing, "say what to measure: --data, --tasks or --recall (--context goes with --data)")
-    _refuse(not tasks and (limit or num_fewshot is not None), "--limit and --num-fewshot go with --tasks")
+    require(ctx, tasks, "--tasks", "limit", "num_fewshot")
+    require(ctx, context, "--context", "sequences")
+    require(ctx, data, "--data", "max_tokens", "seq_len")
     others = max_tokens or seq_len or len(data or []) > 1
     _refuse(context and others, "--context goes with one --data, without --max-tokens and --seq-len")
     common: dict[str, Any] = {"against": against, "dtype": dtype, "device": device}

@@ -75,6 +75,14 @@ def integers(text: str | None, option: str = "--keep-layers") -> list[int] | Non
         raise typer.BadParameter(f"{text!r} is not a list of numbers, such as 0,1", param_hint=option) from None
 
 
+def require(ctx: typer.Context, wanted: Any, what: str, *names: str) -> None:
+    """Raise typer.BadParameter where options were given that say nothing unless `what` was `wanted` too."""
+    lonely = [name for name in names if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    if lonely and not wanted:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in lonely)
+        raise typer.BadParameter(f"{options} {'goes' if len(lonely) == 1 else 'go'} with {what}")
+
+
 def given(values: dict[str, Any]) -> dict[str, Any]:
     """Those options that were given."""
     return {name: value for name, value in values.items() if value is not None}

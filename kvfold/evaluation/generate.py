@@ -31,18 +31,20 @@ def generate(
     prompt: str,
     *,
     max_new_tokens: int = 64,
+    chat: bool = False,
     sample: bool = False,
     temperature: float = 1.0,
     seed: int = 0,
     dtype: str = "auto",
     device: str = "auto",
 ) -> Generation:
-    """Continue `prompt`, greedily or by sampling. For chats, batches and streams use transformers' generate()."""
+    """Continue `prompt`, greedily or by sampling; with `chat` answer it, by the tokenizer's chat template. For longer chats,
+    batches and streams use transformers' generate()."""
     if not 0 < temperature < math.inf:
         raise RecipeError(f"temperature is {temperature}; it is a number above 0 (without sampling it says nothing).")
     loaded = load(model, dtype=dtype, device=device)
     torch.manual_seed(seed)
-    options = {"do_sample": sample} | ({"temperature": temperature} if sample else {})
+    options: dict[str, Any] = {"chat": chat, "do_sample": sample} | ({"temperature": temperature} if sample else {})
     start = time.perf_counter()
     text, new_tokens, cache = continue_prompt(loaded.model, loaded.tokenizer, prompt, max_new_tokens, **options)
     seconds = time.perf_counter() - start
@@ -51,10 +53,10 @@ def generate(
 
 
 def continue_prompt(
-    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, **options: Any
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, *, chat: bool = False, **options: Any
 ) -> tuple[str, int, Any]:
-    """(the new text, its tokens, the cache). Raises DataError on a prompt without tokens."""
-    inputs = tokenizer(prompt, return_tensors="pt")
+    """(the new text, its tokens, the cache). Raises DataError on a prompt without tokens, and for a chat without template."""
+    inputs = _asked(tokenizer, prompt) if chat else tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].shape[1]:
         raise DataError("the prompt is empty; give --prompt TEXT.")
     inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
@@ -67,6 +69,14 @@ def continue_prompt(
     row, length = out.sequences[0], inputs["input_ids"].shape[1]
     before, after = (tokenizer.decode(part, skip_special_tokens=True) for part in (row[:length], row))
     return after[len(before) :], len(row) - length, out.past_key_values
+
+
+def _asked(tokenizer: Any, prompt: str) -> Any:
+    """The prompt as a user's first words."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError("the tokenizer has no chat template: this model continues text; leave out --chat.")
+    said = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
 def _cache_bytes(cache: Any) -> int:

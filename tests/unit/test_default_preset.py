@@ -1,11 +1,13 @@
 """What a new user meets first: `kvfold compress MODEL --kv-budget 1/8 --out DIR`, and what stands beside it."""
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
 
 from kvfold.cli.main import app
+from kvfold.errors import DataError
 from kvfold.evaluation.demo import MODEL
 
 
@@ -51,3 +53,13 @@ def test_fixed_sizes_are_compared_once_and_plans_are_drawn(folder, tmp_path):
     assert (tmp_path / "out" / "frontier.svg").read_text().startswith("<?xml")
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<svg") == 4 and "What every layer stores" in page
+
+
+def test_a_chat_is_opened_by_the_template(folder, tmp_path):
+    talking = shutil.copytree(folder, tmp_path / "talking")
+    (talking / "chat_template.jinja").write_text("{% for m in messages %}Asked: {{ m.content }}. Said:{% endfor %}")
+    chat, _ = run("generate", talking, "--chat", "--prompt", "The sea", "--max-new-tokens", 12)
+    text, _ = run("generate", folder, "--prompt", "Asked: The sea. Said:", "--max-new-tokens", 12)
+    assert chat["text"] == text["text"] and chat["cache_bytes"] == text["cache_bytes"]
+    with pytest.raises(DataError, match="has no chat template"):
+        run("generate", folder, "--chat")

@@ -29,15 +29,30 @@ def folded(tmp_path_factory):
 
 
 EVALUATE = ("evaluate", "{}", "--against", MODEL, "--data", "a")
+BENCH = ("bench", "{}", "--against", MODEL)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((*EVALUATE, "--limit", "3"), "--limit and --num-fewshot go with --tasks"),
+        ((*EVALUATE, "--limit", "3"), "--limit goes with --tasks"),
+        ((*EVALUATE, "--limit", "3", "--num-fewshot", "0"), "--limit and --num-fewshot go with --tasks"),
+        ((*EVALUATE, "--sequences", "4"), "--sequences goes with --context"),
+        (
+            ("evaluate", "{}", "--against", MODEL, "--recall", "16", "--max-tokens", "9"),
+            "--max-tokens goes with --data",
+        ),
         ((*EVALUATE, "--context", "64", "--data", "b"), "--context goes with one --data"),
         ((*EVALUATE, "--context", "64", "--max-tokens", "9"), "--context goes with one --data"),
-        (("bench", "{}", "--against", MODEL, "--turns", "2"), "--turns goes with an engine"),
+        ((*BENCH, "--turns", "2"), "--turns goes with an --engine that serves requests"),
+        ((*BENCH, "--rounds", "3"), "--rounds goes with an --engine that serves requests"),
+        ((*BENCH, "--layers", "2", "--preset", "int4"), "--layers and --preset go with --shape"),
+        ((*BENCH, "--engine", "vllm", "--prefills", "1"), "--prefills goes with --engine transformers"),
+        (("generate", "{}", "--temperature", "0.5"), "--temperature goes with --sample"),
+        (
+            ("compare", "{}", "--preset", "int4", "--kv-budget", "1", "--sequences", "4"),
+            "--sequences goes with --context",
+        ),
     ],
 )
 def test_options_that_say_nothing_are_refused(folded, arguments, said):
@@ -78,6 +93,16 @@ def test_a_folder_beside_which_nothing_can_be_written(tmp_path, monkeypatch):
         new_folder(tmp_path / "out", "x", overwrite=False),
     ):
         pass
+
+
+def test_a_place_that_takes_no_folder_is_refused_before_anything_else(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="file takes no new files"):
+        refuse_out(tmp_path / "file" / "deep" / "out", overwrite=False, keep=())
+    refuse_out(tmp_path / "deep" / "out", overwrite=False, keep=())
+    monkeypatch.setattr(folders.os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
+    with pytest.raises(OutputError, match="takes no new files"):
+        refuse_out(tmp_path / "deep" / "out", overwrite=False, keep=())
 
 
 def test_a_table_goes_into_a_new_folder(tmp_path, folded):
