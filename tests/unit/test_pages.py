@@ -198,6 +198,9 @@ def test_decoding_sequences_that_are_read_in_place_are_one_batch():
     found = batches([0, 1, 2, 42, 43], [7, 300, 40, 2], tables, in_place=True)
     assert sorted((x.queries, x.lengths) for x in found) == [(1, [7, 300, 2]), (40, [40])]
     assert [x.tables_Bp.tolist() for x in found if x.queries == 1] == [[[0, 1, 2], [3, 4, 5], [9, 10, 11]]]
+    drafted = batches([0, 4, 5, 9, 26], [7, 300, 40, 17], tables, in_place=True)
+    assert [(x.queries, x.lengths) for x in drafted] == [(4, [7, 40]), (1, [300]), (17, [17])]
+    assert drafted[0].rows.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
 
 
 def batch_of(queries, lengths):

@@ -25,6 +25,7 @@ def serve(folder, prompts, options, rows=None, gpu=False, reload=None):
         skip_tokenizer_init=True,
         max_model_len=256,
         kv_cache_memory_bytes=2**26,
+        disable_log_stats="speculative_config" not in options,
         **options,
     )
     read = recorded(len(prompts[-1])) if rows else {}
@@ -42,7 +43,15 @@ def serve(folder, prompts, options, rows=None, gpu=False, reload=None):
         save_file(read, rows)
     cache = llm.llm_engine.vllm_config.cache_config
     sizes = {"cache_tokens": cache.num_gpu_blocks * cache.block_size, "blocks": cache.num_gpu_blocks}
-    return {"rounds": rounds, "calls": len(calls), **sizes}
+    return {"rounds": rounds, "calls": len(calls), **sizes, **drafted(llm, options)}
+
+
+def drafted(llm, options):
+    """Tokens that were drafted and that were right."""
+    if "speculative_config" not in options:
+        return {}
+    counted = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+    return {name: counted[f"vllm:spec_decode_num_{name}_tokens"] for name in ("draft", "accepted")}
 
 
 def by_gpu():

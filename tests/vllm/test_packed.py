@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from tiny import load
 
 import kvfold
+from kvfold.evaluation.demo import MODEL
 from kvfold.runtimes.kernels.codec import unpack
 
 CHUNKS = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
@@ -18,6 +19,7 @@ STEPS = {
 }
 """Prompts at once; in other pieces, in small pages; so few pages that requests wait, or are begun anew."""
 RECORDED = ("auto", "int4", "unequal_groups")
+BY_TEXT = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 CLOSE = 2e-2
 """Of log-probabilities: a code of few bits that falls to the other side of a rounding is worth so much, and which ones do
 depends on the processor (0.014 without AVX-512)."""
@@ -32,6 +34,8 @@ def root(tmp_path_factory):
 def served(folder, root):
     jobs = {name: job(folder(name), root / name if name in RECORDED else None, **CHUNKS) for name in PACKED}
     jobs |= {f"auto {steps}": job(folder("auto"), **options) for steps, options in STEPS.items()}
+    drafts = {"method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 2}
+    jobs["drafts"] = job(folder("auto"), speculative_config=drafts)
     return serve(root, jobs | {"original": job(folder("original"))}, **{BIND: "0"})
 
 
@@ -39,6 +43,18 @@ def served(folder, root):
 def test_tokens_are_those_of_transformers(served, folder, name):
     assert "error" not in served[name], served[name]
     assert_same_tokens(served[name], folder(name.split()[0]), CLOSE)
+
+
+@pytest.mark.parametrize("name", ["auto", "bloom_alibi_auto"])
+def test_drafts_of_the_text_change_no_token(folder, tmp_path, name):
+    """In an engine of its own: once vLLM 0.32 has drafted on a CPU, no other can be started in its process."""
+    found = serve(tmp_path, {name: job(folder(name), speculative_config=BY_TEXT, **CHUNKS)})[name]
+    assert 0 < found["accepted"] < found["draft"], found
+    assert_same_tokens(found, folder(name), CLOSE)
+
+
+def test_drafts_of_a_second_model_are_refused(served):
+    assert "speculative method draft_model" in served["drafts"]["error"]
 
 
 @pytest.mark.parametrize("name", ["auto", "int4", "bloom_alibi_auto", "qwen3_norm_window_auto"])

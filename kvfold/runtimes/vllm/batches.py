@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvfold.plan.cache_spec import round_up
+from kvfold.plan.token_runs import FEW_TOKENS
 from kvfold.runtimes.vllm.pages import Span
 
 TOKENS_ALIKE = 64
@@ -97,10 +98,12 @@ class Batch:
 
 def batches(starts: Sequence[int], lengths: Sequence[int], tables: Tensor, *, in_place: bool = False) -> list[Batch]:
     """Decoding sequences are one batch, those of similar length where their tokens are copied out of pages and not read
-    `in_place`; every piece of a prompt is one. starts: of the query tokens of each sequence, and where the last one's end."""
+    `in_place`, where those with as many drafted tokens are one too; every piece of a prompt is one. starts: of each sequence's
+    query tokens, and where the last one's end."""
     together: dict[tuple[int, int], list[int]] = {}
     for at, (start, end, length) in enumerate(zip(starts, starts[1:], lengths, strict=False)):
-        alike = (0 if in_place else round_up(length, TOKENS_ALIKE).bit_length()) if end - start == 1 else -at
+        few = end - start <= (FEW_TOKENS if in_place else 1)
+        alike = (0 if in_place else round_up(length, TOKENS_ALIKE).bit_length()) if few else -at
         if end > start:
             together.setdefault((end - start, alike), []).append(at)
     return [_batch(members, queries, starts, lengths, tables) for (queries, _), members in together.items()]

@@ -12,6 +12,9 @@ from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
 from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.vllm.runtime import Vllm, is_packed
 
+DRAFTED_BY_TEXT = ("ngram", "suffix")
+"""Ways to draft that need no second model, whose cache would lie beside packed pages."""
+
 
 class CheckedConfig(VerifyAndUpdateConfig):
     """vLLM calls it for every folded family."""
@@ -55,6 +58,7 @@ def check_servable(vllm_config: Any) -> None:
 def _check_packed(vllm_config: Any) -> None:
     """What pages of bytes do not go with."""
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    method = getattr(vllm_config.speculative_config, "method", None)
     wrong = {
         f"pipeline_parallel_size {parallel.pipeline_parallel_size}": parallel.pipeline_parallel_size > 1,
         f"decode_context_parallel_size {parallel.decode_context_parallel_size}": parallel.decode_context_parallel_size
@@ -62,7 +66,7 @@ def _check_packed(vllm_config: Any) -> None:
         f"kv_cache_dtype {cache.cache_dtype}": cache.cache_dtype
         not in ("auto", str(vllm_config.model_config.dtype).split(".")[1]),
         "kv_transfer_config": vllm_config.kv_transfer_config is not None,
-        "speculative_config": vllm_config.speculative_config is not None,
+        f"speculative method {method}": method not in (None, *DRAFTED_BY_TEXT),
     }
     for option, found in wrong.items():
         if found:
