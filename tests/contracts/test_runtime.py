@@ -261,6 +261,7 @@ def test_generate_equals_the_original_at_full_width(fold, tiny_dir, model):
     expected = original.generate(one, max_new_tokens=24, do_sample=False)
     assert torch.equal(folded.generate(one, max_new_tokens=24, do_sample=False, prompt_lookup_num_tokens=3), expected)
     assert torch.equal(folded.generate(one, max_new_tokens=24, do_sample=False, assistant_model=original), expected)
+    assert torch.equal(folded.generate(one, max_new_tokens=24, do_sample=False, assistant_early_exit=1), expected)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -7,11 +7,13 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 from tiny import COMMON, load, logits, make_tiny, save_tiny, tokens
+from torch.utils._pytree import tree_map
 
 import kvfold
 from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.compression.recipe import make_recipe
 from kvfold.evaluation.demo import MODEL
+from kvfold.runtimes.transformers import recent_buffer
 from kvfold.runtimes.transformers.cache import FoldedCache
 from kvfold.testing import assert_close
 
@@ -138,6 +140,28 @@ def test_weights_on_disk_and_in_memory_at_once(tmp_path):
     assert torch.equal(spread.generate(tokens(), **options), expected.generate(tokens(), **options))
 
 
+def test_layers_on_two_devices(tmp_path, monkeypatch):
+    """As accelerate spreads a model over GPUs: each layer's arguments come to its device. The second one is imitated by one
+    without numbers, which refuses what lies elsewhere as a GPU does."""
+    source = save_tiny(make_tiny("llama_yarn"), tmp_path / "source")
+    recipe = {"preset": "auto", "kv_budget": 0.25, "calibration": {"data": "self", "num_samples": 8, "seq_len": 128}}
+    folded = kvfold.compress(recipe | {"model": str(source), "out": str(tmp_path / "out")}, device="cpu")
+    network = load(folded.out)
+    monkeypatch.setattr(recent_buffer, "stores_in_place", lambda *args: False)  # which a CPU alone does
+    for module in (*network.model.layers[1:], network.model.norm, network.lm_head):
+        module.to("meta").register_forward_pre_hook(to_meta, with_kwargs=True)
+    cache = FoldedCache(folded.plan)
+    with torch.no_grad():
+        for ids in (tokens(2, 140), tokens(2, 1), tokens(2, 20)):
+            assert network(ids, past_key_values=cache).logits.is_meta
+        assert network(tokens(2, 40)).logits.is_meta
+
+
+def to_meta(module, *given):
+    """Arguments and keyword arguments of a layer."""
+    return tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, given)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_token_with_gradients(tmp_path, dtype):
     source = save_tiny(make_tiny("llama_mha"), tmp_path / "source")
@@ -206,3 +230,10 @@ def test_a_foreign_cache_of_a_packed_model_is_named(tmp_path):
     with pytest.warns(UserWarning, match="a DynamicCache keeps its numbers as they are, at full size"):
         found = network.generate(ids, past_key_values=tf.DynamicCache(config=network.config), **options)
     assert torch.equal(found, own)
+
+
+def test_a_cache_with_room_for_tokens_to_come_is_refused(tmp_path):
+    """Its empty places would be seen as tokens."""
+    network = load(fold(save_tiny(make_tiny("llama_mha"), tmp_path / "source"), tmp_path / "out").out)
+    with pytest.raises(ValueError, match="a StaticCache shows a folded model places of tokens that are not there yet"):
+        network.generate(tokens(1, 12), past_key_values=tf.StaticCache(network.config, 64), max_new_tokens=4)

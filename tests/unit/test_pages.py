@@ -61,8 +61,11 @@ def test_the_kernel_does_what_torch_does():
     slots = torch.tensor([80, -1, 0, 6, 7, 33, 34, -1, 83])
     expected = storage.clone()
     paging.scatter_by_torch(expected.as_strided(pages.shape, pages.stride(), 2), slots, new)
+    at_once = storage.clone()
     paging.scatter(pages, slots, new)
     assert torch.equal(storage, expected)
+    paging.scatter_at_once(at_once.as_strided(pages.shape, pages.stride(), 2), slots, new)
+    assert torch.equal(at_once[1:], expected[1:])  # the first page stands for none
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

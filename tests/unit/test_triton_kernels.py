@@ -182,11 +182,16 @@ def test_queries_that_are_turned_meet_keys_that_are_not(B, C, S, within, H, r, N
     assert gpu_decode.HeadMap.of(weight, offset, H, speeds).rebuild(cos, sin) is None  # for positions that jump
 
 
-@pytest.mark.parametrize(("page_tokens", "odd", "room"), [(7, 3, 1 << 26), (16, 0, 600)])
-def test_pages_hold_what_a_contiguous_cache_holds(page_tokens, odd, room, monkeypatch):
+@pytest.mark.parametrize(
+    ("page_tokens", "odd", "room", "grid"), [(7, 3, 1 << 26, 1 << 15), (16, 0, 600, 1 << 15), (16, 0, 1 << 26, 5)]
+)
+def test_pages_hold_what_a_contiguous_cache_holds(page_tokens, odd, room, grid, monkeypatch):
     """Sequences of 1 token, a page, a token more and less, and of a window: the same result; all at once, and
     few at a time where there is no room for more."""
     monkeypatch.setattr(gpu_decode, "ELSEWHERE", room)
+    monkeypatch.setattr(gpu, "LARGEST_GRID", grid)
+    marks, batches = kernels.marks_of, []
+    monkeypatch.setattr(kernels, "marks_of", lambda rows, *rest: batches.append(rows) or marks(rows, *rest))
     lengths, C = [1, page_tokens, page_tokens + 1, 2 * page_tokens - 1, 3], 2
     B, S = len(lengths), 2 * page_tokens
     parts = [packed(B, C, S, torch.float32, FORMS[name]) for name in ("5_bits", "float8")]
@@ -200,6 +205,7 @@ def test_pages_hold_what_a_contiguous_cache_holds(page_tokens, odd, room, monkey
         found = gpu_decode.decode_part(q.to(DEVICE), held, held, **sizes)
         assert distance(found.averages.cpu(), wanted.averages.double()) < 1e-5
         torch.testing.assert_close(found.log_sums.cpu(), wanted.log_sums, atol=1e-5, rtol=1e-5)
+    assert max(batches) * C <= max(grid, C)
 
 
 def _moved(x):
@@ -215,6 +221,8 @@ def test_a_part_without_tokens_counts_nothing():
     parts = [gpu_decode.decode_part(q, stored, stored, scale=0.3, sequences_B3=half) for half in halves]
     wanted, _ = grouped_attention(q.double(), numbers_of(stored), numbers_of(stored), None, scale=0.3)
     assert distance(gpu_decode.values_of(parts, 64, torch.float32), wanted) < 1e-5
+    nothing = gpu_decode.values_of([parts[0], parts[0]._replace(last=True)], 64, torch.float32)
+    assert not nothing[0].any() and nothing[1].isfinite().all()
 
 
 def broken(marks, values, span, dtype):

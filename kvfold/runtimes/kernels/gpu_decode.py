@@ -124,7 +124,8 @@ def decode_part(
     from kvfold.runtimes.kernels.triton_turning import functions_of, turned_exponentials
 
     tokens = keys.shape[2] if sequences_B3 is None else int((sequences_B3[:, 1] - sequences_B3[:, 0]).max())
-    if len(q_BNTR) > 1 and q_BNTR[..., 0].numel() * tokens > ELSEWHERE:
+    heads = len(q_BNTR) * max(keys.shape[1], values.shape[1])
+    if len(q_BNTR) > 1 and (q_BNTR[..., 0].numel() * tokens > ELSEWHERE or heads > gpu.LARGEST_GRID):
         halves = [slice(len(q_BNTR) // 2), slice(len(q_BNTR) // 2, None)]
         options = {"scale": scale, "softcap": softcap, "position": position, "ages": ages}
         return Part.of_all(

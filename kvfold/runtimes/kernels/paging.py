@@ -35,12 +35,22 @@ def scatter(rows_PCtX: Tensor, slots_T: Tensor, new_CTX: Tensor) -> None:
     """Write rows where their slots are: page * tokens + place; -1 is nowhere."""
     if cpu.pages(rows_PCtX) and new_CTX.stride(-1) == 1:
         cpu.scatter(rows_PCtX, slots_T, new_CTX)
+    elif rows_PCtX.is_cuda:
+        scatter_at_once(rows_PCtX, slots_T, new_CTX)
     else:
         scatter_by_torch(rows_PCtX, slots_T, new_CTX)
 
 
 def scatter_by_torch(rows_PCtX: Tensor, slots_T: Tensor, new_CTX: Tensor) -> None:
-    """The obvious version."""
+    """The obvious version, which waits for the device to say how many are somewhere."""
     live = slots_T >= 0
     slots, tokens = slots_T[live].long(), rows_PCtX.shape[2]
     rows_PCtX[torch.div(slots, tokens, rounding_mode="floor"), :, slots % tokens] = new_CTX.transpose(0, 1)[live]
+
+
+def scatter_at_once(rows_PCtX: Tensor, slots_T: Tensor, new_CTX: Tensor) -> None:
+    """The same without waiting: what is nowhere becomes zeros in the first page, which only stands where a sequence has none
+    (vLLM's null block)."""
+    slots, tokens, nowhere_T11 = slots_T.long().clamp_min(0), rows_PCtX.shape[2], (slots_T < 0)[:, None, None]
+    new_TCX = new_CTX.transpose(0, 1).masked_fill(nowhere_T11, 0)
+    rows_PCtX[torch.div(slots, tokens, rounding_mode="floor"), :, slots % tokens] = new_TCX

@@ -293,7 +293,7 @@ def _join(
     total = _part_of(sums, splits, split_stride, row, width, begin - beside, BLOCK)
     if TWO:
         one, two = tl.load(log_sums + row), tl.load(other_log_sums + row)
-        share = 1 / (1 + tl.exp(two - one))
+        share = tl.where(two == -float("inf"), 1.0, 1 / (1 + tl.exp(two - one)))  # neither saw anything: as it is, 0
         total = total * share
         total += _part_of(other, other_splits, other_stride, row, other_width, begin - other_beside, BLOCK) * (
             1 - share

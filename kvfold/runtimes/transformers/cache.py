@@ -154,6 +154,8 @@ class GrowingLayer(RunsMixin, CacheLayerMixin):
 
     def removed(self, tokens_to_remove: int) -> int:
         """How many tokens that is. Raises ValueError where there are fewer, RuntimeError if they cannot be taken back."""
+        if not self.length:  # of an assistant that leaves early the later layers hold nothing
+            return 0
         n = -tokens_to_remove if tokens_to_remove <= 0 else max(self.length - tokens_to_remove, 0)
         if n > self.length:
             raise ValueError(f"{n} tokens cannot be removed from a cache that holds {self.length}.")

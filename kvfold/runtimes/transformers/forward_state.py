@@ -57,11 +57,17 @@ class ForwardState:
         way: tuple[Any, Callable[[Any], Tables]],
     ) -> Tables:
         """cos and sin [B or 1, S, r] of every token that is or was seen, made once per forward, kind of layer and way: its
-        name, and what it makes of the rotary module's tables."""
-        name, finish = way
-        return self.once(
-            ("of all", kind, name), lambda: self._tables(hidden_BTD, positions_BT, cache, kind, name, finish)
-        )
+        name, and what it makes of the rotary module's tables. Of a model that is spread over devices, once for each."""
+        (name, finish), device = way, hidden_BTD.device
+
+        def make() -> Tables:
+            return self._tables(hidden_BTD, positions_BT, cache, kind, name, finish)
+
+        def move() -> Tables:
+            cos, sin = self.once(("of all", kind, name), make)
+            return cos.to(device), sin.to(device)
+
+        return self.once(("of all", kind, name, device), move)
 
     def _tables(
         self, hidden_BTD: Tensor, positions_BT: Tensor | None, cache: Any, kind: str | None, name: Any, finish: Any
@@ -75,10 +81,10 @@ class ForwardState:
             )
         if self.positions_BS is None:
             self.positions_BS = cache.see(positions_BT, len(hidden_BTD))
+        like = torch.empty(0, dtype=hidden_BTD.dtype, device=self.positions_BS.device)
         if self.kept is None or self.positions_BS.ndim != 2 or self.positions_BS.device.type != "cpu":
-            made: Tables = finish(self.once(("rotary", kind), lambda: rotary(hidden_BTD, self.positions_BS, *of_kind)))
+            made: Tables = finish(self.once(("rotary", kind), lambda: rotary(like, self.positions_BS, *of_kind)))
             return made
-        like = torch.empty(0, dtype=hidden_BTD.dtype, device="cpu")
         of_all, made_by = (kind, name, hidden_BTD.dtype), rotary.buffers() if isinstance(rotary, nn.Module) else ()
         return self.kept.of(of_all, self.positions_BS, lambda at: finish(rotary(like, at, *of_kind)), tuple(made_by))
 

@@ -98,8 +98,8 @@ class Batch:
 
 def batches(starts: Sequence[int], lengths: Sequence[int], tables: Tensor, *, in_place: bool = False) -> list[Batch]:
     """Decoding sequences are one batch, those of similar length where their tokens are copied out of pages and not read
-    `in_place`, where those with as many drafted tokens are one too; every piece of a prompt is one. starts: of each sequence's
-    query tokens, and where the last one's end."""
+    `in_place`, where those with as many drafted tokens are one too; every piece of a prompt is one. starts: of
+    each sequence's query tokens, and where the last one's end."""
     together: dict[tuple[int, int], list[int]] = {}
     for at, (start, end, length) in enumerate(zip(starts, starts[1:], lengths, strict=False)):
         few = end - start <= (FEW_TOKENS if in_place else 1)
@@ -113,7 +113,9 @@ def _batch(members: list[int], queries: int, starts: Sequence[int], lengths: Seq
     rows = _rows(members, queries, starts, tables.device)
     width = max(lengths[at] for at in members)
     width = round_up(width, TOKENS_ALIKE) if queries == 1 else width
-    return Batch(rows, queries, [lengths[at] for at in members], tables[members], width)
+    first, last = members[0], members[-1]
+    own = tables[first : last + 1] if last - first + 1 == len(members) else tables[members]
+    return Batch(rows, queries, [lengths[at] for at in members], own, width)
 
 
 def _rows(members: list[int], queries: int, starts: Sequence[int], device: torch.device) -> Tensor | slice:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm import envs
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from kvfold.architectures.base import architecture
@@ -57,7 +58,7 @@ def check_servable(vllm_config: Any) -> None:
 
 def _check_packed(vllm_config: Any) -> None:
     """What pages of bytes do not go with."""
-    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    parallel, cache, compilation = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.compilation_config
     method = getattr(vllm_config.speculative_config, "method", None)
     wrong = {
         f"pipeline_parallel_size {parallel.pipeline_parallel_size}": parallel.pipeline_parallel_size > 1,
@@ -65,6 +66,10 @@ def _check_packed(vllm_config: Any) -> None:
         > 1,
         f"kv_cache_dtype {cache.cache_dtype}": cache.cache_dtype
         not in ("auto", str(vllm_config.model_config.dtype).split(".")[1]),
+        "enable_dbo and ubatch_size": parallel.use_ubatching,
+        # what vLLM would capture in graphs of a GPU holds the storing of tokens, which asks the host where to
+        "use_inductor_graph_partition": bool(compilation.use_inductor_graph_partition),
+        "VLLM_USE_BREAKABLE_CUDAGRAPH": envs.VLLM_USE_BREAKABLE_CUDAGRAPH,
         "kv_transfer_config": vllm_config.kv_transfer_config is not None,
         f"speculative method {method}": method not in (None, *DRAFTED_BY_TEXT),
     }

@@ -92,7 +92,7 @@ class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
         """[t, N, width] for the queries of a batch, the `place`-th of its step. out: memory that may take the result."""
         B, T = len(batch.lengths), batch.queries
         q = q_tNH.unflatten(0, (B, T)).transpose(1, 2)
-        if reads_in_place(far.device):
+        if reads_in_place(far.device, q_tNH.dtype):
             memory = None if out_tNV is None else out_tNV.unflatten(0, (B, T))
             out = self.reader.read(q, far, batch, place, memory)
             if out is not None:

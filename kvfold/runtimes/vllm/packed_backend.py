@@ -22,6 +22,9 @@ from kvfold.runtimes.vllm import BACKEND
 from kvfold.runtimes.vllm.batches import Batch, batches
 from kvfold.runtimes.vllm.reading import reads_in_place
 
+READING_BYTES = 1 << 30
+"""What reading takes for a while on a GPU at most: masks, scores, and what is rebuilt of a piece of a prompt."""
+
 
 @dataclass
 class PackedMetadata:
@@ -39,14 +42,21 @@ class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         config = vllm_config.model_config
         plan = CachePlan.from_dict(getattr(config.hf_config, CONFIG_KEY))
+        self.drafts = vllm_config.speculative_config is not None
         self.in_place = reads_in_place(torch.device(device), config.dtype, plan.owned)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> PackedMetadata:
         """Of what vLLM says of all sequences."""
         common = common_attn_metadata
-        starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
+        starts, lengths = common.query_start_loc_cpu.tolist(), self._lengths(common)
         tables = common.block_table_tensor
         return PackedMetadata(batches(starts, lengths, tables, in_place=self.in_place))
+
+    def _lengths(self, common: Any) -> list[int]:
+        """Of all sequences. The CPU knows them, but for drafts of which the device has not said yet how many were right."""
+        known = None if self.drafts else common.seq_lens_cpu_upper_bound
+        lengths: list[int] = (common.seq_lens if known is None else known).tolist()
+        return lengths
 
 
 class PackedImpl(AttentionImpl[PackedMetadata]):
@@ -86,6 +96,8 @@ class PackedImpl(AttentionImpl[PackedMetadata]):
     ) -> Tensor:
         """[T, N, width] of queries [T, N, H], into `output`; without metadata vLLM measures memory."""
         if attn_metadata is None:
+            if output.is_cuda:  # taken and given back, so that vLLM leaves room for it
+                torch.empty(READING_BYTES, dtype=torch.uint8, device=output.device)
             return output.zero_()
         for place, batch in enumerate(attn_metadata.batches):
             part = output[batch.rows] if isinstance(batch.rows, slice) else None  # a slice is the output's own memory
