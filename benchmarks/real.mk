@@ -3,7 +3,7 @@
 .PHONY: results-real-frontier results-real-kivi results-real-auto results-real-ablation results-real-calibration \
   results-real-depth results-real-tasks results-real-tasks-three results-real-recall results-dropped results-scored results-dropped-speed \
   results-scored-4096 results-published-4096 results-real-context results-reading results-read-some results-real-speed \
-  results-real results-nats
+  results-real-vllm results-real results-nats
 
 # On the real model (make real-models), each part by itself in about half an hour on two cores (kivi, which evaluation decodes
 # token by token, twice as long again: make results-real-kivi):
@@ -55,8 +55,9 @@ results-real-depth: $(VENV)/installed
 
 # Tasks on local files, of the default at a quarter and an eighth and of int4_rotated: make results-real-tasks TASKS="eval/*.jsonl eval/mmlu"
 TASKS ?= $(error give TASKS="FILE ...", files of kvfold evaluate --tasks)
-runs/auto-quarter runs/auto-eighth: | $(VENV)/installed
-	$(BIN)/kvfold compress $(REAL) --kv-budget $(if $(findstring quarter,$@),1/4,1/8) --data $(CALIBRATION) --out $@ --run-dir runs/real-run
+runs/auto-quarter runs/auto-eighth runs/speed-eighth: | $(VENV)/installed
+	$(BIN)/kvfold compress $(REAL) --kv-budget $(if $(findstring quarter,$@),1/4,1/8) $(if $(findstring speed,$@),--prefer speed) \
+	  --data $(CALIBRATION) --out $@ --run-dir runs/real-run
 runs/int4-rotated: | $(VENV)/installed
 	$(BIN)/kvfold compress $(REAL) --preset int4_rotated --out $@ --run-dir runs/real-run
 results-real-tasks: runs/auto-quarter runs/auto-eighth runs/int4-rotated
@@ -148,6 +149,18 @@ results-real-speed: $(VENV)/installed
 	  $(BIN)/kvfold bench $(SPEEDS) $(ON_TWO_CORES) --batch $$batch --markdown results/real-speed-batch-$$batch.md || exit 1; \
 	  $(BIN)/kvfold bench $(PREFERRED) $(ON_TWO_CORES) --batch $$batch --prefills 1 \
 	    --markdown results/real-speed-prefer-batch-$$batch.md || exit 1; done
+
+# Under vLLM (the environment of make test-vllm): tokens per second where the original's cache holds one request and a quarter, and
+# steps where all fit, compiled as `vllm serve` does: make results-real-vllm CALIBRATION=..., in an hour on a quiet machine
+SERVED := runs/auto-quarter runs/auto-eighth runs/speed-eighth
+BY_VLLM := $(SERVED) --against $(REAL) --engine vllm
+results-real-vllm: $(SERVED) $(VLLM_VENV)/installed
+	$(VLLM_VENV)/bin/kvfold bench $(BY_VLLM) --batch 8 --context 256 --steps 256 --memory 16MiB --rounds 2 --markdown results/real-vllm.md
+	$(VLLM_VENV)/bin/kvfold bench $(BY_VLLM) --batch 8 --context 256 --steps 256 --memory 16MiB --rounds 2 --compiled \
+	  --markdown results/real-vllm-compiled.md
+	for batch in 1 8; do \
+	  $(VLLM_VENV)/bin/kvfold bench $(BY_VLLM) --batch $$batch --context 480 --steps 64 --memory 1GiB --compiled \
+	    --markdown results/real-vllm-steps-batch-$$batch.md || exit 1; done
 
 # All of SmolLM2, about three hours on two cores
 results-real: results-real-frontier results-real-ablation results-real-depth results-real-tasks results-real-recall results-real-calibration \

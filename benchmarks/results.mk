@@ -2,7 +2,7 @@
 
 .PHONY: results results-frontier results-auto results-lab results-multi-head results-mla results-bits results-width \
   results-one-side results-ablation results-autoencoder results-on-read results-mla-export results-stock results-depth \
-  results-mlkv results-healing results-real-healing results-7b results-7b-layer results-speed results-vllm results-real-vllm \
+  results-mlkv results-healing results-real-healing results-7b results-7b-layer results-speed results-vllm \
   results-recall results-measured results-long
 
 # Loss of every preset on a held-out text:
@@ -166,11 +166,6 @@ results-speed: $(VENV)/installed
 results-vllm: $(VLLM_VENV)/installed
 	$(VLLM_VENV)/bin/kvfold bench --shape llama2-7b --kv-heads 16 --kv-heads 8 --engine vllm --batch 16 --context 192 --steps 256 \
 	  --memory 32MiB --markdown results/vllm-llama2-7b.md --plot results/vllm-llama2-7b.svg
-
-# The same of SmolLM2, of which the original's cache holds one request and a quarter
-results-real-vllm: $(VLLM_VENV)/installed
-	$(VLLM_VENV)/bin/kvfold bench runs/auto-quarter runs/auto-eighth runs/speed-eighth --against $(REAL) --engine vllm --batch 8 \
-	  --context 256 --steps 256 --memory 16MiB --rounds 2 --markdown results/real-vllm.md
 
 # Whether a folded model still finds what stands far back: make results-recall MODEL=folder FOLDED=folder [LENGTHS=512,2048]
 FOLDED ?= $(error give FOLDED=FOLDER, which kvfold wrote)
