@@ -151,13 +151,13 @@ results-real-speed: $(VENV)/installed
 	    --markdown results/real-speed-prefer-batch-$$batch.md || exit 1; done
 
 # Under vLLM (the environment of make test-vllm): tokens per second where the original's cache holds one request and a quarter, and
-# steps where all fit, compiled as `vllm serve` does: make results-real-vllm CALIBRATION=..., in an hour on a quiet machine
+# steps where all fit, compiled as `vllm serve` does: make results-real-vllm CALIBRATION=..., in 35 minutes and the folds' on a quiet machine
 SERVED := runs/auto-quarter runs/auto-eighth runs/speed-eighth
 BY_VLLM := $(SERVED) --against $(REAL) --engine vllm
+FULL_CACHE := --batch 8 --context 256 --steps 256 --memory 16MiB --rounds 2
 results-real-vllm: $(SERVED) $(VLLM_VENV)/installed
-	$(VLLM_VENV)/bin/kvfold bench $(BY_VLLM) --batch 8 --context 256 --steps 256 --memory 16MiB --rounds 2 --markdown results/real-vllm.md
-	$(VLLM_VENV)/bin/kvfold bench $(BY_VLLM) --batch 8 --context 256 --steps 256 --memory 16MiB --rounds 2 --compiled \
-	  --markdown results/real-vllm-compiled.md
+	$(VLLM_VENV)/bin/kvfold bench $(BY_VLLM) $(FULL_CACHE) --markdown results/real-vllm.md
+	$(VLLM_VENV)/bin/kvfold bench $(BY_VLLM) $(FULL_CACHE) --compiled --markdown results/real-vllm-compiled.md
 	for batch in 1 8; do \
 	  $(VLLM_VENV)/bin/kvfold bench $(BY_VLLM) --batch $$batch --context 480 --steps 64 --memory 1GiB --compiled \
 	    --markdown results/real-vllm-steps-batch-$$batch.md || exit 1; done

@@ -92,12 +92,20 @@ class Part(NamedTuple):
 def serves(q_BNTR: Tensor, keys: Stored, values: Stored) -> bool:
     """Whether the kernels take these tensors, and nobody wants gradients or a graph of it."""
     parts = [*parts_of(keys), *parts_of(values)]
-    heads = len(q_BNTR) * max(keys.shape[1], values.shape[1])
-    if not q_BNTR.is_cuda or q_BNTR[:1, ..., 0].numel() * keys.shape[2] > ELSEWHERE or heads > gpu.LARGEST_GRID:
+    if (
+        not q_BNTR.is_cuda
+        or q_BNTR[:1, ..., 0].numel() * keys.shape[2] > ELSEWHERE
+        or _fills_grid(q_BNTR, keys, values)
+    ):
         return False  # a number per query and token of a sequence exists
     if not all(_is_known(part, q_BNTR) for part in parts) or (torch.is_grad_enabled() and q_BNTR.requires_grad):
         return False
     return not recorded(q_BNTR, *(part.rows for part in parts)) and works_for(q_BNTR)
+
+
+def _fills_grid(q: Tensor, keys: Stored, values: Stored) -> bool:
+    """Whether there are more stored heads of sequences than a grid has places."""
+    return len(q) * max(keys.shape[1], values.shape[1]) > gpu.LARGEST_GRID
 
 
 def _is_known(x: Any, q: Tensor) -> bool:
@@ -124,8 +132,7 @@ def decode_part(
     from kvfold.runtimes.kernels.triton_turning import functions_of, turned_exponentials
 
     tokens = keys.shape[2] if sequences_B3 is None else int((sequences_B3[:, 1] - sequences_B3[:, 0]).max())
-    heads = len(q_BNTR) * max(keys.shape[1], values.shape[1])
-    if len(q_BNTR) > 1 and (q_BNTR[..., 0].numel() * tokens > ELSEWHERE or heads > gpu.LARGEST_GRID):
+    if len(q_BNTR) > 1 and (q_BNTR[..., 0].numel() * tokens > ELSEWHERE or _fills_grid(q_BNTR, keys, values)):
         halves = [slice(len(q_BNTR) // 2), slice(len(q_BNTR) // 2, None)]
         options = {"scale": scale, "softcap": softcap, "position": position, "ages": ages}
         return Part.of_all(

@@ -59,15 +59,10 @@ class ForwardState:
         """cos and sin [B or 1, S, r] of every token that is or was seen, made once per forward, kind of layer and way: its
         name, and what it makes of the rotary module's tables. Of a model that is spread over devices, once for each."""
         (name, finish), device = way, hidden_BTD.device
-
-        def make() -> Tables:
-            return self._tables(hidden_BTD, positions_BT, cache, kind, name, finish)
-
-        def move() -> Tables:
-            cos, sin = self.once(("of all", kind, name), make)
-            return cos.to(device), sin.to(device)
-
-        return self.once(("of all", kind, name, device), move)
+        cos, sin = self.once(
+            ("of all", kind, name), lambda: self._tables(hidden_BTD, positions_BT, cache, kind, name, finish)
+        )
+        return self.once(("of all", kind, name, device), lambda: (cos.to(device), sin.to(device)))
 
     def _tables(
         self, hidden_BTD: Tensor, positions_BT: Tensor | None, cache: Any, kind: str | None, name: Any, finish: Any

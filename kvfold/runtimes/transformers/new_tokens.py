@@ -154,12 +154,13 @@ def _check_foreign(cache: Any, layer: int, new_BCTR: Tensor) -> None:
     """Raise ValueError where a cache that is not ours shows places of tokens to come, which would be taken for tokens, or
     holds keys that this layer has not made."""
     layers = getattr(cache, "layers", ())
-    if any(getattr(held, "is_compileable", False) for held in layers[layer : layer + 1]):
+    own = layers[layer] if layer < len(layers) else None
+    if getattr(own, "is_compileable", False):
         raise ValueError(
             f"a {type(cache).__name__} shows a folded model places of tokens that are not there yet: leave past_key_values"
             " out, or pass kvfold.FoldedCache(model.kv_plan)."
         )
-    held = getattr(layers[layer], "keys", None) if layer < len(layers) else None
+    held = getattr(own, "keys", None)
     if held is not None and held.numel() and held.shape[1::2] != new_BCTR.shape[1::2]:
         raise ValueError(
             f"the cache that was passed holds {held.shape[1]} key heads of {held.shape[3]} numbers in layer {layer}, which"
