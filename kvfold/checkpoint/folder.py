@@ -46,7 +46,7 @@ def refuse_out(out: Path, overwrite: bool, keep: Sequence[Path]) -> None:
     if not out.exists():
         place = next(path for path in out.absolute().parents if path.exists())
         if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-            raise OutputError(f"--out {out} cannot be written: {place} takes no new files; give another folder.")
+            raise OutputError(f"--out {out} cannot be made: {place} takes no new files; give another folder.")
         return
     if not overwrite:
         raise OutputError(f"{out} exists already. Give another --out, or --overwrite to replace it.")

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 from tiny import make_tiny, save_tiny
+from typer.testing import CliRunner
 
 import kvfold
 from kvfold.architectures.base import empty_model
-from kvfold.cli import bench
+from kvfold.cli.main import app
 from kvfold.compression.recipe import make_recipe, preset_recipe
 from kvfold.compression.request import Request, limits_of
 from kvfold.errors import BudgetError, PlanError, RecipeError
@@ -115,4 +116,4 @@ def test_a_bias_on_what_is_stored_needs_packed_pages(tmp_path):
 def test_a_runtime_that_nothing_measures_is_not_benched_as_another(monkeypatch):
     monkeypatch.setattr(Transformers, "measured_by", "")
     with pytest.raises(RecipeError, match="says no way to be measured"):
-        bench.command([str(MODEL)], against=str(MODEL))
+        CliRunner().invoke(app, ["bench", str(MODEL), "--against", str(MODEL)], catch_exceptions=False)
