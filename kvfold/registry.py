@@ -95,4 +95,4 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"there is no {what} {name!r}.{hint} Known: {', '.join(known)}."
+    return f"there is no {what} {name!r}.{hint} Known: {', '.join(known) or 'none'}."

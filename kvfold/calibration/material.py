@@ -121,6 +121,11 @@ class Material:
             recent=self.recent,
         )
 
+    @property
+    def was_read(self) -> bool:
+        """Whether anything asked for the text."""
+        return "_tokens" in vars(self)
+
     @torch.no_grad()
     def sample(self, names: Iterable[str] = ("keys", "values"), tokens: int = SAMPLE_TOKENS) -> Sample:
         """The vectors of these statistics for the first `tokens` calibration tokens, in every layer."""

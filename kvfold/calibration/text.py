@@ -31,6 +31,9 @@ def _zstandard(path: Path, mode: str) -> Any:
 CHARS_PER_TOKEN = 10
 """More than a token of any usual text takes, so that a slice of text is rarely too short."""
 
+LEAST_TOKENS = 32
+"""Fewer say nothing of a model."""
+
 OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open, ".zst": _zstandard}
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
@@ -93,11 +96,11 @@ def first_windows(tokenizer: Any, path: str | Path, *, seq_len: int, max_tokens:
     if max_tokens is not None and len(ids) < max_tokens:
         ids = tokenizer(text)["input_ids"]
     ids = ids[:max_tokens]
-    seq_len = min(seq_len, len(ids))
+    seq_len, of = min(seq_len, len(ids)), "" if max_tokens is None else f" (--max-tokens {max_tokens})"
     if seq_len < 2:
-        raise DataError(
-            f"{path} gives {len(ids)} tokens (--max-tokens {max_tokens}); nothing can be predicted. Give more text."
-        )
+        raise DataError(f"{path} gives {len(ids)} tokens{of}; nothing can be predicted. Give more text.")
+    if len(ids) < LEAST_TOKENS:
+        warnings.warn(f"{path} gives {len(ids)} tokens{of}: what is measured on so few says little.")
     count = len(ids) // seq_len
     return torch.tensor(ids[: count * seq_len]).view(count, seq_len)
 

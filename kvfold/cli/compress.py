@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from kvfold.cli.options import (
@@ -64,7 +65,7 @@ def command(
     """Fold a model: read it, calibrate, plan, and write a new folder with a smaller cache."""
     from kvfold.compression.compress import compress
     from kvfold.compression.recipe import load_recipe, make_recipe
-    from kvfold.report.tables import print_json, print_plan
+    from kvfold.report.tables import print_json, print_parameters, print_plan
 
     fields: dict[str, Any] = {"model": model, "out": out, "preset": preset, "kv_budget": kv_budget, "seed": seed}
     fields |= {"context_len": context, "target_kl": target_kl, "runtime": runtime, "prefer": prefer}
@@ -84,13 +85,17 @@ def command(
             tree[axis] = known | given_of_axis if isinstance(known, dict) else known  # which make_recipe refuses
     where: dict[str, Any] = {"run_dir": run_dir, "overwrite": overwrite, "device": device}
     made = compress(make_recipe(tree, set_ or []), allow_pickle=allow_pickle, **where)
+    if given(calibration) and not made.calibrated:
+        warnings.warn("this method needs no calibration: the text and what was said of it were not read.", stacklevel=1)
     print_plan(made.plan, f"{made.out}")
+    print_parameters(made.plan, *made.parameters)
     print_json(
         {
             "out": str(made.out),
             "kv_budget": made.plan.kv_budget,
             "kv_bytes_per_token": made.plan.kv_bytes_per_token(),
             "base_kv_bytes_per_token": made.plan.source_kv_bytes_per_token(),
+            "attention_parameters": made.parameters,
             "seconds": made.seconds,
         }
     )

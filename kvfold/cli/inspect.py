@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from kvfold.cli.options import Model
-from kvfold.errors import RecipeError
+from kvfold.cli.options import Model, require
 
 
 def command(
+    ctx: typer.Context,
     model: Model,
     memory: Annotated[str | None, typer.Option(help="How many sequences fit: 80GB, 24GiB.", show_default=False)] = None,
     context: Annotated[str, typer.Option(help="Tokens per sequence for that: 32k or 32768.")] = "32k",
@@ -25,6 +25,8 @@ def command(
     from kvfold.report.tables import STDOUT, print_capacity, print_json, print_plan, print_processes
     from kvfold.runtimes.base import servable_by
 
+    require(ctx, memory, "--memory", "sequences", "context")
+    room, tokens = memory and parse_size(memory), parse_size(context, binary=True)
     found = inspect(model)
     if verify:
         check_files(locate(model))
@@ -32,11 +34,9 @@ def command(
     for runtime, obstacle in servable_by(found.plan, found.config).items():
         STDOUT.print(f"served by {runtime}: {'yes' if obstacle is None else f'no, {obstacle}'}")
     print_processes(found.plan)
-    if sequences and not memory:
-        raise RecipeError("--sequences goes with --memory.")
-    fitting = memory and capacity(
-        model, memory=parse_size(memory), context=parse_size(context, binary=True), wanted=sequences
-    )
+    if verify:
+        STDOUT.print("all files are as they were written")
+    fitting = room and capacity(model, memory=room, context=tokens, wanted=sequences)
     if fitting:
         print_capacity(fitting)
     print_json(

@@ -18,6 +18,9 @@ from kvfold.version import __version__
 FIRST = ("compress", "evaluate", "inspect", "generate", "heal", "bench", "compare", "demo")
 """Their order in the help; others follow by name."""
 
+INTERRUPTED = 130
+"""What typer exits with after Ctrl-C."""
+
 app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -59,6 +62,12 @@ def main() -> None:
         STDERR.print(f"[bold red]{type(error).__name__}:[/] ", end="")
         STDERR.print(str(error), markup=False, highlight=False)
         sys.exit(1)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            STDERR.print(
+                "interrupted. compress, compare and heal keep what they have finished: the same command goes on there."
+            )
+        raise
 
 
 def _show_warning(message: Any, category: type, *_: Any, **__: Any) -> None:

@@ -21,13 +21,13 @@ tags: [kvfold, kv-cache]
 # {name}
 
 `{model}` with a smaller KV cache, folded by [kvfold](https://pypi.org/project/kvfold/): preset `{preset}`, width method
-`{width}`, bits method `{bits}`, {kv_budget:.4g} of the original bytes.
+`{width}`, bits method `{bits}`, {kv_budget:.4g} of the original bytes over {context_len:,} tokens.
 
 ## Bytes of cache ({dtype})
 
 | | original | this model | kept |
 |---|---|---|---|
-| per token | {source_bytes:,} | {bytes:,} | {kv_budget:.4f} |
+| per token | {source_bytes:,} | {bytes:,} | {share:.4f} |
 {contexts}
 | read per decode step at 32,768 tokens | {source_read:,} | {read:,} | {read_share:.4f} |
 
@@ -78,6 +78,8 @@ def write_card_text(
         bits=recipe.bits["method"],
         dtype=plan.dtype,
         kv_budget=plan.kv_budget,
+        context_len=plan.context_len,
+        share=plan.kv_bytes_per_token() / plan.source_kv_bytes_per_token(),
         source_bytes=plan.source_kv_bytes_per_token(),
         bytes=plan.kv_bytes_per_token(),
         contexts="\n".join(contexts),

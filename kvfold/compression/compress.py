@@ -60,11 +60,14 @@ PLAIN_BITS = {"method": "integer", "k_bits": 8, "v_bits": 8}
 
 @dataclass(frozen=True)
 class Folded:
-    """What `compress` made: the folder, its plan, and how long each stage took in seconds."""
+    """What `compress` made: the folder, its plan, how long each stage took in seconds, the numbers in attention's weights
+    before and after, and whether the calibration text was read."""
 
     out: Path
     plan: CachePlan
     seconds: dict[str, float]
+    parameters: tuple[int, int]
+    calibrated: bool
 
 
 def compress(
@@ -104,7 +107,8 @@ def compress(
     clock.lap("calibrate")
     if processes.rank():
         processes.wait_for_all()
-        return Folded(Path(recipe.out), load_plan(out)[0], clock.laps)
+        plan = load_plan(out)[0]
+        return Folded(Path(recipe.out), plan, clock.laps, _attention_parameters(source, plan), material.was_read)
 
     @functools.lru_cache(maxsize=1)  # keys and values of a group are asked for one after the other
     def groups(owner: int) -> LayerGroup:
@@ -122,10 +126,11 @@ def compress(
     with new_folder(out, _identity(recipe, source.checkpoint, plan, statistics), overwrite=overwrite) as partial:
         folds = _folds(request, groups, plan, forgetting)
         fold(source.checkpoint, source.arch, source.layers, plan, folds, partial, config)
-        _complete(partial, recipe, source, plan)
+        parameters = _attention_parameters(source, plan)
+        _complete(partial, recipe, source, plan, parameters)
     clock.lap("fold")
     processes.wait_for_all()
-    return Folded(Path(recipe.out), plan, clock.laps)
+    return Folded(Path(recipe.out), plan, clock.laps, parameters, material.was_read)
 
 
 def _request(recipe: Recipe, source: Source, material: Material) -> Request:
@@ -294,14 +299,14 @@ def _identity(recipe: Recipe, checkpoint: Checkpoint, plan: CachePlan, statistic
     )
 
 
-def _complete(partial: Path, recipe: Recipe, source: Source, plan: CachePlan) -> None:
+def _complete(partial: Path, recipe: Recipe, source: Source, plan: CachePlan, parameters: tuple[int, int]) -> None:
     """Add what belongs beside the weights: tokenizer, card, recipe."""
     card = write_card_text(
         recipe,
         plan,
         config=source.checkpoint.config,
         version=__version__,
-        parameters=_attention_parameters(source, plan),
+        parameters=parameters,
     )
     write_files(partial, {"README.md": card, "recipe.yaml": recipe.to_yaml()}, beside=source.checkpoint)
 

@@ -133,7 +133,7 @@ class Recipe:
         for name in fields:
             if name not in known:
                 what = f"field of {axis} method {getattr(self, axis)['method']!r} called"
-                raise RecipeError(registry.unknown(what, name, known or ["(none)"]))
+                raise RecipeError(registry.unknown(what, name, known) + _methods_with(axis, name))
         check_types(cls, fields, f"{axis}.")
         needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
         if missing := [name for name in needed if name not in fields]:
@@ -183,6 +183,16 @@ def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
         _prefer(tree)
     tree["calibration"] = _build(Calibration, tree.get("calibration", {}), "calibration field")
     return _build(Recipe, tree, "recipe field")
+
+
+def _methods_with(axis: str, field: str) -> str:
+    """Which methods of an axis have a field of this name, as a sentence."""
+    methods = [
+        name
+        for name in registry.names(axis)
+        if any(f.name == field for f in dataclasses.fields(registry.load(axis, name)))
+    ]
+    return f" Methods of {axis} that have it: {', '.join(methods)}." if methods else ""
 
 
 def _text(value: Any, name: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kvfold.checkpoint.source import warn_if_too_long
 from kvfold.errors import DataError, RecipeError
 from kvfold.runtimes.transformers.load import load
 
@@ -59,6 +60,7 @@ def continue_prompt(
     inputs = _asked(tokenizer, prompt) if chat else tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].shape[1]:
         raise DataError("the prompt is empty; give --prompt TEXT.")
+    warn_if_too_long(inputs["input_ids"].shape[1] + max_new_tokens, model.config.to_dict())
     inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
     pad = model.generation_config.pad_token_id
     pad = tokenizer.eos_token_id if pad is None else pad

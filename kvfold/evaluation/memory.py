@@ -51,14 +51,14 @@ class Capacity:
 def capacity(model: str | Path, *, memory: int, context: int, wanted: int | None = None) -> Capacity:
     """Of a folder's own cache and, where it is not folded, of every budget of BUDGETS.
 
-    Cache and weights share `USED` of `memory`. Weights are those of the folder: latents that stay beside projections add a
-    few percent to attention.
+    Cache and weights share `USED` of `memory`. Weights are those of the folder: a fold's maps back to heads add to attention
+    what `kvfold compress` and the card say, once for all sequences.
     """
     plan, folded, _ = plan_of_headers(model)
     weights = sum(stored.nbytes for stored in headers(model).tensors.values())
     room = max(int(USED * memory) - weights, 0)
     whole = plan.source_kv_bytes(context)
-    rows = [Fitting("original", 1.0, whole, room // whole)]
+    rows = [Fitting("original's cache" if folded else "original", 1.0, whole, room // whole)]
     if folded:
         own = plan.kv_bytes(context)
         rows.append(Fitting("this model", own / whole, own, room // own))

@@ -210,7 +210,8 @@ class _Runner:
         self.clock = _Clock(contestant.model, device)
         self.cache = contestant.new_cache()
         self.folded = isinstance(self.cache, FoldedCache)
-        dtype = getattr(torch, settings["dtype"])
+        self.dtype = settings["dtype"]
+        dtype = getattr(torch, self.dtype)
         fill(self.cache, contestant.plan, self.batch, self.context, dtype, device)
         self.token = torch.full((self.batch, 1), 5, device=device)
         self.tpot: list[float] = []
@@ -245,7 +246,8 @@ class _Runner:
     def speed(self, copy: float) -> Speed:
         """What all of it says. copy: bytes per second."""
         plan, tpot = self.contestant.plan, statistics.median(self.tpot)
-        read = self.batch * (plan.kv_read_bytes(self.context) if self.folded else plan.source_kv_bytes(self.context))
+        of_one = plan.kv_read_bytes if self.folded else plan.source_kv_bytes
+        read = self.batch * of_one(self.context, dtype=self.dtype)
         attention = statistics.median(self.attention) if self.folded else math.nan
         return Speed(
             label=self.label,
@@ -264,7 +266,7 @@ class _Runner:
     def _fitting(self, memory: int) -> int:
         """Sequences whose caches fit beside the weights, as `kvfold inspect --memory` counts them."""
         plan = self.contestant.plan
-        one = plan.kv_bytes(self.context) if self.folded else plan.source_kv_bytes(self.context)
+        one = (plan.kv_bytes if self.folded else plan.source_kv_bytes)(self.context, dtype=self.dtype)
         weights = sum(parameter.nbytes for parameter in self.contestant.model.parameters())
         return max(int(USED * memory) - weights, 0) // one
 

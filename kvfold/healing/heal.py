@@ -32,6 +32,7 @@ from kvfold.checkpoint.reader import DTYPES, Checkpoint
 from kvfold.checkpoint.source import default_seq_len, load_plan, open_source, warn_if_too_long
 from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.errors import HealError, OutputError, PlanError, RecipeError
+from kvfold.healing.card import CARD, healed_card
 from kvfold.healing.elastic import Elastic
 from kvfold.healing.objectives import CrossEntropy, Distillation, LayerMatch, Objective
 from kvfold.healing.packing import Rows, pack
@@ -113,6 +114,7 @@ def heal(
         _write(out, healing, checkpoint, state, run_dir, overwrite)
     processes.wait_for_all()
     logged = read_metrics(run_dir / METRICS)
+    _warn_if_worse(logged)
     final = {k: v for entry in logged for k, v in entry.items() if k.removeprefix("eval_") in SHOWN}
     seconds = round(time.perf_counter() - started, 3)
     tokens = int(len(rows) * healing.epochs) * rows.input_ids.shape[1]
@@ -238,6 +240,9 @@ def _arguments(healing: Healing, run_dir: Path, device: str, rows: int, blocks: 
     if healing.shard and world > 1:
         wrapped = {"version": 2, "transformer_layer_cls_to_wrap": blocks, "reshard_after_forward": True}
         sharding = {"fsdp": True, "fsdp_config": wrapped | {"state_dict_type": "SHARDED_STATE_DICT"}}
+    checkpointing: dict[str, Any] = {}
+    if healing.gradient_checkpointing:
+        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(
         output_dir=str(run_dir),
         per_device_train_batch_size=healing.batch_size,
@@ -252,13 +257,12 @@ def _arguments(healing: Healing, run_dir: Path, device: str, rows: int, blocks: 
         logging_steps=min(healing.log_every, steps),
         logging_nan_inf_filter=False,
         eval_strategy="steps" if evaluates else "no",
+        eval_on_start=evaluates and last_checkpoint(run_dir) is None,
         eval_steps=min(healing.eval_every or max(steps // 10, 1), steps) if evaluates else None,
         save_strategy="steps",
         save_steps=min(healing.save_every, steps),
         save_total_limit=2,
         bf16=healing.bf16,
-        gradient_checkpointing=healing.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if healing.gradient_checkpointing else None,
         seed=healing.seed,
         data_seed=healing.seed,
         use_cpu=device == "cpu",
@@ -268,6 +272,7 @@ def _arguments(healing: Healing, run_dir: Path, device: str, rows: int, blocks: 
         report_to=[],
         disable_tqdm=True,
         **sharding,
+        **checkpointing,
     )
     arguments._n_gpu = 1  # Trainer would wrap several in DataParallel, where readers do not find what owners wrote
     return arguments
@@ -291,11 +296,23 @@ def _write(
     files = {"healing.yaml": settings, "loss.svg": SVG + loss_plot(read_metrics(run_dir / METRICS))}
     with new_folder(out, (run_dir / "healing.txt").read_text(), overwrite=overwrite) as partial:
         write_weights(partial, {name: stored.shard for name, stored in checkpoint.tensors.items()}, read)
-        for name in ("config.json", "README.md", "recipe.yaml"):
+        for name in ("config.json", "recipe.yaml"):
             if (checkpoint.path / name).exists():
                 copy_file(checkpoint.path / name, partial / name)
+        if (checkpoint.path / CARD).exists():
+            write_text(partial / CARD, healed_card((checkpoint.path / CARD).read_text(), healing))
         copy_file(run_dir / METRICS, partial / METRICS)
         write_files(partial, files, beside=checkpoint)
+
+
+def _warn_if_worse(logged: list[dict[str, float]]) -> None:
+    """Where the text of eval_data is said worse in the end than before the first step."""
+    measured = [entry["eval_loss"] for entry in logged if "eval_loss" in entry]
+    if len(measured) > 1 and measured[-1] > measured[0]:
+        warnings.warn(
+            f"healing made it worse: {measured[0]:.4g} before, {measured[-1]:.4g} after (eval_loss). A fold that loses little"
+            " has little to heal: keep it as it was, or give more --max-tokens and a smaller --learning-rate."
+        )
 
 
 def _whole(model: Any) -> dict[str, Tensor]:

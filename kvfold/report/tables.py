@@ -53,10 +53,11 @@ def print_plan(plan: CachePlan, title: str) -> None:
     for layers, line in _plan_lines(plan):
         table.add_row(layers, *line)
     STDOUT.print(table)
+    over = f" over {plan.context_len:,} tokens" if plan.recent_bytes() or plan.drops_tokens else ""
     STDOUT.print(
-        f"{plan.kv_bytes_per_token():,} bytes per token ({plan.dtype}), {plan.kv_budget:.4g} of the original's"
-        f" {plan.source_kv_bytes_per_token():,}; 32,768 tokens take {plan.kv_bytes(32_768) / 1e6:,.1f} MB instead of"
-        f" {plan.source_kv_bytes(32_768) / 1e6:,.1f} MB."
+        f"{plan.kv_bytes_per_token():,} bytes per token ({plan.dtype}) instead of {plan.source_kv_bytes_per_token():,};"
+        f" {plan.kv_budget:.4g} of the original's bytes{over}; 32,768 tokens take {plan.kv_bytes(32_768) / 1e6:,.1f} MB"
+        f" instead of {plan.source_kv_bytes(32_768) / 1e6:,.1f} MB."
     )
     if any(side.format for spec in plan.owned for side in spec.sides):
         STDOUT.print(
@@ -96,6 +97,17 @@ def print_plan(plan: CachePlan, title: str) -> None:
         STDOUT.print(f"{how} {plan.position_bytes} bytes per token are the tokens' positions.")
 
 
+def print_parameters(plan: CachePlan, before: int, after: int) -> None:
+    """What a fold's weights take more, and how much cache saves as much."""
+    grown = (after - before) * plan.itemsize()
+    if grown <= 0:
+        return
+    saved = plan.source_kv_bytes_per_token() - plan.kv_bytes_per_token()
+    tokens = f", as much as the cache of {math.ceil(grown / saved):,} tokens saves" if saved > 0 else ""
+    millions = f"{after / 1e6:,.1f} million parameters instead of {before / 1e6:,.1f}"
+    STDOUT.print(f"Attention has {millions}: {grown / 1e6:,.1f} MB more{tokens}.", highlight=False)
+
+
 def _kept_tokens(plan: CachePlan) -> str:
     """Which, in words."""
     dropping = [spec.tokens for spec in plan.owned if spec.tokens is not None]
@@ -127,6 +139,8 @@ def print_capacity(found: Capacity) -> None:
         size = f"{row.bytes_per_sequence / 1e9:,.4g}"
         table.add(row.label, size, f"{row.sequences:,}", f"{row.sequences * found.context:,}")
     table.show(STDOUT)
+    if not any(row.sequences for row in found.rows):
+        STDOUT.print("Not one sequence fits beside the weights: more memory, fewer tokens, or a smaller model.")
     if found.wanted and found.needed is not None:
         need = f"a kv_budget of {found.needed:.4g}" if 0 < found.needed < 1 else "no smaller cache"
         need = need if found.needed else "more memory: the weights alone do not leave room"

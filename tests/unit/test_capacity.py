@@ -34,7 +34,7 @@ def test_a_folded_model_shows_its_own_cache(tmp_path):
     }
     plan = kvfold.compress(recipe).plan
     rows = capacity(tmp_path / "out", memory=10**8, context=100).rows
-    assert [row.label for row in rows] == ["original", "this model"]
+    assert [row.label for row in rows] == ["original's cache", "this model"]
     assert rows[1].bytes_per_sequence == plan.kv_bytes(100) and rows[0].bytes_per_sequence == plan.source_kv_bytes(100)
 
 
@@ -45,7 +45,9 @@ def test_the_command_prints_a_table_and_what_is_needed():
     assert found["context"] == 2048 and found["memory"] == 64_000_000 and "40 sequences" in done.stdout
     assert found["rows"][0]["sequences"] < 40 and found["needed"] < 1
     missing = CliRunner().invoke(app, ["inspect", str(MODEL), "--sequences", "40"])
-    assert missing.exit_code and "--memory" in str(missing.exception)
+    assert missing.exit_code and "--sequences goes with --memory" in missing.output
+    full = CliRunner().invoke(app, ["inspect", str(MODEL), "--memory", "6MB", "--verify"])
+    assert "Not one sequence fits" in full.output and "--memory" not in full.output
 
 
 def test_sizes():

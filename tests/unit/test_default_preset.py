@@ -32,6 +32,30 @@ def test_the_default_is_auto_and_keeps_the_budget(folder):
     assert "method: mixed" in (folder / "recipe.yaml").read_text()
 
 
+def test_what_is_said_of_a_fold(tmp_path):
+    quick = ["--num-samples", 8, "--seq-len", 128, "--run-dir", tmp_path / "run", "--out", tmp_path / "out"]
+    found, shown = run("compress", MODEL, "--kv-budget", "1/8", *quick)
+    before, after = found["attention_parameters"]
+    assert after > before and f"Attention has {after / 1e6:,.1f} million parameters instead of" in shown
+    share = found["kv_bytes_per_token"] / found["base_kv_bytes_per_token"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        share < found["kv_budget"] and f" | {share:.4f} |" in card and "of the original bytes over 2,048 tokens" in card
+    )
+    assert f"{found['kv_budget']:.4g} of the original's bytes over 2,048 tokens" in " ".join(shown.split())
+
+
+def test_a_text_that_nobody_reads_is_named(tmp_path):
+    with pytest.warns(UserWarning, match="needs no calibration"):
+        run("compress", MODEL, "--preset", "int4", "--data", "missing.txt", "--out", tmp_path / "out")
+
+
+def test_too_little_text_is_named(folder, tmp_path):
+    (tmp_path / "short.txt").write_text("The old man")
+    with pytest.warns(UserWarning, match="gives 3 tokens: what is measured on so few says little"):
+        run("evaluate", folder, "--against", MODEL, "--data", tmp_path / "short.txt")
+
+
 def test_an_eighth_of_the_bytes_still_writes_english(folder):
     made, _ = run("generate", folder, "--prompt", "The old man", "--max-new-tokens", 16)
     plain, _ = run("generate", MODEL, "--prompt", "The old man", "--max-new-tokens", 16)

@@ -80,7 +80,7 @@ def test_choose_a_budget(tmp_path):
 @pytest.mark.rare
 def test_fold_then_heal(tmp_path):
     options = ("--max-tokens", "8192", "--seq-len", "128", "--device", "cpu")
-    said = run(tmp_path, "bash", EXAMPLES / "fold_then_heal.sh", MODEL, TEXT, tmp_path / "healed", 2, *options)
+    said = run(tmp_path, "bash", EXAMPLES / "fold_then_heal.sh", MODEL, TEXT, TEXT, tmp_path / "healed", 2, *options)
     assert (tmp_path / "healed" / "config.json").exists() and "kl" in json.loads(said.strip().splitlines()[-1])
 
 

@@ -189,8 +189,19 @@ def test_healing_lowers_what_it_minimises(folded, fields):
     assert json.loads((folded / name / "config.json").read_text()) == json.loads(
         (folded / "folded" / "config.json").read_text()
     )
+    card = (folded / name / "README.md").read_text()
+    assert f"\n# {name}\n" in card and f'from_pretrained("{folded / name}")' in card and "## How it was healed" in card
+    if "eval_data" in fields:
+        first = json.loads((folded / name / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["step"] == 0 and first["eval_loss"] > made.final["eval_loss"]
     assert (folded / name / "loss.svg").exists() and "objective: " in (folded / name / "healing.yaml").read_text()
     assert kvfold.generate(folded / name, "the old man", max_new_tokens=4, device="cpu").new_tokens == 4
+
+
+def test_a_fold_that_healing_makes_worse_is_named(folded):
+    fields = {"eval_data": str(folded / "text.txt"), "eval_tokens": 256, "max_tokens": 320, "learning_rate": 1.0}
+    with pytest.warns(UserWarning, match="healing made it worse: .* before, .* after"):
+        kvfold.heal(healing(folded, "worse", **fields), device="cpu")
 
 
 def test_distillation_brings_the_original_back(folded):

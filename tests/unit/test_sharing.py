@@ -170,13 +170,22 @@ def test_push_measures(tmp_path, monkeypatch):
     assert f"KL {found['measured']['kl']:.5f} nats per token" in card and "On text.txt: loss change" in card
 
 
-def test_what_the_hub_does_not_take(folded, tmp_path, monkeypatch):
-    fault = HfHubHTTPError("401 Unauthorized", response=SimpleNamespace(headers={}, request=None))
+FAULTS = {
+    "401 Unauthorized": HfHubHTTPError("401 Unauthorized", response=SimpleNamespace(headers={}, request=None)),
+    "Name or service not known": type("ConnectError", (Exception,), {})("[Errno -2] Name or service not known"),
+}
+
+
+@pytest.mark.parametrize("said", FAULTS)
+def test_what_the_hub_does_not_take(folded, tmp_path, monkeypatch, said):
+    """The card stays as it was."""
+    fault = FAULTS[said]
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(tmp_path, fault))
     own = tmp_path / "own"
     shutil.copytree(folded, own)
-    with pytest.raises(OutputError, match=r"the hub did not take .*401 Unauthorized.*hf auth login"):
+    with pytest.raises(OutputError, match=rf"the hub did not take .*{said}.*hf auth login"):
         push(own, "me/model")
+    assert (own / "README.md").read_text() == (folded / "README.md").read_text()
     with pytest.raises(CheckpointError, match="is not a folded model"):
         push(folded.parent / "source", "me/model")
 

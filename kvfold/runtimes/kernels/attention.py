@@ -163,7 +163,13 @@ class RunningSoftmax:
         new = weighted(weights, values_BUsV, self.dtype)
         if self.width is not None and (beside := self.width - new.shape[-1]):
             new = F.pad(new, (beside, 0) if last else (0, beside))
-        self.out, self.largest = new if self.out is None else self.out * shrink + new, highest
+        self.largest = highest
+        if self.out is None:
+            self.out = new
+        elif torch.is_grad_enabled():
+            self.out = self.out * shrink + new
+        else:  # of a long prompt these are the largest tensors that exist
+            self.out = new.add_(self.out.mul_(shrink))
         self.total = self.total * shrink + weights.sum(-1, keepdim=True)
 
     def result(self, sinks: Tensor | None = None) -> Tensor:
