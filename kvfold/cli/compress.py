@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvfold.cli.options import (
     AllowPickle,
@@ -35,6 +35,9 @@ from kvfold.cli.options import (
 )
 from kvfold.registry import AXES
 
+if TYPE_CHECKING:
+    from kvfold.compression.compress import Folded
+
 
 def command(
     model: OptionalModel = None,
@@ -65,7 +68,6 @@ def command(
     """Fold a model: read it, calibrate, plan, and write a new folder with a smaller cache."""
     from kvfold.compression.compress import compress
     from kvfold.compression.recipe import load_recipe, make_recipe
-    from kvfold.report.tables import print_json, print_parameters, print_plan
 
     fields: dict[str, Any] = {"model": model, "out": out, "preset": preset, "kv_budget": kv_budget, "seed": seed}
     fields |= {"context_len": context, "target_kl": target_kl, "runtime": runtime, "prefer": prefer}
@@ -87,6 +89,13 @@ def command(
     made = compress(make_recipe(tree, set_ or []), allow_pickle=allow_pickle, **where)
     if given(calibration) and not made.calibrated:
         warnings.warn("this method needs no calibration: the text and what was said of it were not read.", stacklevel=1)
+    _show(made)
+
+
+def _show(made: Folded) -> None:
+    """The plan as a table for people, then one JSON line."""
+    from kvfold.report.tables import print_json, print_parameters, print_plan
+
     print_plan(made.plan, f"{made.out}")
     print_parameters(made.plan, *made.parameters)
     print_json(

@@ -7,55 +7,41 @@ import functools
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kvfold import distributed as processes
 from kvfold.architectures.base import empty_model, source_config
 from kvfold.calibration.calibrate import Statistics
-from kvfold.calibration.forgetting import SHARES, Choice, Forgetting
+from kvfold.calibration.forgetting import Choice, Forgetting
 from kvfold.calibration.material import TRAINING_TOKENS, Material, layer_group
 from kvfold.checkpoint.converted import converted
 from kvfold.checkpoint.fingerprint import fingerprint
 from kvfold.checkpoint.folder import new_folder, refuse_out, write_files
 from kvfold.checkpoint.reader import Checkpoint
 from kvfold.checkpoint.source import Source, load_plan, open_source
-from kvfold.compression.allocate import allocate, check_request, choose_layout, expected_curves, smallest_under
+from kvfold.compression.allocate import check_request, choose_layout
 from kvfold.compression.card import write_card_text
+from kvfold.compression.choose_plan import choose_plan, or_plain, warn_if_far_below
 from kvfold.compression.fold import Folds, fold, folded_config, foreseeing
-from kvfold.compression.hulls import Curves
 from kvfold.compression.prediction import Prediction
 from kvfold.compression.probe import PROBE_VERSION, Probe
 from kvfold.compression.recipe import Recipe, make_recipe, material_of, suited
 from kvfold.compression.request import Groups, Request, limits_of
-from kvfold.compression.share_tokens import Curves as TokenCurves
-from kvfold.compression.share_tokens import (
-    best_of_shares,
-    check_heads,
-    check_tokens,
-    leaves_open,
-    lost_by_shapes,
-    lost_by_tokens,
-    of_shapes,
-    share_tokens,
-)
+from kvfold.compression.share_tokens import check_heads, check_tokens, of_shapes
 from kvfold.compression.widen_mlp import SIZE, widened_size
-from kvfold.errors import BudgetError, RecipeError
+from kvfold.errors import RecipeError
 from kvfold.methods.width.base import LayerGroup
-from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.checks import check_sinks
 from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.base import runtime
 from kvfold.runtimes.transformers.load import resolve_device
 from kvfold.runtimes.transformers.modeling import empty_folded_model
 from kvfold.version import __version__
-
-PLAIN_BITS = {"method": "integer", "k_bits": 8, "v_bits": 8}
 
 
 @dataclass(frozen=True)
@@ -116,17 +102,16 @@ def compress(
         return group if request.recent_of(group.owner) else group.of_recent
 
     probe = functools.cache(functools.partial(_probe, recipe, material, statistics, request, groups))
-    plan = _plan(recipe, request, groups, probe, forgotten_LCn)
-    _warn_if_far_below(recipe, plan)
+    plan = choose_plan(recipe, request, groups, probe, forgotten_LCn)
+    warn_if_far_below(recipe, plan)
     if warning := runtime(recipe.runtime).warning(plan):
         warnings.warn(warning, stacklevel=2)
-    recipe, request, plan = _or_plain(recipe, request, plan, probe)
+    recipe, request, plan = or_plain(recipe, request, plan, probe)
     clock.lap("allocate")
     config = _config(recipe, source, plan)
     with new_folder(out, _identity(recipe, source.checkpoint, plan, statistics), overwrite=overwrite) as partial:
-        folds = _folds(request, groups, plan, forgetting)
+        folds, parameters = _folds(request, groups, plan, forgetting), _attention_parameters(source, plan)
         fold(source.checkpoint, source.arch, source.layers, plan, folds, partial, config)
-        parameters = _attention_parameters(source, plan)
         _complete(partial, recipe, source, plan, parameters)
     clock.lap("fold")
     processes.wait_for_all()
@@ -170,51 +155,6 @@ def _check_runtime(recipe: Recipe, request: Request, config: Mapping[str, Any]) 
         raise RecipeError(f"runtime {recipe.runtime!r}: {obstacle}")
 
 
-def _plan(
-    recipe: Recipe,
-    request: Request,
-    groups: Groups,
-    probe: Callable[[], Probe],
-    forgotten_LCn: Tensor | None,
-) -> CachePlan:
-    """By bytes, or the smallest that stays under the KL that the recipe names."""
-
-    @functools.cache
-    def curves() -> Curves:
-        return probe().curves() if recipe.allocate == "measured" else expected_curves(request, groups)
-
-    def plan(kv_budget: float | None) -> CachePlan:
-        length: Any = request.axes.length
-        if not length.drops:
-            return shaped(request, kv_budget)
-        if not leaves_open(request):
-            return dropping(shaped(*of_shapes(request, kv_budget)), length, kv_budget)
-        assert kv_budget is not None and forgotten_LCn is not None, "check_tokens was asked"
-        budget, nats_LCn = kv_budget, forgotten_LCn
-        return best_of_shares(
-            lambda kept: dropping(
-                shaped(dataclasses.replace(request, kept=kept), budget), dataclasses.replace(length, kept=kept), None
-            ),
-            lambda made: lost_by_shapes(made, request.parts, curves()),
-            lambda made: lost_by_tokens(made, _token_curves(made, nats_LCn), SHARES),
-        )
-
-    def dropping(made: CachePlan, length: Any, kv_budget: float | None) -> CachePlan:
-        weighed = None if forgotten_LCn is None else _token_curves(made, forgotten_LCn)
-        return share_tokens(made, length, kv_budget, weighed, SHARES)
-
-    def shaped(request: Request, kv_budget: float | None) -> CachePlan:
-        made = allocate(request, kv_budget=kv_budget, strategy=recipe.allocate, curves=curves)
-        if recipe.allocate == "measured" or not made.predicts:
-            return made
-        left = functools.cache(lambda: expected_curves(request, Prediction(groups, made, request.axes.width).group))
-        return allocate(request, kv_budget=kv_budget, strategy=recipe.allocate, curves=left)
-
-    if recipe.target_kl is None:
-        return plan(recipe.kv_budget)
-    return smallest_under(recipe.target_kl, plan, lambda made: probe().kl_of(made))
-
-
 def _folds(request: Request, groups: Groups, plan: CachePlan, forgetting: Forgetting | None) -> Folds:
     """How the plan's layers are folded."""
     folds = Prediction(groups, plan, request.axes.width).folded
@@ -231,43 +171,6 @@ def _forgetting(material: Material, length: Any) -> tuple[Forgetting | None, Ten
     if length.competes:
         return found, found.missed_LCn
     return found, found.nats_LCn(length.recall) if length.weighs_heads else None
-
-
-def _token_curves(plan: CachePlan, nats_LCn: Tensor) -> TokenCurves:
-    """What forgetting costs each stored head: in sum over the heads and layers that read it."""
-
-    def curves(owner: int, spec: CacheSpec) -> Tensor:
-        of_heads = torch.stack([nats_LCn[layer] for layer in plan.readers(owner)]).sum(0)
-        return of_heads.unflatten(0, (spec.num_kv_heads, -1)).sum(1)
-
-    return curves
-
-
-def _or_plain(
-    recipe: Recipe, request: Request, plan: CachePlan, probe: Callable[[], Probe]
-) -> tuple[Recipe, Request, CachePlan]:
-    """The plain cache in 8 bits where bits are shared out by measured distortion, the budget allows it, and it loses less:
-    with much to spend, what is left to lose is the rounding of folded weights, and its weights are the original ones."""
-    shares = any(target is not None for target in request.targets)
-    if recipe.allocate == "uniform" or not request.axes.bits.by_spectrum or recipe.kv_budget is None or shares:
-        return recipe, request, plan
-    simple = dataclasses.replace(
-        recipe, width={"method": "identity"}, bits=PLAIN_BITS, length={"method": "identity"}, allocate="uniform"
-    )
-    asked = dataclasses.replace(request, axes=simple.axes, kept=1.0)  # which drops no tokens
-    try:
-        plain = allocate(asked, kv_budget=recipe.kv_budget, strategy="uniform", curves=dict)
-    except BudgetError:
-        return recipe, request, plan
-    measured, lost = probe().kl_of(plan), probe().kl_of(plain, asked.axes.width)
-    if measured <= lost:
-        return recipe, request, plan
-    warnings.warn(
-        f"the plain cache in 8 bits ({plain.kv_budget:.3g} of the bytes) loses less (KL {lost:.2g}) than what the recipe"
-        f" makes of this budget ({measured:.2g}), and is taken instead.",
-        stacklevel=3,
-    )
-    return simple, asked, plain
 
 
 def _probe(
@@ -331,16 +234,6 @@ def _attention_parameters(source: Source, plan: CachePlan) -> tuple[int, int]:
         sum(p.numel() for name, p in model.named_parameters() if name.startswith(prefixes)) for model in (stock, folded)
     )
     return before, after
-
-
-def _warn_if_far_below(recipe: Recipe, plan: CachePlan) -> None:
-    if recipe.kv_budget is not None and plan.kv_budget < 0.95 * recipe.kv_budget:
-        warnings.warn(
-            f"kv_budget {recipe.kv_budget:.4g} was asked for and {plan.kv_budget:.4g} is used: the method"
-            f" {recipe.width['method']!r} has no size in between with these fields. Others, or --set allocate=greedy, may"
-            " come nearer.",
-            stacklevel=3,
-        )
 
 
 class _Clock:

@@ -46,7 +46,7 @@ def test_the_command_prints_a_table_and_what_is_needed():
     assert found["rows"][0]["sequences"] < 40 and found["needed"] < 1
     missing = CliRunner().invoke(app, ["inspect", str(MODEL), "--sequences", "40"])
     assert missing.exit_code and "--sequences goes with --memory" in missing.output
-    full = CliRunner().invoke(app, ["inspect", str(MODEL), "--memory", "6MB", "--verify"])
+    full = CliRunner().invoke(app, ["inspect", str(MODEL), "--memory", "6MB"])
     assert "Not one sequence fits" in full.output and "--memory" not in full.output
 
 
