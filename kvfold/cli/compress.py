@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from kvfold.cli.options import (
@@ -33,6 +32,7 @@ from kvfold.cli.options import (
     given,
     integers,
 )
+from kvfold.progress import STDERR
 from kvfold.registry import AXES
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def command(
     where: dict[str, Any] = {"run_dir": run_dir, "overwrite": overwrite, "device": device}
     made = compress(make_recipe(tree, set_ or []), allow_pickle=allow_pickle, **where)
     if given(calibration) and not made.calibrated:
-        warnings.warn("this method needs no calibration: the text and what was said of it were not read.", stacklevel=1)
+        STDERR.print("This method needs no calibration: the text and what was said of it were not read.")
     _show(made)
 
 
