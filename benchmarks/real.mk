@@ -55,8 +55,9 @@ results-real-depth: $(VENV)/installed
 
 # Tasks on local files, of the default at a quarter and an eighth and of int4_rotated: make results-real-tasks TASKS="eval/*.jsonl eval/mmlu"
 TASKS ?= $(error give TASKS="FILE ...", files of kvfold evaluate --tasks)
-runs/auto-quarter runs/auto-eighth runs/speed-eighth: | $(VENV)/installed
-	$(BIN)/kvfold compress $(REAL) --kv-budget $(if $(findstring quarter,$@),1/4,1/8) $(if $(findstring speed,$@),--prefer speed) \
+FOLDS := $(addprefix runs/auto-,quarter eighth sixteenth) $(addprefix runs/speed-,quarter eighth)
+$(FOLDS): | $(VENV)/installed
+	$(BIN)/kvfold compress $(REAL) --kv-budget $(if $(findstring quarter,$@),1/4,$(if $(findstring eighth,$@),1/8,1/16)) $(if $(findstring speed,$@),--prefer speed) \
 	  --data $(CALIBRATION) --out $@ --run-dir runs/real-run
 runs/int4-rotated: | $(VENV)/installed
 	$(BIN)/kvfold compress $(REAL) --preset int4_rotated --out $@ --run-dir runs/real-run
@@ -140,15 +141,13 @@ results-read-some: $(VENV)/installed
 	$(BIN)/kvfold bench --shape llama3-8b --layers 2 --dtype bfloat16 $(DECODE) --batch 4 --context 16384 --steps 10 --preset $(LEAD) \
 	  --preset $(LEAD),length.share=0.0625 --preset quest --markdown results/decode-step-read-some.md
 
-# What a step takes beside the original, of folds of results-real-auto and results-real-frontier, on a quiet machine
-SPEEDS := $(addprefix runs/real-auto/auto-,0.25 0.125 0.0625) runs/real-frontier/int4_rotated-kv_budget=null-0.5
-PREFERRED := $(addprefix runs/real-auto/auto-prefer=speed-,0.25 0.125)
-ON_TWO_CORES := --against $(REAL) --context 2048 --dtype bfloat16
-results-real-speed: $(VENV)/installed
+# What a step takes beside the original, on a quiet machine
+SPEEDS := runs/auto-quarter runs/auto-eighth runs/auto-sixteenth runs/int4-rotated
+PREFERRED := runs/speed-quarter runs/speed-eighth
+results-real-speed: $(SPEEDS) $(PREFERRED)
 	for batch in 1 8; do \
-	  $(BIN)/kvfold bench $(SPEEDS) $(ON_TWO_CORES) --batch $$batch --markdown results/real-speed-batch-$$batch.md || exit 1; \
-	  $(BIN)/kvfold bench $(PREFERRED) $(ON_TWO_CORES) --batch $$batch --prefills 1 \
-	    --markdown results/real-speed-prefer-batch-$$batch.md || exit 1; done
+	  $(BIN)/kvfold bench $(SPEEDS) $(PREFERRED) --against $(REAL) --context 2048 --dtype bfloat16 --batch $$batch --prefills 1 \
+	    --markdown results/real-speed-batch-$$batch.md || exit 1; done
 
 # Under vLLM (the environment of make test-vllm): tokens per second where the original's cache holds one request and a quarter, and
 # steps where all fit, compiled as `vllm serve` does: make results-real-vllm CALIBRATION=..., in 35 minutes and the folds' on a quiet machine

@@ -100,12 +100,15 @@ results-autoencoder: $(VENV)/installed
 	  --seq-len 256 --eval-data $(VALID) --eval-data $(SHIFTED) --max-tokens 16384 --out runs/autoencoder-$(notdir $(MODEL))
 	cp runs/autoencoder-$(notdir $(MODEL))/table.md results/autoencoder-$(notdir $(MODEL)).md
 
-# A decode step of two layers of Llama-2-7B's shape at a quarter: latents that queries meet as they lie, and keys rebuilt on
-# read, from one latent per layer and from one per four heads
+# A decode step of two layers of Llama's shapes at a quarter and an eighth: latents that queries meet as they lie, and keys rebuilt on
+# read, from one latent per layer and from one per four heads (of Llama-3-8B per two, of eight), on a quiet machine
+BY_GROUP = small:kv_budget=$(1),width.latent=group,width.group_size=$(2)
+ON_READ = auto:kv_budget=$(1),prefer=speed auto:kv_budget=$(1) $(call BY_GROUP,$(1),$(2)) small:kv_budget=$(1)
 results-on-read: $(VENV)/installed
-	$(BIN)/kvfold bench $(SHAPE) --steps 4 --preset fast:kv_budget=0.25 --preset auto:kv_budget=0.25,prefer=speed --preset small:kv_budget=0.25 \
-	  --preset small:kv_budget=0.25,width.latent=group,width.group_size=4 --preset auto:kv_budget=0.25 \
+	$(BIN)/kvfold bench $(SHAPE) --steps 4 $(addprefix --preset ,fast:kv_budget=0.25 $(call ON_READ,0.25,4) $(call ON_READ,0.125,4)) \
 	  --markdown results/decode-step-on-read.md
+	$(BIN)/kvfold bench $(subst llama2-7b,llama3-8b,$(SHAPE)) --steps 4 $(addprefix --preset ,$(call ON_READ,0.25,2) $(call ON_READ,0.125,2)) \
+	  --markdown results/decode-step-on-read-llama3-8b.md
 
 # What exports to DeepSeek's class lose: make results-mla-export VALID=... CALIBRATION=... SCRATCH=/with/3GB
 results-mla-export: $(VENV)/installed
