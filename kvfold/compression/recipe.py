@@ -29,6 +29,8 @@ ALLOCATIONS = ("uniform", "greedy", "measured")
 PREFERENCES = {"size": "on_read", "speed": "applied"}
 """What to prefer -> how keys are stored; without it banded where a method has both, of what layers below store the leading
 numbers."""
+LITTLE = 1 / 8
+"""Share of the bytes that a method is chosen for where a KL is asked for instead of one."""
 WHAT = ("depth", "width", "bits")
 """Axes that say what a cache is made of; naming a method of one leaves the default preset aside."""
 
@@ -237,7 +239,7 @@ def suited(recipe: Recipe, layers: Sequence[AttentionLayer]) -> Recipe:
         recipe = dataclasses.replace(recipe, length={"method": "identity"})
     named = recipe.preset is None or find_preset(recipe.preset).fragment.get("width") != recipe.width
     named |= recipe.method("length").drops  # which asks for one latent per layer
-    other = recipe.method("width").instead(layers, recipe.kv_budget or 1.0, named=named)
+    other = recipe.method("width").instead(layers, recipe.kv_budget or LITTLE, named=named)
     return recipe if other is None else dataclasses.replace(recipe, width=other)
 
 

@@ -50,6 +50,7 @@ CASES = {
         (LATENT, {}),
         (LATENT | {"rope": "on_read"}, {}),
         ({"method": "mla", "multiple": 4}, {}),
+        ({"method": "mla", "multiple": 4, "below": 0, "group_size": 1}, {}),
         ({"method": "logit"}, {"tiers": 2, "least": 2}),
     ],
 }

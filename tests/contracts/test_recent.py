@@ -20,6 +20,7 @@ from kvfold.testing import assert_close, relative_rms
 MIXED = {"method": "mixed", "multiple": 4}
 FORMS = {
     "mla-mixed": ({"method": "mla", "multiple": 4}, MIXED),
+    "mla_groups-mixed": ({"method": "mla", "multiple": 4, "below": 0, "group_size": 1}, MIXED),
     "on_read-mixed": ({"method": "fisher", "multiple": 4, "rope": "on_read"}, MIXED),
     "banded-mixed": ({"method": "fisher", "multiple": 4, "rope": "banded"}, MIXED),
     "applied-mixed": ({"method": "fisher", "multiple": 4}, MIXED),

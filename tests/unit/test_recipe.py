@@ -150,10 +150,33 @@ def test_the_default_suits_a_model():
     assert suited(default, layers_of("llama2-7b")).width == group | {"group_size": 4}
     assert suited(default, layers_of("pythia-160m")).width == group | {"group_size": 4}
     odd = [dataclasses.replace(layer, num_attention_heads=15) for layer in layers_of("llama2-7b", 15)]
-    assert suited(default, odd).width["group_size"] == 3
-    assert suited(default, layers_of("llama2-7b", 8)) == default
+    assert suited(default, odd).width["group_size"] == 5
+    ten = [dataclasses.replace(layer, num_attention_heads=10) for layer in layers_of("llama2-7b", 10)]
+    assert suited(default, ten).width["group_size"] == 5
     few = [dataclasses.replace(layer, num_attention_heads=4) for layer in layers_of("pythia-160m", 4)]
-    assert suited(default, few) == default
+    assert suited(default, few) == default == suited(default, layers_of("llama2-7b", 4))
+
+
+def test_the_default_suits_a_budget():
+    """Of shared heads: keys and values apart where much is kept, joint latents below, all rebuilt where little is."""
+    auto = make_recipe(BASE | {"preset": "auto"})
+    few, many = layers_of("llama2-7b", 4), layers_of("llama2-7b", 8)
+
+    def width(budget, layers, **fields):
+        return suited(make_recipe(BASE | {"preset": "auto", "kv_budget": budget} | fields), layers).width
+
+    apart, groups = {"method": "fisher", "rope": "banded"}, {"latent": "group", "v_latent": "group", "group_size": 4}
+    assert width("1/4", few) == apart and width("1/4", many) == apart | groups
+    assert width("1/5", few) == auto.width and width("1/5", many) == {"method": "mla", "group_size": 4, "below": 0}
+    assert width("1/16", few) == width("1/16", many) == {"method": "mla", "rope": "on_read"}
+    assert (
+        width("1/2", many, prefer="size")["method"] == "mla" and width("1/2", many, prefer="speed")["rope"] == "applied"
+    )
+    assert width("1/2", many, length={"method": "recency", "kept": 0.5}) == auto.width
+    wide = layers_of("llama2-7b", 16)
+    assert width("1/5", wide) == apart | groups and width("1/16", wide)["latent"] == "group"
+    aimed = make_recipe(BASE | {"preset": "auto", "kv_budget": None, "target_kl": 0.01})
+    assert suited(aimed, few).width == auto.width
 
 
 @pytest.mark.parametrize("kv_heads", [8, 16])

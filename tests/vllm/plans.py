@@ -33,6 +33,13 @@ PACKED = (
             "kv_budget": 0.15,
             "length": {"method": "recent", "tokens": 16},
         },
+        "joint_groups": {
+            "width": {"method": "mla", "multiple": 4, "below": 0, "group_size": 2},
+            "bits": {"method": "mixed", "multiple": 4},
+            "allocate": "greedy",
+            "kv_budget": 0.15,
+            "length": {"method": "recent", "tokens": 16},
+        },
         "shared_int4": {
             "preset": "mlkv",
             "depth": {"owners": 2},
@@ -48,7 +55,7 @@ PACKED = (
         },
     }
     | {
-        f"{family}_auto": {"model": family, "preset": "auto", "kv_budget": 1 / 4}
+        f"{family}_auto": {"model": family, "preset": "auto", "kv_budget": 1 / 6}
         for family in (
             "qwen3_norm_window",
             "gemma2_softcap",
@@ -61,11 +68,13 @@ PACKED = (
             "mixtral_experts",
         )
     }
+    | {"qwen3_quarter": {"model": "qwen3_norm_window", "preset": "auto", "kv_budget": 1 / 4}}
     | {"mistral_window_int4": {"model": "mistral_window", "preset": "int4"}}
 )
 """In pages of bytes: the default and its fast form, packed heads and float8, numbers as they are with keys rebuilt on read, a
-layer that is kept, heads of keys unlike those of values; norms on keys, windows, capped scores, alibi, neighbours that are
-rotated together, layers without rotation, experts, models of transformers'."""
+layer that is kept, heads of keys unlike those of values, latents of groups of heads, and of keys and values apart; norms on
+keys, windows, capped scores, alibi, neighbours that are rotated together, layers without rotation, experts, models of
+transformers'."""
 PLANS |= PACKED
 CHANGES = {
     "odd_heads": {},

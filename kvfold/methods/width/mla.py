@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from kvfold.errors import RecipeError
@@ -16,7 +17,7 @@ from kvfold.linalg.reduced_rank import Latents, Term, distortions, energy, solve
 from kvfold.linalg.sensitivity import METRIC, TOKENS, WEIGHTED, sensitivities
 from kvfold.methods.low_rank import fuse_keys, latent_widths, restore_mean, store_values
 from kvfold.methods.width.base import LayerGroup, PredictedWidth, plain_spec
-from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.cache_spec import CacheSpec, divisors
 from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.number_format import StoredShape
@@ -30,9 +31,12 @@ some after it saves costs too much there (docs/log.md)."""
 RECENT_LEADING = {"banded": 16, "on_read": 256}
 """Of recent tokens, how many numbers of each layer below say something of a layer: where steps are to be fast few, since they
 are read again; from an eighth of the bytes on more save nothing (docs/log.md)."""
+LEAST_APART = 1 / 4
+"""Share of the bytes from which on keys and values have latents of their own where nothing says how: they lose less there,
+and queries meet half as many numbers (docs/log.md)."""
 GROUP = 4
-"""Heads whose keys share a latent, and whose values do, where every query head has its own: in Llama-2-7B's shape a step is
-faster than the original's so, and takes twice its time with one latent for all (docs/log.md)."""
+"""About so many heads share a latent where steps are to be no slower than the original's, as which they are in the shapes of
+Llama-2-7B and Llama-3-8B; with one latent for all of a layer they take up to twice as long (docs/log.md)."""
 WIDEST = 2048
 """Numbers of keys and values of a layer up to which they share a latent. Beyond, which is multi-head attention of large
 models, solving for it would take hours: eight times what keys and values take apart."""
@@ -43,8 +47,9 @@ class Mla(PredictedWidth):
     """Keys before rotation and values of a layer are linear maps of the same hidden state, so that one latent of both says
     more per number than two. Errors count in nats, as in `fisher`; keys are rebuilt on read.
 
-    Layers of more than WIDEST numbers are left to `fisher`; so are, where nobody asked for `mla`, those whose query heads
-    have a key head each: queries of all heads would meet the whole of one latent.
+    Layers of more than WIDEST numbers are left to `fisher`; so are, where nobody asked for `mla`, from LEAST_APART of the
+    bytes on all layers, and those whose query heads have a key head each: queries of all heads would meet the whole of one
+    latent. Of layers with more than GROUP key heads groups have latents, down to LEAST_BANDED.
 
     rope: `on_read` stores what comes of keys before rotation; `banded` after it where angles change fast, as in `fisher`.
         Without it banded from LEAST_BANDED of the bytes on.
@@ -55,6 +60,8 @@ class Mla(PredictedWidth):
         `leading` as many as leave a step fewer numbers to read than the original has (`compression/request.py`); without
         `recent_leading` as many as RECENT_LEADING says.
     kv_heads: as many numbers as so many source heads of keys and of values; 0 leaves the choice to the budget.
+    group_size: neighbouring source heads whose keys and values share a latent; 0 for all. What layers below say goes with
+        one latent only.
     multiple: stored widths are multiples of this.
     """
 
@@ -67,15 +74,23 @@ class Mla(PredictedWidth):
     leading: int | None = None  # type: ignore[assignment]
     recent_leading: int | None = None
     kv_heads: int = 0
+    group_size: int = 0
     multiple: int = 8
 
     def __post_init__(self) -> None:
         if self.rope is not None and self.rope not in ROPES:
             raise RecipeError(f"width.rope = {self.rope!r}; choose 'on_read' or 'banded'.")
-        if self.multiple < 1 or min(self.kv_heads, self.below, self.leading or 0, self.recent_leading or 0) < 0:
+        if (
+            self.multiple < 1
+            or min(self.kv_heads, self.group_size, self.below, self.leading or 0, self.recent_leading or 0) < 0
+        ):
             raise RecipeError(
-                "width.multiple must be at least 1, width.kv_heads, width.below, width.leading and width.recent_leading at"
-                " least 0."
+                "width.multiple must be at least 1, width.kv_heads, width.group_size, width.below, width.leading and"
+                " width.recent_leading at least 0."
+            )
+        if self.group_size and self.below:
+            raise RecipeError(
+                "width.group_size: latents of several groups are not predicted by layers below; set width.below=0."
             )
 
     @property
@@ -104,15 +119,18 @@ class Mla(PredictedWidth):
         return self.rope != "on_read"
 
     def instead(self, layers: Sequence[AttentionLayer], kv_budget: float, *, named: bool) -> dict[str, Any] | None:
-        if not named and all(layer.num_attention_heads == layer.num_kv_heads > GROUP for layer in layers):
-            groups = {"latent": "group", "v_latent": "group", "group_size": _group(layers)}
-            return {"method": "fisher", "rope": "banded"} | groups
+        banded = {"method": "fisher", "rope": "banded"}
+        few, size = max(layer.num_kv_heads for layer in layers) <= GROUP, _group(layers)
+        groups = {} if few else {"latent": "group", "v_latent": "group", "group_size": size}
+        multi_head = all(layer.num_attention_heads == layer.num_kv_heads > GROUP for layer in layers)
+        if not named and (multi_head or kv_budget >= LEAST_APART):
+            return banded | groups
         if max(2 * layer.num_kv_heads * layer.head_dim for layer in layers) > WIDEST:
-            return {"method": "fisher", "rope": "banded" if self._banded else "on_read"}
+            return banded | ({} if named else groups) | {"rope": "banded" if self._banded else "on_read"}
         if self.rope is None and kv_budget < LEAST_BANDED:
             own = {name: value for name, value in vars(self).items() if value != getattr(type(self), name)}
             return {"method": "mla", **own, "rope": "on_read"}
-        return None
+        return None if named or few else {"method": "mla", "group_size": size, "below": 0}
 
     def key_shapes(self, layer: AttentionLayer, layers: int = 1) -> list[StoredShape]:
         if layers > 1:
@@ -121,10 +139,22 @@ class Mla(PredictedWidth):
             raise RecipeError(
                 f"width.kv_heads = {self.kv_heads}, but layer {layer.index} has {layer.num_kv_heads} key/value heads."
             )
+        heads = self._heads(layer)
         if self.kv_heads:
-            return [StoredShape(1, 2 * self.kv_heads * layer.head_dim)]
-        limit = 2 * layer.num_kv_heads * layer.head_dim
-        return [StoredShape(1, width) for width in latent_widths(limit, self.multiple)]
+            return [StoredShape(heads, 2 * self.kv_heads * layer.head_dim // heads)]
+        limit = 2 * layer.num_kv_heads * layer.head_dim // heads
+        return [StoredShape(heads, width) for width in latent_widths(limit, self.multiple)]
+
+    def _heads(self, layer: AttentionLayer) -> int:
+        """Latents of a layer."""
+        if not self.group_size:
+            return 1
+        if layer.num_kv_heads % self.group_size:
+            raise RecipeError(
+                f"width.group_size = {self.group_size} does not divide the {layer.num_kv_heads} key/value heads of layer"
+                f" {layer.index}; choose one of {divisors(layer.num_kv_heads)}."
+            )
+        return layer.num_kv_heads // self.group_size
 
     def key_distortion(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
         return distortions(lambda position: self._term(group), 1, shapes)
@@ -155,50 +185,64 @@ class Mla(PredictedWidth):
         )
 
     def from_latents(self, group: LayerGroup, spec: CacheSpec, latents: Latents) -> FoldedWeights:
-        layer, weights, mean_F = group.owner, group.weights(0), group.moments(0)[WEIGHTED + self.part].mean_F
-        back_1FR, half = latents.back(0), len(mean_F) // 2
+        layer, weights, mean_CF = group.owner, group.weights(0), self._mean(group)
+        back_CFR, half = latents.back(0), mean_CF.shape[1] // 2
         folded = FoldedWeights.of(
             weights,
             k_a_proj=latents.a_CRF[:, :, :half],
-            k_b_proj=back_1FR[:, :half],
-            v_b_proj=back_1FR[:, half:],
-            k_b_bias=mean_F[None, :half] if spec.k_offset else None,
+            k_b_proj=back_CFR[:, :half],
+            v_b_proj=back_CFR[:, half:],
+            k_b_bias=mean_CF[:, :half] if spec.k_offset else None,
         )
         folded = store_values(folded, latents.a_CRF[:, :, half:])
         assert latents.centre_CR is not None, "latents are stored without their mean"
         folded = _joined(layer, folded, spec, latents.centre_CR)
-        return restore_mean(folded, mean_F[half:].unflatten(0, (layer.num_kv_heads, -1)))
+        return restore_mean(folded, mean_CF[:, half:].reshape(layer.num_kv_heads, -1))
 
     def latents(self, group: LayerGroup, spec: CacheSpec) -> Latents:
         term = self._term(group)
-        latents = solve(lambda position: term, 1, 1, spec.head_dim)
+        latents = solve(lambda position: term, 1, spec.num_kv_heads, spec.head_dim)
         if spec.k_bits is not None:
             latents = arranged(latents, lambda position: term, 1, term.second_FF, spec.k_bits)
-        return centred(latents, group.moments(0)[WEIGHTED + self.part].mean_F)
+        return centred(latents, self._mean(group).flatten())
 
     def _term(self, group: LayerGroup) -> Term:
-        moments = group.moments(0)
-        covariance_FF = moments[WEIGHTED + self.part].covariance_FF
-        return Term(covariance_FF, covariance_FF, BlockDiagonal(moments[METRIC + self.part].second_FF))
+        moments, order_F = group.moments(0), self._order(group.owner)
+        covariance_FF, metric = moments[WEIGHTED + self.part].covariance_FF, moments[METRIC + self.part].second_FF
+        if order_F is None:
+            return Term(covariance_FF, covariance_FF, BlockDiagonal(metric))
+        covariance_FF = covariance_FF[order_F][:, order_F]
+        return Term(covariance_FF, covariance_FF, BlockDiagonal(torch.block_diag(*metric)[order_F][:, order_F][None]))
+
+    def _mean(self, group: LayerGroup) -> Tensor:
+        """[C, F/C]: of the keys and then the values of each group of heads."""
+        mean_F, order_F = group.moments(0)[WEIGHTED + self.part].mean_F, self._order(group.owner)
+        return (mean_F if order_F is None else mean_F[order_F]).unflatten(0, (self._heads(group.owner), -1))
+
+    def _order(self, layer: AttentionLayer) -> Tensor | None:
+        """Keys of all heads, then values -> group by group, keys first; None where there is one group."""
+        if (heads := self._heads(layer)) == 1:
+            return None
+        return torch.arange(2 * layer.num_kv_heads * layer.head_dim).view(2, heads, -1).transpose(0, 1).flatten()
 
 
 def _group(layers: Sequence[AttentionLayer]) -> int:
-    """The most heads, up to GROUP, by which those of all layers can be shared out."""
+    """How many heads share a latent: by as many as those of all layers can be shared out, nearest to GROUP."""
     heads = math.gcd(*(layer.num_kv_heads for layer in layers))
-    return max(size for size in range(1, GROUP + 1) if heads % size == 0)
+    return min(divisors(heads), key=lambda size: abs(math.log(size / GROUP)))
 
 
-def _joined(layer: AttentionLayer, folded: FoldedWeights, spec: CacheSpec, centre_1R: Tensor) -> FoldedWeights:
+def _joined(layer: AttentionLayer, folded: FoldedWeights, spec: CacheSpec, centre_CR: Tensor) -> FoldedWeights:
     """What keys and what values add to the latent: one projection, unless keys are normalised or rotated before."""
     if meets_keys(layer, spec):
-        return dataclasses.replace(folded, k_a_bias=-centre_1R)
+        return dataclasses.replace(folded, k_a_bias=-centre_CR)
     folded = fuse_keys(layer, folded, spec)
     biases = [bias for bias in (folded.k_bias, folded.v_bias) if bias is not None]
     assert folded.k_proj is not None and folded.v_proj is not None, "the layer owns its cache"
     return dataclasses.replace(
         folded,
         k_proj=folded.k_proj + folded.v_proj,
-        k_bias=sum(biases, -centre_1R.flatten()),
+        k_bias=sum(biases, -centre_CR.flatten()),
         v_proj=None,
         v_bias=None,
     )
