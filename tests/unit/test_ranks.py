@@ -25,6 +25,10 @@ SPECS = {
         num_kv_heads=1, head_dim=20, num_v_heads=1, v_head_dim=20, rope="on_read", fast_pairs=1, shared_latent=True,
         k_projection=True, v_projection=True, k_offset=True, stored_bias=True, output_bias=True,
     ),
+    "latents of groups": CacheSpec(
+        num_kv_heads=2, head_dim=11, num_v_heads=2, v_head_dim=11, rope="on_read", fast_pairs=1, shared_latent=True,
+        k_projection=True, v_projection=True, k_offset=True, stored_bias=True, output_bias=True,
+    ),
     "groups and one latent": CacheSpec(
         num_kv_heads=2, head_dim=9, num_v_heads=1, v_head_dim=15, k_projection=True, v_projection=True, stored_bias=True
     ),
