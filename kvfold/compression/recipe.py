@@ -20,6 +20,7 @@ from kvfold.checkpoint.source import Source
 from kvfold.compression.presets import find_preset
 from kvfold.compression.request import Axes
 from kvfold.errors import RecipeError
+from kvfold.methods.width.base import groups_of
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.plan import BUDGET_CONTEXT
 from kvfold.plan.typed import misfits, shortened
@@ -237,6 +238,8 @@ def suited(recipe: Recipe, layers: Sequence[AttentionLayer]) -> Recipe:
             "keys that are rotated in part have no finer form after rotation: recent tokens stay as all others."
         )
         recipe = dataclasses.replace(recipe, length={"method": "identity"})
+    if recipe.prefer == "speed" and recipe.width == {"method": "fisher", "rope": PREFERENCES["speed"]}:
+        return dataclasses.replace(recipe, width=recipe.width | groups_of(layers))
     named = recipe.preset is None or find_preset(recipe.preset).fragment.get("width") != recipe.width
     named |= recipe.method("length").drops  # which asks for one latent per layer
     other = recipe.method("width").instead(layers, recipe.kv_budget or LITTLE, named=named)

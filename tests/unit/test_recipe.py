@@ -169,9 +169,11 @@ def test_the_default_suits_a_budget():
     assert width("1/4", few) == apart and width("1/4", many) == apart | groups
     assert width("1/5", few) == auto.width and width("1/5", many) == {"method": "mla", "group_size": 4, "below": 0}
     assert width("1/16", few) == width("1/16", many) == {"method": "mla", "rope": "on_read"}
-    assert (
-        width("1/2", many, prefer="size")["method"] == "mla" and width("1/2", many, prefer="speed")["rope"] == "applied"
-    )
+    assert width("1/2", many, prefer="size")["method"] == "mla"
+    applied = {"method": "fisher", "rope": "applied"}
+    assert width("1/8", few, prefer="speed") == applied and width("1/8", many, prefer="speed") == applied | groups
+    coarse = make_recipe(BASE | {"preset": "auto", "prefer": "speed"}, ["width.multiple=16"])
+    assert suited(coarse, many).width == applied | {"multiple": 16}
     assert width("1/2", many, length={"method": "recency", "kept": 0.5}) == auto.width
     wide = layers_of("llama2-7b", 16)
     assert width("1/5", wide) == apart | groups and width("1/16", wide)["latent"] == "group"

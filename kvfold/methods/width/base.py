@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,14 @@ from torch import Tensor
 from kvfold.linalg.eigen import Moment
 from kvfold.linalg.reduced_rank import Latents
 from kvfold.linalg.sensitivity import RECENT
-from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.cache_spec import CacheSpec, divisors
 from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
 from kvfold.plan.number_format import StoredShape
+
+GROUP = 4
+"""About so many heads share a latent where steps are to be no slower than the original's, as which they are in the shapes of
+Llama-2-7B and Llama-3-8B; with one latent for all of a layer they take up to twice as long (docs/log.md)."""
 
 
 class Tokens(NamedTuple):
@@ -181,6 +186,15 @@ CONTRACT = WidthMethod
 def method_name(method: WidthMethod) -> str:
     """Its name in recipes: that of its file."""
     return type(method).__module__.rpartition(".")[2]
+
+
+def groups_of(layers: Sequence[AttentionLayer]) -> dict[str, Any]:
+    """Fields of a low-rank method by which heads share latents in groups where layers have more than GROUP of them: by as
+    many as those of all layers can be shared out, nearest to GROUP."""
+    if max(layer.num_kv_heads for layer in layers) <= GROUP:
+        return {}
+    sizes = divisors(math.gcd(*(layer.num_kv_heads for layer in layers)))
+    return {"latent": "group", "v_latent": "group", "group_size": min(sizes, key=lambda n: abs(math.log(n / GROUP)))}
 
 
 def rope_of(layer: AttentionLayer) -> str:

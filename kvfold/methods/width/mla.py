@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -16,7 +15,7 @@ from kvfold.linalg.quantization_basis import arranged, centred
 from kvfold.linalg.reduced_rank import Latents, Term, distortions, energy, solve, spectrum
 from kvfold.linalg.sensitivity import METRIC, TOKENS, WEIGHTED, sensitivities
 from kvfold.methods.low_rank import fuse_keys, latent_widths, restore_mean, store_values
-from kvfold.methods.width.base import LayerGroup, PredictedWidth, plain_spec
+from kvfold.methods.width.base import LayerGroup, PredictedWidth, groups_of, plain_spec
 from kvfold.plan.cache_spec import CacheSpec, divisors
 from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.plan.layer import AttentionLayer
@@ -34,9 +33,6 @@ are read again; from an eighth of the bytes on more save nothing (docs/log.md)."
 LEAST_APART = 1 / 4
 """Share of the bytes from which on keys and values have latents of their own where nothing says how: they lose less there,
 and queries meet half as many numbers (docs/log.md)."""
-GROUP = 4
-"""About so many heads share a latent where steps are to be no slower than the original's, as which they are in the shapes of
-Llama-2-7B and Llama-3-8B; with one latent for all of a layer they take up to twice as long (docs/log.md)."""
 WIDEST = 2048
 """Numbers of keys and values of a layer up to which they share a latent. Beyond, which is multi-head attention of large
 models, solving for it would take hours: eight times what keys and values take apart."""
@@ -49,7 +45,7 @@ class Mla(PredictedWidth):
 
     Layers of more than WIDEST numbers are left to `fisher`; so are, where nobody asked for `mla`, from LEAST_APART of the
     bytes on all layers, and those whose query heads have a key head each: queries of all heads would meet the whole of one
-    latent. Of layers with more than GROUP key heads groups have latents, down to LEAST_BANDED.
+    latent. Of layers with many key heads groups have latents (`groups_of`), down to LEAST_BANDED.
 
     rope: `on_read` stores what comes of keys before rotation; `banded` after it where angles change fast, as in `fisher`.
         Without it banded from LEAST_BANDED of the bytes on.
@@ -120,9 +116,8 @@ class Mla(PredictedWidth):
 
     def instead(self, layers: Sequence[AttentionLayer], kv_budget: float, *, named: bool) -> dict[str, Any] | None:
         banded = {"method": "fisher", "rope": "banded"}
-        few, size = max(layer.num_kv_heads for layer in layers) <= GROUP, _group(layers)
-        groups = {} if few else {"latent": "group", "v_latent": "group", "group_size": size}
-        multi_head = all(layer.num_attention_heads == layer.num_kv_heads > GROUP for layer in layers)
+        groups = groups_of(layers)
+        multi_head = bool(groups) and all(layer.num_attention_heads == layer.num_kv_heads for layer in layers)
         if not named and (multi_head or kv_budget >= LEAST_APART):
             return banded | groups
         if max(2 * layer.num_kv_heads * layer.head_dim for layer in layers) > WIDEST:
@@ -130,7 +125,7 @@ class Mla(PredictedWidth):
         if self.rope is None and kv_budget < LEAST_BANDED:
             own = {name: value for name, value in vars(self).items() if value != getattr(type(self), name)}
             return {"method": "mla", **own, "rope": "on_read"}
-        return None if named or few else {"method": "mla", "group_size": size, "below": 0}
+        return None if named or not groups else {"method": "mla", "group_size": groups["group_size"], "below": 0}
 
     def key_shapes(self, layer: AttentionLayer, layers: int = 1) -> list[StoredShape]:
         if layers > 1:
@@ -224,12 +219,6 @@ class Mla(PredictedWidth):
         if (heads := self._heads(layer)) == 1:
             return None
         return torch.arange(2 * layer.num_kv_heads * layer.head_dim).view(2, heads, -1).transpose(0, 1).flatten()
-
-
-def _group(layers: Sequence[AttentionLayer]) -> int:
-    """How many heads share a latent: by as many as those of all layers can be shared out, nearest to GROUP."""
-    heads = math.gcd(*(layer.num_kv_heads for layer in layers))
-    return min(divisors(heads), key=lambda size: abs(math.log(size / GROUP)))
 
 
 def _joined(layer: AttentionLayer, folded: FoldedWeights, spec: CacheSpec, centre_CR: Tensor) -> FoldedWeights:
