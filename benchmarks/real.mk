@@ -118,11 +118,11 @@ results-published-4096: $(addprefix runs/scored/,$(RULES:%=%-quarter))
 
 # What a thirty-second of the bytes still knows of 4,096 tokens, by the length of calibration text: make results-real-context VALID=...
 # CALIBRATION=..., in an hour and a half
-LONG := $(addprefix runs/context/,auto-1024-16 auto-2048-8 auto-4096-4 auto-4096-8)
+BY_CONTEXT := $(addprefix runs/context/,auto-1024-16 auto-2048-8 auto-4096-4 auto-4096-8)
 runs/context/%: | $(VENV)/installed
 	$(BIN)/kvfold compress $(REAL) --kv-budget 1/32 --context 4096 --data $(CALIBRATION) --out $@ --run-dir runs/context-run \
 	  --seq-len $(word 2,$(subst -, ,$*)) --num-samples $(word 3,$(subst -, ,$*))
-results-real-context: $(LONG)
+results-real-context: $(BY_CONTEXT)
 	$(BIN)/python benchmarks/dropped_tokens.py $(REAL) $^ --data $(VALID) --context 4096 --sequences 16 $(ROWS) \
 	  --markdown results/context-4096-smollm2-135m.md
 

@@ -239,7 +239,7 @@ def suited(recipe: Recipe, layers: Sequence[AttentionLayer]) -> Recipe:
         )
         recipe = dataclasses.replace(recipe, length={"method": "identity"})
     if recipe.prefer == "speed" and recipe.width == {"method": "fisher", "rope": PREFERENCES["speed"]}:
-        return dataclasses.replace(recipe, width=recipe.width | groups_of(layers))
+        return dataclasses.replace(recipe, width={**recipe.width, **groups_of(layers)})
     named = recipe.preset is None or find_preset(recipe.preset).fragment.get("width") != recipe.width
     named |= recipe.method("length").drops  # which asks for one latent per layer
     other = recipe.method("width").instead(layers, recipe.kv_budget or LITTLE, named=named)
