@@ -98,6 +98,11 @@ MIXED_WINDOWS = ("qwen3_norm_window", "gemma2_softcap", "gemma3_norm")
 FULL_ATTENTION = ("llama_mha", "llama_yarn", "qwen2_bias_tied")
 
 
+def kv_heads(name):
+    """Of a layer of MODELS[name]."""
+    return MODELS[name][1].get("num_key_value_heads", 4)
+
+
 def make_tiny(name: str, *, seed: int = 0, **changes: object) -> tf.PreTrainedModel:
     """A random model whose biases and norms are not at their trivial initial values."""
     config_class, fields = (MODELS | FAMILIES)[name]

@@ -19,7 +19,7 @@ from kvfold.linalg.quantization_basis import arranged, centred
 from kvfold.linalg.reduced_rank import Latents, Term, distortions, lost_energy, part_of, solve, spectrum
 from kvfold.linalg.sensitivity import METRIC
 from kvfold.methods.width._head_grouping import GROUPINGS, best_order, head_columns, reordered
-from kvfold.methods.width.base import LayerGroup, WidthMethod, as_reader, method_name, plain_spec, rope_of
+from kvfold.methods.width.base import LayerGroup, WidthMethod, as_reader, groups_in, method_name, plain_spec, rope_of
 from kvfold.plan.cache_spec import CacheSpec, divisors
 from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.plan.layer import AttentionLayer, AttentionWeights
@@ -106,12 +106,7 @@ class LowRankWidth(WidthMethod):
         K, H = layer.num_kv_heads, layer.head_dim
         if latent == "layer":
             return [StoredShape(1, width) for width in latent_widths(K * H, self.multiple)]
-        sizes = [self.group_size] if self.group_size else divisors(K)
-        if K % sizes[0]:
-            raise RecipeError(
-                f"width.group_size = {self.group_size} does not divide the {K} key/value heads of layer {layer.index};"
-                f" choose one of {divisors(K)}."
-            )
+        sizes = [K // groups_in(layer, self.group_size)] if self.group_size else divisors(K)
         # Of the shapes with equally many numbers the one with the largest groups wins: later sizes overwrite.
         best = {}
         for t in sizes:

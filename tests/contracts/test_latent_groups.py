@@ -3,14 +3,10 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import MODELS, load, logits, tokens
+from tiny import kv_heads, load, logits, tokens
 
 from kvfold.errors import RecipeError
 from kvfold.testing import assert_close, relative_rms
-
-
-def kv_heads(model):
-    return MODELS[model][1].get("num_key_value_heads", 4)
 
 
 @pytest.mark.parametrize("model", ["llama_yarn", "qwen3_norm_window", "bloom_alibi", "neox_partial", "gemma2_softcap"])

@@ -16,6 +16,7 @@ from tiny import (
     copy_heads,
     in_attention,
     in_steps,
+    kv_heads,
     load,
     logits,
     make_tiny,
@@ -88,10 +89,6 @@ def asked(model, method, fields, heads):
     ):
         return {"kv_budget": None}, fields | {"kv_heads": heads}
     return {"kv_budget": heads / kv_heads(model)}, fields
-
-
-def kv_heads(model):
-    return MODELS[model][1].get("num_key_value_heads", 4)
 
 
 @every_method

@@ -19,6 +19,13 @@ PLANS = {
 }
 """Of the packaged model: sizes that differ from layer to layer, layers that share a cache, one latent for all heads; and two
 that vLLM cannot serve."""
+JOINT = {
+    "bits": {"method": "mixed", "multiple": 4},
+    "allocate": "greedy",
+    "kv_budget": 0.15,
+    "length": {"method": "recent", "tokens": 16},
+}
+"""Latents of keys and values, of few numbers."""
 PACKED = (
     {
         "auto": {"preset": "auto", "kv_budget": 1 / 8},
@@ -26,20 +33,8 @@ PACKED = (
         "int4": {"preset": "int4"},
         "fp8": {"preset": "fp8"},
         "small": {"preset": "small", "kv_budget": 1 / 4},
-        "predicted": {
-            "width": {"method": "mla", "multiple": 4, "leading": 6, "recent_leading": 10},
-            "bits": {"method": "mixed", "multiple": 4},
-            "allocate": "greedy",
-            "kv_budget": 0.15,
-            "length": {"method": "recent", "tokens": 16},
-        },
-        "joint_groups": {
-            "width": {"method": "mla", "multiple": 4, "below": 0, "group_size": 2},
-            "bits": {"method": "mixed", "multiple": 4},
-            "allocate": "greedy",
-            "kv_budget": 0.15,
-            "length": {"method": "recent", "tokens": 16},
-        },
+        "predicted": {"width": {"method": "mla", "multiple": 4, "leading": 6, "recent_leading": 10}} | JOINT,
+        "joint_groups": {"width": {"method": "mla", "multiple": 4, "below": 0, "group_size": 2}} | JOINT,
         "shared_int4": {
             "preset": "mlkv",
             "depth": {"owners": 2},

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
+from kvfold.errors import RecipeError
 from kvfold.linalg.eigen import Moment
 from kvfold.linalg.reduced_rank import Latents
 from kvfold.linalg.sensitivity import RECENT
@@ -195,6 +196,17 @@ def groups_of(layers: Sequence[AttentionLayer]) -> dict[str, Any]:
         return {}
     sizes = divisors(math.gcd(*(layer.num_kv_heads for layer in layers)))
     return {"latent": "group", "v_latent": "group", "group_size": min(sizes, key=lambda n: abs(math.log(n / GROUP)))}
+
+
+def groups_in(layer: AttentionLayer, group_size: int) -> int:
+    """Of so many source heads each. Raises RecipeError where that does not divide them."""
+    K = layer.num_kv_heads
+    if K % group_size:
+        raise RecipeError(
+            f"width.group_size = {group_size} does not divide the {K} key/value heads of layer {layer.index}; choose one"
+            f" of {divisors(K)}."
+        )
+    return K // group_size
 
 
 def rope_of(layer: AttentionLayer) -> str:

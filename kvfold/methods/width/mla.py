@@ -15,8 +15,8 @@ from kvfold.linalg.quantization_basis import arranged, centred
 from kvfold.linalg.reduced_rank import Latents, Term, distortions, energy, solve, spectrum
 from kvfold.linalg.sensitivity import METRIC, TOKENS, WEIGHTED, sensitivities
 from kvfold.methods.low_rank import fuse_keys, latent_widths, restore_mean, store_values
-from kvfold.methods.width.base import LayerGroup, PredictedWidth, groups_of, plain_spec
-from kvfold.plan.cache_spec import CacheSpec, divisors
+from kvfold.methods.width.base import LayerGroup, PredictedWidth, groups_in, groups_of, plain_spec
+from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.folded_weights import FoldedWeights
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.number_format import StoredShape
@@ -142,14 +142,7 @@ class Mla(PredictedWidth):
 
     def _heads(self, layer: AttentionLayer) -> int:
         """Latents of a layer."""
-        if not self.group_size:
-            return 1
-        if layer.num_kv_heads % self.group_size:
-            raise RecipeError(
-                f"width.group_size = {self.group_size} does not divide the {layer.num_kv_heads} key/value heads of layer"
-                f" {layer.index}; choose one of {divisors(layer.num_kv_heads)}."
-            )
-        return layer.num_kv_heads // self.group_size
+        return groups_in(layer, self.group_size) if self.group_size else 1
 
     def key_distortion(self, group: LayerGroup, shapes: Sequence[StoredShape]) -> list[float]:
         return distortions(lambda position: self._term(group), 1, shapes)
