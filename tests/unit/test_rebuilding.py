@@ -13,10 +13,8 @@ from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels import cpu_decode
 from kvfold.runtimes.kernels.attention import grouped_attention
 from kvfold.runtimes.kernels.cpu_layer import Asked, Form, LayerReader
-from kvfold.runtimes.kernels.cpu_maps import tolerance_of
 from kvfold.runtimes.kernels.packed_tokens import SideBySide
 from kvfold.runtimes.kernels.rotary import apply_rotary
-from kvfold.runtimes.kernels.turning import turning_functions
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="this machine has no C++ compiler")
 FORMATS = [FORMS["tiers"], NumberFormat(tiers=((40, 5),)), FORMS["float8"]]
@@ -64,67 +62,6 @@ def test_keys_are_rebuilt_as_torch_rebuilds_them(B, C, S, within, H, r, N, queri
             q, stored, stored, scale=0.2, ages=(0, S), rebuild=way.rebuild(cos, sin)
         ).averages.transpose(1, 2)
         assert distance(found, wanted) < TOLERANCE[dtype] * 3
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("B", "C", "S", "within", "H", "r", "N", "T"),
-    [
-        (2, 1, 700, 3, 64, 64, 9, 1),
-        (1, 2, 515, 4, 32, 16, 8, 1),
-        (3, 4, 131, 2, 16, 16, 8, 2),
-        (1, 1, 2, 4, 64, 64, 4, 1),
-    ],
-)
-def test_queries_that_are_turned_meet_keys_that_are_not(B, C, S, within, H, r, N, T, dtype):
-    """The same scores as those of keys that are rebuilt and rotated: from any position on, after padding, over part of the
-    tokens."""
-    padding, fast = min(5, S // 2), r // 4
-    speeds = tuple(0.0 if i < fast else 1 / 64 / 1.5 ** (i - fast) for i in range(r // 2))
-    first = torch.tensor([0, 7, 90_000])[:B, None]
-    positions = torch.cat([torch.ones(B, padding), first + torch.arange(S - padding)], dim=1).double()
-    angles = (positions[:, :, None] * torch.tensor(speeds, dtype=torch.float64)).repeat(1, 1, 2)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    stored = SideBySide([packed(B, C, S, dtype, FORMATS[0]), torch.randn(B, C, S, 24).to(dtype)])
-    q, numbers = torch.randn(B, N, T, H).to(dtype), numbers_of(stored)
-    weight, offset = torch.randn(C, within * H, numbers.shape[3]) / numbers.shape[3] ** 0.5, torch.randn(C, within * H)
-    way = cpu_decode.HeadMap.of(weight.to(dtype), offset.to(dtype), H, speeds)
-    keys = apply_rotary(heads(numbers, weight.to(dtype), offset.to(dtype), H), cos.double(), sin.double())
-    hidden = torch.zeros(B, 1, T, S, dtype=torch.float64)
-    hidden[..., :padding] = float("-inf")
-    seen = torch.tensor([[0, S, S - T]] * B)
-    real = S - padding - T + 1
-    for ages, bias in (((0, S), hidden), ((0, real), None), ((S // 3, real), None)):
-        age = torch.arange(S - T, S)[:, None] - torch.arange(S)
-        mask = torch.zeros(T, S, dtype=torch.float64).masked_fill((age < ages[0]) | (age >= ages[1]), float("-inf"))
-        wanted, _ = grouped_attention(q.double(), keys, numbers, mask if bias is None else mask + bias, scale=0.2)
-        facts = {"scale": 0.2, "ages": ages, "sequences_B3": seen}
-        mask_bias = None if bias is None else bias.float().clamp_min(-1e30)
-        turned = cpu_decode.decode_part(
-            q, stored, stored, mask_bias, **facts, rebuild=way.rebuild(cos, sin, evenly=True)
-        )
-        rebuilt = cpu_decode.decode_part(q, stored, stored, mask_bias, **facts, rebuild=way.rebuild(cos, sin))
-        assert distance(turned.averages.transpose(1, 2), wanted) < TOLERANCE[dtype] * 5
-        if T == 1 and S > 2:  # of two queries it may be less work to rebuild keys
-            assert not torch.equal(turned.averages, rebuilt.averages)
-
-
-def test_queries_are_turned_as_exactly_as_bits_are():
-    """An eighth of what the bits on average are off by, and never more exactly than numbers of the dtype need."""
-    eight, few = NumberFormat(tiers=((40, 8),)), NumberFormat(tiers=((16, 4), (48, 2)))
-    assert few.mean_bits == 2.5
-    assert tolerance_of(torch.float32) == 1e-6 and tolerance_of(torch.float32, eight.mean_bits) == 2.0**-12
-    assert tolerance_of(torch.bfloat16, eight.mean_bits) == 1e-3
-    assert tolerance_of(torch.bfloat16, few.mean_bits) == tolerance_of(torch.float32, few.mean_bits)
-    assert tolerance_of(torch.float32, few.mean_bits) == pytest.approx(2.0**-6.5)
-    speeds = tuple(1e5 ** (-2 * i / 64) for i in range(12, 32))
-    for bits in (8, 2.5):
-        (basis, shares, _, reach), wanted = turning_functions(speeds, 2.0 ** -(bits + 4)), 2.0 ** -(bits + 4)
-        place = torch.arange(basis.shape[1]) - (basis.shape[1] - 1) / 2
-        angle_PS = torch.tensor(speeds)[:, None] * place
-        assert (shares[0::2].T @ basis[0::2] - angle_PS.cos()).abs().max() < wanted
-        assert (shares[1::2].T @ basis[1::2] - angle_PS.sin()).abs().max() < wanted
-        assert all(not share[int(pairs) :].any() for share, pairs in zip(shares, reach, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels.native import library
-from kvfold.runtimes.kernels.turning import TurningFunctions, turning_functions, turns_slowly
+from kvfold.runtimes.kernels.turning import MOST, TILES, TurningFunctions, turning_functions, turns_slowly
 
 TOLERANCE = {torch.bfloat16: 1e-3, torch.float32: 1e-6}
-OF_PACKED = 2.0**-4
+OF_PACKED, TURNED_BITS, FURTHEST = 2.0**-4, (0, 4, 8), 2.0
 """By how much cosines and sines of queries that are turned may be off, of numbers as they are and of those of no bits
-(`tolerance_of`)."""
+(`tolerance_of`); from how many bits on numbers behind the first tier meet the first function of a turned query, the second,
+and all others (`met_by`), for tokens among which keys turn by so many radians at most."""
 DEPTH = 32
 """Of how many stored numbers a map takes a multiple (tiles.h)."""
 
 
-def tolerance_of(dtype: torch.dtype, bits: float | None = None) -> float:
+def tolerance_of(dtype: torch.dtype, format: NumberFormat | None = None) -> float:
     """By how much cosines and sines of queries that are turned may be off: as numbers of such queries are; where they meet
-    numbers of so many bits on average, an eighth of what these are off by."""
+    packed numbers, an eighth of what these are off by on average."""
     own = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
-    return own if bits is None else max(own, OF_PACKED / 2**bits)
+    return own if format is None else max(own, OF_PACKED / 2**format.mean_bits)
+
+
+def met_by(function: int, format: NumberFormat) -> int:
+    """How many of the numbers, the first ones, a function of a turned query meets: of those that are stored in few bits it
+    says less than they are off by. (Each says some 2^-4 of what the one before says, on average over slow pairs.)"""
+    least = TURNED_BITS[min(function, len(TURNED_BITS) - 1)]
+    tiers = itertools.takewhile(lambda tier: not tier[0] or tier[1][1] >= least, enumerate(format.tiers))
+    return sum(numbers for _, (numbers, _) in tiers)
 
 
 class HeadMap(NamedTuple):
@@ -45,13 +57,13 @@ class HeadMap(NamedTuple):
         head_dim: int,
         speeds: tuple[float, ...] = (),
         *,
-        bits: float | None = None,
+        format: NumberFormat | None = None,
     ) -> HeadMap:
-        """speeds: of keys that turn slowly, in radians per token, for each pair. bits: on average of the numbers that they
-        are made of, if these are packed."""
+        """speeds: of keys that turn slowly, in radians per token, for each pair. format: of the numbers that they are made
+        of, the first ones, if these are packed."""
         offset = None if bias_CF is None else bias_CF.detach().float().contiguous()
-        weight, tolerance = weight_CFR.detach(), tolerance_of(weight_CFR.dtype, bits)
-        turn = Turn.of(weight, head_dim, speeds, tolerance) if turns_slowly(speeds) else None
+        weight = weight_CFR.detach()
+        turn = Turn.of(weight, head_dim, speeds, format) if turns_slowly(speeds) else None
         return cls(pack_map(weight), offset, weight_CFR.shape[1] // head_dim, head_dim, turn)
 
     def rebuild(self, cos: Tensor | None = None, sin: Tensor | None = None, *, evenly: bool = False) -> Rebuild:
@@ -65,21 +77,30 @@ class HeadMap(NamedTuple):
 
 class Turn(NamedTuple):
     """How queries are turned instead of keys: a map in float32, as turn.h takes it, and functions of a token's place among
-    neighbours with what each says of every pair."""
+    neighbours with what each says of every pair. coarse [m], int32: how many of the first `fine` numbers each meets."""
 
     weights: Tensor
     functions: TurningFunctions
+    coarse: Tensor
+    fine: int
 
     @classmethod
-    def of(cls, weight_CFR: Tensor, head_dim: int, speeds: tuple[float, ...], tolerance: float) -> Turn:
-        padded_CFR = torch.nn.functional.pad(weight_CFR.float(), (0, -weight_CFR.shape[2] % DEPTH))
-        parted = padded_CFR.unflatten(1, (-1, head_dim)).unflatten(3, (-1, 2 * _layout()[0]))
-        return cls(parted.transpose(2, 3).contiguous(), turning_functions(speeds, tolerance))
+    def of(cls, weight_CFR: Tensor, head_dim: int, speeds: tuple[float, ...], format: NumberFormat | None) -> Turn:
+        R, step = weight_CFR.shape[2], 2 * _layout()[0]
+        padded_CFR = torch.nn.functional.pad(weight_CFR.float(), (0, -R % DEPTH))
+        parted = padded_CFR.unflatten(1, (-1, head_dim)).unflatten(3, (-1, step))
+        own = 0 if format is None else format.width
+        met = [0 if format is None else met_by(k, format) for k in range(MOST)]
+        told = tuple((math.ceil(met[k] / step) * step + R - own) / R for k in range(len(TURNED_BITS)))
+        near = TILES if format is None else [P for P in TILES if max(speeds) * P <= FURTHEST] or TILES[:1]
+        functions = turning_functions(speeds, tolerance_of(weight_CFR.dtype, format), tuple(near), told)
+        coarse = torch.tensor(met[: len(functions.basis)], dtype=torch.int32)
+        return cls(parted.transpose(2, 3).contiguous(), functions, coarse, own)
 
     def described(self) -> _Turn:
         """For the kernel, as long as this lives."""
-        pointers = (x.data_ptr() for x in (self.weights, *self.functions))
-        return _Turn(*pointers, *self.functions.basis.shape)
+        pointers = (x.data_ptr() for x in (self.weights, *self.functions, self.coarse))
+        return _Turn(*pointers, *self.functions.basis.shape, self.fine)
 
 
 class Rebuild(NamedTuple):
@@ -119,8 +140,8 @@ class _Turn(ctypes.Structure):
     """As rebuild.h declares it."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weights", "basis", "shares", "speeds", "reach")),
-        *((name, ctypes.c_int64) for name in ("functions", "tokens")),
+        *((name, ctypes.c_void_p) for name in ("weights", "basis", "shares", "speeds", "reach", "coarse")),
+        *((name, ctypes.c_int64) for name in ("functions", "tokens", "fine")),
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvfold.plan.number_format import ELSEWHERE
+from kvfold.plan.number_format import ELSEWHERE, NumberFormat
 from kvfold.runtimes.kernels import gpu
 from kvfold.runtimes.kernels.cpu_decode import ANY_AGE
 from kvfold.runtimes.kernels.cpu_maps import tolerance_of
@@ -42,11 +42,11 @@ class HeadMap(NamedTuple):
         head_dim: int,
         speeds: tuple[float, ...] = (),
         *,
-        bits: float | None = None,
+        format: NumberFormat | None = None,
     ) -> HeadMap:
         weights = weight_CFR.detach().reshape(-1, head_dim, weight_CFR.shape[2])
         offset = None if bias_CF is None else bias_CF.detach().float().reshape(-1, head_dim).contiguous()
-        return cls(weights, offset, speeds, tolerance_of(weight_CFR.dtype, bits))
+        return cls(weights, offset, speeds, tolerance_of(weight_CFR.dtype, format))
 
     def rebuild(self, cos: Tensor | None = None, sin: Tensor | None = None, *, evenly: bool = False) -> Rebuild | None:
         """With tables [B or 1, S, r] of the tokens; None where keys would have to be rebuilt."""

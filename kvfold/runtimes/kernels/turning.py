@@ -14,8 +14,11 @@ SLOW = 1 / 16
 """Radians per token."""
 NODES, POINTS, MOST = 64, 129, 40
 """Of the interpolation, points in between at which it is compared with what it stands for, and functions at most."""
-TILES = range(32, 513, 32)
-"""Numbers of tokens that queries may be turned for at a time."""
+TILES, TURNED = range(32, 513, 32), 2
+"""Numbers of tokens that queries may be turned for at a time; what a product that turns them, in float32, costs beside one of
+turned queries."""
+Told = tuple[float, ...]
+ALL: Told = (1.0,)
 
 
 class TurningFunctions(NamedTuple):
@@ -28,25 +31,28 @@ class TurningFunctions(NamedTuple):
     speeds: Tensor
     reach: Tensor
 
-    @property
-    def products(self) -> float:
-        """Of a query per number that a token stores: with the functions, and for its share of these."""
-        m, P = self.basis.shape
-        return m + 2 * int((self.reach - (self.speeds == 0).sum()).clamp_min(0).sum()) / P
+    def products(self, told: Told = ALL) -> float:
+        """Of a query per number that a token stores: with the functions, and for its share of these. told: the share of the
+        numbers of which each function says something, the last one of all behind it."""
+        turned_m = (self.reach - (self.speeds == 0).sum()).clamp_min(0).double()
+        told_m = torch.tensor([told[min(k, len(told) - 1)] for k in range(len(turned_m))], dtype=torch.float64)
+        return float((told_m * (1 + TURNED * 2 * turned_m / self.basis.shape[1])).sum())
 
 
 @functools.lru_cache(maxsize=64)
-def turning_functions(speeds: tuple[float, ...], tolerance: float, tiles: Sequence[int] = TILES) -> TurningFunctions:
+def turning_functions(
+    speeds: tuple[float, ...], tolerance: float, tiles: Sequence[int] = TILES, told: Told = ALL
+) -> TurningFunctions:
     """Chebyshev polynomials T_k(x), x from -1 to 1 over the P tokens: cos(a x) has even ones only, sin(a x) odd ones, and
     their shares fall faster than (a/2)^k / k!, a being half the angle that a pair turns by among the tokens.
 
     For each pair as many as leave an error of at most `tolerance`, which are fewer the slower it turns; for that P of `tiles`
-    for which they and the queries that are turned for them cost least.
+    for which they and the queries that are turned for them cost least. told: as `products` takes it.
     """
     speed_P = torch.tensor(speeds, dtype=torch.float64)
     found = [of for of in (_functions(speed_P, tolerance, tokens) for tokens in tiles) if of is not None]
     assert found, "turns_slowly() was asked"
-    return min(found, key=lambda of: of.products)
+    return min(found, key=lambda of: of.products(told))
 
 
 def _functions(speed_P: Tensor, tolerance: float, tokens: int) -> TurningFunctions | None:

@@ -97,9 +97,8 @@ def head_maps(attention: Any, way: str, dtype: torch.dtype) -> Callable[[int, bo
             fast_pairs = attention.spec.fast_pairs if way == "k_b" else 0
             speeds = attention.layer.speeds_without(fast_pairs) if fast_pairs else ()
             format = (attention.spec.of_recent if near else attention.spec).k_bits
-            bits = None if format is None else format.mean_bits
             kernels, head_dim = kernels_for(weight), attention.layer.head_dim
-            return kernels.HeadMap.of(weight, projection.bias, head_dim, speeds, bits=bits)
+            return kernels.HeadMap.of(weight, projection.bias, head_dim, speeds, format=format)
 
         return projection.made((width, near), make)
 

@@ -43,11 +43,15 @@ std::vector<Task> tasks_of(const Queries &q, int groups, int least, int unit) {
   return tasks;
 }
 
-// Products per stored number of a token: queries of a stored head that are turned, or its keys.
-bool turning_is_less(const Rebuild &map, int64_t rows) {
-  double turned = 0;
-  for (int k = 0; k < map.turn->functions; ++k) turned += 2.0 * map.turn->reach[k];
-  return rows * (map.turn->functions + turned / map.turn->tokens) < map.columns();
+// Products with the stored numbers of a token: of queries of a stored head that are turned, or of its keys.
+bool turning_is_less(const Rebuild &map, int64_t rows, int width) {
+  double products = 0;
+  int at = 0;
+  for (const Met &met : map.turn->met(width, 1)) {
+    for (int k = 0; k < met.rows; ++k) products += (met.end - at) * (1 + 2.0 * map.turn->reach[k] / map.turn->tokens);
+    at = met.end;
+  }
+  return rows * products < map.columns() * at;
 }
 
 // What one thread does. `values`: null where they are rebuilt from the same numbers as keys.
@@ -138,7 +142,7 @@ class Form final : public Work {
   Form(const Queries &q, const Side &keys, const Side *values, const Rebuild *map, float *out, float *log_sums)
       : merging(*this), q(q), keys(keys), values(values), map(map), groups(std::gcd(keys.heads, (values ? values : &keys)->heads)),
         rows(q.rows / groups), width((values ? values : &keys)->width), padded(pad(width, DEPTH)),
-        q_width(map ? map->head_dim : keys.width), turns(map && map->turn && turning_is_less(*map, q.rows / keys.heads)), out(out),
+        q_width(map ? map->head_dim : keys.width), turns(map && map->turn && turning_is_less(*map, q.rows / keys.heads, keys.width)), out(out),
         log_sums(log_sums), own(q.threads) {
     const int unit = turns ? map->turn->tokens : LANES;
     tasks = tasks_of(q, groups, turns ? LEAST_TILES * unit : LEAST_TOKENS, unit);

@@ -36,6 +36,11 @@ struct bfloat16 {
   }
 };
 
+// Numbers, up to `end` from where others end, that the first `rows` queries meet.
+struct Met {
+  int end, rows;
+};
+
 template <typename V, typename T>
 V load(const T *from, int count = sizeof(V) / sizeof(T)) {
   V out = {};

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int KEYS_AHEAD = 8192, VALUES_AHEAD = 4096;  // bytes that are fetched before their turn; measured
 constexpr int MANY_ROWS = 16, WORDS = 64;  // for so many queries keys are transposed, so many words at a time
-constexpr int ROWS_AT_ONCE = REGISTERS == 16 ? 6 : 8;  // two vectors of sums for each: additions take as long as four others
+constexpr int ROWS_AT_ONCE = REGISTERS == 16 ? 6 : 12;  // two vectors of sums for each: additions take as long as four others
 constexpr int STRIP = 4;     // columns that are made ready at a time, in lanes
 constexpr int FEW_ROWS = 4;  // up to so many, columns of values are made ready for each of them anew
 
@@ -88,15 +88,17 @@ void score_tile(const int32_t *q, int q_stride, const Lanes *keys, int words, fl
 }
 
 // Scores of many queries: words of 2 LANES tokens are transposed, so that scores lie side by side and need not be summed over lanes.
+// met: up to the last number.
 template <typename T>
-void score_many(int rows, const typename Numbers<T>::Query *q, int q_stride, const T *keys, int64_t stride, int width,
-                int tokens, float *out, int out_stride) {
+void score_many(const std::vector<Met> &met, int rows, const typename Numbers<T>::Query *q, int q_stride, const T *keys, int64_t stride,
+                int width, int tokens, float *out, int out_stride) {
   constexpr int PER_WORD = 4 / sizeof(T), STEP = LANES * PER_WORD, AT_ONCE = WORDS * PER_WORD;
   const int32_t *query = (const int32_t *)q;
   const int query_stride = q_stride / PER_WORD;
   Lanes turned[2 * WORDS];
   for (int s = 0; s < tokens; s += 2 * LANES) {
     for (int row = 0; row < rows; ++row) std::fill_n(out + row * out_stride + s, 2 * LANES, 0.0f);
+    auto now_met = met.begin();
     for (int first = 0; first < width; first += AT_ONCE) {
       const int words = pad(std::min(width - first, AT_ONCE), STEP) / PER_WORD;
       for (int i = 0; i < 2 * words; i += LANES) {  // as many words as tokens
@@ -110,10 +112,14 @@ void score_many(int rows, const typename Numbers<T>::Query *q, int q_stride, con
         transpose(part);
         for (int t = 0; t < LANES; ++t) turned[2 * (i - half * words + t) + half] = part[t];
       }
-      in_parts<ROWS_AT_ONCE>(0, rows, [&](auto now, int row) {
-        score_tile<T, now>(query + int64_t(row) * query_stride + first / PER_WORD, query_stride, turned, words,
-                           out + int64_t(row) * out_stride + s, out_stride);
-      });
+      for (int word = 0, end; word < words; word = end) {
+        if (now_met->end <= first + word * PER_WORD) ++now_met;
+        end = std::min(words, (now_met->end - first + PER_WORD - 1) / PER_WORD);
+        in_few_parts<ROWS_AT_ONCE>(0, now_met->rows, [&](auto now, int row) {
+          score_tile<T, now>(query + int64_t(row) * query_stride + first / PER_WORD + word, query_stride, turned + 2 * word, end - word,
+                             out + int64_t(row) * out_stride + s, out_stride);
+        });
+      }
     }
   }
 }

@@ -13,12 +13,25 @@ constexpr int COLUMNS = 2 * LANES;  // of a map, and tokens, that are made at a 
 
 // How queries are turned instead of keys, `tokens` at a time (turn.h): weights [stored heads, heads, numbers up to the next 32nd / 2
 // LANES, head_dim, 2 LANES], the map; basis [functions, tokens], the functions; shares [functions, rotated / 2], what each says of the cosine
-// (the even ones) or the sine of each pair, nothing of those beyond its reach; reach [functions], falling: of the first how many pairs; speeds [rotated / 2], in radians per token.
+// (the even ones) or the sine of each pair, nothing of those beyond its reach; reach [functions], falling: of the first how many pairs; speeds
+// [rotated / 2], in radians per token. coarse [functions], falling: how many of the first `fine` numbers a function meets;
+// it says less of the others than they, which are stored coarsely, are off by.
 struct Turn {
   const float *weights, *basis, *shares;
   const double *speeds;
-  const int32_t *reach;
-  int64_t functions, tokens;
+  const int32_t *reach, *coarse;
+  int64_t functions, tokens, fine;
+
+  // Of `width` numbers, in whole vectors that are made together: how many of `rows` queries for each function meet them.
+  std::vector<Met> met(int width, int rows) const {
+    const int step = 2 * LANES, all = pad(width, step), own = fine >= width ? all : int(fine / step) * step;
+    std::vector<Met> found;
+    int at = 0;
+    for (int k = functions - 1; k >= 0; --k)
+      if (const int end = k ? std::min(pad(coarse[k], step), own) : own; end > at) found.push_back({at = end, (k + 1) * rows});
+    if (at < all) found.push_back({all, int(functions) * rows});
+    return found;
+  }
 };
 
 // Of each stored head [heads * head_dim] keys: map * numbers + offset, rotated. `map`: for each stored head and LANES columns

@@ -71,16 +71,21 @@ struct Running {
   }
 
   void score_head(int first, int count, Tokens<T> keys, int width, int tokens) {
-    const int done = score_tiles(first, count, keys, tokens);
-    keys.data += done * keys.stride;
-    score_rest(first, count, keys, width, tokens - done, scores.data() + done);
+    score_head(first, count, keys, width, tokens, {{std::numeric_limits<int>::max() / 2, count}});
   }
 
-  void score_rest(int first, int count, Tokens<T> keys, int width, int tokens, float *out) {
+  // met: of queries that are zeros where they meet nothing.
+  void score_head(int first, int count, Tokens<T> keys, int width, int tokens, const std::vector<Met> &met) {
+    const int done = score_tiles(first, count, keys, tokens);
+    keys.data += done * keys.stride;
+    score_rest(first, count, keys, width, tokens - done, scores.data() + done, met);
+  }
+
+  void score_rest(int first, int count, Tokens<T> keys, int width, int tokens, float *out, const std::vector<Met> &met) {
     if (!tokens) return;
     if constexpr (sizeof(Query) == sizeof(T)) {
       if (count >= MANY_ROWS) {
-        score_many<T>(count, queries.data() + int64_t(first) * r_stride, r_stride, keys.data, keys.stride, width, tokens,
+        score_many<T>(met, count, queries.data() + int64_t(first) * r_stride, r_stride, keys.data, keys.stride, width, tokens,
                       out + int64_t(first) * block, block);
         return;
       }

@@ -21,15 +21,23 @@ struct Shared {
   std::vector<Range> numbers;
 };
 
+// A query [depth] for a function: its share of a query's numbers, what it begins with, and where it lies.
+struct Made {
+  const float *share, *begin;
+  float *sums;
+};
+
 template <typename T>
 struct Turning {
   const Rebuild &map;
   const Turn &turn;
   const int rows, functions, depth, half;  // rows: queries of a stored head
+  const std::vector<Met> met;
   Running<T> run;
   Room<float> cos, sin, turned_cos, turned_sin, shares, made, unturned, constants;
   std::vector<float> nothing;
   std::vector<int64_t> taken;  // of each stored head, for which tokens its queries are turned
+  std::vector<Made> made_of;
   int64_t first = 0;           // token of a task, from which on they are counted
   double turned_by = -1;
   std::vector<Shared> turning;
@@ -38,9 +46,10 @@ struct Turning {
   // heads: stored ones of a task, each with `rows` queries.
   Turning(const Rebuild &map, int heads, int rows, int width, int block)
       : map(map), turn(*map.turn), rows(rows), functions(turn.functions), depth(pad(width, DEPTH)), half(map.rotated / 2),
-        run(heads * rows * functions, rows * functions, width, 0, block), cos(half), sin(half), turned_cos(half),
+        met(turn.met(width, rows)), run(heads * rows * functions, rows * functions, width, 0, block), cos(half), sin(half), turned_cos(half),
         turned_sin(half), shares(int64_t(rows) * functions * map.head_dim), made(int64_t(rows) * functions * depth),
-        unturned(int64_t(heads) * rows * depth), constants(int64_t(heads) * rows * functions), nothing(depth), taken(heads, -1) {
+        unturned(int64_t(heads) * rows * depth), constants(int64_t(heads) * rows * functions), nothing(depth), taken(heads, -1), made_of(rows * functions) {
+    std::fill(made.begin(), made.end(), 0.0f);
     int kept = 0;
     while (kept < half && !turn.speeds[kept]) ++kept;
     still.numbers = {{0, kept}, {half, half + kept}, {2 * half, int(map.head_dim)}};
@@ -65,16 +74,18 @@ struct Turning {
       const int64_t within = (start - first + done) % turn.tokens, tile = start + done - within;
       now = std::min<int64_t>(count - done, turn.tokens - within);
       if (taken[c] != tile) take(c, q, row, head, tile, std::min(end, tile + turn.tokens) - 1);
-      run.score_head(c * rows * functions, rows * functions, {z.data + done * z.stride, z.stride, z.depth}, run.r_width, now);
-      for (int i = 0; i < rows; ++i) add_up(c * rows + i, within, now, out + i * stride + done);
+      const Tokens<T> some{z.data + done * z.stride, z.stride, z.depth};
+      run.score_head(c * rows * functions, rows * functions, some, run.r_width, now, met);
+      for (int i = 0; i < rows; ++i) add_up(c * rows * functions + i, within, now, out + i * stride + done);
     }
   }
 
+  // row: of the first function's scores, behind all of which lie those of the next.
   void add_up(int row, int64_t within, int count, float *out) {
-    const float *scores = run.scores.data() + int64_t(row) * functions * run.block, *f = turn.basis + within;
+    const float *f = turn.basis + within;
     for (int s = 0; s < count; ++s) out[s] = 0;
-    for (int k = 0; k < functions; ++k, scores += run.block, f += turn.tokens) {
-      const float constant = constants[row * functions + k];
+    for (int k = 0; k < functions; ++k, row += rows, f += turn.tokens) {
+      const float constant = constants[row], *scores = run.scores.data() + int64_t(row) * run.block;
       for (int s = 0; s < count; ++s) out[s] += f[s] * (scores[s] + constant);
     }
   }
@@ -88,11 +99,13 @@ struct Turning {
     for (int h = 0; h < map.heads; ++h) {
       const int64_t column = head * map.columns() + h * map.head_dim;
       const float *of_head = q + int64_t(h) * each * map.head_dim;
-      float *same = unturned.data() + (int64_t(c) * rows + h * each) * depth, *to = made.data() + int64_t(h) * each * functions * depth;
+      float *same = unturned.data() + (int64_t(c) * rows + h * each) * depth, *to = made.data() + int64_t(h) * each * depth;
       for (int i = 0; i < each; ++i) share_out(of_head + i * map.head_dim, shares.data() + i * functions * map.head_dim);
       absorb_all(turn.weights + column * depth, each, is_first, same, to);
-      for (int n = 0; n < each * functions; ++n)
-        constants[(c * rows + h * each) * functions + n] = map.offset ? of_offset(shares.data() + n * map.head_dim, map.offset + column) : 0;
+      for (int i = 0; i < each; ++i)
+        for (int k = 0; k < functions; ++k)
+          constants[(c * functions + k) * rows + h * each + i] =
+              map.offset ? of_offset(shares.data() + (i * functions + k) * map.head_dim, map.offset + column) : 0;
     }
     run.take(c * rows * functions, rows * functions, made.data(), depth);
   }
@@ -146,51 +159,50 @@ struct Turning {
     }
   }
 
-  // Queries [each, functions, depth] of one head for each function; same [each, depth]: what does not turn gives, which is the
-  // first function's.
+  // Queries [functions, rows, depth] for each function, of which `each` are those of one head; same [each, depth]: what does not
+  // turn gives, which is the first function's.
   void absorb_all(const float *weights, int each, bool is_first, float *same, float *to) {
-    if (is_first) absorb(still, each, weights, same, depth, nullptr);
-    for (const Shared &some : turning) absorb(some, each, weights, to, functions * depth, &some == turning.data() ? same : to);
-    for (int i = 0; turning.empty() && i < each; ++i) {
-      float *const all = to + int64_t(i) * functions * depth;
-      std::fill(std::copy(same + i * depth, same + (i + 1) * depth, all), all + functions * depth, 0.0f);
+    if (is_first) absorb(still, each, weights, same, nullptr);
+    for (const Shared &some : turning) absorb(some, each, weights, to, &some == turning.data() ? same : to);
+    for (int k = 0; turning.empty() && k < functions; ++k) {
+      float *const all = to + int64_t(k) * rows * depth;
+      if (k) std::fill(all, all + each * depth, 0.0f);
+      else std::copy(same, same + each * depth, all);
     }
   }
 
   // The shares of some functions in numbers of so many queries, times the map, on top of `from`: what there is, what the first
-  // function begins with [queries, depth], or nothing.
-  void absorb(const Shared &some, int queries, const float *weights, float *to, int64_t stride, const float *from) {
+  // function begins with [queries, depth], or nothing. All of the first function come first.
+  void absorb(const Shared &some, int queries, const float *weights, float *to, const float *from) {
     constexpr int AT_ONCE = LANES > 8 ? 12 : 6;  // of 16 registers 12 for sums: additions take as long as four others
-    in_few_parts<AT_ONCE>(0, queries * some.functions, [&](auto now, int n) {
-      const float *share[now], *begin[now];
-      float *sums[now];
-      for (int i = 0; i < now; ++i) {
-        const int query = (n + i) / some.functions, k = (n + i) % some.functions;
-        share[i] = shares.data() + (query * functions + k) * map.head_dim;
-        sums[i] = to + query * stride + k * depth;
-        begin[i] = from == to ? sums[i] : from && !k ? from + query * depth : nothing.data();
+    int count = 0;
+    for (int k = 0; k < some.functions; ++k)
+      for (int query = 0; query < queries; ++query, ++count) {
+        float *const sums = to + int64_t(k * rows + query) * depth;
+        made_of[count] = {shares.data() + (query * functions + k) * map.head_dim, from == to ? sums : from && !k ? from + query * depth : nothing.data(), sums};
       }
-      absorb<now>(some.numbers, share, weights, begin, sums);
-    });
+    auto now_met = met.begin();
+    for (int r = 0; r < depth; r += 2 * LANES, weights += map.head_dim * 2 * LANES) {
+      if (now_met->end <= r) ++now_met;
+      in_few_parts<AT_ONCE>(0, std::min(count, now_met->rows / rows * queries),
+                            [&](auto now, int n) { absorb<now>(some.numbers, weights, made_of.data() + n, r); });
+    }
   }
 
   template <int COUNT>
-  void absorb(const std::vector<Range> &numbers, const float *const *share, const float *weights, const float *const *begin,
-              float *const *to) {
-    for (int r = 0; r < depth; r += 2 * LANES, weights += map.head_dim * 2 * LANES) {
-      Lanes sums[COUNT][2];
-      for (int i = 0; i < COUNT; ++i) sums_from(sums[i], begin[i] + r);
-      for (const Range &range : numbers)
-        for (int f = range.first; f < range.end; ++f) {
-          const Lanes a = in_register(load<Lanes>(weights + 2 * f * LANES));
-          const Lanes b = in_register(load<Lanes>(weights + (2 * f + 1) * LANES));
-          for (int i = 0; i < COUNT; ++i) {
-            sums[i][0] += share[i][f] * a;
-            sums[i][1] += share[i][f] * b;
-          }
+  void absorb(const std::vector<Range> &numbers, const float *weights, const Made *of, int r) {
+    Lanes sums[COUNT][2];
+    for (int i = 0; i < COUNT; ++i) sums_from(sums[i], of[i].begin + r);
+    for (const Range &range : numbers)
+      for (int f = range.first; f < range.end; ++f) {
+        const Lanes a = in_register(load<Lanes>(weights + 2 * f * LANES));
+        const Lanes b = in_register(load<Lanes>(weights + (2 * f + 1) * LANES));
+        for (int i = 0; i < COUNT; ++i) {
+          sums[i][0] += of[i].share[f] * a;
+          sums[i][1] += of[i].share[f] * b;
         }
-      for (int i = 0; i < COUNT; ++i) sums_to(sums[i], to[i] + r);
-    }
+      }
+    for (int i = 0; i < COUNT; ++i) sums_to(sums[i], of[i].sums + r);
   }
 };
 
