@@ -38,6 +38,11 @@ from kvfold.registry import AXES
 if TYPE_CHECKING:
     from kvfold.compression.compress import Folded
 
+ALONE = (
+    "A method that is named leaves the default preset aside: axes that are not named stay as they are, bits and recent tokens"
+    " too. --preset auto beside it keeps the others of the default."
+)
+
 
 def command(
     model: OptionalModel = None,
@@ -86,7 +91,10 @@ def command(
             known = tree.get(axis) or {}
             tree[axis] = known | given_of_axis if isinstance(known, dict) else known  # which make_recipe refuses
     where: dict[str, Any] = {"run_dir": run_dir, "overwrite": overwrite, "device": device}
-    made = compress(make_recipe(tree, set_ or []), allow_pickle=allow_pickle, **where)
+    asked = make_recipe(tree, set_ or [])
+    if asked.preset is None and not recipe:
+        STDERR.print(ALONE)
+    made = compress(asked, allow_pickle=allow_pickle, **where)
     if given(calibration) and not made.calibrated:
         STDERR.print("This method needs no calibration: the text and what was said of it were not read.")
     _show(made)

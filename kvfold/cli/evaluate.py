@@ -69,6 +69,7 @@ def command(
     require(ctx, data, "--data", "max_tokens", "seq_len")
     others = max_tokens or seq_len or len(data or []) > 1
     _refuse(context and others, "--context goes with one --data, without --max-tokens and --seq-len")
+    _check_later_parts(tasks, recall, data)
     common: dict[str, Any] = {"against": against, "dtype": dtype, "device": device}
     values: dict[str, Any] = {}
     if context and data:
@@ -80,6 +81,18 @@ def command(
     if tasks:  # last, since it takes longest
         values |= _of_tasks(model, tasks, common | {"limit": limit, "num_fewshot": num_fewshot})
     print_json(values)
+
+
+def _check_later_parts(tasks: list[str] | None, recall: str | None, data: list[Path] | None) -> None:
+    """Before anything is measured, which takes long."""
+    if recall:
+        from kvfold.evaluation.recall import check_lengths
+
+        check_lengths(_recall_lengths(recall), data[0] if data else None)
+    if tasks:
+        from kvfold.evaluation.tasks import check_tasks
+
+        check_tasks(tasks)
 
 
 def _refuse(wrong: Any, what: str) -> None:
@@ -113,10 +126,13 @@ def _of_recall(model: str, recall: str, data: list[Path] | None, common: dict[st
     from kvfold.evaluation.recall import measure_recall
     from kvfold.report.tables import print_recall
 
-    lengths = integers(None if recall == "auto" else recall, "--recall") or []
-    rows = measure_recall(model, lengths=lengths, filler=data[0] if data else None, **common)
+    rows = measure_recall(model, lengths=_recall_lengths(recall), filler=data[0] if data else None, **common)
     print_recall(rows)
     return {"recall": [row.to_json() for row in rows]}
+
+
+def _recall_lengths(recall: str) -> list[int]:
+    return integers(None if recall == "auto" else recall, "--recall") or []
 
 
 def _of_tasks(model: str, tasks: Any, options: dict[str, Any]) -> dict[str, Any]:

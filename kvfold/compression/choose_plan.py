@@ -28,6 +28,7 @@ from kvfold.compression.share_tokens import (
     share_tokens,
 )
 from kvfold.errors import BudgetError
+from kvfold.methods.width.mla import LEAST_APART
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.plan.plan import CachePlan
 
@@ -76,7 +77,22 @@ def choose_plan(
 
     if recipe.target_kl is None:
         return plan(recipe.kv_budget)
-    return smallest_under(recipe.target_kl, plan, lambda made: probe().kl_of(made))
+    try:
+        found = smallest_under(recipe.target_kl, plan, lambda made: probe().kl_of(made))
+    except BudgetError as error:
+        raise BudgetError(f"{error}{_better_from_a_quarter_on(recipe, request)}") from error
+    if found.kv_budget >= LEAST_APART and (hint := _better_from_a_quarter_on(recipe, request)):
+        warnings.warn(f"target_kl {recipe.target_kl:.3g} takes {found.kv_budget:.3g} of the bytes.{hint}", stacklevel=3)
+    return found
+
+
+def _better_from_a_quarter_on(recipe: Recipe, request: Request) -> str:
+    """What to ask for instead, as a sentence: methods are chosen for few of the bytes where a KL is asked for."""
+    other = request.axes.width.instead(request.layers, LEAST_APART, named=False)
+    if other is None or {**recipe.width, **other} == recipe.width:
+        return ""
+    fields = " ".join(f"--set width.{name}={value}" for name, value in other.items())
+    return f" With so much to spend less is lost by --preset {recipe.preset or 'auto'} {fields}."
 
 
 def or_plain(
@@ -87,9 +103,8 @@ def or_plain(
     shares = any(target is not None for target in request.targets)
     if recipe.allocate == "uniform" or not request.axes.bits.by_spectrum or recipe.kv_budget is None or shares:
         return recipe, request, plan
-    simple = dataclasses.replace(
-        recipe, width={"method": "identity"}, bits=PLAIN_BITS, length={"method": "identity"}, allocate="uniform"
-    )
+    plainly: dict[str, Any] = {"width": {"method": "identity"}, "bits": PLAIN_BITS, "length": {"method": "identity"}}
+    simple = dataclasses.replace(recipe, **plainly, allocate="uniform", prefer=None)
     asked = dataclasses.replace(request, axes=simple.axes, kept=1.0)  # which drops no tokens
     try:
         plain = allocate(asked, kv_budget=recipe.kv_budget, strategy="uniform", curves=dict)
@@ -111,8 +126,8 @@ def warn_if_far_below(recipe: Recipe, plan: CachePlan) -> None:
     if recipe.kv_budget is not None and plan.kv_budget < 0.95 * recipe.kv_budget:
         warnings.warn(
             f"kv_budget {recipe.kv_budget:.4g} was asked for and {plan.kv_budget:.4g} is used: the method"
-            f" {recipe.width['method']!r} has no size in between with these fields. Others, or --set allocate=greedy, may"
-            " come nearer.",
+            f" {recipe.width['method']!r} has no size in between with these fields."
+            f" Others{'' if recipe.allocate == 'greedy' else ', or --set allocate=greedy,'} may come nearer.",
             stacklevel=3,
         )
 

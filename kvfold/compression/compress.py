@@ -103,10 +103,10 @@ def compress(
 
     probe = functools.cache(functools.partial(_probe, recipe, material, statistics, request, groups))
     plan = choose_plan(recipe, request, groups, probe, forgotten_LCn)
+    recipe, request, plan = or_plain(recipe, request, plan, probe)
     warn_if_far_below(recipe, plan)
     if warning := runtime(recipe.runtime).warning(plan):
         warnings.warn(warning, stacklevel=2)
-    recipe, request, plan = or_plain(recipe, request, plan, probe)
     clock.lap("allocate")
     config = _config(recipe, source, plan)
     with new_folder(out, _identity(recipe, source.checkpoint, plan, statistics), overwrite=overwrite) as partial:

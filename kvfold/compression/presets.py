@@ -64,8 +64,8 @@ def _turboquant(k_bits: int, v_bits: int) -> Preset:
 
 PRESETS = {
     "auto": Preset(
-        "latents of keys and values in few bits, apart from a quarter of the bytes on, of both below that, without what"
-        " layers below say, shared out by expected nats, the newest tokens finely beside (the default)",
+        "latents of keys and values in few bits, apart from a quarter of the bytes on, of both below that (of one per layer"
+        " what layers below say is left out), shared out by expected nats, the newest tokens finely beside (the default)",
         {
             "width": {"method": "mla"},
             "bits": {"method": "mixed"},

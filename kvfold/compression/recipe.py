@@ -163,7 +163,7 @@ def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
     is the runtime's own.
     """
     tree: dict[str, Any] = {}
-    sets = list(sets)
+    sets, given = list(sets), data.get("width")
     chosen = any(isinstance(data.get(axis), Mapping) and "method" in data[axis] for axis in WHAT)
     chosen |= any(assignment.partition("=")[0] in {f"{axis}.method" for axis in WHAT} for assignment in sets)
     asked = {**data, **assignments(s for s in sets if s.startswith("runtime="))}
@@ -184,8 +184,20 @@ def make_recipe(data: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
             tree[axis] = {"method": "identity"} | tree[axis]
     if tree.get("prefer") is not None:
         _prefer(tree)
+    if (isinstance(given, Mapping) and given) or any(assignment.startswith("width.") for assignment in sets):
+        _keep_width(tree)
     tree["calibration"] = _build(Calibration, tree.get("calibration", {}), "calibration field")
     return _build(Recipe, tree, "recipe field")
+
+
+def _keep_width(tree: dict[str, Any]) -> None:
+    """Who names what a preset or a preference has anyway means it: with all fields written out `suited` leaves it alone."""
+    preset, width = tree.get("preset"), tree["width"]
+    chosen = [find_preset(preset).fragment.get("width")] if preset else []
+    chosen += [{"method": "fisher", "rope": PREFERENCES["speed"]}] if tree.get("prefer") == "speed" else []
+    if width in chosen:
+        fields = dataclasses.fields(registry.load("width", width["method"]))
+        tree["width"] = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING} | width
 
 
 def _methods_with(axis: str, field: str) -> str:

@@ -11,7 +11,7 @@ from kvfold.checkpoint.source import plan_of_headers
 from kvfold.compression.card import CONTEXTS
 from kvfold.plan.plan import CachePlan
 from kvfold.runtimes.base import servable_by
-from kvfold.runtimes.vllm.ranks import bytes_per_process
+from kvfold.runtimes.vllm.ranks import bytes_per_process, not_shared_out
 
 PROCESSES = (2, 4, 8)
 """Tensor parallel sizes that people have."""
@@ -41,9 +41,8 @@ class Inspection:
 
 
 def shared_out(plan: CachePlan) -> dict[int, float]:
-    """Bytes of one token in each process of vLLM's tensor parallelism, where query heads divide by so many."""
-    fitting = (n for n in PROCESSES if not any(source.num_attention_heads % n for source in plan.source))
-    return {n: bytes_per_process(plan, n) for n in fitting}
+    """Bytes of one token in each process of vLLM's tensor parallelism, where so many share out all heads evenly."""
+    return {n: bytes_per_process(plan, n) for n in PROCESSES if not_shared_out(plan, n) is None}
 
 
 def inspect(model: str | Path) -> Inspection:

@@ -33,6 +33,8 @@ PASSAGE = KEY + VALUE
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LEAST_LENGTH = (len(DEPTHS) + 1) * PASSAGE
 """Passages side by side, and a question."""
+FILLER_TOKENS = 2**18
+"""Of a text, that contexts and passages are drawn from."""
 FOUND = 0.1
 """A model recalls where it predicts at least so much more of the value's tokens with the passage than without it."""
 TOKENS_AT_ONCE = 2**14
@@ -96,10 +98,7 @@ def measure_recall(
     or, with a `filler` text, stretches of it. Raises RecipeError on lengths below LEAST_LENGTH and on fewer than two trials,
     DataError on a short text.
     """
-    if too_short := [length for length in lengths if length < LEAST_LENGTH]:
-        raise RecipeError(
-            f"--recall {too_short[0]} leaves no room for passages; give lengths of {LEAST_LENGTH} or more."
-        )
+    check_lengths(lengths, filler)
     if trials < 2:
         raise RecipeError(f"{trials} trials leave no other context to ask as a control; give two or more.")
     model, base = load_pair(folded, against, dtype=dtype, device=device)
@@ -226,6 +225,20 @@ def _default_lengths(config: dict[str, Any]) -> list[int]:
     return [length for length in (whole // 4, whole // 2, whole) if length >= LEAST_LENGTH]
 
 
+def check_lengths(lengths: Sequence[int], filler: str | Path | None) -> None:
+    """Raise, before anything takes long, RecipeError on lengths that leave no room, DataError on those that a text does not
+    reach."""
+    if too_short := [length for length in lengths if length < LEAST_LENGTH]:
+        raise RecipeError(
+            f"--recall {too_short[0]} leaves no room for passages; give lengths of {LEAST_LENGTH} or more."
+        )
+    if filler is not None and max(lengths, default=0) > FILLER_TOKENS // 2:
+        raise DataError(
+            f"--recall {max(lengths)}: contexts are drawn from the first {FILLER_TOKENS:,} tokens of a text, which takes"
+            f" lengths up to {FILLER_TOKENS // 2:,}; longer ones go without --data."
+        )
+
+
 def _trials(
     base: Loaded, filler: str | Path | None, lengths: Sequence[int], trials: int, seed: int
 ) -> list[tuple[Tensor, Tensor]]:
@@ -255,5 +268,4 @@ def _draw(allowed: Tensor, text: Tensor | None, length: int, rows: int, generato
 
 
 def _tokens(tokenizer: Any, path: str | Path) -> Tensor:
-    limit = 2**18  # enough to draw from
-    return data.first_windows(tokenizer, path, seq_len=limit, max_tokens=limit)[0]
+    return data.first_windows(tokenizer, path, seq_len=FILLER_TOKENS, max_tokens=FILLER_TOKENS)[0]

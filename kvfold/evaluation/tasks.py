@@ -112,9 +112,7 @@ def evaluate_folds(
 ) -> list[list[TaskScore]]:
     """The same of several folds of one model, which itself is asked once. answers: a folder where what each model answered is
     kept for later calls, such as the one after an interruption."""
-    runs = _runs(tasks, num_fewshot)
-    harness = _harness()
-    manager = harness.task_manager([spec for specs in runs.values() for spec in specs if isinstance(spec, str)])
+    runs, harness, manager = _prepared(tasks, num_fewshot)
     for folded in folds:
         check_original(folded, against)
     options = {"manager": manager, "limit": limit}
@@ -141,6 +139,21 @@ def evaluate_folds(
         rows = [row for shots in runs for row in scores(base[shots], found[shots], shots=_shots(runs, shots))]
         tables.append([*rows, *_averages(tasks, rows)])
     return tables
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise what `evaluate_tasks` would raise of these names, before anything takes long."""
+    _prepared(tasks, None)
+
+
+def _prepared(tasks: Sequence[str], num_fewshot: int | None) -> tuple[dict[int | None, list[str | TaskFile]], Any, Any]:
+    """What is asked, the harness, and its own manager of the tasks that it knows."""
+    runs, harness = _runs(tasks, num_fewshot), _harness()
+    return (
+        runs,
+        harness,
+        harness.task_manager([spec for specs in runs.values() for spec in specs if isinstance(spec, str)]),
+    )
 
 
 def _what(spec: str | TaskFile) -> str:

@@ -180,7 +180,8 @@ def _check_tokens(index: int, spec: CacheSpec, tokens: TokenRuns) -> None:
     if found and not (spec.num_kv_heads == 1 and tokens.scored and not tokens.matched and tokens.newest >= spec.recent):
         raise PlanError(
             f"{where} goes with {', '.join(found)} where a layer has one latent, a scorer chooses its tokens (unmatched), and"
-            f" the newest {spec.recent} stay; else choose keys as they are read, head by head (width.rope=applied)."
+            f" the newest {spec.recent} stay; else choose keys as they are read, head by head (prefer: speed, or"
+            " width.rope=applied of a method that has it)."
         )
     if _share_scales(*spec.sides):
         raise PlanError(f"{where} does not go with scales per channel, which tokens share.")

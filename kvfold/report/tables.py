@@ -61,8 +61,9 @@ def print_plan(plan: CachePlan, title: str) -> None:
     )
     if any(side.format for spec in plan.owned for side in spec.sides):
         STDOUT.print(
-            "heads x width: numbers x bits. █ 7 bits and more, ▓ 5 and 6, ▒ 3 and 4, ░ 1 and 2, · not stored. A decode step"
-            f" turns {plan.kv_workspace_bytes() / 1e6:,.2f} MB per sequence back into numbers at a time.",
+            "heads x width: numbers x bits. █ 7 bits and more, ▓ 5 and 6, ▒ 3 and 4, ░ 1 and 2, · not stored. Where no"
+            f" kernel reads them as they lie, a decode step turns {plan.kv_workspace_bytes() / 1e6:,.2f} MB per sequence"
+            " back into numbers at a time.",
             highlight=False,
         )
     if once := plan.recent_bytes():

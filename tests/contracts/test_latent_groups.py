@@ -40,5 +40,5 @@ def test_more_heads_that_share_lose_less(fold, tiny_dir):
 def test_groups_that_cannot_be(fold):
     with pytest.raises(RecipeError, match=r"group_size = 3 does not divide the 8 key/value heads"):
         fold("llama_mha", "mla", kv_budget=1 / 2, below=0, group_size=3)
-    with pytest.raises(RecipeError, match=r"not predicted by layers below; set width\.below=0"):
-        fold("llama_mha", "mla", kv_budget=1 / 2, group_size=2)
+    with pytest.raises(RecipeError, match=r"not predicted by layers below; leave width\.below out"):
+        fold("llama_mha", "mla", kv_budget=1 / 2, group_size=2, below=3)

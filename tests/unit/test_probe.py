@@ -8,7 +8,8 @@ from tiny import load, logits, make_tiny, save_tiny, tokens
 
 import kvfold
 from kvfold.compression.probe import interpolate
-from kvfold.compression.recipe import make_recipe
+from kvfold.compression.recipe import load_recipe, make_recipe
+from kvfold.errors import BudgetError
 from kvfold.evaluation.texts import evaluate_models
 
 
@@ -82,6 +83,14 @@ def test_bits_are_shared_out_by_what_was_measured(folded):
         assert evaluate_models(load(root / f"kl{kl}"), original, tokens(8, 32), plan).kl < 3 * kl
 
 
+def test_a_kl_that_joint_latents_do_not_reach_names_what_does(folded):
+    """The method is chosen for few of the bytes, where a KL is asked for."""
+    _, run = folded
+    joint = {"width": {"method": "mla"}, "bits": {"method": "mixed"}, "allocate": "greedy"}
+    with pytest.raises(BudgetError, match=r"--preset auto --set width\.method=fisher --set width\.rope=banded"):
+        run("out_of_reach", kv_budget=None, target_kl=1e-12, **joint)
+
+
 def test_the_plain_cache_in_8_bits_is_taken_where_it_loses_less(folded, monkeypatch):
     root, run = folded
     fields = {"width": {"method": "fisher", "multiple": 4}, "bits": {"method": "mixed"}, "allocate": "measured"}
@@ -89,9 +98,10 @@ def test_the_plain_cache_in_8_bits_is_taken_where_it_loses_less(folded, monkeypa
     assert any(spec.k_bits.tiers != ((8, 8),) for spec in tight.plan.owned)
     monkeypatch.setattr("kvfold.compression.probe.Probe.kl_of", lambda self, plan, width=None: float(width is None))
     with pytest.warns(UserWarning, match="the plain cache in 8 bits .* loses less"):
-        plain = run("plain", kv_budget=0.3, **fields)
+        plain = run("plain", kv_budget=0.3, prefer="speed", **fields)
     assert all(spec.k_bits == spec.v_bits and spec.k_bits.tiers == ((8, 8),) for spec in plain.plan.owned)
-    assert "method: identity" in (root / "plain" / "recipe.yaml").read_text()
+    again = make_recipe(load_recipe(root / "plain" / "recipe.yaml"))
+    assert again.width == {"method": "identity"} and again.prefer is None
     assert evaluate_models(load(root / "plain"), load(root / "source"), tokens(8, 32), plain.plan).kl < 1e-3
     monkeypatch.setattr("kvfold.compression.probe.Probe.kl_of", lambda self, plan, width=None: float(width is not None))
     kept = run("kept", kv_budget=0.3, **fields).plan

@@ -1,15 +1,16 @@
 """Tensor parallelism of packed layers: processes store what one stores, and their outputs add up to its output."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kvfold.plan.cache_spec import CacheSpec
+from kvfold.plan.cache_spec import CacheSpec, SourceLayer
 from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.tensors import tensor_shapes
 from kvfold.runtimes.transformers.attention import FoldedAttention
-from kvfold.runtimes.vllm.ranks import Rank
+from kvfold.runtimes.vllm.ranks import Rank, not_shared_out
 
 LAYER = AttentionLayer(
     index=0, hidden_size=32, num_attention_heads=8, num_kv_heads=4, head_dim=6, scaling=0.4, rotary_dim=6, qkv_bias=True
@@ -62,6 +63,22 @@ def run(attention, hidden, tables, below):
     read = (torch.cat([z, below], dim=3),) * 2 if attention.spec.predicted_from else (z, y)
     out = attention._read(attention._queries(hidden, tables), *read, None, tables)[0]
     return z, y, out.flatten(2) @ attention.o_proj.weight.T
+
+
+def test_processes_that_heads_cannot_be_shared_out_among():
+    """Query heads, key heads and stored ones each have to divide by so many, or so many by them."""
+    source = SourceLayer(num_attention_heads=12, num_kv_heads=12, head_dim=6)
+
+    def refused(stored, heads=12):
+        spec = dataclasses.replace(HEADS, num_kv_heads=stored, num_v_heads=stored)
+        plan = SimpleNamespace(
+            caches=(HEADS, spec),
+            source=(dataclasses.replace(source, num_kv_heads=4), dataclasses.replace(source, num_kv_heads=heads)),
+        )
+        return [count for count in (2, 3, 4, 5) if not_shared_out(plan, count) is not None]
+
+    assert refused(12) == [3, 5] and not_shared_out(SimpleNamespace(caches=(HEADS,), source=(source,)), 5) == 0
+    assert refused(3) == [2, 3, 4, 5] and refused(1) == [3, 5] and refused(6, 6) == [3, 4, 5]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])

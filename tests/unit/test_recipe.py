@@ -153,6 +153,8 @@ def test_the_default_suits_a_model():
     assert suited(default, odd).width["group_size"] == 5
     ten = [dataclasses.replace(layer, num_attention_heads=10) for layer in layers_of("llama2-7b", 10)]
     assert suited(default, ten).width["group_size"] == 5
+    five = layers_of("llama2-7b", 5)  # one group would be all heads
+    assert suited(default, five) == default
     few = [dataclasses.replace(layer, num_attention_heads=4) for layer in layers_of("pythia-160m", 4)]
     assert suited(default, few) == default == suited(default, layers_of("llama2-7b", 4))
 
@@ -193,6 +195,25 @@ def test_a_method_that_is_named_stays_if_it_can(kv_heads):
     assert suited(banded, layers).width == (expected if wide else {"method": "mla", "rope": "banded"})
     small = make_recipe(BASE | {"preset": "auto", "prefer": "size"})
     assert suited(small, layers).width["rope"] == "on_read"
+
+
+def test_what_a_preset_has_anyway_stays_where_it_is_named():
+    many = layers_of("llama2-7b", 8)
+    for sets, data in ((["width.method=mla"], {}), ([], {"width": {"method": "mla"}}), (["width.below=3"], {})):
+        width = suited(make_recipe(BASE | {"preset": "auto", "kv_budget": "1/4"} | data, sets), many).method("width")
+        assert (width.part, width.below, width.group_size) == ("banded_keys_and_values", 3, 0)
+    speed = BASE | {"preset": "auto", "kv_budget": "1/4", "prefer": "speed"}
+    assert suited(make_recipe(speed), many).method("width").group_size == 4
+    assert suited(make_recipe(speed, ["width.method=fisher"]), many).method("width").group_size == 0
+
+
+def test_joint_latents_of_groups_are_not_predicted():
+    assert make_recipe(BASE | {"preset": "auto"}, ["width.group_size=2"]).method("width").below == 0
+    assert make_recipe(BASE | {"preset": "auto"}).method("width").below == 3
+    six = [dataclasses.replace(layer, head_dim=80) for layer in layers_of("llama2-7b", 6)]
+    width = make_recipe(BASE | {"width": {"method": "mla", "kv_heads": 1, "group_size": 1}}).method("width")
+    with pytest.raises(RecipeError, match="its 160 numbers of layer 0 are not to be shared out among 6 latents"):
+        width.key_shapes(six[0])
 
 
 def test_budgets():

@@ -191,11 +191,11 @@ def method_name(method: WidthMethod) -> str:
 
 def groups_of(layers: Sequence[AttentionLayer]) -> dict[str, Any]:
     """Fields of a low-rank method by which heads share latents in groups where layers have more than GROUP of them: by as
-    many as those of all layers can be shared out, nearest to GROUP."""
-    if max(layer.num_kv_heads for layer in layers) <= GROUP:
-        return {}
+    many as those of all layers can be shared out, nearest to GROUP. Nothing where that would be all of a layer (5 or 7)."""
+    most = max(layer.num_kv_heads for layer in layers)
     sizes = divisors(math.gcd(*(layer.num_kv_heads for layer in layers)))
-    return {"latent": "group", "v_latent": "group", "group_size": min(sizes, key=lambda n: abs(math.log(n / GROUP)))}
+    size = min(sizes, key=lambda n: abs(math.log(n / GROUP)))
+    return {} if most <= max(GROUP, size) else {"latent": "group", "v_latent": "group", "group_size": size}
 
 
 def groups_in(layer: AttentionLayer, group_size: int) -> int:

@@ -33,6 +33,8 @@ are read again; from an eighth of the bytes on more save nothing (docs/log.md)."
 LEAST_APART = 1 / 4
 """Share of the bytes from which on keys and values have latents of their own where nothing says how: they lose less there,
 and queries meet half as many numbers (docs/log.md)."""
+BELOW = 3
+"""Layers below whose numbers say something of a layer, where nothing says how many."""
 WIDEST = 2048
 """Numbers of keys and values of a layer up to which they share a latent. Beyond, which is multi-head attention of large
 models, solving for it would take hours: eight times what keys and values take apart."""
@@ -44,13 +46,14 @@ class Mla(PredictedWidth):
     more per number than two. Errors count in nats, as in `fisher`; keys are rebuilt on read.
 
     Layers of more than WIDEST numbers are left to `fisher`; so are, where nobody asked for `mla`, from LEAST_APART of the
-    bytes on all layers, and those whose query heads have a key head each: queries of all heads would meet the whole of one
-    latent. Of layers with many key heads groups have latents (`groups_of`), down to LEAST_BANDED.
+    bytes on all layers, and at all budgets those whose query heads have one of many key heads each (`groups_of`): queries
+    of all heads would meet the whole of one latent. Of other layers with many key heads groups have latents, down to
+    LEAST_BANDED.
 
     rope: `on_read` stores what comes of keys before rotation; `banded` after it where angles change fast, as in `fisher`.
-        Without it banded from LEAST_BANDED of the bytes on.
+        Without it banded from LEAST_BANDED of the bytes on, and wherever this is left to `fisher`.
     below: layers stand in runs of so many and one more, and each stores only what the numbers of those below it in its run do
-        not say (`compression/prediction.py`); 0 for none.
+        not say (`compression/prediction.py`); 0 for none. Without it BELOW, or none with a group_size.
     leading, recent_leading: the first so many numbers of each of those layers say it, which hold most of what there is; of
         recent tokens so many. Every step reads them again, so that fewer are faster; 0 for all, which is smaller. Without
         `leading` as many as leave a step fewer numbers to read than the original has (`compression/request.py`); without
@@ -66,7 +69,7 @@ class Mla(PredictedWidth):
     in_nats: ClassVar[bool] = True
 
     rope: str | None = None
-    below: int = 3
+    below: int | None = None  # type: ignore[assignment]
     leading: int | None = None  # type: ignore[assignment]
     recent_leading: int | None = None
     kv_heads: int = 0
@@ -74,11 +77,13 @@ class Mla(PredictedWidth):
     multiple: int = 8
 
     def __post_init__(self) -> None:
+        if self.below is None:
+            object.__setattr__(self, "below", 0 if self.group_size else BELOW)
         if self.rope is not None and self.rope not in ROPES:
             raise RecipeError(f"width.rope = {self.rope!r}; choose 'on_read' or 'banded'.")
         if (
             self.multiple < 1
-            or min(self.kv_heads, self.group_size, self.below, self.leading or 0, self.recent_leading or 0) < 0
+            or min(self.kv_heads, self.group_size, self.below or 0, self.leading or 0, self.recent_leading or 0) < 0
         ):
             raise RecipeError(
                 "width.multiple must be at least 1, width.kv_heads, width.group_size, width.below, width.leading and"
@@ -86,7 +91,8 @@ class Mla(PredictedWidth):
             )
         if self.group_size and self.below:
             raise RecipeError(
-                "width.group_size: latents of several groups are not predicted by layers below; set width.below=0."
+                f"width.group_size = {self.group_size}: latents of groups are not predicted by layers below; leave"
+                " width.below out."
             )
 
     @property
@@ -123,7 +129,7 @@ class Mla(PredictedWidth):
         if max(2 * layer.num_kv_heads * layer.head_dim for layer in layers) > WIDEST:
             return banded | ({} if named else groups) | {"rope": "banded" if self._banded else "on_read"}
         if self.rope is None and kv_budget < LEAST_BANDED:
-            own = {name: value for name, value in vars(self).items() if value != getattr(type(self), name)}
+            own = {name: value for name, value in vars(self).items() if value != getattr(Mla(), name)}
             return {"method": "mla", **own, "rope": "on_read"}
         return None if named or not groups else {"method": "mla", "group_size": groups["group_size"], "below": 0}
 
@@ -136,6 +142,11 @@ class Mla(PredictedWidth):
             )
         heads = self._heads(layer)
         if self.kv_heads:
+            if 2 * self.kv_heads * layer.head_dim % heads:
+                raise RecipeError(
+                    f"width.kv_heads = {self.kv_heads}: its {2 * self.kv_heads * layer.head_dim} numbers of layer"
+                    f" {layer.index} are not to be shared out among {heads} latents (width.group_size = {self.group_size})."
+                )
             return [StoredShape(heads, 2 * self.kv_heads * layer.head_dim // heads)]
         limit = 2 * layer.num_kv_heads * layer.head_dim // heads
         return [StoredShape(heads, width) for width in latent_widths(limit, self.multiple)]

@@ -11,6 +11,7 @@ from kvfold.architectures.base import architecture
 from kvfold.errors import PlanError
 from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX
 from kvfold.plan.plan import CachePlan
+from kvfold.runtimes.vllm.ranks import not_shared_out
 from kvfold.runtimes.vllm.runtime import Vllm, is_packed
 
 DRAFTED_BY_TEXT = ("ngram", "suffix")
@@ -40,16 +41,14 @@ def check_servable(vllm_config: Any) -> None:
             f"tensor_parallel_size {ranks}: vLLM's {arch.model_type} adds up what processes have of attention later than"
             " kvfold's attention does; serve it with 1."
         )
-    for layer, spec in enumerate(plan.caches):
-        source = plan.source[layer]
+    if (layer := not_shared_out(plan, ranks)) is not None:
+        source, spec = plan.source[layer], plan.caches[layer]
         stored = [] if spec is None else [spec.num_kv_heads, spec.num_v_heads]
-        counts = (source.num_kv_heads, *stored)
-        if source.num_attention_heads % ranks or any(heads % ranks and ranks % heads for heads in counts):
-            raise PlanError(
-                f"tensor_parallel_size {ranks}: layer {layer} has {source.num_attention_heads} query heads,"
-                f" {source.num_kv_heads} of keys and values, stored {stored or 'by another layer'}; they cannot be shared out"
-                " evenly. Choose a number that divides them."
-            )
+        raise PlanError(
+            f"tensor_parallel_size {ranks}: layer {layer} has {source.num_attention_heads} query heads,"
+            f" {source.num_kv_heads} of keys and values, stored {stored or 'by another layer'}; they cannot be shared out"
+            " evenly. Choose a number that divides them."
+        )
     if vllm_config.parallel_config.pipeline_parallel_size > 1 and any(
         target is not None for target in plan.kv_sharing_target_layer
     ):

@@ -87,6 +87,15 @@ class Rank:
         return 1, None
 
 
+def not_shared_out(plan: CachePlan, processes: int) -> int | None:
+    """The first layer whose heads so many processes cannot share out evenly; None where they can."""
+    for layer, (spec, source) in enumerate(zip(plan.caches, plan.source, strict=True)):
+        counts = (source.num_kv_heads, *(() if spec is None else (spec.num_kv_heads, spec.num_v_heads)))
+        if source.num_attention_heads % processes or any(heads % processes and processes % heads for heads in counts):
+            return layer
+    return None
+
+
 def bytes_per_process(plan: CachePlan, processes: int) -> float:
     """Of one token in the cache of each of so many processes."""
     rank = Rank(0, processes)
