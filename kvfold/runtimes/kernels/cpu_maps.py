@@ -93,7 +93,9 @@ class Turn(NamedTuple):
         met = [0 if format is None else met_by(k, format) for k in range(MOST)]
         told = tuple((math.ceil(met[k] / step) * step + R - own) / R for k in range(len(TURNED_BITS)))
         near = TILES if format is None else [P for P in TILES if max(speeds) * P <= FURTHEST] or TILES[:1]
-        functions = turning_functions(speeds, tolerance_of(weight_CFR.dtype, format), tuple(near), told)
+        functions = turning_functions(
+            speeds, tolerance_of(weight_CFR.dtype, format), tuple(near), told, format is not None
+        )
         coarse = torch.tensor(met[: len(functions.basis)], dtype=torch.int32)
         return cls(parted.transpose(2, 3).contiguous(), functions, coarse, own)
 

@@ -41,28 +41,36 @@ class TurningFunctions(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def turning_functions(
-    speeds: tuple[float, ...], tolerance: float, tiles: Sequence[int] = TILES, told: Told = ALL
+    speeds: tuple[float, ...],
+    tolerance: float,
+    tiles: Sequence[int] = TILES,
+    told: Told = ALL,
+    on_average: bool = False,
 ) -> TurningFunctions:
     """Chebyshev polynomials T_k(x), x from -1 to 1 over the P tokens: cos(a x) has even ones only, sin(a x) odd ones, and
     their shares fall faster than (a/2)^k / k!, a being half the angle that a pair turns by among the tokens.
 
     For each pair as many as leave an error of at most `tolerance`, which are fewer the slower it turns; for that P of `tiles`
-    for which they and the queries that are turned for them cost least. told: as `products` takes it.
+    for which they and the queries that are turned for them cost least. told: as `products` takes it. on_average: so
+    many that the errors of a head's pairs are at most `tolerance` as a root of a mean of squares.
     """
     speed_P = torch.tensor(speeds, dtype=torch.float64)
-    found = [of for of in (_functions(speed_P, tolerance, tokens) for tokens in tiles) if of is not None]
+    found = [of for of in (_functions(speed_P, tolerance, tokens, on_average) for tokens in tiles) if of is not None]
     assert found, "turns_slowly() was asked"
     return min(found, key=lambda of: of.products(told))
 
 
-def _functions(speed_P: Tensor, tolerance: float, tokens: int) -> TurningFunctions | None:
+def _functions(speed_P: Tensor, tolerance: float, tokens: int, on_average: bool) -> TurningFunctions | None:
     """For so many tokens; None where pairs turn too far among them."""
     shares = _shares(speed_P * tokens / 2)
-    fits = _errors(speed_P * tokens / 2, shares) <= tolerance
+    errors = _errors(speed_P * tokens / 2, shares)
+    fits = errors <= tolerance
     if not fits[-1].all():
         return None
     needed_P = MOST + 1 - fits.sum(0)
-    count, pair = int(needed_P.max()), torch.arange(1, len(speed_P) + 1)
+    enough = int((errors.square().mean(1).sqrt() > tolerance).sum()) + 1 if on_average else MOST
+    needed_P, pair = needed_P.clamp_max(enough), torch.arange(1, len(speed_P) + 1)
+    count = int(needed_P.max())
     reach = torch.stack([(pair * (needed_P > k)).max() for k in range(count)]).int()
     needed = shares[:count].masked_fill(pair > reach[:, None], 0.0)
     place = (torch.arange(tokens, dtype=torch.float64) - (tokens - 1) / 2) / (tokens / 2)
