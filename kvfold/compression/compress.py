@@ -30,9 +30,10 @@ from kvfold.compression.choose_plan import choose_plan, or_plain, warn_if_far_be
 from kvfold.compression.fold import Folds, fold, folded_config, foreseeing
 from kvfold.compression.prediction import Prediction
 from kvfold.compression.probe import PROBE_VERSION, Probe
-from kvfold.compression.recipe import Recipe, make_recipe, material_of, suited
+from kvfold.compression.recipe import Recipe, make_recipe, material_of
 from kvfold.compression.request import Groups, Request, limits_of
 from kvfold.compression.share_tokens import check_heads, check_tokens, of_shapes
+from kvfold.compression.suit_width import suited
 from kvfold.compression.widen_mlp import SIZE, widened_size
 from kvfold.errors import RecipeError
 from kvfold.methods.width.base import LayerGroup

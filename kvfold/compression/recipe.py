@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -20,8 +19,6 @@ from kvfold.checkpoint.source import Source
 from kvfold.compression.presets import find_preset
 from kvfold.compression.request import Axes
 from kvfold.errors import RecipeError
-from kvfold.methods.width.base import groups_of
-from kvfold.plan.layer import AttentionLayer
 from kvfold.plan.plan import BUDGET_CONTEXT
 from kvfold.plan.typed import misfits, shortened
 from kvfold.runtimes.base import runtime
@@ -30,8 +27,6 @@ ALLOCATIONS = ("uniform", "greedy", "measured")
 PREFERENCES = {"size": "on_read", "speed": "applied"}
 """What to prefer -> how keys are stored; without it banded where a method has both, of what layers below store the leading
 numbers."""
-LITTLE = 1 / 8
-"""Share of the bytes that a method is chosen for where a KL is asked for instead of one."""
 WHAT = ("depth", "width", "bits")
 """Axes that say what a cache is made of; naming a method of one leaves the default preset aside."""
 
@@ -239,23 +234,6 @@ def _prefer(tree: dict[str, Any]) -> None:
         tree["width"] = tree["width"] | {"method": "fisher", "rope": rope}
     else:
         tree["width"] = {"rope": rope, "leading": 0, "recent_leading": 0} | tree["width"]
-
-
-def suited(recipe: Recipe, layers: Sequence[AttentionLayer]) -> Recipe:
-    """The recipe with the width method that takes the place of its own for such layers, and without a finer form of recent
-    tokens where they have none."""
-    partial = any(0 < layer.rotary_dim < layer.head_dim for layer in layers)
-    if recipe.prefer == "speed" and partial and recipe.length["method"] != "identity":
-        warnings.warn(
-            "keys that are rotated in part have no finer form after rotation: recent tokens stay as all others."
-        )
-        recipe = dataclasses.replace(recipe, length={"method": "identity"})
-    if recipe.prefer == "speed" and recipe.width == {"method": "fisher", "rope": PREFERENCES["speed"]}:
-        return dataclasses.replace(recipe, width={**recipe.width, **groups_of(layers)})
-    named = recipe.preset is None or find_preset(recipe.preset).fragment.get("width") != recipe.width
-    named |= recipe.method("length").drops  # which asks for one latent per layer
-    other = recipe.method("width").instead(layers, recipe.kv_budget or LITTLE, named=named)
-    return recipe if other is None else dataclasses.replace(recipe, width=other)
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:

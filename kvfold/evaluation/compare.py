@@ -19,7 +19,8 @@ from kvfold.checkpoint.atomic import write_text
 from kvfold.checkpoint.source import Source, open_source
 from kvfold.checkpoint.tokenizer import load_tokenizer
 from kvfold.compression.compress import compress
-from kvfold.compression.recipe import Recipe, make_recipe, material_of, preset_recipe, suited
+from kvfold.compression.recipe import Recipe, make_recipe, material_of, preset_recipe
+from kvfold.compression.suit_width import suited
 from kvfold.errors import BudgetError, RecipeError
 from kvfold.evaluation.context import Remembered, ask, compared, draw_samples
 from kvfold.evaluation.generate import continue_prompt

@@ -12,8 +12,9 @@ import torch
 from kvfold.architectures.base import Architecture, architecture, empty_model
 from kvfold.compression.allocate import allocate, choose_layout
 from kvfold.compression.hulls import Curves
-from kvfold.compression.recipe import Recipe, suited
+from kvfold.compression.recipe import Recipe
 from kvfold.compression.request import Request, limits_of
+from kvfold.compression.suit_width import suited
 from kvfold.errors import RecipeError
 from kvfold.evaluation.published_shapes import SHAPES
 from kvfold.plan.naming import CONFIG_KEY, MODEL_TYPE_PREFIX

@@ -10,7 +10,8 @@ from kvfold.calibration.calibrate import STATISTICS, calibrate
 from kvfold.calibration.layerwise_model import StreamedModel
 from kvfold.calibration.statistics import GRADIENTS, VECTORS, Seen
 from kvfold.checkpoint.source import open_source
-from kvfold.compression.recipe import make_recipe, material_of, suited
+from kvfold.compression.recipe import make_recipe, material_of
+from kvfold.compression.suit_width import suited
 from kvfold.linalg.eigen import Moment
 from kvfold.linalg.sensitivity import TOKENS, WEIGHTED, sensitivities
 from kvfold.plan.layer import FAST

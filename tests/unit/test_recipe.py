@@ -9,7 +9,8 @@ import yaml
 from kvfold import registry
 from kvfold.architectures.base import empty_model
 from kvfold.compression.presets import PRESETS
-from kvfold.compression.recipe import assignments, load_recipe, make_recipe, parse_budget, suited
+from kvfold.compression.recipe import assignments, load_recipe, make_recipe, parse_budget
+from kvfold.compression.suit_width import suited
 from kvfold.errors import RecipeError
 from kvfold.evaluation.geometries import Shape
 
