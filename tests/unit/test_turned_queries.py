@@ -1,6 +1,9 @@
 """Queries that are turned instead of keys by the CPU's kernel (cpp/turn.h): what keys that are rebuilt and rotated give."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -171,3 +174,15 @@ def test_functions_are_chosen_by_what_they_cost():
     all_met, few_met = (turning_functions(speeds, 2.0**-7, told=told) for told in ((1.0,), (1.0, 0.3, 0.1)))
     assert few_met.basis.shape[1] > all_met.basis.shape[1]
     assert few_met.products((1.0, 0.3, 0.1)) < all_met.products((1.0, 0.3, 0.1)) < all_met.products()
+
+
+@pytest.mark.rare
+@pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx512f -mno-avx2 -mno-avx"])
+def test_shorter_vectors_find_the_same(without, tmp_path):
+    """This file, in code for processors with vectors of 8 and of 4 numbers, whose containers are watched."""
+    settings = {"XDG_CACHE_HOME": str(tmp_path), "CXX": f"c++ {without} -D_GLIBCXX_DEBUG"}
+    which = ["-k", "coarse or turned", "-n", "0", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", *which]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+    assert done.returncode == 0 and "100%" in done.stdout, done.stdout[-3000:]
+    assert list(tmp_path.rglob("*.so")), "code for them was made"

@@ -24,7 +24,7 @@ struct Turn {
 
   // Of `width` numbers, in whole vectors that are made together: how many of `rows` queries for each function meet them.
   std::vector<Met> met(int width, int rows) const {
-    const int step = 2 * LANES, all = pad(width, step), own = fine >= width ? all : int(fine / step) * step;
+    const int step = 2 * LANES, all = pad(width, DEPTH), own = fine >= width ? all : int(fine / step) * step;
     std::vector<Met> found;
     int at = 0;
     for (int k = functions - 1; k >= 0; --k)
