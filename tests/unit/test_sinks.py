@@ -24,7 +24,7 @@ from kvfold.runtimes.kernels.cpu_layer import LayerReader
 from kvfold.runtimes.kernels.dispatch import Way, decode_attention, pack
 from kvfold.runtimes.kernels.packed_tokens import AgedTokens, PackedTokens
 from kvfold.runtimes.transformers.cache import FoldedCache
-from kvfold.testing import assert_close
+from kvfold.testing import assert_close, relative_rms
 
 MODEL = "gpt_oss_experts"
 CALIBRATION = {"data": "self", "num_samples": 4, "seq_len": 160}
@@ -158,14 +158,17 @@ def test_the_oracle_knows_sinks(source):
     ids=["int8", "auto", "size", "similar"],
 )
 def test_steps_by_the_cpu_s_kernel(source, tmp_path, monkeypatch, recipe):
-    """In float32: what it gives step by step is what a forward without a cache does."""
+    """In float32: what it gives step by step is what a forward without a cache does, but for less than bits are off by where
+    queries are turned."""
     asked, real = [], LayerReader.__call__
     monkeypatch.setattr(LayerReader, "__call__", lambda *args: asked.append(1) or real(*args))
     network, ids = load(fold(source, tmp_path / "out", **recipe).out), tokens(2, 100)
     mask = torch.ones_like(ids)
     found = in_steps(network, ids, mask, mask.cumsum(1) - 1, FoldedCache(network.kv_plan), [80, *range(81, 101)])
     assert len(asked) >= 40
-    assert_close(found[:, 80:], logits(network, ids)[:, 80:], tolerance=2e-3)
+    wanted, original = (logits(model, ids)[:, 80:] for model in (network, load(source)))
+    turned = any(spec.fast_pairs for spec in network.kv_plan.owned)
+    assert_close(found[:, 80:], wanted, tolerance=relative_rms(wanted, original) / 4 if turned else 2e-3)
 
 
 @pytest.mark.parametrize("preset", ["streaming_llm", "quest", "xkv"])
