@@ -89,7 +89,7 @@ def _check_later_parts(tasks: list[str] | None, recall: str | None, data: list[P
         from kvfold.evaluation.recall import check_lengths
 
         check_lengths(_recall_lengths(recall), data[0] if data else None)
-    if tasks:
+    if tasks and (recall or data):
         from kvfold.evaluation.tasks import check_tasks
 
         check_tasks(tasks)

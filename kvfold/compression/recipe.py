@@ -27,6 +27,8 @@ ALLOCATIONS = ("uniform", "greedy", "measured")
 PREFERENCES = {"size": "on_read", "speed": "applied"}
 """What to prefer -> how keys are stored; without it banded where a method has both, of what layers below store the leading
 numbers."""
+FOR_SPEED = {"method": "fisher", "rope": PREFERENCES["speed"]}
+"""The width method that `speed` prefers."""
 WHAT = ("depth", "width", "bits")
 """Axes that say what a cache is made of; naming a method of one leaves the default preset aside."""
 
@@ -189,7 +191,7 @@ def _keep_width(tree: dict[str, Any]) -> None:
     """Who names what a preset or a preference has anyway means it: with all fields written out `suited` leaves it alone."""
     preset, width = tree.get("preset"), tree["width"]
     chosen = [find_preset(preset).fragment.get("width")] if preset else []
-    chosen += [{"method": "fisher", "rope": PREFERENCES["speed"]}] if tree.get("prefer") == "speed" else []
+    chosen += [FOR_SPEED] if tree.get("prefer") == "speed" else []
     if width in chosen:
         fields = dataclasses.fields(registry.load("width", width["method"]))
         tree["width"] = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING} | width

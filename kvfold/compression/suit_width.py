@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 from kvfold.compression.presets import find_preset
-from kvfold.compression.recipe import PREFERENCES, Recipe
+from kvfold.compression.recipe import FOR_SPEED, Recipe
 from kvfold.methods.width.base import groups_of
 from kvfold.plan.layer import AttentionLayer
 
@@ -24,7 +24,7 @@ def suited(recipe: Recipe, layers: Sequence[AttentionLayer]) -> Recipe:
             "keys that are rotated in part have no finer form after rotation: recent tokens stay as all others."
         )
         recipe = dataclasses.replace(recipe, length={"method": "identity"})
-    if recipe.prefer == "speed" and recipe.width == {"method": "fisher", "rope": PREFERENCES["speed"]}:
+    if recipe.prefer == "speed" and recipe.width == FOR_SPEED:
         return dataclasses.replace(recipe, width={**recipe.width, **groups_of(layers)})
     named = recipe.preset is None or find_preset(recipe.preset).fragment.get("width") != recipe.width
     named |= recipe.method("length").drops  # which asks for one latent per layer

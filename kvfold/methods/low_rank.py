@@ -106,9 +106,7 @@ class LowRankWidth(WidthMethod):
         K, H = layer.num_kv_heads, layer.head_dim
         if latent == "layer":
             return [StoredShape(1, width) for width in latent_widths(K * H, self.multiple)]
-        if self.group_size:
-            groups_in(layer, self.group_size)  # which says what does not divide them
-        sizes = [self.group_size] if self.group_size else divisors(K)
+        sizes = [K // groups_in(layer, self.group_size)] if self.group_size else divisors(K)
         # Of the shapes with equally many numbers the one with the largest groups wins: later sizes overwrite.
         best = {}
         for t in sizes:

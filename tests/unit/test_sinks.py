@@ -158,8 +158,8 @@ def test_the_oracle_knows_sinks(source):
     ids=["int8", "auto", "size", "similar"],
 )
 def test_steps_by_the_cpu_s_kernel(source, tmp_path, monkeypatch, recipe):
-    """In float32: what it gives step by step is what a forward without a cache does, but for less than bits are off by where
-    queries are turned."""
+    """In float32: what it gives step by step is what a forward without a cache does, but for a sixteenth of what the
+    fold loses where queries are turned."""
     asked, real = [], LayerReader.__call__
     monkeypatch.setattr(LayerReader, "__call__", lambda *args: asked.append(1) or real(*args))
     network, ids = load(fold(source, tmp_path / "out", **recipe).out), tokens(2, 100)
@@ -168,7 +168,7 @@ def test_steps_by_the_cpu_s_kernel(source, tmp_path, monkeypatch, recipe):
     assert len(asked) >= 40
     wanted, original = (logits(model, ids)[:, 80:] for model in (network, load(source)))
     turned = any(spec.fast_pairs for spec in network.kv_plan.owned)
-    assert_close(found[:, 80:], wanted, tolerance=relative_rms(wanted, original) / 4 if turned else 2e-3)
+    assert_close(found[:, 80:], wanted, tolerance=relative_rms(wanted, original) / 16 if turned else 2e-3)
 
 
 @pytest.mark.parametrize("preset", ["streaming_llm", "quest", "xkv"])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels.native import library
-from kvfold.runtimes.kernels.turning import MOST, TILES, TurningFunctions, turning_functions, turns_slowly
+from kvfold.runtimes.kernels.turning import TILES, TurningFunctions, turning_functions, turns_slowly
 
 TOLERANCE = {torch.bfloat16: 1e-3, torch.float32: 1e-6}
 OF_PACKED, TURNED_BITS, FURTHEST = 2.0**-4, (0, 4, 8), 2.0
@@ -31,9 +31,12 @@ def tolerance_of(dtype: torch.dtype, format: NumberFormat | None = None) -> floa
     return own if format is None else max(own, OF_PACKED / 2**format.mean_bits)
 
 
-def met_by(function: int, format: NumberFormat) -> int:
+def met_by(function: int, format: NumberFormat | None) -> int:
     """How many of the numbers, the first ones, a function of a turned query meets: of those that are stored in few bits it
-    says less than they are off by. (Each says some 2^-4 of what the one before says, on average over slow pairs.)"""
+    says less than they are off by. (Each says some 2^-4 of what the one before says, on average over slow pairs.)
+    Nothing of numbers as they are, which are not counted."""
+    if format is None:
+        return 0
     least = TURNED_BITS[min(function, len(TURNED_BITS) - 1)]
     tiers = itertools.takewhile(lambda tier: not tier[0] or tier[1][1] >= least, enumerate(format.tiers))
     return sum(numbers for _, (numbers, _) in tiers)
@@ -90,13 +93,12 @@ class Turn(NamedTuple):
         padded_CFR = torch.nn.functional.pad(weight_CFR.float(), (0, -R % DEPTH))
         parted = padded_CFR.unflatten(1, (-1, head_dim)).unflatten(3, (-1, step))
         own = 0 if format is None else format.width
-        met = [0 if format is None else met_by(k, format) for k in range(MOST)]
-        told = tuple((math.ceil(met[k] / step) * step + R - own) / R for k in range(len(TURNED_BITS)))
+        told = tuple((math.ceil(met_by(k, format) / step) * step + R - own) / R for k in range(len(TURNED_BITS)))
         near = TILES if format is None else [P for P in TILES if max(speeds) * P <= FURTHEST] or TILES[:1]
         functions = turning_functions(
             speeds, tolerance_of(weight_CFR.dtype, format), tuple(near), told, format is not None
         )
-        coarse = torch.tensor(met[: len(functions.basis)], dtype=torch.int32)
+        coarse = torch.tensor([met_by(k, format) for k in range(len(functions.basis))], dtype=torch.int32)
         return cls(parted.transpose(2, 3).contiguous(), functions, coarse, own)
 
     def described(self) -> _Turn:
