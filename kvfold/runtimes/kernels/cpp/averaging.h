@@ -71,13 +71,12 @@ class Averaging final : public Work {
     for (int i = 0; i < count; ++i) {
       const int64_t row = parts[i].row(sequence, head, step, v.steps);
       if (row < 0) continue;
-      const float share = std::exp(parts[i].log_sums[row] - largest), *from = parts[i].averages + row * parts[i].width;
-      float *target = sums.data() + parts[i].column;
-      for (int64_t j = 0; j < parts[i].width; ++j) target[j] += share * from[j];
+      const float share = std::exp(parts[i].log_sums[row] - largest);
+      add_scaled(share, parts[i].averages + row * parts[i].width, sums.data() + parts[i].column, parts[i].width);
       total += share;
     }
-    for (int64_t j = 0; j < v.depth; ++j) to[j] = M(sums[j] / total);
-    std::fill(to + v.depth, to + deep, M(0.0f));
+    scale_by(1 / total, sums.data(), deep);
+    for (int j = 0; j < pad(deep, LANES); j += LANES) put(load<Lanes>(&sums[j]), to + j);
   }
 };
 

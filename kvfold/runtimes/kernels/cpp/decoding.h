@@ -222,9 +222,9 @@ class Form final : public Work {
     for (size_t i = first; i < last; ++i) {
       const float *part = parts.data() + i * size(), weight = std::exp(part[most] - highest);
       total += weight * part[most + rows];
-      for (int j = 0; j < width; ++j) to[j] += weight * part[row * padded + j];
+      add_scaled(weight, part + row * padded, to, width);
     }
-    for (int j = 0; first < last && j < width; ++j) to[j] /= total;
+    if (first < last) scale_by(1 / total, to, width);
     if (log_sums) log_sums[at] = first < last ? highest + std::log(total) : LOWEST;
   }
 };

@@ -161,12 +161,8 @@ struct Storer {
     const float *way = to.ways;
     for (int i = 0; i < to.places; ++i) {
       const T *row = (const T *)to.known[i].rows + at * to.known[i].stride;
-      for (int n = 0; n < to.known[i].numbers; ++n, way += to.form->width) take_off(Numbers<float>::wide(row + n, 1)[0], way, to.form->width);
+      for (int n = 0; n < to.known[i].numbers; ++n, way += to.form->width) add_scaled(-Numbers<float>::wide(row + n, 1)[0], way, numbers.data(), to.form->width);
     }
-  }
-
-  void take_off(float share, const float *way, int width) {
-    for (int r = 0; r < width; ++r) numbers[r] -= share * way[r];
   }
 
   void make_room(const Packing &form) {

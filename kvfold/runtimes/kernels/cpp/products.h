@@ -34,11 +34,19 @@ void in_parts(int first, int end, const Run &run) {
   if constexpr (AT_ONCE > 1) in_parts<AT_ONCE / 2>(first, end, run);
 }
 
-// The same, but what is left is one part: of whatever is fetched anew for every part.
+template <int COUNT, typename Run>
+void of_size(int count, int first, const Run &run) {
+  if (count == COUNT) run(std::integral_constant<int, COUNT>(), first);
+  else if constexpr (COUNT > 1) of_size<COUNT - 1>(count, first, run);
+}
+
+// The same in as few parts as there can be, as equal as these can be: of whatever is fetched anew for every part.
 template <int MOST, typename Run>
 void in_few_parts(int first, int end, const Run &run) {
-  for (; first + MOST <= end; first += MOST) run(std::integral_constant<int, MOST>(), first);
-  if constexpr (MOST > 1) in_few_parts<MOST - 1>(first, end, run);
+  for (int parts = (end - first + MOST - 1) / MOST, now; parts > 0; --parts, first += now) {
+    now = (end - first + parts - 1) / parts;
+    of_size<MOST>(now, first, run);
+  }
 }
 
 // Scores of ROWS queries with LANES / ROWS tokens at a time. q [ROWS, padded width]; out [ROWS, stride].
@@ -176,7 +184,7 @@ template <typename T, int STEPS>
 void add_columns(int rows, const typename Numbers<T>::Query *weights, int w_stride, const T *values, int64_t stride, int left,
                  int tokens, float *sums, int padded, Lanes *strip) {
   using N = Numbers<T>;
-  constexpr int PARTS = N::STEP / LANES, AT_ONCE = REGISTERS / 8;
+  constexpr int PARTS = N::STEP / LANES, AT_ONCE = REGISTERS == 16 ? 2 : 6;  // sums of STRIP lanes each, beside a strip's
   Lanes *next_lanes = strip;
   for (int s = 0; s < tokens; s += N::PAIR) {
     const T *token = values + s * stride, *next = s + 1 < tokens ? token + stride : token;
@@ -186,7 +194,7 @@ void add_columns(int rows, const typename Numbers<T>::Query *weights, int w_stri
       N::columns(token + i * N::STEP, next + i * N::STEP, std::clamp(left - i * N::STEP, 0, N::STEP), next_lanes);
     }
   }
-  in_parts<AT_ONCE>(0, rows, [&](auto now, int row) {
+  in_few_parts<AT_ONCE>(0, rows, [&](auto now, int row) {
     add_strip<T, now, STEPS>(weights + row * w_stride, w_stride, strip, tokens, sums + int64_t(row) * padded, padded);
   });
 }

@@ -35,14 +35,17 @@ struct Running {
   static int block_of(int tokens) { return std::clamp(tokens / DEPTH, 1, MOST_TOKENS / DEPTH) * DEPTH; }
 
   // Some of the queries [count, stride], of whole heads.
-  void take(int first, int count, const float *q, int64_t stride) {
+  void take(int first, int count, const float *q, int64_t stride) { take(first, count, q, stride, r_width); }
+
+  // there: so many numbers of a row can be read, up to whole vectors, behind its own ones zeros.
+  void take(int first, int count, const float *q, int64_t stride, int there) {
     for (int row = 0; row < count; ++row) {
       Query *to = queries.data() + (first + row) * r_stride;
-      for (int r = 0; r < r_width; r += LANES) {
-        const int now = std::min(LANES, r_width - r);
+      for (int r = 0; r < there; r += LANES) {
+        const int now = std::min(LANES, there - r);
         put(load<Lanes>(q + row * stride + r, now), to + r, now);
       }
-      std::fill(to + r_width, to + r_stride, Query(0.0f));
+      std::fill(to + there, to + r_stride, Query(0.0f));
     }
 #ifdef __AMX_BF16__
     if constexpr (sizeof(Query) == 2)
@@ -85,7 +88,7 @@ struct Running {
     if (!tokens) return;
     if constexpr (sizeof(Query) == sizeof(T)) {
       if (count >= MANY_ROWS) {
-        score_many<T>(met, count, queries.data() + int64_t(first) * r_stride, r_stride, keys.data, keys.stride, width, tokens,
+        score_many<T>(met, count, queries.data() + int64_t(first) * r_stride, r_stride, keys.data, keys.stride, std::max(width, keys.depth), tokens,
                       out + int64_t(first) * block, block);
         return;
       }
@@ -101,7 +104,7 @@ struct Running {
   void softmax(int row, int tokens, int first, int end, float scale, float softcap, const float *bias, float *sums,
                float &largest, float &total) {
     float *s = scores.data() + int64_t(row) * block;
-    for (int i = 0; i < tokens; ++i) s[i] *= scale;
+    scale_by(scale, s, tokens);
     cap(s, tokens, softcap);
     for (int i = 0; bias && i < tokens; ++i) s[i] += bias[i];
     std::fill(s, s + std::clamp(first, 0, tokens), LOWEST);
@@ -127,8 +130,7 @@ struct Running {
     for (int i = 0; i < pad(tokens, DEPTH); i += LANES) put(load<Lanes>(s + i), w + i);
     const float sum = sum_of(added);
     const float shrink = std::exp(largest - highest);
-    if (shrink != 1.0f)
-      for (int i = 0; i < v_padded; ++i) sums[i] *= shrink;
+    if (shrink != 1.0f) scale_by(shrink, sums, v_padded);
     total = total * shrink + sum;
     for (int lane = 0; lane < LANES; ++lane)  // comparisons above would hide it
       if (no_number[lane]) total = std::numeric_limits<float>::quiet_NaN();
@@ -136,6 +138,7 @@ struct Running {
   }
 
   void add_head(int first, int count, Tokens<T> values, int width, int tokens, float *sums) {
+    width = std::max(width, values.depth);  // what can be read is read by whole vectors
 #ifdef __AMX_BF16__
     if constexpr (sizeof(Query) == 2)
       if (in_tiles<T>() && count > FEW_ROWS)

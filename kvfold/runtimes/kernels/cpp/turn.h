@@ -82,11 +82,14 @@ struct Turning {
 
   // row: of the first function's scores, behind all of which lie those of the next.
   void add_up(int row, int64_t within, int count, float *out) {
-    const float *f = turn.basis + within;
-    for (int s = 0; s < count; ++s) out[s] = 0;
-    for (int k = 0; k < functions; ++k, row += rows, f += turn.tokens) {
-      const float constant = constants[row], *scores = run.scores.data() + int64_t(row) * run.block;
-      for (int s = 0; s < count; ++s) out[s] += f[s] * (scores[s] + constant);
+    for (int s = 0, now; s < count; s += now) {
+      now = std::min(LANES, count - s);
+      Lanes sum = {};
+      for (int k = 0, at = row; k < functions; ++k, at += rows) {
+        const Lanes f = load<Lanes>(turn.basis + k * turn.tokens + within + s, now);
+        sum += f * (load<Lanes>(run.scores.data() + int64_t(at) * run.block + s, now) + constants[at]);
+      }
+      put(sum, out + s, now);
     }
   }
 
@@ -107,7 +110,7 @@ struct Turning {
           constants[(c * functions + k) * rows + h * each + i] =
               map.offset ? of_offset(shares.data() + (i * functions + k) * map.head_dim, map.offset + column) : 0;
     }
-    run.take(c * rows * functions, rows * functions, made.data(), depth);
+    run.take(c * rows * functions, rows * functions, made.data(), depth, depth);
   }
 
   float of_offset(const float *share, const float *offset) const {
@@ -128,16 +131,22 @@ struct Turning {
       turned_sin[i] = std::sin(turn.speeds[i] * by);
     }
     turned_by = by;
-    for (int i = 0; i < half; ++i) {
-      const float c = cos[i], s = sin[i];
-      cos[i] = c * turned_cos[i] + s * turned_sin[i];
-      sin[i] = s * turned_cos[i] - c * turned_sin[i];
+    for (int i = 0, now; i < half; i += now) {
+      now = std::min(LANES, half - i);
+      const Lanes c = load<Lanes>(&cos[i], now), s = load<Lanes>(&sin[i], now);
+      const Lanes by_cos = load<Lanes>(&turned_cos[i], now), by_sin = load<Lanes>(&turned_sin[i], now);
+      put(c * by_cos + s * by_sin, &cos[i], now);
+      put(s * by_cos - c * by_sin, &sin[i], now);
     }
   }
 
   template <typename C>
   void put_down(const C *c, const C *s) {
-    for (int i = 0; i < half; ++i) cos[i] = Numbers<float>::wide(c + i, 1)[0], sin[i] = Numbers<float>::wide(s + i, 1)[0];
+    for (int i = 0, now; i < half; i += now) {
+      now = std::min(LANES, half - i);
+      put(Numbers<float>::wide(c + i, now), &cos[i], now);
+      put(Numbers<float>::wide(s + i, now), &sin[i], now);
+    }
   }
 
   // What each function takes of the numbers of a query: out [functions, head_dim].
