@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from kvfold.compression.presets import find_preset
 from kvfold.compression.recipe import FOR_SPEED, Recipe
 from kvfold.methods.width.base import groups_of
+from kvfold.methods.width.mla import LEAST_BANDED
 from kvfold.plan.layer import AttentionLayer
 
 LITTLE = 1 / 8
@@ -28,5 +29,8 @@ def suited(recipe: Recipe, layers: Sequence[AttentionLayer]) -> Recipe:
         return dataclasses.replace(recipe, width={**recipe.width, **groups_of(layers)})
     named = recipe.preset is None or find_preset(recipe.preset).fragment.get("width") != recipe.width
     named |= recipe.method("length").drops  # which asks for one latent per layer
-    other = recipe.method("width").instead(layers, recipe.kv_budget or LITTLE, named=named)
-    return recipe if other is None else dataclasses.replace(recipe, width=other)
+    budget = recipe.kv_budget or LITTLE
+    other = recipe.method("width").instead(layers, budget, named=named) or recipe.width
+    if recipe.runtime == "vllm" and not named and other["method"] == "mla" and budget >= LEAST_BANDED:
+        other = other | {"below": 0}  # served steps are short: what is read again costs more there than it saves
+    return recipe if other == recipe.width else dataclasses.replace(recipe, width=other)

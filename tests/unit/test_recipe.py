@@ -172,6 +172,9 @@ def test_the_default_suits_a_budget():
     assert width("1/4", few) == apart and width("1/4", many) == apart | groups
     assert width("1/5", few) == auto.width and width("1/5", many) == {"method": "mla", "group_size": 4, "below": 0}
     assert width("1/16", few) == width("1/16", many) == {"method": "mla", "rope": "on_read"}
+    assert width("1/5", few, runtime="vllm") == {"method": "mla", "below": 0}  # what is read again makes steps longer
+    assert width("1/16", few, runtime="vllm") == width("1/16", few) and width("1/4", few, runtime="vllm") == apart
+    assert width("1/5", few, runtime="vllm", width={"method": "mla", "below": 3})["below"] == 3
     assert width("1/2", many, prefer="size")["method"] == "mla"
     applied = {"method": "fisher", "rope": "applied"}
     assert width("1/8", few, prefer="speed") == applied and width("1/8", many, prefer="speed") == applied | groups

@@ -51,7 +51,8 @@ class _Rotation(ctypes.Structure):
     """Sizes and strides, as rotate.cpp declares them."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("x_batch", "x_group", "x_token", "table_batch")),
+        ("positions", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("x_batch", "x_group", "x_token", "table_batch", "out_row", "out_token")),
         *((name, ctypes.c_int32) for name in ("batch", "groups", "heads", "tokens", "width", "rotated", "pairs")),
     )
 
@@ -153,22 +154,41 @@ def rotates(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
 def rotate(x_BCSF: Tensor, cos_BSr: Tensor, sin_BSr: Tensor, head_dim: int, pairs: int | None = None) -> Tensor:
     """Heads [B, C * F / head_dim, S, head_dim] of x, rotated by tables [B or 1, S, r], of which the first `pairs` turn."""
     B, C, S, F = x_BCSF.shape
-    kernel, heads, r = library(), F // head_dim, cos_BSr.shape[2]
-    assert kernel is not None, "rotates() was asked"
+    heads, r = F // head_dim, cos_BSr.shape[2]
     cos, sin = cos_BSr.contiguous(), sin_BSr.contiguous()
     assert cos.shape == sin.shape and cos.shape[0] in (1, B) and cos.shape[1] == S, "tables are of these tokens"
     out = torch.empty(B, C * heads, S, head_dim, dtype=x_BCSF.dtype, device=x_BCSF.device)
-    table_batch = S * r if len(cos) > 1 else 0
-    sizes = _Rotation(
-        *x_BCSF.stride()[:3], table_batch, B, C, heads, S, head_dim, r, r // 2 if pairs is None else pairs
-    )
-    kernel.kvfold_rotate(
-        *(ctypes.c_int(part.dtype == torch.bfloat16) for part in (x_BCSF, cos)),
-        ctypes.byref(sizes),
-        *(ctypes.c_void_p(part.data_ptr()) for part in (x_BCSF, cos, sin, out)),
-        ctypes.c_int(torch.get_num_threads()),
+    strides = *x_BCSF.stride()[:3], S * r if len(cos) > 1 else 0, S * head_dim, head_dim
+    _rotate(
+        _Rotation(None, *strides, B, C, heads, S, head_dim, r, r // 2 if pairs is None else pairs),
+        x_BCSF,
+        cos,
+        sin,
+        out,
     )
     return out
+
+
+def rotate_at(x_NTH: Tensor, positions_T: Tensor, cos_Sr: Tensor, sin_Sr: Tensor, pairs: int | None = None) -> None:
+    """Rotate heads where they lie, by the tables' rows at their positions, of which the first `pairs` turn; all if None."""
+    (N, T, H), r = x_NTH.shape, cos_Sr.shape[1]
+    assert positions_T.dtype == torch.int64 and positions_T.shape == (T,) and positions_T.is_contiguous()
+    assert cos_Sr.is_contiguous() and sin_Sr.is_contiguous(), "rows follow each other"
+    head, token, _ = x_NTH.stride()
+    strides = positions_T.data_ptr(), 0, head, token, 0, head, token
+    _rotate(_Rotation(*strides, 1, N, 1, T, H, r, r // 2 if pairs is None else pairs), x_NTH, cos_Sr, sin_Sr, x_NTH)
+
+
+def _rotate(rotation: _Rotation, x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    kernel = library()
+    assert kernel is not None, "rotates() was asked"
+    kernel.kvfold_rotate(
+        ctypes.c_int(x.dtype == torch.bfloat16),
+        ctypes.c_int(cos.dtype == torch.bfloat16),
+        ctypes.byref(rotation),
+        *(ctypes.c_void_p(part.data_ptr()) for part in (x, cos, sin, out)),
+        ctypes.c_int(torch.get_num_threads()),
+    )
 
 
 def pages(rows_PCtX: Tensor) -> bool:

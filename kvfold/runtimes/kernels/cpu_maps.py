@@ -61,12 +61,13 @@ class HeadMap(NamedTuple):
         speeds: tuple[float, ...] = (),
         *,
         format: NumberFormat | None = None,
+        tokens: int | None = None,
     ) -> HeadMap:
         """speeds: of keys that turn slowly, in radians per token, for each pair. format: of the numbers that they are made
-        of, the first ones, if these are packed."""
+        of, the first ones, if these are packed. tokens: how many of these there are at most, if that is known."""
         offset = None if bias_CF is None else bias_CF.detach().float().contiguous()
         weight = weight_CFR.detach()
-        turn = Turn.of(weight, head_dim, speeds, format) if turns_slowly(speeds) else None
+        turn = Turn.of(weight, head_dim, speeds, format, tokens) if turns_slowly(speeds) else None
         return cls(pack_map(weight), offset, weight_CFR.shape[1] // head_dim, head_dim, turn)
 
     def rebuild(self, cos: Tensor | None = None, sin: Tensor | None = None, *, evenly: bool = False) -> Rebuild:
@@ -88,13 +89,22 @@ class Turn(NamedTuple):
     fine: int
 
     @classmethod
-    def of(cls, weight_CFR: Tensor, head_dim: int, speeds: tuple[float, ...], format: NumberFormat | None) -> Turn:
+    def of(
+        cls,
+        weight_CFR: Tensor,
+        head_dim: int,
+        speeds: tuple[float, ...],
+        format: NumberFormat | None,
+        tokens: int | None = None,
+    ) -> Turn:
         R, step = weight_CFR.shape[2], 2 * _layout()[0]
         padded_CFR = torch.nn.functional.pad(weight_CFR.float(), (0, -R % DEPTH))
         parted = padded_CFR.unflatten(1, (-1, head_dim)).unflatten(3, (-1, step))
         own = 0 if format is None else format.width
         told = tuple((math.ceil(met_by(k, format) / step) * step + R - own) / R for k in range(len(TURNED_BITS)))
-        near = TILES if format is None else [P for P in TILES if max(speeds) * P <= FURTHEST] or TILES[:1]
+        most = TILES[-1] if format is None else FURTHEST / max(speeds)
+        most = most if tokens is None else min(most, -(-tokens // TILES.step) * TILES.step)
+        near = [P for P in TILES if P <= most] or TILES[:1]
         functions = turning_functions(
             speeds, tolerance_of(weight_CFR.dtype, format), tuple(near), told, format is not None
         )

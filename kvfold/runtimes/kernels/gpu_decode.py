@@ -43,7 +43,9 @@ class HeadMap(NamedTuple):
         speeds: tuple[float, ...] = (),
         *,
         format: NumberFormat | None = None,
+        tokens: int | None = None,
     ) -> HeadMap:
+        """As the CPU's; however few tokens there are, queries are turned for whole blocks of the kernel."""
         weights = weight_CFR.detach().reshape(-1, head_dim, weight_CFR.shape[2])
         offset = None if bias_CF is None else bias_CF.detach().float().reshape(-1, head_dim).contiguous()
         return cls(weights, offset, speeds, tolerance_of(weight_CFR.dtype, format))

@@ -26,7 +26,7 @@ from kvfold.runtimes.kernels.attention import (
     prefill_attention,
 )
 from kvfold.runtimes.kernels.cpu_layer import Form, Steps, asked_of
-from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose, decode_attention, rotated_heads
+from kvfold.runtimes.kernels.dispatch import FEW_TOKENS, Way, choose, decode_attention
 from kvfold.runtimes.kernels.packed_tokens import (
     AgedTokens,
     IndexedTokens,
@@ -37,7 +37,7 @@ from kvfold.runtimes.kernels.packed_tokens import (
     read_for_product,
     read_once,
 )
-from kvfold.runtimes.kernels.rotary import apply_rotary, tables_of
+from kvfold.runtimes.kernels.rotary import tables_of
 from kvfold.runtimes.transformers.attention_by_age import AttentionByAge
 from kvfold.runtimes.transformers.forward_state import CURRENT_STATE, ForwardState
 from kvfold.runtimes.transformers.head_runs import AttentionByRun
@@ -179,11 +179,7 @@ class FoldedAttention(NewTokens, AttentionByAge, AttentionByRun, AttentionToSome
 
     def _queries(self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         q = self._heads(self.q_proj(hidden_BTD), self.layer.num_attention_heads, self.q_norm)
-        if rotary is None:
-            return q
-        if self.spec.rope == "on_read":
-            return rotated_heads(q, q.shape[3], *rotary)
-        return apply_rotary(q, *rotary)  # to the original's last bit
+        return q if rotary is None else self._turn(q, rotary)
 
     def _heads(self, x_BTF: Tensor, heads: int, norm: nn.Module | None) -> Tensor:
         """[B, T, heads*width] -> [B, heads, T, width], normalised where the family does."""

@@ -124,10 +124,8 @@ class NewTokens(nn.Module):
         """What the T new tokens add to the cache: z [B, C, T, E], y [B, U, T, G], which a shared latent is at once."""
         heads = self.spec.num_kv_heads if self.k_a_proj is None else self.made_heads
         z = self._heads(self.k_proj(hidden_BTD), heads, self.k_norm)
-        if rotary is not None and self.spec.rope == "applied":
-            z = apply_rotary(z, *rotary)
-        elif rotary is not None and self.spec.fast_pairs:
-            z = rotated_heads(z, z.shape[3], *rotary, self.spec.fast_pairs)
+        if rotary is not None and (self.spec.rope == "applied" or self.spec.fast_pairs):
+            z = self._turn(z, rotary, self.spec.fast_pairs or None)
         if self.spec.shared_latent:
             y = None
         elif self.v_a_proj is None:
@@ -141,6 +139,12 @@ class NewTokens(nn.Module):
         if y is None and self.v_proj is not None:
             z = z + self._heads(self.v_proj(hidden_BTD), self.spec.num_kv_heads, None)
         return z, z if y is None else y
+
+    def _turn(self, x_BNTH: Tensor, rotary: Any, pairs: int | None = None) -> Tensor:
+        """Heads of new tokens, rotated by cos and sin of these, of which the first `pairs` turn; all if None."""
+        if self.spec.rope == "applied":
+            return apply_rotary(x_BNTH, *rotary)  # to the original's last bit
+        return rotated_heads(x_BNTH, x_BNTH.shape[3], *rotary, pairs)
 
     def _as_stored(self, z_BCTE: Tensor, y_BUTG: Tensor) -> tuple[Any, Any]:
         """What a cache would give back of new tokens."""

@@ -98,7 +98,8 @@ def head_maps(attention: Any, way: str, dtype: torch.dtype) -> Callable[[int, bo
             speeds = attention.layer.speeds_without(fast_pairs) if fast_pairs else ()
             format = (attention.spec.of_recent if near else attention.spec).k_bits
             kernels, head_dim = kernels_for(weight), attention.layer.head_dim
-            return kernels.HeadMap.of(weight, projection.bias, head_dim, speeds, format=format)
+            tokens = attention.spec.recent if near else None
+            return kernels.HeadMap.of(weight, projection.bias, head_dim, speeds, format=format, tokens=tokens)
 
         return projection.made((width, near), make)
 

@@ -21,7 +21,7 @@ from kvfold.runtimes.vllm.linear import GroupedLinear, Linear
 from kvfold.runtimes.vllm.packed_layers import PackedAttention, PackedPages
 from kvfold.runtimes.vllm.pages import RECENT, Kind
 from kvfold.runtimes.vllm.reading import PageReader, reads_in_place
-from kvfold.runtimes.vllm.rotary_tables import RotaryTables
+from kvfold.runtimes.vllm.rotary_tables import Positions, RotaryTables
 from kvfold.runtimes.vllm.writing import PageWriter
 
 
@@ -64,10 +64,17 @@ class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
         self.reader, self.writer = PageReader(self), PageWriter(self)
 
     def _attended(self, hidden_TD: Tensor, where: Any) -> Tensor:
-        return self._turned(hidden_TD[None], None if self.tables is None or where is None else self.tables.of(where))
+        rotary = None if self.tables is None or where is None else self.tables.at(where, hidden_TD)
+        return self._turned(hidden_TD[None], rotary)
 
-    def _turned(self, hidden_1TD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """[1, T, D] -> [T, D], with cos and sin of these tokens."""
+    def _turn(self, x_1NTH: Tensor, rotary: Any, pairs: int | None = None) -> Tensor:
+        if not isinstance(rotary, Positions):
+            return super()._turn(x_1NTH, rotary, pairs)
+        rotary.turn(x_1NTH[0], pairs)
+        return x_1NTH
+
+    def _turned(self, hidden_1TD: Tensor, rotary: Any) -> Tensor:
+        """[1, T, D] -> [T, D], with what rotates heads of these tokens."""
         q = self._queries(hidden_1TD, rotary)[0].transpose(0, 1)
         z = y = None
         if self.owner == self.layer_idx:

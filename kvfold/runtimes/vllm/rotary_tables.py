@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,20 @@ from torch import Tensor, nn
 from kvfold.architectures._rotary import CHANGING, rope_types
 from kvfold.architectures.base import Architecture
 from kvfold.errors import PlanError
+from kvfold.runtimes.kernels.cpu import rotate_at, rotates
 from kvfold.runtimes.kernels.rotary import own_tables, slow_tables
+
+
+class Positions(NamedTuple):
+    """Of tokens [T] whose heads the CPU's kernel rotates where they lie: in a step of few tokens, tables of their own and
+    heads beside those that are there take longer than rotating."""
+
+    tables: RotaryTables
+    positions_T: Tensor
+
+    def turn(self, x_NTH: Tensor, pairs: int | None) -> None:
+        """The first pairs; all if None."""
+        rotate_at(x_NTH, self.positions_T, self.tables.cos_Sr, self.tables.sin_Sr, pairs)
 
 
 class RotaryTables(nn.Module):
@@ -25,6 +38,7 @@ class RotaryTables(nn.Module):
         self.register_buffer("cos_Sr", cos_Sr.contiguous(), persistent=False)
         self.register_buffer("sin_Sr", sin_Sr.contiguous(), persistent=False)
         self.slow: dict[int, RotaryTables] = {}
+        self.known: Positions | None = None
 
     def of_slow(self, fast_pairs: int) -> RotaryTables:
         """Those that leave the first pairs of a head as they are."""
@@ -37,6 +51,17 @@ class RotaryTables(nn.Module):
     def of_all(self) -> tuple[Tensor, Tensor]:
         """cos and sin [1, S, r] of all positions."""
         return self.cos_Sr[None], self.sin_Sr[None]
+
+    def at(self, positions: Tensor, like: Tensor) -> Positions | tuple[Tensor, Tensor]:
+        """By which heads of tokens [T] at these positions are rotated that have the dtype and device of `like`: where they
+        lie, or by cos and sin [1, T, r]."""
+        known = None if torch.compiler.is_compiling() else self.known  # all layers ask for the same tensor
+        if known is not None and known.positions_T is positions:
+            return known
+        if positions.dim() > 1 or not (positions.is_contiguous() and rotates(like, self.cos_Sr, self.sin_Sr)):
+            return self.of(positions)
+        self.known = Positions(self, positions)
+        return self.known
 
     def of(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B, T, r] of positions [B, T] or [T]."""

@@ -6,9 +6,10 @@
 
 namespace {
 
-// Rows [groups * heads of a group, width] of one token.
+// Rows [groups * heads of a group, width] of one token. positions [tokens]: rows of the tables; null: one follows the other.
 struct Rotation {
-  int64_t x_batch, x_group, x_token, table_batch;
+  const int64_t *positions;
+  int64_t x_batch, x_group, x_token, table_batch, out_row, out_token;
   int32_t batch, groups, heads, tokens, width, rotated, pairs;
 };
 
@@ -20,16 +21,16 @@ void rotate_all(const Rotation &r, const T *x, const C *cos, const C *sin, T *ou
   for (int64_t row = 0; row < rows; ++row) {
     for (int s = 0; s < r.tokens; ++s) {
       const int64_t head = row % r.heads, group = row / r.heads % r.groups, b = row / r.heads / r.groups;
-      const int64_t table = b * r.table_batch + int64_t(s) * r.rotated;
+      const int64_t table = b * r.table_batch + (r.positions ? r.positions[s] : s) * r.rotated;
       rotate_head(x + b * r.x_batch + group * r.x_group + s * r.x_token + head * r.width,
-                  nullptr, cos + table, sin + table, r.width, r.rotated, r.pairs, out + (row * r.tokens + s) * r.width);
+                  nullptr, cos + table, sin + table, r.width, r.rotated, r.pairs, out + row * r.out_row + s * r.out_token);
     }
   }
 }
 
 }  // namespace
 
-// x [batch, groups, tokens, heads * width] by strides, that of the last is 1; cos and sin [batch or 1, tokens, rotated], by which the first `pairs` turn; out [batch, groups * heads, tokens, width].
+// x [batch, groups, tokens, heads * width] by strides, that of the last is 1; cos and sin [batch or 1, tokens, rotated], by which the first `pairs` turn; out [batch, groups * heads, tokens, width] by strides, which may be x.
 extern "C" void kvfold_rotate(int is_bfloat16, int tables_are_bfloat16, const Rotation *rotation, const void *x,
                               const void *cos, const void *sin, void *out, int threads) {
   auto run = [&](auto number, auto of_table) {

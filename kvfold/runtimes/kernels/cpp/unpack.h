@@ -4,6 +4,9 @@
 
 #include <cmath>
 #include <type_traits>
+#ifdef __AVX512VBMI__
+#include <immintrin.h>
+#endif
 
 #include "lanes.h"
 
@@ -32,10 +35,24 @@ struct Scales {
 };
 const Scales SCALES;
 
+#ifdef __AVX512VBMI__
+// Of every word 8 parts of PART bits, the first in its lowest bits -> a byte each.
+template <int PART>
+inline Words parts_of(__m512i words) {
+  const __m512i places = _mm512_set1_epi64(0x0706050403020100 * PART);
+  return (Words)_mm512_and_si512(_mm512_multishift_epi64_epi8(places, words), _mm512_set1_epi8((1 << PART) - 1));
+}
+#endif
+
 // CODES parts of PART bits, the first in the lowest bits of a byte -> a byte each.
 template <int PART>
 inline Words plane(const uint8_t *from) {
   if constexpr (PART == 8) return load<Words>(from);
+#ifdef __AVX512VBMI__
+  if constexpr (PART == 4) return parts_of<4>(_mm512_cvtepu32_epi64(load<__m256i>(from)));
+  if constexpr (PART == 2) return parts_of<2>(_mm512_cvtepu16_epi64(load<__m128i>(from)));
+  if constexpr (PART == 1) return parts_of<1>(_mm512_cvtepu8_epi64(_mm_set1_epi64x(load<int64_t>(from))));
+#endif
   if constexpr (PART == 4) {
     typedef uint32_t Source __attribute__((vector_size(CODES / 2)));
     Words x = __builtin_convertvector(load<Source>(from), Words);
