@@ -32,5 +32,5 @@ def suited(recipe: Recipe, layers: Sequence[AttentionLayer]) -> Recipe:
     budget = recipe.kv_budget or LITTLE
     other = recipe.method("width").instead(layers, budget, named=named) or recipe.width
     if recipe.runtime == "vllm" and not named and other["method"] == "mla" and budget >= LEAST_BANDED:
-        other = other | {"below": 0}  # served steps are short: what is read again costs more there than it saves
+        other = {**other, "below": 0}  # served steps are short: what is read again costs more there than it saves
     return recipe if other == recipe.width else dataclasses.replace(recipe, width=other)

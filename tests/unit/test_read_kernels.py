@@ -66,6 +66,24 @@ def test_rotating_gives_what_torch_gives(B, C, S, heads, H, r, dtype, tables):
 
 
 @compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("N", "T", "H", "r", "pairs"), [(3, 9, 64, 64, None), (1, 400, 20, 8, 3), (4, 1, 80, 34, None)]
+)
+def test_heads_are_rotated_where_they_lie_by_their_own_positions(N, T, H, r, pairs, dtype):
+    """A part of each row of other memory, which stays as it is."""
+    memory, angles = torch.randn(T, N * H + 7).to(dtype), torch.randn(50, r, dtype=torch.float64)
+    positions, before = torch.randint(0, 50, (T,)), memory.clone()
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    x = memory[:, 5 : 5 + N * H].unflatten(1, (N, H)).transpose(0, 1)
+    tables = cos.double()[positions][None], sin.double()[positions][None]
+    wanted = apply_rotary(x.double()[None], *tables) if pairs is None else rotate_fast(x.double()[None], *tables, pairs)
+    native.rotate_at(x, positions, cos, sin, pairs)
+    assert distance(x[None], wanted) < (1e-6 if dtype == torch.float32 else 3e-3)
+    assert torch.equal(memory[:, :5], before[:, :5]) and torch.equal(memory[:, 5 + N * H :], before[:, 5 + N * H :])
+
+
+@compiler
 def test_torchs_default_device_is_not_what_counts():
     format, x, angles = FORMS["4_bits"], torch.randn(1, 1, 8, 64), torch.randn(1, 8, 32)
     rows = pack(x, format)

@@ -13,7 +13,7 @@ from kvfold.plan.number_format import NumberFormat
 from kvfold.runtimes.kernels import cpu_decode
 from kvfold.runtimes.kernels.attention import grouped_attention
 from kvfold.runtimes.kernels.codec import pack, unpack
-from kvfold.runtimes.kernels.cpu_maps import _layout, met_by, tolerance_of
+from kvfold.runtimes.kernels.cpu_maps import _layout, met_by, tiles_for, tolerance_of
 from kvfold.runtimes.kernels.packed_tokens import SideBySide
 from kvfold.runtimes.kernels.rotary import apply_rotary
 from kvfold.runtimes.kernels.turning import turning_functions
@@ -166,6 +166,21 @@ def test_functions_meet_numbers_of_many_bits():
     assert [met_by(k, NumberFormat(tiers=((32, 2),))) for k in range(3)] == [32, 32, 32]
     assert [met_by(k, NumberFormat(tiers=((16, 3), (32, 2)))) for k in range(3)] == [48, 16, 16]
     assert [met_by(k, NumberFormat(tiers=((8, 8), (16, 8), (8, 6), (8, 8)))) for k in range(3)] == [40, 40, 24]
+
+
+def test_queries_are_turned_for_as_many_tokens_as_there_are():
+    """At the cost of fewer functions; two tiles where one would be longer than the tokens."""
+    assert [list(tiles_for(speed, tokens)) for speed, tokens in ((2 / 70, None), (2 / 70, 33), (1.0, 500), (None, 20))] == [
+        [32, 64], [32, 64], [32], [32],
+    ]  # fmt: skip
+    assert list(tiles_for(None, None)) == list(range(32, 513, 32))
+    speeds = tuple(0.0 if i < 12 else 1e5 ** (-2 * i / 64) for i in range(32))
+    fine, weight = NumberFormat(tiers=((96, 8),)), torch.randn(1, 64, 96).bfloat16()
+    many, few = (
+        cpu_decode.HeadMap.of(weight, None, 64, speeds, format=fine, tokens=tokens).turn.functions
+        for tokens in (None, 64)
+    )
+    assert (len(many.basis), len(few.basis)) == (4, 3) and few.basis.shape[1] == 64 < many.basis.shape[1]
 
 
 def test_functions_are_chosen_by_what_they_cost():

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,14 @@ def met_by(function: int, format: NumberFormat | None) -> int:
     least = TURNED_BITS[min(function, len(TURNED_BITS) - 1)]
     tiers = itertools.takewhile(lambda tier: not tier[0] or tier[1][1] >= least, enumerate(format.tiers))
     return sum(numbers for _, (numbers, _) in tiers)
+
+
+def tiles_for(speed: float | None, tokens: int | None) -> Sequence[int]:
+    """For how many tokens queries may be turned at a time: among which keys that turn so fast turn by FURTHEST at most, if a
+    speed is given, and no more than there are."""
+    most = TILES[-1] if speed is None else int(FURTHEST / speed)
+    most = most if tokens is None else min(most, tokens + -tokens % TILES.step)
+    return TILES[: max((most - TILES.start) // TILES.step + 1, 1)]
 
 
 class HeadMap(NamedTuple):
@@ -102,12 +111,9 @@ class Turn(NamedTuple):
         parted = padded_CFR.unflatten(1, (-1, head_dim)).unflatten(3, (-1, step))
         own = 0 if format is None else format.width
         told = tuple((math.ceil(met_by(k, format) / step) * step + R - own) / R for k in range(len(TURNED_BITS)))
-        most = TILES[-1] if format is None else FURTHEST / max(speeds)
-        most = most if tokens is None else min(most, -(-tokens // TILES.step) * TILES.step)
-        near = [P for P in TILES if P <= most] or TILES[:1]
-        functions = turning_functions(
-            speeds, tolerance_of(weight_CFR.dtype, format), tuple(near), told, format is not None
-        )
+        tolerance = tolerance_of(weight_CFR.dtype, format)
+        tiles = tiles_for(None if format is None else max(speeds), tokens)
+        functions = turning_functions(speeds, tolerance, tiles, told, format is not None)
         coarse = torch.tensor([met_by(k, format) for k in range(len(functions.basis))], dtype=torch.int32)
         return cls(parted.transpose(2, 3).contiguous(), functions, coarse, own)
 

@@ -142,9 +142,10 @@ class NewTokens(nn.Module):
 
     def _turn(self, x_BNTH: Tensor, rotary: Any, pairs: int | None = None) -> Tensor:
         """Heads of new tokens, rotated by cos and sin of these, of which the first `pairs` turn; all if None."""
+        cos, sin = rotary
         if self.spec.rope == "applied":
-            return apply_rotary(x_BNTH, *rotary)  # to the original's last bit
-        return rotated_heads(x_BNTH, x_BNTH.shape[3], *rotary, pairs)
+            return apply_rotary(x_BNTH, cos, sin)  # to the original's last bit
+        return rotated_heads(x_BNTH, x_BNTH.shape[3], cos, sin, pairs)
 
     def _as_stored(self, z_BCTE: Tensor, y_BUTG: Tensor) -> tuple[Any, Any]:
         """What a cache would give back of new tokens."""
