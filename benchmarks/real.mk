@@ -55,9 +55,9 @@ results-real-depth: $(VENV)/installed
 
 # Tasks on local files, of the default at a quarter and an eighth and of int4_rotated: make results-real-tasks TASKS="eval/*.jsonl eval/mmlu"
 TASKS ?= $(error give TASKS="FILE ...", files of kvfold evaluate --tasks)
-FOLDS := $(addprefix runs/auto-,quarter eighth sixteenth) $(addprefix runs/speed-,quarter eighth)
+FOLDS := $(addprefix runs/auto-,quarter eighth sixteenth) $(addprefix runs/speed-,quarter eighth) runs/vllm-eighth
 $(FOLDS): | $(VENV)/installed
-	$(BIN)/kvfold compress $(REAL) --kv-budget $(if $(findstring quarter,$@),1/4,$(if $(findstring eighth,$@),1/8,1/16)) $(if $(findstring speed,$@),--prefer speed) \
+	$(BIN)/kvfold compress $(REAL) --kv-budget $(if $(findstring quarter,$@),1/4,$(if $(findstring eighth,$@),1/8,1/16)) $(if $(findstring speed,$@),--prefer speed) $(if $(findstring vllm,$@),--runtime vllm) \
 	  --data $(CALIBRATION) --out $@ --run-dir runs/real-run
 runs/int4-rotated: | $(VENV)/installed
 	$(BIN)/kvfold compress $(REAL) --preset int4_rotated --out $@ --run-dir runs/real-run
@@ -151,7 +151,7 @@ results-real-speed: $(SPEEDS) $(PREFERRED)
 
 # Under vLLM (the environment of make test-vllm): tokens per second where the original's cache holds one request and a quarter, and
 # steps where all fit, compiled as `vllm serve` does: make results-real-vllm CALIBRATION=..., in 35 minutes and the folds' on a quiet machine
-SERVED := runs/auto-quarter runs/auto-eighth runs/speed-eighth
+SERVED := runs/auto-quarter runs/vllm-eighth runs/speed-eighth
 BY_VLLM := $(SERVED) --against $(REAL) --engine vllm
 FULL_CACHE := --batch 8 --context 256 --steps 256 --memory 16MiB --rounds 2
 results-real-vllm: $(SERVED) $(VLLM_VENV)/installed

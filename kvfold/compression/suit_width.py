@@ -11,6 +11,7 @@ from kvfold.compression.recipe import FOR_SPEED, Recipe
 from kvfold.methods.width.base import groups_of
 from kvfold.methods.width.mla import LEAST_BANDED
 from kvfold.plan.layer import AttentionLayer
+from kvfold.runtimes.base import runtime
 
 LITTLE = 1 / 8
 """Share of the bytes that a method is chosen for where a KL is asked for instead of one."""
@@ -31,6 +32,6 @@ def suited(recipe: Recipe, layers: Sequence[AttentionLayer]) -> Recipe:
     named |= recipe.method("length").drops  # which asks for one latent per layer
     budget = recipe.kv_budget or LITTLE
     other = recipe.method("width").instead(layers, budget, named=named) or recipe.width
-    if recipe.runtime == "vllm" and not named and other["method"] == "mla" and budget >= LEAST_BANDED:
-        other = {**other, "below": 0}  # served steps are short: what is read again costs more there than it saves
+    if not (named or runtime(recipe.runtime).predicts) and other["method"] == "mla" and budget >= LEAST_BANDED:
+        other = {**other, "below": 0}
     return recipe if other == recipe.width else dataclasses.replace(recipe, width=other)

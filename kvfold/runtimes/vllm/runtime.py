@@ -25,6 +25,7 @@ class Vllm(Runtime):
 
     one_shape = True
     widths = WIDTHS
+    predicts = False
     measured_by = "requests"
 
     def obstacle(self, plan: CachePlan, config: Mapping[str, Any] | None = None) -> str | None:

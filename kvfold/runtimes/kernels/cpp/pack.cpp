@@ -16,26 +16,28 @@ inline Lanes floor_of(Lanes x) {
   return cut > x ? cut - 1.0f : cut;
 }
 
-// Codes of b bits around zero: half is 2^(b-1).
-inline Lanes codes_of(Lanes x, float scale, float half) {
+// Codes of b bits around zero, of numbers in units of a scale: half is 2^(b-1).
+inline Lanes codes_of(Lanes code, float half) {
   const Lanes low = Lanes{} - half, high = Lanes{} + half;
-  Lanes code = x / scale;
   code = code > low ? code : low;
   code = code < high ? code : high;
   code = floor_of(code);
   return code < high - 1.0f ? code : high - 1.0f;
 }
 
+// (Numbers are multiplied by how many there are of a scale's unit, since dividing takes several times as long: where that gives another
+// code the number lies halfway between two, to a rounding.)
 float squared_error(const float *x, int numbers, float scale, float half) {
+  const float per_unit = 1 / scale;
   Lanes sum = {};
   int i = 0;
   for (; i + LANES <= numbers; i += LANES) {
-    const Lanes part = load<Lanes>(x + i), lost = (codes_of(part, scale, half) + 0.5f) * scale - part;
+    const Lanes part = load<Lanes>(x + i), lost = (codes_of(part * per_unit, half) + 0.5f) * scale - part;
     sum += lost * lost;
   }
   float total = sum_of(sum);
   for (; i < numbers; ++i) {
-    const float lost = (codes_of(Lanes{} + x[i], scale, half)[0] + 0.5f) * scale - x[i];
+    const float lost = (codes_of(Lanes{} + x[i] * per_unit, half)[0] + 0.5f) * scale - x[i];
     total += lost * lost;
   }
   return total;
@@ -86,7 +88,7 @@ uint8_t *pack_tier(const float *x, Tier tier, int tried, uint8_t *exponent, uint
   *exponent = best + BIAS;
   for (int i = 0; i < tier.numbers; i += LANES) {
     const int count = std::min(LANES, tier.numbers - i);
-    const Lanes code = codes_of(load<Lanes>(x + i, count), SCALES.of[best + BIAS], half) + half;
+    const Lanes code = codes_of(load<Lanes>(x + i, count) / SCALES.of[best + BIAS], half) + half;
     const Bytes bytes = __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(code, Integers), Halves), Bytes);
     std::memcpy(codes + i, &bytes, count);
   }
