@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from kvfold.compression.presets import find_preset
 from kvfold.compression.recipe import FOR_SPEED, Recipe
 from kvfold.methods.width.base import groups_of
-from kvfold.methods.width.mla import LEAST_BANDED
 from kvfold.plan.layer import AttentionLayer
 from kvfold.runtimes.base import runtime
 
@@ -30,8 +29,6 @@ def suited(recipe: Recipe, layers: Sequence[AttentionLayer]) -> Recipe:
         return dataclasses.replace(recipe, width={**recipe.width, **groups_of(layers)})
     named = recipe.preset is None or find_preset(recipe.preset).fragment.get("width") != recipe.width
     named |= recipe.method("length").drops  # which asks for one latent per layer
-    budget = recipe.kv_budget or LITTLE
-    other = recipe.method("width").instead(layers, budget, named=named) or recipe.width
-    if not (named or runtime(recipe.runtime).predicts) and other["method"] == "mla" and budget >= LEAST_BANDED:
-        other = {**other, "below": 0}
-    return recipe if other == recipe.width else dataclasses.replace(recipe, width=other)
+    predicts, budget = runtime(recipe.runtime).predicts, recipe.kv_budget or LITTLE
+    other = recipe.method("width").instead(layers, budget, named=named, predicts=predicts)
+    return recipe if other is None else dataclasses.replace(recipe, width=other)

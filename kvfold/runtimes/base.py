@@ -17,7 +17,7 @@ class Runtime(ABC):
 
     `default_preset`: what `kvfold compress --runtime NAME` makes. `one_shape`: of whole heads of plain numbers a layer's keys
     and values are stored in one shape; `widths`: of such a head, those that it stores without padding (empty: all).
-    `predicts`: numbers of layers below are worth reading again for what they say, unless few bytes are left.
+    `predicts`: numbers of layers below are worth reading again for what they say, unless few bytes are kept.
     `measured_by`: what `kvfold bench --engine NAME` times: `steps` of a model, `requests` that its `engine` answers, or
     nothing (empty).
     """

@@ -152,9 +152,12 @@ class WidthMethod(ABC):
         how."""
         return 1.0
 
-    def instead(self, layers: Sequence[AttentionLayer], kv_budget: float, *, named: bool) -> dict[str, Any] | None:
+    def instead(
+        self, layers: Sequence[AttentionLayer], kv_budget: float, *, named: bool, predicts: bool = True
+    ) -> dict[str, Any] | None:
         """The method, with its fields as in recipes, that takes the place of this one for such layers and so many of the
-        bytes; None where it suits them. named: somebody asked for this one, or for some of its fields."""
+        bytes; None where it suits them. named: somebody asked for this one, or for some of its fields. predicts: as
+        `Runtime` has it."""
         return None
 
     @abstractmethod

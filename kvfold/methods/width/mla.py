@@ -120,7 +120,9 @@ class Mla(PredictedWidth):
     def _banded(self) -> bool:
         return self.rope != "on_read"
 
-    def instead(self, layers: Sequence[AttentionLayer], kv_budget: float, *, named: bool) -> dict[str, Any] | None:
+    def instead(
+        self, layers: Sequence[AttentionLayer], kv_budget: float, *, named: bool, predicts: bool = True
+    ) -> dict[str, Any] | None:
         banded = {"method": "fisher", "rope": "banded"}
         groups = groups_of(layers)
         multi_head = bool(groups) and all(layer.num_attention_heads == layer.num_kv_heads for layer in layers)
@@ -131,7 +133,9 @@ class Mla(PredictedWidth):
         if self.rope is None and kv_budget < LEAST_BANDED:
             own = {name: value for name, value in vars(self).items() if value != getattr(Mla(), name)}
             return {"method": "mla", **own, "rope": "on_read"}
-        return None if named or not groups else {"method": "mla", "group_size": groups["group_size"], "below": 0}
+        if groups and not named:
+            return {"method": "mla", "group_size": groups["group_size"], "below": 0}
+        return None if named or predicts else {"method": "mla", "below": 0}
 
     def key_shapes(self, layer: AttentionLayer, layers: int = 1) -> list[StoredShape]:
         if layers > 1:

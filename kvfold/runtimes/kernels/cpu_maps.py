@@ -104,7 +104,7 @@ class Turn(NamedTuple):
         head_dim: int,
         speeds: tuple[float, ...],
         format: NumberFormat | None,
-        tokens: int | None = None,
+        tokens: int | None,
     ) -> Turn:
         R, step = weight_CFR.shape[2], 2 * _layout()[0]
         padded_CFR = torch.nn.functional.pad(weight_CFR.float(), (0, -R % DEPTH))

@@ -76,7 +76,7 @@ class Averaging final : public Work {
       total += share;
     }
     scale_by(1 / total, sums.data(), deep);
-    for (int j = 0; j < pad(deep, LANES); j += LANES) put(load<Lanes>(&sums[j]), to + j);
+    for (int j = 0; j < deep; j += LANES) put(load<Lanes>(&sums[j]), to + j);
   }
 };
 
