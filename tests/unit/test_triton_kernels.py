@@ -316,6 +316,7 @@ def test_a_folded_model_decodes_by_them(tiny_dir, tmp_path, monkeypatch):
     recipe["calibration"] = {"data": "self", "num_samples": 8, "seq_len": 128}
     out = kvfold.compress(make_recipe(recipe), device="cpu").out
     monkeypatch.setattr(cpu_maps, "OF_PACKED", 0.0)  # queries are turned as exactly as if nothing were packed
+    monkeypatch.setattr(cpu_maps, "TURNED_BITS", (0,))
     ids, found = tokens(2, 74), []
     for on_gpu in (False, True):
         calls = ask_gpu(monkeypatch.setattr) if on_gpu else []
