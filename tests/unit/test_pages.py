@@ -36,7 +36,7 @@ def test_what_is_written_is_read_back_from_scattered_pages(tokens, padding):
     at = [torch.arange(length) for length in lengths]
     slots = torch.cat([table[t // tokens] * tokens + t % tokens for table, t in zip(tables, at, strict=True)])
     for key in SIDES:
-        format.write(pages, key, slots, made(key, len(slots)))
+        format.write(format.rows(pages, key), key, slots, made(key, len(slots)))
     assert (storage[:, tokens * format.row_bytes :] == 255).all()
     for key, side in SIDES.items():
         expected = roundtrip(made(key, len(slots))[None], side.format)[0]
@@ -75,14 +75,16 @@ def test_a_slot_of_padding_is_written_nowhere(key, dtype):
     format, side = PageFormat(SIDES, dtype), SIDES[key]
     pages = torch.zeros(4, 1, 8, format.row_bytes, dtype=torch.uint8)
     new = made(key, 3).to(dtype)
-    stored = format.write(pages, key, torch.tensor([-1, 9, -1]), new, read=True)
+    stored = format.write(format.rows(pages, key), key, torch.tensor([-1, 9, -1]), new, read=True)
     assert torch.equal(stored, roundtrip(new[None], side.format)[0]) and stored.dtype == dtype
     rows = format.rows(pages, key)
     found = format.read(pages, key, torch.tensor([[1]], dtype=torch.int32), [Span(0, 2)], 2)
     assert torch.equal(read_all(found)[0, :, 1], stored[:, 1])
     assert (pages != 0).sum() == (rows[1, :, 1] != 0).sum()
     elsewhere = torch.zeros_like(pages)  # read and written anew where pages have moved
-    assert format.write(elsewhere, key, torch.tensor([-1, 9, -1]), new) is None and torch.equal(elsewhere, pages)
+    assert format.write(format.rows(elsewhere, key), key, torch.tensor([-1, 9, -1]), new) is None and torch.equal(
+        elsewhere, pages
+    )
 
 
 @pytest.mark.skipif(native.library() is None, reason="no C++ compiler")

@@ -41,6 +41,7 @@ PACKED = (
             "width": {"kv_heads": 2},
             "bits": {"method": "integer", "k_bits": 4, "v_bits": 4},
         },
+        "shared_recent": {"depth": {"method": "contiguous", "owners": 2}, "width": {"method": "logit"}} | JOINT,
         "kept": {"preset": "auto", "kv_budget": 1 / 4, "keep_layers": [3]},
         "unequal_groups": {
             "preset": "auto",

@@ -29,6 +29,7 @@ def serve(folder, prompts, options, rows=None, gpu=False, reload=None):
         **options,
     )
     read = recorded(len(prompts[-1])) if rows else {}
+    left_out = pages_left_out()
     sampling = SamplingParams(max_tokens=4 if gpu else 16, temperature=0, logprobs=1, ignore_eos=True, detokenize=False)
     rounds = []
     if reload:
@@ -43,7 +44,22 @@ def serve(folder, prompts, options, rows=None, gpu=False, reload=None):
         save_file(read, rows)
     cache = llm.llm_engine.vllm_config.cache_config
     sizes = {"cache_tokens": cache.num_gpu_blocks * cache.block_size, "blocks": cache.num_gpu_blocks}
-    return {"rounds": rounds, "calls": len(calls), **sizes, **drafted(llm, options)}
+    return {"rounds": rounds, "calls": len(calls), "left_out": sum(left_out), **sizes, **drafted(llm, options)}
+
+
+def pages_left_out():
+    """A list that fills with how many pages of prompts' recent tokens stand for none, of each request and step."""
+    from kvfold.runtimes.vllm.recent_pages import RecentManager
+
+    found, allocate = [], RecentManager.allocate_new_blocks
+
+    def watched(self, *args):
+        new = allocate(self, *args)
+        found.append(sum(block.is_null for block in new))
+        return new
+
+    RecentManager.allocate_new_blocks = watched
+    return found
 
 
 def drafted(llm, options):

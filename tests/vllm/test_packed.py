@@ -18,6 +18,10 @@ STEPS = {
     "few_pages": {"block_size": 16, "max_num_batched_tokens": 48, "num_gpu_blocks_override": 60},
 }
 """Prompts at once; in other pieces, in small pages; so few pages that requests wait, or are begun anew."""
+UNSHARED = {"block_size": 16, "enable_prefix_caching": False}
+LEFT_OUT = ("auto", "predicted", "shared_recent", "gemma2_softcap_auto")
+"""Where no other request could find a prompt again, pages of its recent tokens are left out: of each layer by itself, of
+layers below too, of another layer, by torch."""
 RECORDED = ("auto", "int4", "unequal_groups")
 BY_TEXT = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 CLOSE = 2e-2
@@ -34,6 +38,7 @@ def root(tmp_path_factory):
 def served(folder, root):
     jobs = {name: job(folder(name), root / name if name in RECORDED else None, **CHUNKS) for name in PACKED}
     jobs |= {f"auto {steps}": job(folder("auto"), **options) for steps, options in STEPS.items()}
+    jobs |= {f"{name} unshared": job(folder(name), **UNSHARED) for name in LEFT_OUT}
     drafts = {"method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 2}
     jobs["drafts"] = job(folder("auto"), speculative_config=drafts)
     return serve(root, jobs | {"original": job(folder("original"))}, **{BIND: "0"})
@@ -43,6 +48,13 @@ def served(folder, root):
 def test_tokens_are_those_of_transformers(served, folder, name):
     assert "error" not in served[name], served[name]
     assert_same_tokens(served[name], folder(name.split()[0]), CLOSE)
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_prompts_are_read_though_their_recent_tokens_have_no_pages(served, folder, name):
+    found = served[f"{name} unshared"]
+    assert found.get("left_out"), found
+    assert_same_tokens(found, folder(name), CLOSE)
 
 
 @pytest.mark.parametrize("name", ["auto", "bloom_alibi_auto"])

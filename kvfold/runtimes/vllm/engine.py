@@ -23,7 +23,7 @@ class Answered(NamedTuple):
 
 class Engine:
     """`name`: engine and version. `dtype`: of its numbers. `compiled`: as `vllm serve` does, which takes minutes.
-    `cache_tokens`: how many tokens its cache holds; those in a finer form are held of `max_num_batched_tokens` at a time."""
+    `cache_tokens`: how many tokens its cache holds, of sequences of the greatest length."""
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from kvfold.runtimes.vllm.attention import FamilyCall, window_of
 from kvfold.runtimes.vllm.batches import Batch
 from kvfold.runtimes.vllm.linear import GroupedLinear, Linear
 from kvfold.runtimes.vllm.packed_layers import PackedAttention, PackedPages
-from kvfold.runtimes.vllm.pages import RECENT, Kind
+from kvfold.runtimes.vllm.pages import RECENT
 from kvfold.runtimes.vllm.reading import PageReader, reads_in_place
 from kvfold.runtimes.vllm.rotary_tables import Positions, RotaryTables
 from kvfold.runtimes.vllm.writing import PageWriter
@@ -118,20 +118,25 @@ class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
     def _tokens(self, owner: int, far: Tensor, batch: Batch, place: int) -> tuple[Any, Any]:
         """What a layer has stored of the tokens that a batch may see."""
         spec, window = self.pages.owned[owner], self.attn.kind
-        found = self._of_kind(owner, spec.of_all, window, far, batch, window)
+        format, where = (
+            self.pages.layout.formats[window],
+            (batch.tables_Bp, batch.spans(window), batch.width_of(window)),
+        )
+        z = format.read(far, (owner, "k"), *where)
+        y = z if spec.shared_latent else format.read(far, (owner, "v"), *where)
         if not spec.recent:
-            return found
-        pages = self.pages.recent
-        near = self._of_kind(owner, spec.of_recent, RECENT, pages.kv_cache, pages.batch(place), spec.recent)
-        z, y = (AgedTokens(old, new, spec.recent) for old, new in zip(found, near, strict=True))
-        return z, y
+            return z, y
+        near_z = self.recent_tokens((owner, "k"), place)
+        near_y = near_z if spec.shared_latent else self.recent_tokens((owner, "v"), place)
+        return AgedTokens(z, near_z, spec.recent), AgedTokens(y, near_y, spec.recent)
 
-    def _of_kind(
-        self, owner: int, spec: CacheSpec, kind: Kind, pages: Tensor, batch: Batch, window: int | None
-    ) -> tuple[Any, Any]:
-        format, where = self.pages.layout.formats[kind], (batch.tables_Bp, batch.spans(window), batch.width_of(window))
-        z = format.read(pages, (owner, "k"), *where)
-        return z, z if spec.shared_latent else format.read(pages, (owner, "v"), *where)
+    def recent_tokens(self, key: tuple[int, str], place: int) -> Any:
+        """One side of what a layer has stored in the finer form of the newest tokens that the queries of a batch may see."""
+        pages, recent = self.pages.recent, self.spec.recent
+        step, format = pages.step, self.pages.layout.formats[RECENT]
+        batch = step.batches[place]
+        where = batch.tables_Bp, batch.spans(recent), batch.width_of(recent)
+        return format.read(pages.kv_cache, key, *where, step.fresh_of(key, batch))
 
     def _mask(self, batch: Batch) -> Tensor | None:
         if self.slopes_N is None:

@@ -18,9 +18,11 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from kvfold.plan.naming import CONFIG_KEY
 from kvfold.plan.plan import CachePlan
+from kvfold.plan.token_runs import FEW_TOKENS
 from kvfold.runtimes.vllm import BACKEND
 from kvfold.runtimes.vllm.batches import Batch, batches
 from kvfold.runtimes.vllm.reading import reads_in_place
+from kvfold.runtimes.vllm.recent_pages import RecentSpec
 
 READING_BYTES = 1 << 30
 """What reading takes for a while on a GPU at most: masks, scores, and what is rebuilt of a piece of a prompt."""
@@ -28,9 +30,24 @@ READING_BYTES = 1 << 30
 
 @dataclass
 class PackedMetadata:
-    """One step's batches."""
+    """One step's batches. fresh: by layer and side rows [1, heads, tokens, bytes] of all tokens of the step, in their order,
+    if there are prompts whose tokens need not be in pages."""
 
     batches: list[Batch]
+    fresh: dict[tuple[int, str], Tensor] | None = None
+    kept_T: Tensor | None = None
+
+    def fresh_of(self, key: tuple[int, str], batch: Batch) -> Tensor | None:
+        """Those of a prompt; None of few tokens, which are in pages."""
+        if self.fresh is None or batch.queries <= FEW_TOKENS:
+            return None
+        return self.fresh[key][:, :, batch.rows]
+
+    def kept(self, slots_T: Tensor, page_tokens: int) -> Tensor:
+        """Slots, -1 of tokens that have no page: vLLM gives them its first, which stands for none."""
+        if self.kept_T is None:
+            self.kept_T = slots_T.masked_fill(slots_T < page_tokens, -1)
+        return self.kept_T
 
 
 class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):
@@ -44,13 +61,15 @@ class PackedBuilder(AttentionMetadataBuilder[PackedMetadata]):
         plan = CachePlan.from_dict(getattr(config.hf_config, CONFIG_KEY))
         self.drafts = vllm_config.speculative_config is not None
         self.in_place = reads_in_place(torch.device(device), config.dtype, plan.owned)
+        self.leaves_out = isinstance(kv_cache_spec, RecentSpec)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> PackedMetadata:
         """Of what vLLM says of all sequences."""
         common = common_attn_metadata
         starts, lengths = common.query_start_loc_cpu.tolist(), self._lengths(common)
-        tables = common.block_table_tensor
-        return PackedMetadata(batches(starts, lengths, tables, in_place=self.in_place))
+        found = batches(starts, lengths, common.block_table_tensor, in_place=self.in_place)
+        prompts = self.leaves_out and any(batch.queries > FEW_TOKENS for batch in found)
+        return PackedMetadata(found, {} if prompts else None)
 
     def _lengths(self, common: Any) -> list[int]:
         """Of all sequences. The CPU knows them, but for drafts of which the device has not said yet how many were right."""

@@ -14,10 +14,11 @@ from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from kvfold.plan.plan import CachePlan
-from kvfold.runtimes.vllm.batches import Batch
-from kvfold.runtimes.vllm.packed_backend import PackedBackend
+from kvfold.plan.token_runs import FEW_TOKENS
+from kvfold.runtimes.vllm.packed_backend import PackedBackend, PackedMetadata
 from kvfold.runtimes.vllm.pages import RECENT, Kind, Layout
 from kvfold.runtimes.vllm.ranks import Rank
+from kvfold.runtimes.vllm.recent_pages import RecentSpec
 
 TOKENS = 32
 """Of a page at least, where there are several kinds of pages, unless the user asks for others: prompts are compared, and
@@ -35,7 +36,7 @@ class PackedPages:
         self.owned = {layer: self.rank.spec(spec) for layer, spec in enumerate(plan.caches) if spec is not None}
         self.layout = Layout(self.owned, vllm_config.model_config.dtype)
         self.vllm_config = vllm_config
-        self.last_reader = plan.last_predicted
+        self.last_reader, self.last_user = plan.last_predicted, _last_users(plan)
         self.names: dict[Kind, str] = {}
         self.new: dict[int, Any] = {}
         """What layers whose numbers others read have stored in this step."""
@@ -59,7 +60,17 @@ class PackedPages:
         }  # fmt: skip
         if kind is None:
             return FullAttentionSpec(**facts)
-        return SlidingWindowSpec(**facts, sliding_window=self.layout.recent if kind == RECENT else kind)
+        window: Any = self.layout.recent if kind == RECENT else kind
+        if kind != RECENT or self.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+            return SlidingWindowSpec(**facts, sliding_window=window)
+        beside = tuple(tokens[other] for other in self.layout.formats if other != RECENT)
+        return RecentSpec(**facts, sliding_window=window, behind=self._behind(window), beside=beside)
+
+    def _behind(self, window: int) -> int:
+        """Tokens behind the recent ones that stay: drafts that turn out to be wrong, and what few queries that come together
+        see."""
+        drafts = self.vllm_config.speculative_config
+        return max(0 if drafts is None else drafts.num_speculative_tokens, FEW_TOKENS - window)
 
 
 class RecentPages(nn.Module, AttentionLayerBase):
@@ -76,9 +87,11 @@ class RecentPages(nn.Module, AttentionLayerBase):
     def get_kv_cache_spec(self, vllm_config: Any) -> Any:
         return self.pages.spec(RECENT)
 
-    def batch(self, place: int) -> Batch:
-        """The `place`-th of the running step, as it reads these pages."""
-        return get_forward_context().attn_metadata[self.layer_name].batches[place]
+    @property
+    def step(self) -> PackedMetadata:
+        """The running one; without metadata vLLM measures memory."""
+        metadata = get_forward_context().attn_metadata
+        return PackedMetadata([]) if metadata is None else metadata[self.layer_name]
 
 
 class PackedAttention(Attention):
@@ -112,3 +125,9 @@ class PackedAttention(Attention):
             done = torch.ops.vllm.unified_kv_cache_update(key, value, name)
         torch.ops.vllm.unified_attention_with_output(query, key, value, output, name, kv_cache_dummy_dep=done)
         return output
+
+
+def _last_users(plan: CachePlan) -> dict[int, int]:
+    """Of each layer that stores something, the last one that reads it."""
+    users = {plan.owner(layer): layer for layer in range(len(plan.caches))}
+    return {owner: max(last, plan.last_predicted.get(owner, last)) for owner, last in users.items()}

@@ -73,11 +73,11 @@ class PageFormat:
         )
 
     def write(
-        self, pages: Tensor, key: tuple[int, str], slots_T: Tensor, x_CTR: Tensor, *, read: bool = False
+        self, rows: Tensor, key: tuple[int, str], slots_T: Tensor, x_CTR: Tensor, *, read: bool = False
     ) -> Tensor | None:
-        """Store tokens where their slots are (page * tokens + place; -1: nowhere); `read`: return them [C, T, R] as they are
-        stored."""
-        format, rows = self.regions[key].side.format, self.rows(pages, key)
+        """Store tokens in rows of a region where their slots are (page * tokens + place; -1: nowhere); `read`: return them
+        [C, T, R] as they are stored."""
+        format = self.regions[key].side.format
         packed = x_CTR.contiguous().view(torch.uint8) if format is None else pack(x_CTR[None], format)[0]
         scatter(rows, slots_T, packed)
         if not read:
@@ -85,14 +85,28 @@ class PageFormat:
         return x_CTR if format is None else read_all(PackedTokens(packed[None], format, x_CTR.dtype))[0]
 
     def read(
-        self, pages: Tensor, key: tuple[int, str], tables_Bp: Tensor, spans: Sequence[Span], width: int
+        self,
+        pages: Tensor,
+        key: tuple[int, str],
+        tables_Bp: Tensor,
+        spans: Sequence[Span],
+        width: int,
+        fresh_BCTX: Tensor | None = None,
     ) -> PackedTokens | Tensor:
-        """[B, heads, width, R]: the spans of sequences, whose pages the tables name, each at the end of its row."""
-        _, side, _ = self.regions[key]
-        rows_BCSX = gather(self.rows(pages, key), tables_Bp, spans, width)
+        """[B, heads, width, R]: the spans of sequences, whose pages the tables name, each at the end of its row. fresh: rows
+        of the last tokens of each, which are taken from there."""
+        side, fresh = self.regions[key].side, 0 if fresh_BCTX is None else fresh_BCTX.shape[2]
+        before = [Span(start, end - fresh) for start, end in spans]
+        rows = [] if fresh == width else [gather(self.rows(pages, key), tables_Bp, before, width - fresh)]
+        rows_BCSX = torch.cat([*rows, *([] if fresh_BCTX is None else [fresh_BCTX])], dim=2)
         if side.format is None:
             return rows_BCSX.view(self.dtype)
         return PackedTokens(rows_BCSX, side.format, self.dtype)
+
+    def fresh(self, key: tuple[int, str], tokens: int, device: torch.device) -> Tensor:
+        """[1, heads, tokens, row_bytes]: one page for so many tokens of a region, by itself."""
+        _, side, row_bytes = self.regions[key]
+        return torch.empty(1, side.num_heads, tokens, row_bytes, dtype=torch.uint8, device=device)
 
     def lying(
         self, pages: Tensor, key: tuple[int, str], of_width: Callable[[int], int] = lambda width: width

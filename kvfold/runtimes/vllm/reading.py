@@ -15,7 +15,7 @@ from kvfold.runtimes.kernels.aged_prefill import prefill_by_age
 from kvfold.runtimes.kernels.attention import kernels_for, prefill_attention
 from kvfold.runtimes.kernels.cpu_layer import Asked, Form, LayerReader
 from kvfold.runtimes.kernels.dispatch import FEW_TOKENS
-from kvfold.runtimes.kernels.packed_tokens import PagedTokens, by_age, side_by_side
+from kvfold.runtimes.kernels.packed_tokens import PagedTokens, by_age, first_numbers, side_by_side
 from kvfold.runtimes.transformers.on_read import head_maps, value_map
 from kvfold.runtimes.vllm.batches import Batch
 from kvfold.runtimes.vllm.pages import RECENT, Kind
@@ -140,8 +140,7 @@ class PageReader:
             return None
         if not spec.recent:
             return prefill_attention(q_BNTH, *heads, attention._mask(batch), scale=attention.scaling)
-        pages = attention.pages.recent
-        near = self._heads(RECENT, pages.kv_cache, pages.batch(place), spec.recent, q_BNTH.dtype)
+        near = self._recent_heads(place, q_BNTH.dtype)
         if near is None:
             return None
         (far_k, far_v), (near_k, near_v) = heads, near
@@ -168,6 +167,27 @@ class PageReader:
         k = cpu_decode.rebuilt(keys, k_way, dtype, spans, width)
         return k, cpu_decode.rebuilt(values, v_map.rebuild(), dtype, spans, width)
 
+    def _recent_heads(self, place: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """The same of the finer form of recent tokens: of a prompt's own from where they were packed."""
+        attention, spec, owner = self.attention, self.attention.spec, self.attention.owner
+        of = functools.partial(attention.recent_tokens, place=place)
+        below = [first_numbers(of((layer, "k")), spec.of_recent) for layer in spec.predicted_from]
+        keys = of((owner, "k"))
+        keys = side_by_side([keys, *below]) if below else keys
+        values = keys if spec.shared_latent else of((owner, "v"))
+        of_keys, of_values = head_maps(attention, "k_b", dtype), head_maps(attention, "v_b", dtype)
+        if of_keys is None or of_values is None:
+            return None
+        if not (cpu_decode.reads(keys, dtype) and cpu_decode.reads(values, dtype)):
+            return None
+        k_map, v_map = of_keys(keys.shape[3], True), of_values(values.shape[3], True)
+        if not attention._rotates_on_read:
+            k_way = k_map.rebuild()
+        else:
+            (span,) = attention.pages.recent.step.batches[place].spans(spec.recent)
+            k_way = k_map.rebuild(*attention.read_tables.of_all).of_tokens(*span)
+        return cpu_decode.rebuilt(keys, k_way, dtype), cpu_decode.rebuilt(values, v_map.rebuild(), dtype)
+
     def _asked(self, far: Tensor, batch: Batch, place: int) -> list[_FormPages]:
         """Each form of what the queries may see."""
         kind, recent = self.attention.attn.kind, self.attention.spec.recent
@@ -178,7 +198,7 @@ class PageReader:
         oldest: Any = cpu_decode.ALL_OLDER if kind is None else kind
         if not recent:
             return [_FormPages(kind, far, batch, (0, oldest))]
-        near = _FormPages(RECENT, pages.recent.kv_cache, pages.recent.batch(place), (0, min(recent, oldest)))
+        near = _FormPages(RECENT, pages.recent.kv_cache, pages.recent.step.batches[place], (0, min(recent, oldest)))
         return [_FormPages(kind, far, batch, (recent, max(oldest, recent))), near]
 
     def _part_by_part(self, queries: list[Tensor], asked: list[_FormPages], batch: Batch) -> Tensor | None:

@@ -11,6 +11,7 @@ from vllm.forward_context import get_forward_context
 
 from kvfold.plan.cache_spec import CacheSpec
 from kvfold.runtimes.kernels.cpu_store import LayerWriter, Storage, stores
+from kvfold.runtimes.kernels.paging import scatter
 from kvfold.runtimes.vllm.pages import RECENT, Kind
 
 
@@ -44,20 +45,53 @@ class PageWriter:
         below say. far: pages of the layer's own kind. Returns the keys [C, T, R] of each form as they are stored, where
         layers above are said by them."""
         attention, pages, slots = self.attention, [far], [slots_T]
+        self.parts = self.parts or list(self._parts(new))
         if attention.spec.recent:
             recent = attention.pages.recent
             pages.append(recent.kv_cache)
             slots.append(get_forward_context().slot_mapping[recent.layer_name])
-        state = new[0].dtype, *(x.data_ptr() for x in pages), self._ways()
+            if recent.step.fresh is not None:
+                return self._write_fresh(new, pages, slots, recent.step)
+        rows = [self._format(part).rows(pages[part.form], self._key(part)) for part in self.parts]
+        state = new[0].dtype, *(x.data_ptr() for x in rows), self._ways()
         if self.described[0] != state:
-            self.parts = list(self._parts(new))
-            self.described = state, self._describe(new, pages)
-        writer = self.described[1]
+            self.described = state, self._describe(new, rows)
+        return self._stored(self.described[1], new, rows, [slots[part.form] for part in self.parts])
+
+    def _write_fresh(
+        self, new: Sequence[Tensor], pages: Sequence[Tensor], slots: Sequence[Tensor], step: Any
+    ) -> list[Tensor | None]:
+        """The finer form of recent tokens to where prompts read it, and from there into pages that are kept."""
+        far, near = pages
+        far_slots, kept = slots[0], step.kept(slots[1], near.shape[2])
+        self._drop(step.fresh)
+        rows, to = [], []
+        for part in self.parts:
+            format, key = self._format(part), self._key(part)
+            if part.kind == RECENT:
+                step.fresh[key] = format.fresh(key, len(kept), near.device)
+            rows.append(step.fresh[key] if part.kind == RECENT else format.rows(far, key))
+            to.append(torch.arange(len(kept), device=kept.device) if part.kind == RECENT else far_slots)
+        stored = self._stored(self._describe(new, rows), new, rows, to)
+        for part in (part for part in self.parts if part.kind == RECENT):
+            key = self._key(part)
+            scatter(self._format(part).rows(near, key), kept, step.fresh[key][0])
+        return stored
+
+    def _drop(self, fresh: dict[tuple[int, str], Tensor]) -> None:
+        """What no layer reads any more."""
+        last, here = self.attention.pages.last_user, self.attention.layer_idx
+        for key in [key for key in fresh if last[key[0]] < here]:
+            del fresh[key]
+
+    def _stored(
+        self, writer: LayerWriter | None, new: Sequence[Tensor], rows: Sequence[Tensor], slots: Sequence[Tensor]
+    ) -> list[Tensor | None]:
         if writer is None:
-            stored = self._part_by_part(new, pages, slots)
+            stored = self._part_by_part(new, rows, slots)
         else:
-            known = self._known() if attention.spec.predicted_from else ()
-            stored = writer(new, [slots[part.form] for part in self.parts], known)
+            known = self._known() if self.attention.spec.predicted_from else ()
+            stored = writer(new, slots, known)
         return [x for part, x in zip(self.parts, stored, strict=True) if not part.side]
 
     def _ways(self) -> Any:
@@ -79,16 +113,15 @@ class PageWriter:
         spec: CacheSpec = self.attention.spec
         return spec.of_recent if kind == RECENT else spec.of_all
 
-    def _describe(self, new: Sequence[Tensor], pages: Sequence[Tensor]) -> LayerWriter | None:
+    def _describe(self, new: Sequence[Tensor], rows: Sequence[Tensor]) -> LayerWriter | None:
         """None where the device's kernel does not serve."""
         predicted = bool(self.attention.spec.predicted_from)
         numbers = self._numbers() if predicted else []
         ways = self._ways_of_parts(numbers) if predicted else [None] * len(self.parts)
         storages = []
-        for part, way in zip(self.parts, ways, strict=True):
-            format, key = self._format(part), self._key(part)
-            packed, rows = format.regions[key].side.format, format.rows(pages[part.form], key)
-            storage = packed and Storage(rows, packed, self._again(part), part.side, part.first, way)
+        for part, way, own in zip(self.parts, ways, rows, strict=True):
+            packed = self._format(part).regions[self._key(part)].side.format
+            storage = packed and Storage(own, packed, self._again(part), part.side, part.first, way)
             if storage is None or not stores(storage, part.of(new[part.side])):
                 return None
             storages.append(storage)
@@ -109,15 +142,17 @@ class PageWriter:
         parts = zip(self.parts, self._known(), strict=True)
         return [[self._form(part.kind).predicting(x.shape[2]) for x in known] for part, known in parts]
 
-    def _part_by_part(self, new: Sequence[Tensor], pages: Sequence[Tensor], slots: Sequence[Tensor]) -> list[Any]:
+    def _part_by_part(self, new: Sequence[Tensor], rows: Sequence[Tensor], slots: Sequence[Tensor]) -> list[Any]:
         if self.attention.spec.predicted_from:
             known = zip(self._known(), self._numbers(), strict=True)
             below = [x[..., :count] for own, counts in known for x, count in zip(own, counts, strict=True)]
             new = [new[0] - self.attention.k_p_proj(torch.cat(below, dim=2))]
-        return [self._by_itself(part, new[part.side], pages[part.form], slots[part.form]) for part in self.parts]
+        return [
+            self._by_itself(part, new[part.side], *where) for part, *where in zip(self.parts, rows, slots, strict=True)
+        ]
 
-    def _by_itself(self, part: _Part, x_CTE: Tensor, pages: Tensor, slots_T: Tensor) -> Tensor | None:
-        return self._format(part).write(pages, self._key(part), slots_T, part.of(x_CTE), read=self._again(part))
+    def _by_itself(self, part: _Part, x_CTE: Tensor, rows: Tensor, slots_T: Tensor) -> Tensor | None:
+        return self._format(part).write(rows, self._key(part), slots_T, part.of(x_CTE), read=self._again(part))
 
     def _format(self, part: _Part) -> Any:
         return self.attention.pages.layout.formats[part.kind]
