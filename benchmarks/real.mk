@@ -3,7 +3,7 @@
 .PHONY: results-real-frontier results-real-kivi results-real-auto results-real-ablation results-real-calibration \
   results-real-depth results-real-tasks results-real-tasks-three results-real-recall results-dropped results-scored results-dropped-speed \
   results-scored-4096 results-published-4096 results-real-context results-reading results-read-some results-real-speed \
-  results-real-vllm results-real results-nats
+  results-real-vllm results-real-vllm-float32 results-real results-nats
 
 # On the real model (make real-models), each part by itself in about half an hour on two cores (kivi, which evaluation decodes
 # token by token, twice as long again: make results-real-kivi):
@@ -160,6 +160,10 @@ results-real-vllm: $(SERVED) $(VLLM_VENV)/installed
 	for batch in 1 8; do \
 	  $(VLLM_VENV)/bin/kvfold bench $(BY_VLLM) --batch $$batch --context 480 --steps 64 --memory 1GiB --compiled \
 	    --markdown results/real-vllm-steps-batch-$$batch.md || exit 1; done
+
+# The same in float32, which processors without AVX-512 serve faster than bfloat16; in eight minutes and the folds'
+results-real-vllm-float32: $(SERVED) $(VLLM_VENV)/installed
+	$(VLLM_VENV)/bin/kvfold bench $(BY_VLLM) $(FULL_CACHE) --rounds 1 --dtype float32 --markdown results/real-vllm-float32.md
 
 # All of SmolLM2, about three hours on two cores
 results-real: results-real-frontier results-real-ablation results-real-depth results-real-tasks results-real-recall results-real-calibration \

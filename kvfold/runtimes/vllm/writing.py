@@ -38,7 +38,7 @@ class PageWriter:
     def __init__(self, attention: Any) -> None:
         self.attention = attention
         self.parts: list[_Part] = []
-        self.described: tuple[Any, LayerWriter | None] = None, None
+        self.described: tuple[Any, LayerWriter | None, list[Tensor]] = None, None, []
 
     def write(self, new: Sequence[Tensor], far: Tensor, slots_T: Tensor) -> list[Tensor | None]:
         """Keys, and values where they are others, [C, T, numbers] of all forms side by side, less what the numbers of layers
@@ -52,30 +52,30 @@ class PageWriter:
             slots.append(get_forward_context().slot_mapping[recent.layer_name])
             if recent.step.fresh is not None:
                 return self._write_fresh(new, pages, slots, recent.step)
-        rows = [self._format(part).rows(pages[part.form], self._key(part)) for part in self.parts]
-        state = new[0].dtype, *(x.data_ptr() for x in rows), self._ways()
+        state = new[0].dtype, *(x.data_ptr() for x in pages), self._ways()
         if self.described[0] != state:
-            self.described = state, self._describe(new, rows)
-        return self._stored(self.described[1], new, rows, [slots[part.form] for part in self.parts])
+            rows = [self._format(part).rows(pages[part.form], self._key(part)) for part in self.parts]
+            self.described = state, self._describe(new, rows), rows
+        return self._stored(*self.described[1:], new, [slots[part.form] for part in self.parts])
 
     def _write_fresh(
         self, new: Sequence[Tensor], pages: Sequence[Tensor], slots: Sequence[Tensor], step: Any
     ) -> list[Tensor | None]:
         """The finer form of recent tokens to where prompts read it, and from there into pages that are kept."""
         far, near = pages
-        far_slots, kept = slots[0], step.kept(slots[1], near.shape[2])
         self._drop(step.fresh)
-        rows, to = [], []
+        kept = step.kept(slots[1], near.shape[2])
+        everywhere, rows, recent = torch.arange(len(kept), device=kept.device), [], []
         for part in self.parts:
             format, key = self._format(part), self._key(part)
             if part.kind == RECENT:
                 step.fresh[key] = format.fresh(key, len(kept), near.device)
+                recent.append((format.rows(near, key), step.fresh[key][0]))
             rows.append(step.fresh[key] if part.kind == RECENT else format.rows(far, key))
-            to.append(torch.arange(len(kept), device=kept.device) if part.kind == RECENT else far_slots)
-        stored = self._stored(self._describe(new, rows), new, rows, to)
-        for part in (part for part in self.parts if part.kind == RECENT):
-            key = self._key(part)
-            scatter(self._format(part).rows(near, key), kept, step.fresh[key][0])
+        to = [everywhere if part.kind == RECENT else slots[0] for part in self.parts]
+        stored = self._stored(self._describe(new, rows), rows, new, to)
+        for pages_PCtX, new_CTX in recent:
+            scatter(pages_PCtX, kept, new_CTX)
         return stored
 
     def _drop(self, fresh: dict[tuple[int, str], Tensor]) -> None:
@@ -85,7 +85,7 @@ class PageWriter:
             del fresh[key]
 
     def _stored(
-        self, writer: LayerWriter | None, new: Sequence[Tensor], rows: Sequence[Tensor], slots: Sequence[Tensor]
+        self, writer: LayerWriter | None, rows: Sequence[Tensor], new: Sequence[Tensor], slots: Sequence[Tensor]
     ) -> list[Tensor | None]:
         if writer is None:
             stored = self._part_by_part(new, rows, slots)
