@@ -1,5 +1,6 @@
 """Serve folders one after the other in this process and write what came out: python serve_jobs.py JOBS.json OUT.json."""
 
+import functools
 import json
 import os
 import sys
@@ -30,6 +31,7 @@ def serve(folder, prompts, options, rows=None, gpu=False, reload=None):
     )
     read = recorded(len(prompts[-1])) if rows else {}
     left_out = pages_left_out()
+    left_out.clear()
     sampling = SamplingParams(max_tokens=4 if gpu else 16, temperature=0, logprobs=1, ignore_eos=True, detokenize=False)
     rounds = []
     if reload:
@@ -47,6 +49,7 @@ def serve(folder, prompts, options, rows=None, gpu=False, reload=None):
     return {"rounds": rounds, "calls": len(calls), "left_out": sum(left_out), **sizes, **drafted(llm, options)}
 
 
+@functools.cache
 def pages_left_out():
     """A list that fills with how many pages of prompts' recent tokens stand for none, of each request and step."""
     from kvfold.runtimes.vllm.recent_pages import RecentManager

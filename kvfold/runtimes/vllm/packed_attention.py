@@ -118,10 +118,8 @@ class PackedFoldedAttention(FamilyCall, FoldedAttention):  # type: ignore[misc]
     def _tokens(self, owner: int, far: Tensor, batch: Batch, place: int) -> tuple[Any, Any]:
         """What a layer has stored of the tokens that a batch may see."""
         spec, window = self.pages.owned[owner], self.attn.kind
-        format, where = (
-            self.pages.layout.formats[window],
-            (batch.tables_Bp, batch.spans(window), batch.width_of(window)),
-        )
+        format = self.pages.layout.formats[window]
+        where = batch.tables_Bp, batch.spans(window), batch.width_of(window)
         z = format.read(far, (owner, "k"), *where)
         y = z if spec.shared_latent else format.read(far, (owner, "v"), *where)
         if not spec.recent:

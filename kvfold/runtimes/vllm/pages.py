@@ -97,8 +97,9 @@ class PageFormat:
         of the last tokens of each, which are taken from there."""
         side, fresh = self.regions[key].side, 0 if fresh_BCTX is None else fresh_BCTX.shape[2]
         before = [Span(start, end - fresh) for start, end in spans]
-        rows = [] if fresh == width else [gather(self.rows(pages, key), tables_Bp, before, width - fresh)]
-        rows_BCSX = torch.cat([*rows, *([] if fresh_BCTX is None else [fresh_BCTX])], dim=2)
+        parts = [] if fresh == width else [gather(self.rows(pages, key), tables_Bp, before, width - fresh)]
+        parts += [] if fresh_BCTX is None else [fresh_BCTX]
+        rows_BCSX = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         if side.format is None:
             return rows_BCSX.view(self.dtype)
         return PackedTokens(rows_BCSX, side.format, self.dtype)

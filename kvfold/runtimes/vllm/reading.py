@@ -18,7 +18,7 @@ from kvfold.runtimes.kernels.dispatch import FEW_TOKENS
 from kvfold.runtimes.kernels.packed_tokens import PagedTokens, by_age, first_numbers, side_by_side
 from kvfold.runtimes.transformers.on_read import head_maps, value_map
 from kvfold.runtimes.vllm.batches import Batch
-from kvfold.runtimes.vllm.pages import RECENT, Kind
+from kvfold.runtimes.vllm.pages import RECENT, Kind, Span
 
 AT_ONCE = 1 << 27
 """Numbers of keys, and of values, of a prompt that may be there at once."""
@@ -135,7 +135,7 @@ class PageReader:
         """The same of many queries, over the source's heads of all tokens that they may see; None where these are not rebuilt
         by the kernel, or are too many to be there at once."""
         attention, spec, kind = self.attention, self.attention.spec, self.attention.attn.kind
-        heads = self._heads(kind, far, batch, kind, q_BNTH.dtype)
+        heads = self._heads(far, batch, q_BNTH.dtype)
         if heads is None or attention.layer.softcap is not None:
             return None
         if not spec.recent:
@@ -148,24 +148,11 @@ class PageReader:
         keys, values, mask = (far_k, near_k), (far_v, near_v), None if plain else attention._mask(batch)
         return prefill_by_age(q_BNTH, keys, values, mask, recent=spec.recent, scale=attention.scaling)
 
-    def _heads(
-        self, kind: Kind, pages: Tensor, batch: Batch, window: int | None, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor] | None:
-        """Keys and values [B, K, width, H] of one form."""
-        attention, width = self.attention, batch.width_of(window)
-        of_keys, of_values = head_maps(attention, "k_b", dtype), head_maps(attention, "v_b", dtype)
-        keys, values = self._lying(kind, pages, batch)
-        too_many = len(batch.lengths) * width * attention.layer.num_kv_heads * attention.layer.head_dim > AT_ONCE
-        if of_keys is None or of_values is None or too_many:
-            return None
-        if not (cpu_decode.reads(keys, dtype) and cpu_decode.reads(values, dtype)):
-            return None
-        spans = batch.once(("span tensor", window), lambda: torch.tensor(batch.spans(window), dtype=torch.int64))
-        k_map, v_map = of_keys(keys.shape[3], kind == RECENT), of_values(values.shape[3], kind == RECENT)
-        tables = attention.read_tables if attention._rotates_on_read else None
-        k_way = k_map.rebuild() if tables is None else k_map.rebuild(*tables.of_all)
-        k = cpu_decode.rebuilt(keys, k_way, dtype, spans, width)
-        return k, cpu_decode.rebuilt(values, v_map.rebuild(), dtype, spans, width)
+    def _heads(self, far: Tensor, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [B, K, width, H] of the form that all tokens have."""
+        kind = self.attention.attn.kind
+        spans = batch.once(("span tensor", kind), lambda: torch.tensor(batch.spans(kind), dtype=torch.int64))
+        return self._rebuilt(*self._lying(kind, far, batch), dtype, spans, batch.width_of(kind))
 
     def _recent_heads(self, place: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """The same of the finer form of recent tokens: of a prompt's own from where they were packed."""
@@ -175,18 +162,33 @@ class PageReader:
         keys = of((owner, "k"))
         keys = side_by_side([keys, *below]) if below else keys
         values = keys if spec.shared_latent else of((owner, "v"))
+        (span,) = attention.pages.recent.step.batches[place].spans(spec.recent)
+        return self._rebuilt(keys, values, dtype, recent=span)
+
+    def _rebuilt(
+        self,
+        keys: Any,
+        values: Any,
+        dtype: torch.dtype,
+        spans_B2: Tensor | None = None,
+        width: int | None = None,
+        *,
+        recent: Span | None = None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Of tokens in pages by spans and width; `recent`: of these tokens of a sequence, which lie by themselves."""
+        attention, (B, _, S, _) = self.attention, keys.shape
         of_keys, of_values = head_maps(attention, "k_b", dtype), head_maps(attention, "v_b", dtype)
-        if of_keys is None or of_values is None:
+        too_many = B * (width or S) * attention.layer.num_kv_heads * attention.layer.head_dim > AT_ONCE
+        if of_keys is None or of_values is None or too_many:
             return None
         if not (cpu_decode.reads(keys, dtype) and cpu_decode.reads(values, dtype)):
             return None
-        k_map, v_map = of_keys(keys.shape[3], True), of_values(values.shape[3], True)
-        if not attention._rotates_on_read:
-            k_way = k_map.rebuild()
-        else:
-            (span,) = attention.pages.recent.step.batches[place].spans(spec.recent)
-            k_way = k_map.rebuild(*attention.read_tables.of_all).of_tokens(*span)
-        return cpu_decode.rebuilt(keys, k_way, dtype), cpu_decode.rebuilt(values, v_map.rebuild(), dtype)
+        near = recent is not None
+        k_map, v_map = of_keys(keys.shape[3], near), of_values(values.shape[3], near)
+        k_way = k_map.rebuild(*(attention.read_tables.of_all if self._rotates else ()))
+        k_way = k_way if recent is None else k_way.of_tokens(*recent)
+        k = cpu_decode.rebuilt(keys, k_way, dtype, spans_B2, width)
+        return k, cpu_decode.rebuilt(values, v_map.rebuild(), dtype, spans_B2, width)
 
     def _asked(self, far: Tensor, batch: Batch, place: int) -> list[_FormPages]:
         """Each form of what the queries may see."""

@@ -29,10 +29,6 @@ class RecentSpec(SlidingWindowSpec):
     behind: int = 0
     beside: tuple[int, ...] = ()
 
-    def passed(self, tokens: int) -> int:
-        """How many pages, the first ones, no query sees that has so many tokens before it."""
-        return max(tokens - self.sliding_window + 1 - self.behind, 0) // self.block_size
-
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
         """Pages that a request has at most."""
         window = -(-(self.sliding_window - 1 + self.behind) // self.block_size) + 1
@@ -109,7 +105,7 @@ class RecentManager(SlidingWindowManager):
     def _passed(self, there: int, tokens: int, computed: int) -> int:
         """How many pages behind the first `there` have only tokens of this step that no later query sees."""
         pages = -(-tokens // self.block_size)
-        return max(min(self.kv_cache_spec.passed(computed), pages) - there, 0)
+        return max(min(self.get_num_skipped_tokens(computed) // self.block_size, pages) - there, 0)
 
     def _has_room(self, tokens: int, there: int) -> bool:
         """Whether there are pages for all tokens, those that this step needs of other kinds counted."""
